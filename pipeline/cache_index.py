@@ -1,0 +1,182 @@
+"""A teacher's cache as a whole: its index, its manifest, and random access to its rows.
+
+Index and manifest are derived from the shards and can be rebuilt at any time: whoever opens a cache
+lists the shard files and trusts the index only for those that it finds. Nobody needs a lock, since
+all writers of one shard write the same thing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.cache import ShardEntry, describe_shard, read_shard
+from pipeline.datasets import DatasetEntry
+from pipeline.errors import CacheError
+from pipeline.layout import CacheLayout
+from pipeline.records import SparseLogprobs
+
+DECODED_SHARDS_KEPT = 64
+
+
+def load_index(cache: CacheLayout) -> list[ShardEntry]:
+    """The entries of all complete shards of a generation, in name order; shards without an entry
+    are read.
+
+    Raises:
+        StorageError: a shard without an index entry cannot be read.
+    """
+    known = {entry.digest: entry for entry in _read_index(cache)}
+    found = {
+        info.base_name.removesuffix(".parquet"): info
+        for info in storage.list_files(cache.shards_folder, ".parquet")
+    }
+    return [
+        known[digest] if digest in known else describe_shard(cache.shard(digest), info.size)
+        for digest, info in found.items()
+    ]
+
+
+def publish(
+    cache: CacheLayout, recipe: dict[str, Any], provenance: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes index and manifest from the shards that exist; returns the manifest."""
+    entries = load_index(cache)
+    rows = [asdict(entry) | {"sequence_ids": list(entry.sequence_ids)} for entry in entries]
+    storage.write_table(cache.index, pa.Table.from_pylist(rows, schema=_INDEX_SCHEMA))
+    manifest = {
+        "recipe": recipe,
+        "generation": cache.generation,
+        "provenance": provenance,
+        "totals": totals(entries),
+    }
+    storage.write_json(cache.manifest, manifest)
+    return manifest
+
+
+def totals(entries: list[ShardEntry]) -> dict[str, float]:
+    """Sums over shards; the qualities are means over positions, `kept_mass_p01` is the worst
+    shard's.
+    """
+    positions = np.array([entry.num_positions for entry in entries], dtype=np.float64)
+    num_positions, num_bytes = int(positions.sum()), sum(entry.num_bytes for entry in entries)
+    if num_positions == 0:
+        return {
+            "num_shards": len(entries),
+            "num_sequences": 0,
+            "num_positions": 0,
+            "num_bytes": num_bytes,
+        }
+    kept_mass = float(positions @ [entry.kept_mass for entry in entries]) / num_positions
+    return {
+        "num_shards": len(entries),
+        "num_sequences": len({i for entry in entries for i in entry.sequence_ids}),
+        "num_positions": num_positions,
+        "num_bytes": num_bytes,
+        "bytes_per_token": num_bytes / num_positions,
+        "entries_per_position": sum(entry.num_entries for entry in entries) / num_positions,
+        "kept_mass": kept_mass,
+        "kept_mass_p01": min(entry.kept_mass_p01 for entry in entries),
+        "tail_nats": float(-np.log(kept_mass)),
+        "gold_logprob": float(positions @ [entry.gold_logprob for entry in entries])
+        / num_positions,
+    }
+
+
+class CacheReader:
+    """Random access to the rows of one generation of a cache; keeps the last decoded shards in
+    memory.
+    """
+
+    def __init__(self, cache: CacheLayout) -> None:
+        self._cache = cache
+        self._place: dict[str, tuple[str, int]] = {}
+        for entry in load_index(cache):
+            for row, identifier in enumerate(entry.sequence_ids):
+                self._place.setdefault(identifier, (entry.digest, row))
+        self._decoded: OrderedDict[str, list[SparseLogprobs]] = OrderedDict()
+
+    def __contains__(self, sequence_id: str) -> bool:
+        return sequence_id in self._place
+
+    def row(self, sequence_id: str) -> SparseLogprobs | None:
+        """The teacher's row for a sequence, or None when it was never scored.
+
+        Raises:
+            CacheError: the shard holds another sequence where the index says, or is corrupt.
+        """
+        if sequence_id not in self._place:
+            return None
+        digest, index = self._place[sequence_id]
+        if digest in self._decoded:
+            self._decoded.move_to_end(digest)
+        else:
+            self._decoded[digest] = read_shard(self._cache.shard(digest))
+            if len(self._decoded) > DECODED_SHARDS_KEPT:
+                self._decoded.popitem(last=False)
+        found = self._decoded[digest][index]
+        if found.sequence_id != sequence_id:
+            raise CacheError(
+                f"{self._cache.shard(digest)} row {index} holds {found.sequence_id}, not "
+                f"{sequence_id}"
+            )
+        return found
+
+
+def open_cache(cache: CacheLayout) -> CacheReader:
+    """Opens one generation of a cache for reading.
+
+    Raises:
+        StorageError: a shard cannot be read.
+    """
+    return CacheReader(cache)
+
+
+def quarantined(cache: CacheLayout) -> dict[str, str]:
+    """The sequences that could not be scored and the error of each."""
+    files = storage.list_files(cache.quarantine, ".json")
+    records = [
+        json.loads(storage.read_bytes(storage.join(cache.quarantine, info.base_name)))
+        for info in files
+    ]
+    return {record["sequence_id"]: record["error"] for record in records}
+
+
+def missing_sequences(entries: Iterable[DatasetEntry], cache: CacheLayout) -> list[DatasetEntry]:
+    """The sequences of a dataset that a cache has neither scored nor quarantined."""
+    scored = {identifier for entry in load_index(cache) for identifier in entry.sequence_ids}
+    refused = quarantined(cache)
+    return [
+        entry
+        for entry in entries
+        if entry.sequence_id not in scored and entry.sequence_id not in refused
+    ]
+
+
+_INDEX_SCHEMA = pa.schema(
+    [
+        ("digest", pa.string()),
+        ("sequence_ids", pa.list_(pa.string())),
+        ("num_positions", pa.int64()),
+        ("num_entries", pa.int64()),
+        ("num_bytes", pa.int64()),
+        ("checksum", pa.string()),
+        ("kept_mass", pa.float64()),
+        ("kept_mass_p01", pa.float64()),
+        ("gold_logprob", pa.float64()),
+    ]
+)
+
+
+def _read_index(cache: CacheLayout) -> list[ShardEntry]:
+    if not storage.exists(cache.index):
+        return []
+    rows = storage.read_table(cache.index).to_pylist()
+    return [ShardEntry(**row | {"sequence_ids": tuple(row["sequence_ids"])}) for row in rows]

@@ -1,0 +1,37 @@
+"""Errors that a user can act on. Every message says what, which values, and what to do next."""
+
+
+class DistillationError(ValueError):
+    """Base of all errors for users; the command line prints the message alone."""
+
+
+class ConfigError(DistillationError):
+    """The configuration is wrong, contradictory or cannot be honoured."""
+
+
+class PromptError(DistillationError):
+    """A prompt file has a bad line; the message names the file and the line."""
+
+
+class StorageError(DistillationError):
+    """Reading or writing storage failed: a full disk, a missing path, a permission."""
+
+
+class CacheError(DistillationError):
+    """A cache shard, index or manifest is missing, corrupt or does not fit the request."""
+
+
+class VocabularyMismatchError(DistillationError):
+    """Tokenizers or chat templates of teachers and student disagree."""
+
+
+class TeacherError(DistillationError):
+    """A teacher's engine failed or returned rows that break an invariant."""
+
+
+class TrainingError(DistillationError):
+    """Training cannot start or resume."""
+
+
+class ClusterError(DistillationError):
+    """The Ray cluster cannot be reached, refused the token, or lacks resources."""

@@ -1,0 +1,54 @@
+"""Identity: stable hashes of what decides the bytes of an output."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+
+def digest_bytes(*parts: bytes) -> str:
+    """Hex of a 16-byte BLAKE2b hash; the lengths of the parts count, so boundaries matter."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        hasher.update(len(part).to_bytes(8, "little"))
+        hasher.update(part)
+    return hasher.hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """Hex hash of a JSON value, independent of the order of its keys."""
+    return digest_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+def digest_ids(ids: Iterable[str]) -> str:
+    """Hex hash of an ordered list of ids: the name of the shard that holds them."""
+    return digest_bytes(*(identifier.encode() for identifier in ids))
+
+
+def sequence_id(
+    input_ids: np.ndarray, loss_spans: Iterable[tuple[int, int]], tokenizer_hash: str
+) -> str:
+    """The id of a token sequence: hash of its ids, its loss spans and its tokenizer."""
+    spans = np.asarray(list(loss_spans), dtype="<i4")
+    return digest_bytes(input_ids.astype("<i4").tobytes(), spans.tobytes(), tokenizer_hash.encode())
+
+
+def unit_interval(identifier: str) -> float:
+    """A number in [0, 1) that depends on the id alone; used to split prompts."""
+    return int(digest_bytes(identifier.encode())[:13], 16) / 16**13
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line per dotted key whose values differ, old beside new."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += [f"{key}.{line}" for line in differences(before, after)]
+        elif before != after:
+            lines.append(f"{key}: {before!r} -> {after!r}")
+    return lines

@@ -1,0 +1,91 @@
+"""Every path, once. All are strings below `storage.root`: a local folder or a URI."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.storage import join
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """The folder of one teacher's cache under one recipe, and one generation in it."""
+
+    folder: str
+    generation: int
+
+    @property
+    def manifest(self) -> str:
+        return join(self.folder, "manifest.json")
+
+    @property
+    def shards_folder(self) -> str:
+        return join(self.folder, f"g{self.generation}")
+
+    @property
+    def index(self) -> str:
+        return join(self.folder, f"g{self.generation}.index.parquet")
+
+    @property
+    def quarantine(self) -> str:
+        return join(self.folder, f"g{self.generation}.quarantine")
+
+    def shard(self, digest: str) -> str:
+        return join(self.shards_folder, f"{digest}.parquet")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Paths of a storage root, and of one run in it."""
+
+    root: str
+    run: str
+
+    @property
+    def run_folder(self) -> str:
+        return join(self.root, "runs", self.run)
+
+    @property
+    def resolved_config(self) -> str:
+        return join(self.run_folder, "config.yaml")
+
+    @property
+    def prepared(self) -> str:
+        return join(self.run_folder, "prepared.json")
+
+    def stage_record(self, stage: str) -> str:
+        return join(self.run_folder, "stages", f"{stage}.json")
+
+    @property
+    def report_json(self) -> str:
+        return join(self.run_folder, "report.json")
+
+    @property
+    def report_html(self) -> str:
+        return join(self.run_folder, "report.html")
+
+    def training_folder(self, student: str) -> str:
+        """Checkpoints, metrics and TensorBoard events of `student` or `twin`."""
+        return join(self.run_folder, student)
+
+    def export_folder(self, student: str) -> str:
+        return join(self.run_folder, "export", student)
+
+    def prompts(self, digest: str) -> str:
+        return join(self.root, "prompts", f"{digest}.parquet")
+
+    def sequences_folder(self, domain: str) -> str:
+        return join(self.root, "sequences", domain)
+
+    def synthesis_folder(self, recipe: str) -> str:
+        return join(self.root, "synthesis", recipe)
+
+    def dataset(self, digest: str) -> str:
+        return join(self.root, "datasets", f"{digest}.parquet")
+
+    @property
+    def weight_hashes(self) -> str:
+        return join(self.root, "weight_hashes.json")
+
+    def cache(self, teacher: str, fingerprint: str, generation: int = 1) -> CacheLayout:
+        return CacheLayout(join(self.root, "caches", f"{teacher}-{fingerprint[:16]}"), generation)

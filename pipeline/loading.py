@@ -1,0 +1,149 @@
+"""From a YAML file, overrides and a folder to a checked `Config` whose paths are absolute."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Reads a config file, applies dotted `key=value` overrides, checks it and makes its paths
+    absolute.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, an override is malformed, a key is unknown
+            (the closest known key is named), or a value is refused.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping, found {type(values).__name__}")
+    for override in overrides or []:
+        _apply_override(values, override)
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(
+            f"{path}: " + "\n  ".join(_explain(item) for item in error.errors())
+        ) from error
+    return absolute_paths(config, path.resolve().parent)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML; `load_config` reads it back to an equal value."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def absolute_paths(config: Config, folder: Path) -> Config:
+    """The config with every relative path made absolute against `folder`."""
+    values = config.model_dump(mode="json")
+    values["storage"]["root"] = _absolute(values["storage"]["root"], folder)
+    values["storage"]["shared_roots"] = [
+        _absolute(root, folder) for root in values["storage"]["shared_roots"]
+    ]
+    for source in values["prompts"]["sources"]:
+        source["path"] = _absolute(source["path"], folder)
+    for model in [*values["teachers"].values(), values["student"]]:
+        if model["model"].startswith("."):
+            model["model"] = _absolute(model["model"], folder)
+    return Config.model_validate(values)
+
+
+def is_folder(model: str) -> bool:
+    """Whether a model of a loaded config names a folder and not a hub id."""
+    return model.startswith("/")
+
+
+def local_paths(config: Config) -> dict[str, str]:
+    """Every local path of a config by the key that holds it."""
+    paths = {"storage.root": config.storage.root, "student.model": config.student.model}
+    paths |= {f"teachers.{name}.model": teacher.model for name, teacher in config.teachers.items()}
+    paths |= {
+        f"prompts.sources.{i}.path": source.path for i, source in enumerate(config.prompts.sources)
+    }
+    return {key: path for key, path in paths.items() if path.startswith("/")}
+
+
+def _absolute(path: str, folder: Path) -> str:
+    if "://" in path or path.startswith("/"):
+        return path
+    return os.path.normpath(folder / path)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not of the form key=value")
+    *parents, last = key.split(".")
+    target: Any = values
+    for depth, name in enumerate(parents):
+        target = _step(target, name, ".".join(parents[: depth + 1]))
+    value = yaml.safe_load(text)
+    if isinstance(target, list):
+        target[_index(target, last, key)] = value
+    elif isinstance(target, dict):
+        target[last] = value
+    else:
+        raise ConfigError(
+            f"override {override!r}: {'.'.join(parents)} is a plain value, it has no keys"
+        )
+
+
+def _step(target: Any, name: str, place: str) -> Any:
+    if isinstance(target, list):
+        return target[_index(target, name, place)]
+    if isinstance(target, dict):
+        return target.setdefault(name, {})
+    raise ConfigError(f"override: {place} does not exist")
+
+
+def _index(target: list[Any], name: str, place: str) -> int:
+    if not name.isdigit() or int(name) >= len(target):
+        raise ConfigError(f"override {place}: {name!r} is not an index below {len(target)}")
+    return int(name)
+
+
+def _explain(item: Any) -> str:
+    place = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        *parents, key = item["loc"]
+        known = sorted(_known_keys(parents))
+        close = difflib.get_close_matches(str(key), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        return f"unknown key {place!r}; {hint}"
+    if item["type"] == "missing":
+        return f"{place!r} is required"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}" if place else message
+
+
+def _known_keys(location: list[Any]) -> set[str]:
+    """The field names of every model that can stand at a location of the config."""
+    models: list[Any] = [Config]
+    for part in location:
+        following = []
+        for model in models:
+            if model.model_fields.get(part) is not None:
+                following += _models_in(model.model_fields[part].annotation)
+        models = following or models
+    return {name for model in models for name in model.model_fields}
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]

@@ -1,0 +1,92 @@
+"""What the prepare stage found out once for all later stages: prompts, identities, recipes.
+
+`runs/<name>/prepared.json` is valid as long as its key is: a hash of the config's sections that
+decide it and of size and modification time of every local file that it read.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline import storage
+from pipeline.config import Config
+from pipeline.fingerprint import digest_json
+from pipeline.layout import CacheLayout, Layout
+from pipeline.loading import is_folder
+from pipeline.recipes import cache_layout
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The outcome of the prepare stage.
+
+    Attributes:
+        prompts: digest of the prompt table.
+        prompt_counts: rows read, duplicates dropped, prompts of each split.
+        longest_prompt: tokens of the longest prompt.
+        scoring_recipes: by teacher.
+        synthesis_recipes: by generator.
+    """
+
+    key: str
+    prompts: str
+    prompt_counts: dict[str, int]
+    longest_prompt: int
+    tokenizer_hash: str
+    eos_token_id: int
+    scoring_recipes: dict[str, dict[str, Any]]
+    synthesis_recipes: dict[str, dict[str, Any]]
+
+    def cache(self, layout: Layout, teacher: str, generation: int = 1) -> CacheLayout:
+        """Where a teacher's cache lies."""
+        return cache_layout(layout, teacher, self.scoring_recipes[teacher], generation)
+
+    def caches(self, layout: Layout) -> dict[str, CacheLayout]:
+        """Where every teacher's cache lies."""
+        return {teacher: self.cache(layout, teacher) for teacher in self.scoring_recipes}
+
+    @property
+    def synthesis_digests(self) -> dict[str, str]:
+        """By generator, the digest that names its folder of records."""
+        return {
+            generator: digest_json(recipe) for generator, recipe in self.synthesis_recipes.items()
+        }
+
+
+def preparation_key(config: Config) -> str:
+    """Hash of all that decides the outcome of the prepare stage, without reading any file's
+    content.
+    """
+    models = {"student": config.student.model} | {
+        name: t.model for name, t in config.teachers.items()
+    }
+    paths = [source.path for source in config.prompts.sources] + [
+        m for m in models.values() if is_folder(m)
+    ]
+    return digest_json(
+        [
+            config.model_dump(
+                mode="json",
+                include={"seed", "prompts", "teachers", "synthesis", "scoring", "combine"},
+            ),
+            config.student.model_dump(mode="json"),
+            [storage.file_states(path) for path in paths],
+        ]
+    )
+
+
+def load_prepared(config: Config, layout: Layout) -> Prepared | None:
+    """The outcome of the prepare stage, or None when it has not run or its inputs have changed
+    since.
+    """
+    if not storage.exists(layout.prepared):
+        return None
+    prepared = Prepared(**storage.read_json(layout.prepared))
+    return prepared if prepared.key == preparation_key(config) else None
+
+
+def save_prepared(layout: Layout, prepared: Prepared) -> None:
+    """Writes the outcome of the prepare stage."""
+    storage.write_bytes(layout.prepared, (json.dumps(asdict(prepared), indent=2) + "\n").encode())

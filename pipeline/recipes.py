@@ -1,0 +1,130 @@
+"""Recipes: what decides the bytes of an answer or of a cache row, and nothing else.
+
+Every vLLM key of a teacher enters its recipe except the neutral ones below, which change speed and
+memory only. Replicas, paths and host names never enter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.cache import SCHEMA_VERSION
+from pipeline.config import Config, TeacherConfig
+from pipeline.fingerprint import digest_json
+from pipeline.layout import CacheLayout, Layout
+
+NEUTRAL_ENGINE_KEYS = frozenset(
+    {
+        "block_size",
+        "cpu_offload_gb",
+        "data_parallel_size",
+        "disable_log_stats",
+        "distributed_executor_backend",
+        "download_dir",
+        "enable_chunked_prefill",
+        "enable_prefix_caching",
+        "enforce_eager",
+        "gpu_memory_utilization",
+        "kv_cache_memory_bytes",
+        "max_logprobs",
+        "max_model_len",
+        "max_num_batched_tokens",
+        "max_num_seqs",
+        "pipeline_parallel_size",
+        "skip_tokenizer_init",
+        "swap_space",
+        "tensor_parallel_size",
+    }
+)
+DATASET_GENERATOR = "dataset"
+
+
+def _engine(teacher: TeacherConfig) -> dict[str, Any]:
+    return {key: value for key, value in teacher.vllm.items() if key not in NEUTRAL_ENGINE_KEYS}
+
+
+def scoring_recipe(
+    config: Config, teacher: str, identity: dict[str, str], tokenizer_hash: str
+) -> dict[str, Any]:
+    """The recipe that names a teacher's cache folder. `identity` is the model's, see
+    `teachers/identity.py`.
+    """
+    return {
+        "model": identity,
+        "tokenizer": tokenizer_hash,
+        "num_logprobs": config.scoring.num_logprobs,
+        "selection": config.scoring.selection.model_dump(mode="json"),
+        "vllm": _engine(config.teachers[teacher]),
+        "schema_version": SCHEMA_VERSION,
+    }
+
+
+def synthesis_recipe(
+    config: Config, teacher: str, identity: dict[str, str], tokenizer_hash: str
+) -> dict[str, Any]:
+    """The recipe that names the folder of a teacher's finished prompt shards."""
+    return {
+        "generator": teacher,
+        "model": identity,
+        "tokenizer": tokenizer_hash,
+        "sampling": config.synthesis.sampling,
+        "samples_per_prompt": config.synthesis.samples_per_prompt,
+        "vllm": _engine(config.teachers[teacher]),
+        "checker": config.prompts.checker,
+        "seed": config.seed,
+    }
+
+
+def dataset_recipe(config: Config, tokenizer_hash: str) -> dict[str, Any]:
+    """The recipe of sequences made from given references."""
+    return {
+        "generator": DATASET_GENERATOR,
+        "tokenizer": tokenizer_hash,
+        "checker": config.prompts.checker,
+    }
+
+
+def cache_layout(
+    layout: Layout, teacher: str, recipe: dict[str, Any], generation: int = 1
+) -> CacheLayout:
+    """Where the cache of a recipe lies."""
+    return layout.cache(teacher, digest_json(recipe), generation)
+
+
+def training_identity(
+    config: Config, label: str, dataset_digest: str, caches: dict[str, CacheLayout]
+) -> dict[str, Any]:
+    """What decides a student's weights; checkpoints carry it and resume compares it.
+
+    Args:
+        label: `student`, or `twin` for the one trained with cross-entropy alone.
+        caches: by teacher.
+    """
+    training = config.training.model_dump(
+        mode="json",
+        exclude={
+            "workers",
+            "resources",
+            "log_every_steps",
+            "evaluate_every_steps",
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+            "max_failures",
+            "cost_per_hour",
+        },
+    )
+    if label == "twin":
+        training["losses"] = [{"type": "cross_entropy", "weight": 1.0}]
+    return {
+        "seed": config.seed,
+        "student": config.student.model_dump(
+            mode="json", exclude={"cost_per_hour", "vllm", "model"}
+        ),
+        "training": training,
+        "combine": config.combine.model_dump(mode="json"),
+        "dataset": dataset_digest,
+        "caches": {
+            name: f"{cache.folder.rsplit('/', 1)[-1]}/g{cache.generation}"
+            for name, cache in caches.items()
+        },
+    }

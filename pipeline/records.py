@@ -1,0 +1,117 @@
+"""The records that cross the boundaries between stages: frozen dataclasses of plain values and
+numpy arrays.
+
+Legend of axis names: T tokens of a sequence, P positions (tokens inside the loss spans), N entries
+of all positions of a sequence, M teachers.
+
+Position `j` of a sequence stands for token index `i_j`, the j-th index of all loss spans in order.
+A teacher's row at position `j` is its distribution over the token at index `i_j` given everything
+before it, and `input_ids[i_j]` is the position's gold token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+IGNORE_INDEX = -100
+SPLITS = ("train", "validation", "holdout")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: either chat `messages` or raw `text`, never both."""
+
+    prompt_id: str
+    domain: str
+    split: str
+    messages: tuple[dict[str, Any], ...] | None = None
+    text: str | None = None
+    reference: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """A prompt with one answer, tokenised once; nothing downstream tokenises again.
+
+    Attributes:
+        sequence_id: hex of a 16-byte hash of token ids, tokenizer and loss spans.
+        input_ids: int32[T].
+        loss_spans: half-open index ranges `[start, stop)` with `start >= 1`, in order, not
+            overlapping.
+        generators: names of the teachers that wrote the answer, or `dataset`.
+        finish_reason: `stop` or `length` as the engine reports it; `dataset` for given answers.
+    """
+
+    sequence_id: str
+    input_ids: np.ndarray
+    loss_spans: tuple[tuple[int, int], ...]
+    prompt_id: str
+    domain: str
+    generators: tuple[str, ...]
+    finish_reason: str
+
+    @property
+    def position_indices(self) -> np.ndarray:
+        """int64[P]: the token index `i_j` of every position."""
+        return np.concatenate([np.arange(start, stop) for start, stop in self.loss_spans])
+
+    @property
+    def gold_ids(self) -> np.ndarray:
+        """int32[P]: the token at every position."""
+        return self.input_ids[self.position_indices]
+
+    @property
+    def num_positions(self) -> int:
+        """P."""
+        return sum(stop - start for start, stop in self.loss_spans)
+
+
+@dataclass(frozen=True)
+class SparseLogprobs:
+    """What is kept of one teacher's distributions over one sequence.
+
+    Log-probabilities are normalised over the full vocabulary at temperature 1. The entries of all
+    positions
+    stand one after another: position `j` owns `num_entries[j]` of them, in descending order.
+
+    Attributes:
+        num_entries: uint8[P].
+        token_ids: uint32[N].
+        logprobs: float16[N], of the head entries.
+        counts: uint8, of drawn entries; empty for selections that keep the head alone.
+        gold_logprobs: float16[P], log-probability of the gold token.
+        tail_mass: float16[P], probability outside the kept entries.
+        entropies: float16[P], lower bound of the entropy in nats.
+    """
+
+    sequence_id: str
+    num_entries: np.ndarray
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    counts: np.ndarray
+    gold_logprobs: np.ndarray
+    tail_mass: np.ndarray
+    entropies: np.ndarray
+
+    @property
+    def num_positions(self) -> int:
+        """P."""
+        return len(self.num_entries)
+
+
+@dataclass(frozen=True)
+class CombinedTargets:
+    """The targets of one sequence: every teacher's kept entries and how much each teacher weighs.
+
+    Attributes:
+        rows: one per teacher in the config's order; `None` where a teacher has not scored the
+            sequence.
+        teacher_weights: float32[M, P], sums to 1 over the teachers at every position.
+    """
+
+    sequence: TokenSequence
+    rows: tuple[SparseLogprobs | None, ...]
+    teacher_weights: np.ndarray

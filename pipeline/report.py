@@ -1,0 +1,251 @@
+"""The report of a run: headlines, a table for terminals, and a page that loads nothing.
+
+Last in the flow: the evaluate stage writes the numbers to `report.json`, this module words and
+draws them. jinja2 and matplotlib are imported where they are used: importing this stays fast.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Z_95 = 1.959963984540054
+MISSING = "—"
+# Okabe and Ito's palette, which survives the common colour blindnesses, and two teachers more.
+ROLE_COLOURS = {"student": "#0072B2", "twin": "#E69F00"}
+TEACHER_COLOURS = ("#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#A79AD8", "#B5A642")
+REASONS = ("answers", "kept", "wrong", "truncated", "empty", "duplicate")
+CURVE_POINTS = 300
+PLOT_STYLE = {
+    "svg.fonttype": "none", "svg.hashsalt": "polystill", "text.parse_math": False,
+    "font.sans-serif": ["Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans"],
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#9AA0A6",
+    "axes.titlelocation": "left", "axes.titlesize": 11, "axes.axisbelow": True,
+    "grid.color": "#E6E8EB", "text.color": "#22262B", "axes.labelcolor": "#5F666E",
+    "xtick.color": "#5F666E", "ytick.color": "#5F666E",
+}  # fmt: skip
+CURVES = {
+    "Own objective: training (line), hold-out (dots)": {"train/loss": "-", "holdout/loss": "o"},
+    "Hold-out cross-entropy, nats/token": {"holdout/cross_entropy": "o-"},
+    "Hold-out forward KL, nats/token": {"holdout/forward_kl": "o-"},
+}
+"""Titles of the panels; each model's own objective differs, the other two panels compare."""
+
+
+def wilson_interval(rate: float, trials: int) -> tuple[float, float]:
+    """The 95 % interval of a proportion (Wilson, 1927); (0, 1) without trials."""
+    if trials == 0:
+        return 0.0, 1.0
+    shrink = 1 + Z_95**2 / trials
+    centre = (rate + Z_95**2 / (2 * trials)) / shrink
+    half = Z_95 / shrink * math.sqrt(rate * (1 - rate) / trials + (Z_95 / (2 * trials)) ** 2)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def within_chance(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """Whether the 95 % interval of a difference in exact match holds zero (Newcombe, 1998).
+
+    Takes the two models' answers as independent; the same prompts make that cautious.
+    """
+    low, high = sorted((ours, theirs), key=lambda figures: figures["exact_match"])
+    down = high["exact_match"] - wilson_interval(high["exact_match"], high["prompts"])[0]
+    up = wilson_interval(low["exact_match"], low["prompts"])[1] - low["exact_match"]
+    return high["exact_match"] - low["exact_match"] <= math.hypot(down, up)
+
+
+def pooled(model: dict[str, Any]) -> dict[str, Any]:
+    """Figures over all domains: exact match by prompts with a reference, others by tokens."""
+    parts = list(model["domains"].values())
+
+    def mean(key: str, weight: str) -> float | None:
+        known = [(part[key], part[weight]) for part in parts if part[key] is not None]
+        total = sum(weight for _, weight in known)
+        return sum(value * weight for value, weight in known) / total if total else None
+
+    by_tokens = ("holdout_loss", "kl_to_mixture", "kl_bounded_mass", "top1_agreement")
+    return {key: mean(key, "holdout_tokens") for key in by_tokens} | {
+        "exact_match": mean("exact_match", "prompts"),
+        "prompts": sum(part["prompts"] for part in parts if part["exact_match"] is not None),
+        "holdout_tokens": sum(part["holdout_tokens"] for part in parts),
+    }
+
+
+def headlines(report: dict[str, Any]) -> list[str]:
+    """What the student gained and lost against each teacher and the twin, whoever wins."""
+    student = next(model for model in report["models"] if model["role"] == "student")
+    others = [model for model in report["models"] if model is not student]
+    ours = pooled(student)
+    exact = f"{percent(ours['exact_match'])} of {ours['prompts']:,}"
+    rates = ", ".join(f"{m['name']} {percent(pooled(m)['exact_match'])}" for m in others)
+    lines = [f"The student answers {exact} hold-out prompts exactly; {rates}."]
+    if ours["exact_match"] is None:
+        lines = ["No hold-out prompt has a reference answer: likelihood compares the models."]
+    for model in others:
+        name, quality = model["name"], _quality(student, model)
+        if model["role"] == "teacher":
+            lines.append(f"Against {name}, in quality: {quality}.")
+            lines.append(f"Against {name}, in size, speed and cost: {_resources(student, model)}.")
+        else:
+            figures = dict.fromkeys((quality, _likelihood(student, model)))
+            lines.append(f"Against the twin (cross-entropy alone): {'; '.join(figures)}.")
+    check = report["export_check"]
+    worst = max(check["max_logit_difference"], check["max_engine_logprob_difference"])
+    if not worst <= check["tolerance"]:
+        figures = f"{significant(worst)}, tolerance {significant(check['tolerance'])}"
+        lines.append(f"Caution: the exported student is off by {figures}.")
+    return lines
+
+
+def text_summary(report: dict[str, Any]) -> str:
+    """A table for a terminal: a column per model, a row per figure, all lines equally wide."""
+    models = report["models"]
+    overall = [pooled(model) for model in models]
+    rows = [["", *(m["name"] for m in models)], ["role", *(m["role"] for m in models)]]
+    for domain in _domains(report):
+        rates = [model["domains"].get(domain, {}).get("exact_match") for model in models]
+        rows.append([f"exact match, {domain}", *map(percent, rates)])
+    bounds = [">= " if figures["kl_bounded_mass"] else "" for figures in overall]
+    kl = [b + number(f["kl_to_mixture"]) for b, f in zip(bounds, overall, strict=True)]
+    rows += [
+        ["hold-out loss, nats/token", *(number(f["holdout_loss"]) for f in overall)],
+        ["KL to mixture, nats/token", *kl],
+        ["top-1 agreement", *(percent(f["top1_agreement"]) for f in overall)],
+        ["parameters", *(scaled(m["parameters"]) for m in models)],
+        ["tokens/s", *(significant(m["tokens_per_second"]) for m in models)],
+        ["latency, s", *(significant(m["latency_seconds"]) for m in models)],
+        ["price per million tokens", *(significant(price(m)) for m in models)],
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def render_html(report: dict[str, Any]) -> str:
+    """The page of a run, complete in itself; equal reports give equal pages."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    for function in (number, significant, percent, scaled, price, pooled):
+        environment.filters[function.__name__] = function
+    counted = {name for counts in report["synthesis"].values() for name in counts}
+    environment.globals |= {
+        "headlines": headlines(report),
+        "domains": _domains(report),
+        "colours": _colours(report),
+        "curves_svg": _curves(report),
+        "reasons": [*REASONS, *sorted(counted - {*REASONS, "generated_tokens", "seconds"})],
+        "wilson": wilson_interval,
+    }
+    return environment.get_template("report.html.j2").render(report)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return MISSING if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
+
+
+def significant(value: float | None) -> str:
+    """At least three significant digits, never as a power of ten."""
+    if value is None or value == 0 or not math.isfinite(value):
+        return number(value, 0)
+    return number(value, max(0, 2 - math.floor(math.log10(abs(value)))))
+
+
+def percent(value: float | None) -> str:
+    return f"{number(100 * value, 1)} %" if value is not None else MISSING
+
+
+def scaled(value: float | None, base: int = 1000) -> str:
+    """A large number with its unit, as 1.54 B parameters, or 3.09 GiB with base 1024."""
+    if value is None:
+        return MISSING
+    units = ("", " k", " M", " B") if base == 1000 else (" B", " KiB", " MiB", " GiB")
+    power = min(int(math.log(max(value, 1), base) + 1e-9), 3)
+    return significant(value / base**power) + units[power]
+
+
+def price(model: dict[str, Any]) -> float | None:
+    """Per million tokens; None where no cost is given, since free is not a measurement."""
+    return (model["price_per_million_tokens"] or None) if model["cost_per_hour"] else None
+
+
+def _domains(report: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(name for model in report["models"] for name in model["domains"]))
+
+
+def _colours(report: dict[str, Any]) -> dict[str, str]:
+    """One colour per model, in every plot and table."""
+    teachers = [model["name"] for model in report["models"] if model["role"] == "teacher"]
+    named = enumerate(dict.fromkeys([*teachers, *report["caches"]]))
+    colours = {name: TEACHER_COLOURS[index % len(TEACHER_COLOURS)] for index, name in named}
+    pair = [model for model in report["models"] if model["role"] in ROLE_COLOURS]
+    return colours | {model["name"]: ROLE_COLOURS[model["role"]] for model in pair}
+
+
+def _quality(student: dict[str, Any], other: dict[str, Any]) -> str:
+    """Gains and losses in exact match by domain; likelihood where nothing has a reference."""
+    parts = []
+    for domain, ours in student["domains"].items():
+        theirs = other["domains"].get(domain, {"exact_match": None})
+        if ours["exact_match"] is None or theirs["exact_match"] is None:
+            continue
+        points = 100 * (ours["exact_match"] - theirs["exact_match"])
+        change = f"{'gains' if points > 0 else 'loses'} {abs(points):.1f} points"
+        chance = ", within chance" if points and within_chance(ours, theirs) else ""
+        figures = f"{percent(ours['exact_match'])} against {percent(theirs['exact_match'])}"
+        parts.append(f"{change if points else 'is level'} in {domain} ({figures}{chance})")
+    return f"the student {', '.join(parts)}" if parts else _likelihood(student, other)
+
+
+def _likelihood(student: dict[str, Any], other: dict[str, Any]) -> str:
+    parts = []
+    for label, key in (("hold-out loss", "holdout_loss"), ("KL to the mixture", "kl_to_mixture")):
+        ours, theirs = pooled(student)[key], pooled(other)[key]
+        if ours is None or theirs is None:
+            continue
+        verdict = "better" if ours < theirs else "worse" if ours > theirs else "level"
+        parts.append(f"{label} {number(ours)} against {number(theirs)} nats/token ({verdict})")
+    return ", ".join(parts) or "nothing measured"
+
+
+def _resources(student: dict[str, Any], other: dict[str, Any]) -> str:
+    parts = []
+    for label, figure, less, more in (
+        ("parameters", lambda model: model["parameters"], "smaller", "larger"),
+        ("tokens/s", lambda model: model["tokens_per_second"], "slower", "faster"),
+        ("price per million tokens", price, "cheaper", "dearer"),
+    ):
+        if (ours := figure(student)) and (theirs := figure(other)):
+            word = less if ours < theirs else more if ours > theirs else "equal"
+            figures = f"{scaled(ours)} against {scaled(theirs)}"
+            parts.append(f"{word}, {significant(ours / theirs)} times the {label} ({figures})")
+    return "; ".join(parts)
+
+
+def _curves(report: dict[str, Any]) -> str:
+    """The training curves as one SVG element without namespaces; long ones are thinned to means."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(PLOT_STYLE):
+        figure, file = Figure(figsize=(11, 2.9), layout="constrained"), io.StringIO()
+        for panel, (title, series) in zip(figure.subplots(1, 3), CURVES.items(), strict=True):
+            for role, lines in report["curves"].items():
+                for key, form in series.items():
+                    points = np.array([(line["step"], line[key]) for line in lines if key in line])
+                    if len(points):
+                        thin = np.array_split(points, min(len(points), CURVE_POINTS))
+                        steps, values = np.transpose([part.mean(axis=0) for part in thin])
+                        panel.plot(steps, values, form, color=ROLE_COLOURS[role], markersize=3.5)
+            panel.set(title=title, xlabel="step")
+            panel.grid()
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
+    return re.sub(r'(?s)\A.*?(?=<svg)|\sxmlns(:xlink)?="[^"]*"', "", file.getvalue())

@@ -1,0 +1,185 @@
+"""Files on a local disk, NFS or an object store behind one small interface (`pyarrow.fs`).
+
+Existence means complete: a local file is written under a temporary name, synced and renamed; an
+object is one put.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from pipeline.errors import StorageError
+
+
+def _open(uri: str) -> tuple[fs.FileSystem, str]:
+    if "://" not in uri:
+        return fs.LocalFileSystem(), uri
+    filesystem, path = fs.FileSystem.from_uri(uri)
+    return filesystem, path
+
+
+@contextmanager
+def _explained(action: str, uri: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StorageError(f"cannot {action} {uri}: it does not exist") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(
+                f"cannot {action} {uri}: the disk is full. Everything finished so far is kept; "
+                "free some space and run the same command again."
+            ) from error
+        raise StorageError(f"cannot {action} {uri}: {error}") from error
+
+
+def write_bytes(uri: str, data: bytes | memoryview | pa.Buffer) -> None:
+    """Writes a whole file so that it either exists completely or not at all.
+
+    Raises:
+        StorageError: the disk is full or the place cannot be written.
+    """
+    filesystem, path = _open(uri)
+    with _explained("write", uri):
+        if isinstance(filesystem, fs.LocalFileSystem):
+            _write_local(path, data)
+        else:
+            with filesystem.open_output_stream(path) as stream:
+                stream.write(data)
+
+
+def _write_local(path: str, data: bytes | memoryview | pa.Buffer) -> None:
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{os.path.basename(path)}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_bytes(uri: str) -> bytes:
+    """The content of a file.
+
+    Raises:
+        StorageError: it does not exist or cannot be read.
+    """
+    filesystem, path = _open(uri)
+    with _explained("read", uri), filesystem.open_input_stream(path) as stream:
+        return stream.read()
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or folder is there."""
+    filesystem, path = _open(uri)
+    return filesystem.get_file_info(path).type != fs.FileType.NotFound
+
+
+def list_files(uri: str, suffix: str = "") -> list[fs.FileInfo]:
+    """The files directly inside a folder in name order; empty when the folder is missing.
+
+    Names that begin with a dot, such as those of unfinished writes, are left out.
+    """
+    filesystem, path = _open(uri)
+    found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return sorted(
+        (
+            info
+            for info in found
+            if info.type == fs.FileType.File
+            and info.base_name.endswith(suffix)
+            and not info.base_name.startswith(".")
+        ),
+        key=lambda info: info.base_name,
+    )
+
+
+def list_folders(uri: str) -> list[str]:
+    """The names of the folders directly inside a folder; empty when it is missing."""
+    filesystem, path = _open(uri)
+    found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
+
+
+def file_states(uri: str) -> list[tuple[str, int, int]]:
+    """`(path, bytes, modification time in ns)` of a file, or of all files below a folder; empty
+    when it is missing.
+    """
+    filesystem, path = _open(uri)
+    info = filesystem.get_file_info(path)
+    infos = (
+        [info]
+        if info.type == fs.FileType.File
+        else filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    )
+    return sorted((i.path, i.size, i.mtime_ns) for i in infos if i.type == fs.FileType.File)
+
+
+def write_json(uri: str, value: Any) -> None:
+    """Writes a JSON value, indented, with its keys in the order given."""
+    write_bytes(uri, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(uri: str) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        StorageError: it is missing or not JSON.
+    """
+    try:
+        return json.loads(read_bytes(uri))
+    except json.JSONDecodeError as error:
+        raise StorageError(f"{uri} is not valid JSON: {error}") from error
+
+
+def write_table(uri: str, table: pa.Table, **options: Any) -> int:
+    """Encodes a Parquet file in memory and writes it in one call; returns its bytes."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True, **options)
+    buffer = sink.getvalue()
+    write_bytes(uri, buffer)
+    return buffer.size
+
+
+def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
+    """Reads a Parquet file, checking page checksums.
+
+    Raises:
+        StorageError: it is missing, truncated or fails its checksums.
+    """
+    filesystem, path = _open(uri)
+    with _explained("read", uri):
+        try:
+            return pq.ParquetFile(
+                path, filesystem=filesystem, page_checksum_verification=True
+            ).read(columns)
+        except pa.ArrowInvalid as error:
+            raise StorageError(
+                f"cannot read {uri}: it is not a complete Parquet file: {error}"
+            ) from error
+
+
+def join(root: str, *parts: str) -> str:
+    """A path or URI below `root`."""
+    return "/".join([root.rstrip("/"), *parts])

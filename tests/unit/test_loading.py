@@ -1,0 +1,89 @@
+"""Configuration: shipped files load, mistakes are named, paths become absolute, round trips are
+equal.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Config, Section
+from pipeline.errors import ConfigError
+from pipeline.loading import dump_config, load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICKSTART = ROOT / "examples/quickstart/config.yaml"
+SHIPPED = sorted([QUICKSTART, *(ROOT / "jobs/configs").glob("*.yaml")])
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    copy = tmp_path / "config.yaml"
+    copy.write_text(dump_config(config))
+    assert load_config(copy) == config
+
+
+def test_paths_are_absolute_against_the_config_file() -> None:
+    config = load_config(QUICKSTART)
+    assert config.storage.root == str(QUICKSTART.parent / "output")
+    assert config.teachers["words"].model == str(QUICKSTART.parent / "teachers/words")
+    assert config.prompts.sources[0].path == str(QUICKSTART.parent / "prompts.jsonl")
+
+
+def test_a_hub_id_is_left_alone() -> None:
+    config = load_config(QUICKSTART, ["teachers.words.model=Qwen/Qwen3-8B"])
+    assert config.teachers["words"].model == "Qwen/Qwen3-8B"
+
+
+def test_overrides_reach_lists_and_nested_keys() -> None:
+    config = load_config(
+        QUICKSTART,
+        ["training.steps=70", "training.losses.0.weight=0.5", "prompts.sources.0.limit=9"],
+    )
+    assert (config.training.steps, config.training.losses[0].weight) == (70, 0.5)
+    assert config.prompts.sources[0].limit == 9
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.stepz=3", "unknown key 'training.stepz'; did you mean 'steps'?"),
+        ("scoring.selection.max_entrys=3", "did you mean 'max_entries'?"),
+        ("teachers.words.modle=x", "did you mean 'model'?"),
+        ("steps", "not of the form key=value"),
+        ("training.steps.x=3", "plain value"),
+        ("training.losses.7.weight=3", "not an index"),
+        ("training.steps=many", "training.steps"),
+        ("scoring.num_logprobs=4", "exceeds num_logprobs"),
+        ("scoring.selection.max_entries=300", "255"),
+        ("training.deepspeed={train_batch_size: 8}", "training.sequences_per_step sets the batch"),
+        ("training.warmup_steps=5000", "must be less than steps"),
+        ("combine.weights.domains.words={nobody: 1.0}", "the teachers are"),
+        ("combine.weights.domains.words={words: 0}", "above 0"),
+        ("teachers.words.domains=[arithmetic]", "claimed by teachers"),
+        ("name=a/b", "name"),
+    ],
+)
+def test_a_mistake_is_one_clear_message(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(QUICKSTART, [override])
+    assert message in str(caught.value)
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml does not exist"):
+        load_config(tmp_path / "nowhere.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(broken)
+
+
+def test_every_field_has_help() -> None:
+    without = [
+        f"{section.__name__}.{name}"
+        for section in Section.__subclasses__()
+        for name, field in section.model_fields.items()
+        if not field.description and name != "type" and section is not Config
+    ]
+    assert without == []
