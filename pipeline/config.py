@@ -42,8 +42,20 @@ class StorageConfig(Section):
 
     root: str
     """Folder or URI (`s3://`, `gs://`) of all outputs; its runs share the caches."""
+    models_root: str | None = None
+    """Folder that all nodes mount, for checkpoints and exported students; needed if root is a URI.
+    """
     shared_roots: list[str] = []
     """Local folders that every node of a remote cluster mounts; it sees no other local path."""
+
+    @model_validator(mode="after")
+    def _models_need_a_file_system(self) -> StorageConfig:
+        if "://" in (self.models_root or self.root):
+            raise ValueError(
+                f"models_root must be a folder that all nodes mount, got {self.models_root!r} "
+                f"(root {self.root!r}): DeepSpeed and vLLM read and write models on a file system"
+            )
+        return self
 
 
 class PromptSource(Section):
@@ -118,6 +130,8 @@ class SynthesisConfig(Section):
     """Answers asked of each teacher for each prompt."""
     sampling: dict[str, Any] = {}
     """vLLM SamplingParams, verbatim."""
+    max_sequence_tokens: Count | None = None
+    """Bound on prompt and answer together; longer ones are dropped and counted, never cut."""
     prompts_per_shard: Count = 1024
     """Prompts of one unit of work and resume."""
 

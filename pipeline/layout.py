@@ -36,10 +36,15 @@ class CacheLayout:
 
 @dataclass(frozen=True)
 class Layout:
-    """Paths of a storage root, and of one run in it."""
+    """Paths of a storage root, and of one run in it.
+
+    Attributes:
+        models_root: file system folder for checkpoints and exports, where `root` is a URI.
+    """
 
     root: str
     run: str
+    models_root: str | None = None
 
     @property
     def run_folder(self) -> str:
@@ -64,12 +69,16 @@ class Layout:
     def report_html(self) -> str:
         return join(self.run_folder, "report.html")
 
+    @property
+    def _models_folder(self) -> str:
+        return join(self.models_root or self.root, "runs", self.run)
+
     def training_folder(self, student: str) -> str:
         """Checkpoints, metrics and TensorBoard events of `student` or `twin`."""
-        return join(self.run_folder, student)
+        return join(self._models_folder, student)
 
     def export_folder(self, student: str) -> str:
-        return join(self.run_folder, "export", student)
+        return join(self._models_folder, "export", student)
 
     def prompts(self, digest: str) -> str:
         return join(self.root, "prompts", f"{digest}.parquet")

@@ -52,6 +52,8 @@ def absolute_paths(config: Config, folder: Path) -> Config:
     """The config with every relative path made absolute against `folder`."""
     values = config.model_dump(mode="json")
     values["storage"]["root"] = _absolute(values["storage"]["root"], folder)
+    if config.storage.models_root is not None:
+        values["storage"]["models_root"] = _absolute(config.storage.models_root, folder)
     values["storage"]["shared_roots"] = [
         _absolute(root, folder) for root in values["storage"]["shared_roots"]
     ]
@@ -71,6 +73,7 @@ def is_folder(model: str) -> bool:
 def local_paths(config: Config) -> dict[str, str]:
     """Every local path of a config by the key that holds it."""
     paths = {"storage.root": config.storage.root, "student.model": config.student.model}
+    paths["storage.models_root"] = config.storage.models_root or config.storage.root
     paths |= {f"teachers.{name}.model": teacher.model for name, teacher in config.teachers.items()}
     paths |= {
         f"prompts.sources.{i}.path": source.path for i, source in enumerate(config.prompts.sources)

@@ -69,6 +69,7 @@ def synthesis_recipe(
         "tokenizer": tokenizer_hash,
         "sampling": config.synthesis.sampling,
         "samples_per_prompt": config.synthesis.samples_per_prompt,
+        "max_sequence_tokens": config.synthesis.max_sequence_tokens,
         "vllm": _engine(config.teachers[teacher]),
         "checker": config.prompts.checker,
         "seed": config.seed,
@@ -80,7 +81,7 @@ def dataset_recipe(config: Config, tokenizer_hash: str) -> dict[str, Any]:
     return {
         "generator": DATASET_GENERATOR,
         "tokenizer": tokenizer_hash,
-        "checker": config.prompts.checker,
+        "max_sequence_tokens": config.synthesis.max_sequence_tokens,
     }
 
 

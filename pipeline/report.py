@@ -1,7 +1,6 @@
-"""The report of a run: headlines, a table for terminals, and a page that loads nothing.
+"""The report of a run, last in the flow: headlines, a terminal table, a page that loads nothing.
 
-Last in the flow: the evaluate stage writes the numbers to `report.json`, this module words and
-draws them. jinja2 and matplotlib are imported where they are used: importing this stays fast.
+The evaluate stage measures. jinja2 and matplotlib are imported where used: importing this is fast.
 """
 
 from __future__ import annotations
@@ -89,15 +88,15 @@ def headlines(report: dict[str, Any]) -> list[str]:
         name, quality = model["name"], _quality(student, model)
         if model["role"] == "teacher":
             lines.append(f"Against {name}, in quality: {quality}.")
-            lines.append(f"Against {name}, in size, speed and cost: {_resources(student, model)}.")
+            lines.append(f"Against {name}, in resources: {_resources(student, model)}.")
         else:
             figures = dict.fromkeys((quality, _likelihood(student, model)))
             lines.append(f"Against the twin (cross-entropy alone): {'; '.join(figures)}.")
     check = report["export_check"]
     worst = max(check["max_logit_difference"], check["max_engine_logprob_difference"])
     if not worst <= check["tolerance"]:
-        figures = f"{significant(worst)}, tolerance {significant(check['tolerance'])}"
-        lines.append(f"Caution: the exported student is off by {figures}.")
+        allowed = significant(check["tolerance"])
+        lines.append(f"Caution: the export is off by {significant(worst)}, tolerance {allowed}.")
     return lines
 
 

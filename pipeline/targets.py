@@ -52,19 +52,6 @@ def combine_targets(
     return CombinedTargets(sequence, rows, (weights_MP / sums_P).astype(np.float32))
 
 
-def has_missing_weight(
-    sequence: TokenSequence,
-    rows: tuple[SparseLogprobs | None, ...],
-    teachers: list[str],
-    config: CombineConfig,
-) -> bool:
-    """Whether a teacher of positive weight lacks the sequence, so that the others' weights are
-    scaled up.
-    """
-    weights_MP = _weights(sequence, rows, teachers, config)
-    return any(row is None and weights_MP[m].any() for m, row in enumerate(rows))
-
-
 def required_teachers(config: CombineConfig, teachers: list[str], domain: str) -> set[str]:
     """The teachers that can have a positive weight in a domain."""
     weights = config.weights

@@ -62,6 +62,7 @@ def test_overrides_reach_lists_and_nested_keys() -> None:
         ("combine.weights.domains.words={words: 0}", "above 0"),
         ("teachers.words.domains=[arithmetic]", "claimed by teachers"),
         ("name=a/b", "name"),
+        ("storage.root=s3://bucket/x", "models_root must be a folder"),
     ],
 )
 def test_a_mistake_is_one_clear_message(override: str, message: str) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pipeline.config import ByDomainWeights, CombineConfig, GoldLikelihoodWeights, StaticWeights
 from pipeline.errors import CacheError, ConfigError
 from pipeline.records import SparseLogprobs, TokenSequence
-from pipeline.targets import combine_targets, has_missing_weight, required_teachers
+from pipeline.targets import combine_targets, required_teachers
 
 POSITIONS = 4
 
@@ -97,11 +97,6 @@ def test_weights_sum_to_one_and_follow_the_teachers_order(
 def test_a_teacher_that_lacks_the_sequence_weighs_nothing(config: CombineConfig) -> None:
     weights = combine_targets(sequence(), (A, None), ["a", "b"], config).teacher_weights
     np.testing.assert_array_equal(weights, [[1.0] * POSITIONS, [0.0] * POSITIONS])
-
-
-def test_missing_weight_is_seen_only_where_it_matters() -> None:
-    assert has_missing_weight(sequence(), (A, None), ["a", "b"], static(a=1, b=1))
-    assert not has_missing_weight(sequence(), (A, None), ["a", "b"], static(a=1, b=0))
 
 
 @pytest.mark.parametrize("config", [static(a=0, b=1), gold(1.0, "sequence")])

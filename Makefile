@@ -1,0 +1,35 @@
+# `make help` lists the targets. DEVICE=cpu or DEVICE=cuda overrides what set-up detects,
+# PYTHON=/path/to/python3.11 names the interpreter, PYTEST_ARGS="-k name" goes to pytest.
+DEVICE ?= $(POLYSTILL_DEVICE)
+PYTHON ?=
+PYTEST_ARGS ?=
+BIN := .venv/bin
+ANY_PYTHON := $(or $(shell command -v python3),$(shell command -v python3.11),$(PYTHON))
+
+.PHONY: help setup test quickstart lint lock clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
+
+setup: ## make .venv from the lock, build DeepSpeed's CPU ops; at once when nothing changed
+	@if [ -z "$(ANY_PYTHON)" ]; then echo "set-up: Python 3.11 is needed; install it." >&2; exit 1; fi
+	@$(ANY_PYTHON) requirements/setup.py --device "$(DEVICE)" --python "$(PYTHON)"
+
+test: setup ## the whole test suite
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+quickstart: setup ## distil two small teachers into one student on this machine
+	$(BIN)/polystill run examples/quickstart/config.yaml
+
+lint: setup ## ruff, ruff format, pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+lock: ## resolve requirements/cpu.lock and cuda.lock anew
+	@if [ -z "$(ANY_PYTHON)" ]; then echo "set-up: Python 3.11 is needed; install it." >&2; exit 1; fi
+	@$(ANY_PYTHON) requirements/setup.py --lock --python "$(PYTHON)"
+
+clean: ## remove .venv and tool caches; runs and caches of results stay
+	rm -rf .venv .setup.lock .pytest_cache .ruff_cache .hypothesis build polystill.egg-info

@@ -1,0 +1,1 @@
+"""The command line, the stages as Ray jobs, and the cluster that they run on."""

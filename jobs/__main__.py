@@ -1,0 +1,196 @@
+"""The command line: `polystill …`, the same as `python -m jobs …` from the repository's root."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+_ROOTS = {
+    Path(spec.origin).resolve().parents[1]
+    if (spec := importlib.util.find_spec(name)) and spec.origin
+    else None
+    for name in ("pipeline", "teachers", "students", "jobs")
+}
+if len(_ROOTS) != 1 or None in _ROOTS:
+    sys.exit(
+        f"polystill: its packages come from different places ({_ROOTS}); run it from its own "
+        "environment or root."
+    )
+
+import argparse  # noqa: E402
+
+from pipeline.config import Config  # noqa: E402
+from pipeline.errors import ConfigError, DistillationError  # noqa: E402
+from pipeline.loading import dump_config, load_config  # noqa: E402
+
+STAGES = ("prepare", "synthesize", "score", "train", "export", "evaluate")
+INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 1 for an error a user can act on, 2 for a wrong
+    command line.
+    """
+    options = _parse(arguments)
+    try:
+        options.action(options)
+    except DistillationError as error:
+        print(f"polystill: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("polystill: interrupted; run the same command again to go on", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Parses; overrides may also stand behind options, where argparse does not look for them."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    misplaced = [text for text in rest if text.startswith("-") or "overrides" not in options]
+    if misplaced:
+        parser.error(f"unrecognized arguments: {' '.join(misplaced)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="polystill", description="Distil several large language models into one."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = _command(commands, "run", _run, "run all stages as Ray jobs, doing only what is missing")
+    _config_arguments(run)
+    run.add_argument(
+        "--address",
+        metavar="URL",
+        help="job server of a cluster; without it a local head is started",
+    )
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved config and the plan, start nothing",
+    )
+    run.add_argument(
+        "--detach", action="store_true", help="leave the run to the cluster; needs --address"
+    )
+
+    submit = _command(commands, "submit", _submit, "submit one stage and follow it")
+    submit.add_argument("stage", choices=STAGES)
+    _config_arguments(submit)
+    submit.add_argument("--address", metavar="URL", required=True)
+    submit.add_argument("--detach", action="store_true", help="do not follow it")
+
+    status = _command(commands, "status", _status, "list the jobs of a cluster")
+    status.add_argument("--address", metavar="URL", required=True)
+    status.add_argument("--run", metavar="NAME", help="of one run only")
+
+    for name, action, text in (
+        ("logs", _logs, "print all of a job's log"),
+        ("stop", _stop, "stop a job"),
+    ):
+        command = _command(commands, name, action, text)
+        command.add_argument("submission_id")
+        command.add_argument("--address", metavar="URL", required=True)
+
+    stage = _command(
+        commands, "stage", _stage, "run one stage in this process; what a stage's Ray job does"
+    )
+    stage.add_argument("stage", choices=STAGES)
+    _config_arguments(stage)
+    return parser
+
+
+def _command(commands, name: str, action, text: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(action=action)
+    return parser
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="dotted overrides, e.g. training.steps=100",
+    )
+
+
+def _load(options: argparse.Namespace) -> Config:
+    return load_config(options.config, options.overrides)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _run(options: argparse.Namespace) -> None:
+    config = _load(options)
+    if options.dry_run:
+        from jobs.dry_run import describe
+
+        _say(dump_config(config))
+        _say(describe(config))
+        return
+    from jobs import distill, submit
+
+    if not options.detach:
+        address = (
+            submit.job_server_address_inside_job()
+            if options.address == "inside-job"
+            else options.address
+        )
+        distill.run(config, address, _say)
+        return
+    if options.address is None:
+        raise ConfigError("--detach leaves the run to a cluster, so it needs --address")
+    distill.check_shared_paths(config)
+    identifier = distill.submit(
+        submit.connect(options.address), config, distill.DETACHED, "run --address inside-job"
+    )
+    _say(f"submitted {identifier}")
+    _say(f"follow it with: polystill logs {identifier} --address {options.address}")
+
+
+def _submit(options: argparse.Namespace) -> None:
+    from jobs import distill, submit
+
+    config = _load(options)
+    distill.check_shared_paths(config)
+    client = submit.connect(options.address)
+    if options.detach:
+        _say(f"submitted {distill.submit(client, config, options.stage, f'stage {options.stage}')}")
+    else:
+        distill.run_stage(client, options.address, config, options.stage, _say)
+
+
+def _status(options: argparse.Namespace) -> None:
+    from jobs.submit import connect, describe_jobs
+
+    _say(describe_jobs(connect(options.address), options.run))
+
+
+def _logs(options: argparse.Namespace) -> None:
+    from jobs.submit import connect, job_logs
+
+    _say(job_logs(connect(options.address), options.submission_id))
+
+
+def _stop(options: argparse.Namespace) -> None:
+    from jobs.submit import connect, stop_job
+
+    _say(f"{options.submission_id}: {stop_job(connect(options.address), options.submission_id)}")
+
+
+def _stage(options: argparse.Namespace) -> None:
+    from jobs.stages import run_stage
+
+    run_stage(options.stage, _load(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""Opens a cluster's job server: the address, the token, one clear error for each way to fail."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import requests
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobSubmissionClient
+
+from pipeline.errors import ClusterError
+
+CONNECT_SECONDS, ANSWER_SECONDS = 5, 60
+# Ray prefers these to an address that its caller passes.
+ADDRESS_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+# They tell of every upload and every closed connection.
+CHATTY_LOGGERS = (
+    "ray.dashboard.modules.job.sdk",
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray._private.runtime_env.packaging",
+)
+HOW_TO_AUTHENTICATE = (
+    "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's token or RAY_AUTH_TOKEN_PATH to "
+    "a file that holds it."
+)
+
+
+class _Client(JobSubmissionClient):
+    """Ray's client without endless waiting: its requests have no time limit of their own."""
+
+    def _do_request(self, *args: Any, **kwargs: Any) -> requests.Response:
+        return super()._do_request(*args, timeout=(CONNECT_SECONDS, ANSWER_SECONDS), **kwargs)
+
+
+def connect(address: str) -> JobSubmissionClient:
+    """Opens a client for the job server at `address`, with the token that the environment names.
+
+    `address` wins over RAY_ADDRESS and RAY_API_SERVER_ADDRESS, which Ray's own client prefers.
+
+    Raises:
+        ClusterError: the address is no URL, nothing or something else answers there (known within
+            10 seconds), or the token is missing or wrong.
+    """
+    if not address.startswith(("http://", "https://")):
+        raise ClusterError(
+            f"The address {address!r} is not the URL of a job server, such as "
+            "http://head-node:8265."
+        )
+    address = address.rstrip("/")
+    headers = _authorization()
+    try:
+        answer = requests.get(f"{address}/api/version", headers=headers, timeout=CONNECT_SECONDS)
+    except requests.RequestException as error:
+        raise ClusterError(
+            f"No Ray job server can be reached at {address} ({type(error).__name__}). Is the "
+            "cluster up, is this its dashboard's port (8265 by default), is a tunnel or a proxy in "
+            "between?"
+        ) from error
+    # A proxy refuses with the same codes, but does not speak of tokens.
+    about_token = "authentication token" in answer.text
+    if about_token and answer.status_code == requests.codes.unauthorized:
+        raise ClusterError(
+            f"The cluster at {address} asks for a token and none was sent. {HOW_TO_AUTHENTICATE}"
+        )
+    if about_token and answer.status_code == requests.codes.forbidden:
+        raise ClusterError(
+            f"The cluster at {address} does not accept this token. {HOW_TO_AUTHENTICATE}"
+        )
+    if not answer.ok or "ray_version" not in answer.text:
+        raise ClusterError(
+            f"{address} answers with HTTP {answer.status_code}, but not as a Ray job server does: "
+            f"{answer.text[:200]!r}. If a proxy answers, add the host to NO_PROXY."
+        )
+    for name in CHATTY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with _without_address_variables(), cluster_errors(f"Cannot connect to {address}"):
+        return _Client(address, headers=headers)
+
+
+def _authorization() -> dict[str, str]:
+    """The header for the environment's token; Ray's own lookup is remembered for the process."""
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        return {}
+    token = os.environ.get("RAY_AUTH_TOKEN", "").strip()
+    if not token:
+        path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+        if not path.is_file():
+            raise ClusterError(
+                f"RAY_AUTH_MODE is token, but there is no token ({path} is missing). "
+                f"{HOW_TO_AUTHENTICATE}"
+            )
+        token = path.read_text(encoding="utf-8").strip()
+    return {"Authorization": f"Bearer {token}"}
+
+
+@contextmanager
+def _without_address_variables() -> Iterator[None]:
+    before = {name: os.environ.pop(name) for name in ADDRESS_VARIABLES if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
+@contextmanager
+def cluster_errors(what: str) -> Iterator[None]:
+    """Turns what Ray's client raises into one ClusterError."""
+    try:
+        yield
+    except AuthenticationError as error:
+        raise ClusterError(
+            f"{what}: the cluster refused the token. {HOW_TO_AUTHENTICATE}"
+        ) from error
+    except (RuntimeError, OSError) as error:  # requests' errors are OSErrors
+        raise ClusterError(f"{what}: {error}") from error
+
+
+def job_server_address_inside_job() -> str:
+    """Finds the URL of the job server from inside a Ray job.
+
+    A job's RAY_ADDRESS is the address of the cluster's control store, which knows the job server;
+    the token comes with the environment that the job inherits from its node.
+
+    Raises:
+        ClusterError: this process is no Ray job, or the cluster cannot be asked.
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        raise ClusterError(
+            "RAY_ADDRESS is not set: this process does not run inside a Ray job. Give --address."
+        )
+    with cluster_errors("The job server of this job's cluster cannot be reached"):
+        return JobSubmissionClient().get_address()

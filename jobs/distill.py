@@ -1,0 +1,172 @@
+"""The whole run, in order: every stage a Ray job, followed to its end, stopped at the first
+failure.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+import jobs
+from jobs.follow import PREAMBLE, failure_message, follow
+from jobs.local_head import local_head
+from jobs.plan import STAGES, StagePlan, layout_of, make_plan
+from jobs.submit import build_upload, connect, job_logs, submit_stage
+from pipeline import storage
+from pipeline.config import Config, Resources
+from pipeline.errors import ClusterError, ConfigError
+from pipeline.fingerprint import digest_json
+from pipeline.loading import dump_config, local_paths
+
+PACKAGES_ROOT = Path(jobs.__file__).resolve().parent.parent
+LOCAL_CUSTOM_RESOURCE = 1000.0
+DETACHED = "run"
+
+Say = Callable[[str], object]
+
+
+def run(config: Config, address: str | None, say: Say) -> None:
+    """Runs every stage that has something to do, on a cluster or on a head of its own.
+
+    Raises:
+        DistillationError: a stage failed, the cluster cannot be reached, or the config cannot be
+            honoured.
+    """
+    say(f"run {config.name}: {' -> '.join(STAGES)}")
+    if address is not None:
+        check_shared_paths(config)
+    plans = make_plan(config) if _visible(config) else []
+    if plans and not any(plan.todo for plan in plans):
+        say("nothing to do: every stage is complete")
+        say(where(config))
+        return
+    with cluster(config, address) as url:
+        client = connect(url)
+        for number, stage in enumerate(STAGES, start=1):
+            say_stage = _prefixed(say, f"[{number}/{len(STAGES)} {stage}]")
+            plan = _plan_of(config, stage)
+            if plan is not None and plan.todo == 0:
+                say_stage(f"up to date ({plan.summary})")
+                continue
+            started = time.monotonic()
+            run_stage(client, address, config, stage, say_stage)
+            say_stage(f"done in {time.monotonic() - started:.0f} s")
+    say(where(config))
+
+
+def run_stage(
+    client: JobSubmissionClient, address: str | None, config: Config, stage: str, say: Say
+) -> None:
+    """Submits one stage, or attaches to it where it already runs, and follows it to its end.
+
+    Args:
+        address: of the cluster; None for a local head, whose logs are kept with the run's outputs.
+
+    Raises:
+        ClusterError: the job failed or was stopped; the message has its last lines.
+    """
+    identifier = submit(client, config, stage, f"stage {stage}")
+    say(f"job {identifier}")
+    status = follow(client, identifier, lambda line: PREAMBLE.match(line) or say(line))
+    if address is None:
+        kept = storage.join(layout_of(config).run_folder, "logs", f"{identifier}.log")
+        storage.write_bytes(kept, job_logs(client, identifier).encode())
+        show_all = f"less {kept}"
+    else:
+        show_all = f"polystill logs {identifier} --address {address}"
+    if status != JobStatus.SUCCEEDED:
+        raise ClusterError(failure_message(client, identifier, show_all))
+
+
+def submit(client: JobSubmissionClient, config: Config, stage: str, command: str) -> str:
+    """Uploads packages and config, submits `python -m jobs <command> config.yaml`; returns the
+    submission id.
+    """
+    # The orchestration of a detached run asks for nothing, which keeps it beside the job server on
+    # the head node.
+    resources = Resources(num_cpus=0) if stage == DETACHED else config.cluster.job_resources
+    with tempfile.TemporaryDirectory(prefix="polystill-upload-") as folder:
+        upload = build_upload(PACKAGES_ROOT, dump_config(config), Path(folder))
+        return submit_stage(
+            client,
+            run=config.name,
+            stage=stage,
+            digest=digest_json(config.model_dump(mode="json"))[:12],
+            entrypoint=f"python -u -m jobs {command} config.yaml",
+            working_dir=upload,
+            env_vars=stage_environment(config),
+            num_cpus=resources.num_cpus,
+            num_gpus=resources.num_gpus,
+            custom_resources=resources.custom,
+        )
+
+
+def stage_environment(config: Config) -> dict[str, str]:
+    """The environment of all stages; what the config names wins."""
+    return {"TOKENIZERS_PARALLELISM": "false", "RAY_DEDUP_LOGS": "0", **config.cluster.env_vars}
+
+
+def check_shared_paths(config: Config) -> None:
+    """Refuses local paths that the nodes of a remote cluster cannot see.
+
+    Raises:
+        ConfigError: a local path lies outside `storage.shared_roots`.
+    """
+    roots = [root.rstrip("/") + "/" for root in config.storage.shared_roots]
+    for key, path in local_paths(config).items():
+        if not any(f"{path}/".startswith(root) for root in roots):
+            raise ConfigError(
+                f"{key} is the local path {path}, which a cluster's nodes may not see; use a URI "
+                "such as s3://…, or "
+                "name a folder above it that every node mounts in storage.shared_roots"
+            )
+
+
+def where(config: Config) -> str:
+    """Where the results of a run lie, one a line."""
+    layout = layout_of(config)
+    places = {
+        "report": layout.report_html,
+        "figures": layout.report_json,
+        "caches": storage.join(layout.root, "caches"),
+        "student": layout.export_folder("student"),
+        "metrics": storage.join(layout.training_folder("student"), "metrics.jsonl"),
+    }
+    return "\n".join(f"{name + ':':9} {path}" for name, path in places.items())
+
+
+@contextmanager
+def cluster(config: Config, address: str | None) -> Iterator[str]:
+    """The job server to use: the one at `address`, or that of a local head which lives as long as
+    the context.
+    """
+    if address is not None:
+        yield address
+        return
+    asked = [teacher.resources for teacher in config.teachers.values()]
+    asked += [config.training.resources, config.evaluation.resources, config.cluster.job_resources]
+    custom = {name: LOCAL_CUSTOM_RESOURCE for resources in asked for name in resources.custom}
+    with local_head(config.cluster.local_num_cpus, config.cluster.local_num_gpus, custom) as head:
+        yield head.address
+
+
+def _visible(config: Config) -> bool:
+    """Whether this machine sees the run's storage, so that a finished stage needs no job to find
+    that out.
+    """
+    return "://" not in config.storage.root
+
+
+def _plan_of(config: Config, stage: str) -> StagePlan | None:
+    if not _visible(config):
+        return None
+    return next(plan for plan in make_plan(config) if plan.stage == stage)
+
+
+def _prefixed(say: Say, prefix: str) -> Say:
+    return lambda line: say(f"{prefix} {line}")

@@ -1,0 +1,45 @@
+"""What a run would do: the plan of each stage, the resources it asks for, and the bytes its caches
+take.
+"""
+
+from __future__ import annotations
+
+from jobs.plan import layout_of, make_plan, stale_caches
+from pipeline.config import Config, Resources
+from pipeline.prepared import load_prepared
+
+
+def describe(config: Config) -> str:
+    """The plan as lines for people; starts nothing.
+
+    Raises:
+        PromptError: the prompts are bad.
+    """
+    lines = ["# plan"]
+    for plan in make_plan(config):
+        lines.append(f"{plan.stage:11} {'cached' if plan.todo == 0 else 'to do':7} {plan.summary}")
+    layout = layout_of(config)
+    prepared = load_prepared(config, layout)
+    if prepared is not None:
+        lines += [f"stale       {line}" for line in stale_caches(layout, prepared)]
+    lines += ["# resources", *_resources(config)]
+    return "\n".join(lines)
+
+
+def _resources(config: Config) -> list[str]:
+    lines = [
+        f"teacher {name}: {teacher.replicas} x {_text(teacher.resources)}"
+        for name, teacher in config.teachers.items()
+    ]
+    lines.append(f"student: {config.training.workers} x {_text(config.training.resources)}")
+    lines.append(f"evaluation: {_text(config.evaluation.resources)}")
+    lines.append(f"each stage's job: {_text(config.cluster.job_resources)}")
+    return lines
+
+
+def _text(resources: Resources) -> str:
+    parts = [f"{resources.num_cpus:g} CPU"]
+    if resources.num_gpus:
+        parts.append(f"{resources.num_gpus:g} GPU")
+    parts += [f"{amount:g} {name}" for name, amount in resources.custom.items()]
+    return " + ".join(parts)

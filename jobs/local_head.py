@@ -1,0 +1,260 @@
+"""A private Ray head for one command: started when a run names no cluster, gone with the command.
+
+Token authentication is on with a token made for this head alone, the dashboard (which is the job
+server) listens on loopback, and every port is a free one, so other Ray clusters on the machine
+neither see it nor are touched by it.
+"""
+
+import json
+import os
+import random
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import requests
+
+from pipeline.errors import ClusterError
+
+# Below the range that systems hand out by themselves and above the one where Ray puts workers by
+# default.
+PORTS = range(20_000, 32_000)
+# Ray appends about 64 characters of session and socket name; a Unix socket's path has at most 107
+# (103 on macOS).
+MAX_FOLDER_CHARACTERS = 38
+# Settings of another cluster: with them the head would join or answer for that one.
+FOREIGN_SETTINGS = (
+    "RAY_ADDRESS",
+    "RAY_API_SERVER_ADDRESS",
+    "RAY_AUTH_TOKEN_PATH",
+    "RAY_JOB_CONFIG_JSON_ENV_VAR",
+    "RAY_REDIS_ADDRESS",
+    "RAY_TMPDIR",
+)
+GUARDIAN = Path(__file__).with_name("head_guardian.py")
+
+
+@dataclass(frozen=True)
+class LocalHead:
+    """A running head: its job server's URL, the host:port for `ray.init`, its token and folder."""
+
+    address: str
+    gcs_address: str
+    token: str = field(repr=False)
+    folder: Path
+
+
+@contextmanager
+def local_head(
+    num_cpus: int,
+    num_gpus: int | None,
+    custom_resources: dict[str, float],
+    temp_dir: Path | None = None,
+    start_timeout_seconds: float = 120.0,
+) -> Iterator[LocalHead]:
+    """Starts a Ray head; stops it and all that it started on leaving or if this process is killed.
+
+    Within the context the environment of this process points Ray's clients to the head
+    (`RAY_AUTH_MODE`, `RAY_AUTH_TOKEN`, loopback excepted from proxies); it is restored afterwards.
+
+    Args:
+        num_cpus: logical CPUs of the head.
+        num_gpus: logical GPUs; None lets Ray count them.
+        custom_resources: further resources by name.
+        temp_dir: where to make the head's own folder (sockets, logs, spilled objects); None means
+            the system's.
+        start_timeout_seconds: how long the job server may take to answer.
+
+    Raises:
+        ClusterError: the folder's path is too long, or the head did not start; with the last lines
+            of its log.
+    """
+    folder = _private_folder(temp_dir)
+    token = secrets.token_hex(32)
+    dashboard_port, client_port = _free_ports(2)
+    address = f"http://127.0.0.1:{dashboard_port}"
+    environment = {**_client_environment(token), "PATH": _path_with_this_python()}
+    command = _ray_start(folder, dashboard_port, client_port, num_cpus, num_gpus, custom_resources)
+    with (folder / "head.log").open("wb") as log:
+        guardian = subprocess.Popen(
+            [sys.executable, "-P", str(GUARDIAN), str(folder), *command],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            env=_without_foreign_settings() | environment,
+            start_new_session=True,
+        )
+    try:
+        gcs_address = _wait_until_ready(guardian, folder, address, token, start_timeout_seconds)
+        with _environment(_client_environment(token)):
+            yield LocalHead(address, gcs_address, token, folder)
+    finally:
+        _stop(guardian, folder)
+
+
+def _private_folder(parent: Path | None) -> Path:
+    """Makes the head's own folder; 0700, as `mkdtemp` makes it."""
+    folder = Path(tempfile.mkdtemp(prefix="ps-", dir=parent)).resolve()
+    if len(str(folder)) > MAX_FOLDER_CHARACTERS and parent is None:
+        folder.rmdir()
+        folder = Path(tempfile.mkdtemp(prefix="ps-", dir="/tmp")).resolve()
+    if len(str(folder)) > MAX_FOLDER_CHARACTERS:
+        folder.rmdir()
+        raise ClusterError(
+            f"The folder {folder} is too long for Ray's Unix sockets: {len(str(folder))} "
+            f"characters, at most {MAX_FOLDER_CHARACTERS}. Choose a shorter temporary folder."
+        )
+    return folder
+
+
+def _free_ports(count: int) -> list[int]:
+    """Finds ports that nothing listens on, on any interface."""
+    free = []
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+        free.append(port)
+        if len(free) == count:
+            return free
+    raise ClusterError(f"No free port between {PORTS.start} and {PORTS.stop}.")
+
+
+def _ray_start(
+    folder: Path,
+    dashboard_port: int,
+    client_port: int,
+    num_cpus: int,
+    num_gpus: int | None,
+    custom_resources: dict[str, float],
+) -> list[str]:
+    """The command that starts the head; port 0 lets each part of Ray take a free one itself."""
+    any_port = [
+        f"--{name}=0"
+        for name in (
+            "port",
+            "node-manager-port",
+            "object-manager-port",
+            "min-worker-port",
+            "max-worker-port",
+            "dashboard-agent-listen-port",
+            "dashboard-agent-grpc-port",
+            "runtime-env-agent-port",
+            "metrics-export-port",
+        )
+    ]
+    return [
+        *(sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--head", "--block"),
+        *any_port,
+        "--include-dashboard=true",
+        "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={dashboard_port}",
+        f"--ray-client-server-port={client_port}",
+        f"--temp-dir={folder}",
+        f"--num-cpus={num_cpus}",
+        *([] if num_gpus is None else [f"--num-gpus={num_gpus}"]),
+        f"--resources={json.dumps(custom_resources)}",
+        "--disable-usage-stats",
+        "--log-style=record",
+        "--log-color=false",
+    ]
+
+
+def _client_environment(token: str) -> dict[str, str]:
+    """What Ray's clients need; both spellings of the exception, since libraries read either."""
+    exceptions = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    loopback = ",".join(filter(None, [exceptions, "127.0.0.1", "localhost"]))
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "NO_PROXY": loopback,
+        "no_proxy": loopback,
+    }
+
+
+def _path_with_this_python() -> str:
+    """A job's `python` must be this one, also when its environment was never activated."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+
+def _without_foreign_settings() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in FOREIGN_SETTINGS}
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Sets variables of this process, drops those of other clusters, and restores all of them."""
+    names = [*values, *FOREIGN_SETTINGS]
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    for name in FOREIGN_SETTINGS:
+        os.environ.pop(name, None)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+
+
+def _wait_until_ready(
+    guardian: subprocess.Popen[bytes],
+    folder: Path,
+    address: str,
+    token: str,
+    timeout_seconds: float,
+) -> str:
+    """Waits until the node is complete and its job server answers; returns the GCS address."""
+    # Ray writes this file last, and a job reads the cluster's address from it.
+    address_file = folder / "ray_current_cluster"
+    deadline = time.monotonic() + timeout_seconds
+    with requests.Session() as session:
+        session.trust_env = False  # no proxy, no netrc: this is loopback
+        while time.monotonic() < deadline:
+            if guardian.poll() is not None:
+                raise ClusterError(f"The local Ray head did not start:\n{_last_lines(folder)}")
+            if address_file.exists():
+                try:
+                    answer = session.get(
+                        f"{address}/api/version",
+                        headers={"Authorization": f"Bearer {token}"},
+                        timeout=5,
+                    )
+                except requests.RequestException:
+                    answer = None
+                if answer is not None and answer.ok:
+                    return address_file.read_text().strip()
+            time.sleep(0.1)
+    raise ClusterError(
+        f"The local Ray head was not ready after {timeout_seconds:.0f} seconds:\n"
+        f"{_last_lines(folder)}"
+    )
+
+
+def _last_lines(folder: Path, count: int = 15) -> str:
+    lines = (folder / "head.log").read_text(errors="replace").splitlines()
+    return "\n".join(f"  {line}" for line in lines[-count:])
+
+
+def _stop(guardian: subprocess.Popen[bytes], folder: Path) -> None:
+    """Lets the guardian stop the head; it does so as soon as its standard input is closed."""
+    assert guardian.stdin is not None
+    guardian.stdin.close()
+    try:
+        guardian.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        guardian.kill()
+        guardian.wait()
+    shutil.rmtree(folder, ignore_errors=True)

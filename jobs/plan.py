@@ -1,0 +1,202 @@
+"""What each stage of a run still has to do, from what lies in storage. Starts nothing and imports
+no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline import storage
+from pipeline.cache import SCHEMA_VERSION
+from pipeline.cache_index import load_index, missing_sequences, totals
+from pipeline.config import Config
+from pipeline.datasets import DatasetEntry, read_dataset
+from pipeline.fingerprint import differences, digest_json
+from pipeline.layout import Layout
+from pipeline.prepared import Prepared, load_prepared
+from pipeline.prompts import load_prompts, read_prompts
+from pipeline.recipes import DATASET_GENERATOR, training_identity
+from pipeline.synthesis_index import new_prompts
+
+STAGES = ("prepare", "synthesize", "score", "train", "export", "evaluate")
+# Bytes of a cache row's per-position arrays, and of one entry (two id planes and a log-
+# probability), before zstd.
+POSITION_BYTES, ENTRY_BYTES = 7, 5
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage has done and has to do, in words; `todo` is 0 when it is complete."""
+
+    stage: str
+    todo: int
+    summary: str
+
+
+def layout_of(config: Config) -> Layout:
+    """The paths of a run."""
+    return Layout(config.storage.root, config.name, config.storage.models_root)
+
+
+def students_of(config: Config) -> list[str]:
+    """The students that the train stage makes."""
+    return ["student", "twin"] if config.evaluation.twin else ["student"]
+
+
+def make_plan(config: Config) -> list[StagePlan]:
+    """The plan of every stage, in order.
+
+    Raises:
+        PromptError: the prompts have to be read and are bad.
+        StorageError: something in storage cannot be read.
+    """
+    layout = layout_of(config)
+    prepared = load_prepared(config, layout)
+    if prepared is None or not storage.exists(layout.prompts(prepared.prompts)):
+        return _plan_of_a_new_run(config)
+    plans = [StagePlan("prepare", 0, _counts(prepared.prompt_counts))]
+    prompts = load_prompts(layout, prepared.prompts)
+    unanswered = {
+        generator: len(
+            new_prompts(
+                layout, digest, [p for p in prompts if answers(config, generator, p.domain)]
+            )
+        )
+        for generator, digest in prepared.synthesis_digests.items()
+    }
+    digest = dataset_of(layout, prepared)
+    todo = sum(unanswered.values()) or int(digest is None)
+    plans.append(StagePlan("synthesize", todo, f"prompts to answer: {_counts(unanswered)}"))
+    if todo or digest is None:
+        return plans + [StagePlan(stage, 1, "after synthesize") for stage in STAGES[2:]]
+    plans.append(plan_score(layout, prepared, read_dataset(layout, digest)))
+    for stage in STAGES[3:]:
+        key = stage_key(config, layout, prepared, stage)
+        done = not plans[-1].todo and read_record(layout, stage).get("key") == key
+        done = done and all(storage.exists(path) for path in _outputs(config, layout, stage))
+        plans.append(StagePlan(stage, 0 if done else 1, "complete" if done else "to do"))
+    return plans
+
+
+def answers(config: Config, generator: str, domain: str) -> bool:
+    """Whether a generator answers prompts of a domain."""
+    return (
+        config.synthesis.generator != "domain_teacher"
+        or domain in config.teachers[generator].domains
+    )
+
+
+def plan_score(layout: Layout, prepared: Prepared, entries: Sequence[DatasetEntry]) -> StagePlan:
+    """The plan of the score stage: sequences without a row, by teacher."""
+    missing = {
+        name: len(missing_sequences(entries, cache))
+        for name, cache in prepared.caches(layout).items()
+    }
+    return StagePlan(
+        "score", sum(missing.values()), f"of {len(entries)} sequences to score: {_counts(missing)}"
+    )
+
+
+def stage_key(config: Config, layout: Layout, prepared: Prepared, stage: str) -> str:
+    """Hash of what decides the outcome of train, export or evaluate; its record is valid while the
+    key is the same.
+    """
+    digest = dataset_of(layout, prepared)
+    assert digest is not None, "the dataset is made before any stage that needs it"
+    caches = prepared.caches(layout)
+    parts: list[Any] = [
+        training_identity(config, label, digest, caches) for label in students_of(config)
+    ]
+    if stage in ("export", "evaluate"):
+        parts.append(prepared.key)
+    if stage == "evaluate":
+        costs = {name: teacher.cost_per_hour for name, teacher in config.teachers.items()}
+        parts += [config.evaluation.model_dump(mode="json"), costs, config.student.cost_per_hour]
+    return digest_json([stage, *parts])
+
+
+def read_record(layout: Layout, stage: str) -> dict[str, Any]:
+    """The record of a stage; empty when it has never finished."""
+    path = layout.stage_record(stage)
+    return storage.read_json(path) if storage.exists(path) else {}
+
+
+def synthesis_key(prepared: Prepared) -> str:
+    """Hash of what decides the dataset: the prompts and the recipes of their answers."""
+    return digest_json([prepared.prompts, prepared.synthesis_digests])
+
+
+def dataset_of(layout: Layout, prepared: Prepared) -> str | None:
+    """The digest of the run's dataset, or None before synthesize has finished for these prompts and
+    recipes.
+    """
+    record = read_record(layout, "synthesize")
+    if record.get("key") != synthesis_key(prepared) or not storage.exists(
+        layout.dataset(record["dataset"])
+    ):
+        return None
+    return record["dataset"]
+
+
+def stale_caches(layout: Layout, prepared: Prepared) -> list[str]:
+    """What differs in the caches that the teachers have under other recipes, one line each."""
+    lines = []
+    for teacher, recipe in prepared.scoring_recipes.items():
+        current = prepared.cache(layout, teacher).folder.rsplit("/", 1)[-1]
+        if storage.exists(prepared.cache(layout, teacher).manifest):
+            continue
+        for folder in storage.list_folders(storage.join(layout.root, "caches")):
+            manifest = storage.join(layout.root, "caches", folder, "manifest.json")
+            if (
+                folder.rpartition("-")[0] != teacher
+                or folder == current
+                or not storage.exists(manifest)
+            ):
+                continue
+            changes = differences(storage.read_json(manifest)["recipe"], recipe)
+            lines.append(
+                f"{teacher}: cache {folder} was made with another recipe: {'; '.join(changes)}"
+            )
+    return lines
+
+
+def _outputs(config: Config, layout: Layout, stage: str) -> list[str]:
+    if stage == "evaluate":
+        return [layout.report_json, layout.report_html]
+    if stage == "export":
+        return [storage.join(layout.export_folder(s), "config.json") for s in students_of(config)]
+    return [storage.join(layout.training_folder(s), "training.json") for s in students_of(config)]
+
+
+def _plan_of_a_new_run(config: Config) -> list[StagePlan]:
+    prompts, counts = read_prompts(config.prompts)
+    generators = {"domain_teacher": 1, "dataset": 1, "every_teacher": len(config.teachers)}
+    given = config.synthesis.generator == DATASET_GENERATOR
+    samples = 1 if given else config.synthesis.samples_per_prompt
+    answers = len(prompts) * generators[config.synthesis.generator] * samples
+    longest = config.synthesis.sampling.get("max_tokens")
+    size = f"{answers} sequences for each of {len(config.teachers)} teachers"
+    if longest and not given:
+        entries = config.scoring.selection.max_entries
+        most = answers * longest * (POSITION_BYTES + ENTRY_BYTES * entries) * len(config.teachers)
+        size += (
+            f"; caches at most {most / 2**20:,.1f} MiB before compression (schema {SCHEMA_VERSION})"
+        )
+    summaries = {
+        "prepare": _counts(counts),
+        "synthesize": f"{answers} answers by {config.synthesis.generator}",
+        "score": size,
+        "train": f"{config.training.steps} steps of {', '.join(students_of(config))}",
+    }
+    return [StagePlan(stage, 1, summaries.get(stage, "to do")) for stage in STAGES]
+
+
+def cache_totals(layout: Layout, prepared: Prepared) -> dict[str, dict[str, float]]:
+    """Size and quality of each teacher's cache."""
+    return {name: totals(load_index(cache)) for name, cache in prepared.caches(layout).items()}
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())

@@ -1,0 +1,148 @@
+"""The first stage: reads the prompts, checks models and vocabularies, fixes every recipe. Takes no
+accelerator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from transformers import AutoConfig
+
+from jobs.plan import layout_of
+from pipeline.config import ByDomainWeights, Config, StudentConfig, TeacherConfig
+from pipeline.errors import ConfigError
+from pipeline.prepared import Prepared, preparation_key, save_prepared
+from pipeline.prompts import read_prompts, write_prompts
+from pipeline.recipes import DATASET_GENERATOR, dataset_recipe, scoring_recipe, synthesis_recipe
+from pipeline.records import Prompt
+from teachers.identity import check_model, model_identity
+from teachers.vllm_teacher import check_engine_arguments, check_sampling_parameters
+from teachers.vocabulary import check_vocabularies, load_tokenizer, prompt_ids
+
+
+def prepare(config: Config) -> Prepared:
+    """Checks everything that can be checked without an engine, and writes `prepared.json`.
+
+    Raises:
+        PromptError, ConfigError, VocabularyMismatchError: what is wrong, before any hardware is
+            taken.
+    """
+    layout = layout_of(config)
+    _check_upstream_options(config)
+    prompts, counts = read_prompts(config.prompts)
+    _check_prompts(config, prompts)
+    for model in [*config.teachers.values(), config.student]:
+        check_model(model)
+    tokenizer_digest = check_vocabularies(config, prompts)
+    _check_vocabulary_sizes(config)
+    identities = {
+        name: model_identity(teacher, layout) for name, teacher in config.teachers.items()
+    }
+    tokenizer = load_tokenizer(config.student)
+    prepared = Prepared(
+        key=preparation_key(config),
+        prompts=write_prompts(layout, prompts),
+        prompt_counts=counts,
+        longest_prompt=max(len(prompt_ids(tokenizer, prompt)) for prompt in prompts),
+        tokenizer_hash=tokenizer_digest,
+        eos_token_id=tokenizer.eos_token_id,
+        scoring_recipes={
+            name: scoring_recipe(config, name, identity, tokenizer_digest)
+            for name, identity in identities.items()
+        },
+        synthesis_recipes={DATASET_GENERATOR: dataset_recipe(config, tokenizer_digest)}
+        if config.synthesis.generator == DATASET_GENERATOR
+        else {
+            name: synthesis_recipe(config, name, identity, tokenizer_digest)
+            for name, identity in identities.items()
+            if config.synthesis.generator == "every_teacher" or config.teachers[name].domains
+        },
+    )
+    save_prepared(layout, prepared)
+    return prepared
+
+
+def _check_upstream_options(config: Config) -> None:
+    checks = {
+        f"teachers.{name}": partial(
+            check_engine_arguments, teacher.vllm, config.scoring.num_logprobs
+        )
+        for name, teacher in config.teachers.items()
+    }
+    checks["student"] = partial(check_engine_arguments, config.student.vllm)
+    checks["evaluation"] = partial(check_sampling_parameters, config.evaluation.sampling)
+    if config.synthesis.generator != DATASET_GENERATOR:
+        checks["synthesis"] = partial(
+            check_sampling_parameters,
+            config.synthesis.sampling,
+            config.synthesis.samples_per_prompt,
+        )
+    most = config.synthesis.max_sequence_tokens
+    for place, sampling in (
+        ("synthesis", config.synthesis.sampling),
+        ("evaluation", config.evaluation.sampling),
+    ):
+        if most is not None and most <= sampling.get("max_tokens", 0):
+            raise ConfigError(
+                f"{place}.sampling.max_tokens ({sampling['max_tokens']}) leaves no room for a "
+                "prompt "
+                f"in synthesis.max_sequence_tokens ({most})"
+            )
+    for place, check in checks.items():
+        try:
+            check()
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from error
+
+
+def _check_prompts(config: Config, prompts: Sequence[Prompt]) -> None:
+    domains = {prompt.domain for prompt in prompts}
+    splits = {prompt.split for prompt in prompts}
+    for split in ("train", "holdout"):
+        if split not in splits:
+            raise ConfigError(
+                f"no prompt is in the {split} split; give a source `split: {split}` or set "
+                "prompts.holdout_fraction"
+            )
+    weights = config.combine.weights
+    if isinstance(weights, ByDomainWeights) and (unnamed := domains - weights.domains.keys()):
+        raise ConfigError(f"combine.weights.domains has no weights for {sorted(unnamed)}")
+    if config.synthesis.generator == "domain_teacher":
+        owned = {domain for teacher in config.teachers.values() for domain in teacher.domains}
+        if unowned := domains - owned:
+            raise ConfigError(
+                f"generator domain_teacher: no teacher names {sorted(unowned)} in its `domains`; "
+                "the teachers name "
+                f"{sorted(owned)}"
+            )
+    without = sum(prompt.reference is None for prompt in prompts)
+    if config.synthesis.generator == DATASET_GENERATOR and without:
+        raise ConfigError(
+            f"generator dataset takes references as answers; {without} of {len(prompts)} prompts "
+            "have none"
+        )
+    if config.prompts.checker and without == len(prompts):
+        raise ConfigError(
+            f"prompts.checker is {config.prompts.checker}, but no prompt has a reference"
+        )
+
+
+def _check_vocabulary_sizes(config: Config) -> None:
+    used = max(load_tokenizer(config.student).get_vocab().values()) + 1
+    named: list[tuple[str, TeacherConfig | StudentConfig]] = [("student", config.student)]
+    for name, model in [*named, *config.teachers.items()]:
+        loaded = AutoConfig.from_pretrained(
+            model.model, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+        size = loaded.get_text_config().vocab_size
+        if size < used:
+            raise ConfigError(
+                f"{name}: the model has {size} rows in its vocabulary, the tokenizer uses ids up "
+                f"to {used - 1}"
+            )
+        if name != "student" and size < config.scoring.num_logprobs:
+            raise ConfigError(
+                f"scoring.num_logprobs is {config.scoring.num_logprobs}, but teacher {name!r} has "
+                f"only {size} tokens"
+            )

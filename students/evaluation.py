@@ -1,0 +1,182 @@
+"""Hold-out numbers: of a student by a forward pass of its exported folder, of the teachers from their caches alone.
+
+All are averages over positions in nats, by domain and over `all`. KL is measured to the mixture of the teachers as
+in training: sum_m w_m KL(p_m || q), each teacher's kept ids apart and the rest in one bucket.
+
+Legend: M teachers of positive weight, P positions, K entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from pipeline.cache_index import CacheReader
+from pipeline.datasets import DatasetEntry
+from pipeline.records import SparseLogprobs
+from students.dataset import Example, Examples, pack, plan_micro_batches, refuse_long_sequences
+from students.losses import position_figures
+from students.model import body_hidden_states
+
+MASS_FLOOR = 1e-4
+"""A stored tail of 0 can be one that float16 rounded away: an id or a bucket outside is given at least this much."""
+ID_RANGE = 2**24
+
+
+@dataclass
+class _Sums:
+    """Sums over positions of one domain; `tokens` are positions."""
+
+    tokens: int = 0
+    loss: float = 0.0
+    kl_to_mixture: float = 0.0
+    agreement: float = 0.0
+    bounded_mass: float = 0.0
+
+    def add(self, loss: np.ndarray, kl: np.ndarray, agrees: np.ndarray, bounded: np.ndarray | None = None) -> None:
+        self.tokens += len(loss)
+        self.loss += float(loss.sum())
+        self.kl_to_mixture += float(kl.sum())
+        self.agreement += float(agrees.sum())
+        self.bounded_mass += 0.0 if bounded is None else float(bounded.sum())
+
+    def means(self, *, bounded: bool) -> dict[str, float]:
+        names = ["loss", "kl_to_mixture", "agreement"] + (["bounded_mass"] if bounded else [])
+        return {"tokens": self.tokens} | {name: getattr(self, name) / self.tokens for name in names}
+
+
+@torch.no_grad()
+def holdout_numbers(
+    model_folder: str | Path,
+    entries: Sequence[DatasetEntry],
+    examples: Examples,
+    tokens_per_micro_batch: int,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> dict[str, dict[str, float]]:
+    """A student's numbers on hold-out sequences, by domain and for `all`.
+
+    Returns:
+        For each domain `tokens`, `loss` (cross-entropy with the text), `kl_to_mixture`, and `agreement` (share of
+        positions where its most probable token is the mixture's).
+
+    Raises:
+        CacheError: the caches do not cover a sequence.
+        TrainingError: a sequence is longer than the budget.
+    """
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto", trust_remote_code=trust_remote_code)
+    model = model.to(device).eval()
+    head = model.get_output_embeddings()
+    sums: dict[str, _Sums] = {}
+    refuse_long_sequences([(entry.sequence_id, entry.num_tokens) for entry in entries], tokens_per_micro_batch)
+    for domain, members in _by_domain(entries):
+        for row in plan_micro_batches([entry.num_tokens for entry in members], tokens_per_micro_batch, 1)[0]:
+            packed = [examples[members[i]] for i in row]
+            batch = pack(packed).to(torch.device(device))
+            hidden_PH = body_hidden_states(model, batch.input_ids, batch.position_ids)[batch.logit_indices]
+            figures = position_figures(hidden_PH, head.weight, head.bias, batch.targets)
+            mixture = np.concatenate([mixture_argmax(example) for example in packed])
+            numbers = (-figures.gold_logprobs, figures.forward_kl)
+            loss, kl = (values.double().cpu().numpy() for values in numbers)
+            sums.setdefault(domain, _Sums()).add(loss, kl, figures.argmax_ids.cpu().numpy() == mixture)
+    return _with_total(sums, bounded=False)
+
+
+def teacher_holdout_numbers(
+    entries: Sequence[DatasetEntry], examples: Examples, readers: dict[str, CacheReader]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Each teacher's numbers on the sequences that it has scored, from cached numbers alone.
+
+    What a teacher gives to an id that it has not kept is unknown but bounded, see `bounded_divergence`, so
+    `kl_to_mixture` is a lower bound; `bounded_mass` is the share of the mixture's mass on such ids.
+
+    Returns:
+        By teacher and domain `tokens`, `loss`, `kl_to_mixture`, `agreement` and `bounded_mass`.
+    """
+    found = {}
+    for name, reader in readers.items():
+        sums: dict[str, _Sums] = {}
+        for domain, members in _by_domain(entries):
+            for entry in members:
+                row = reader.row(entry.sequence_id)
+                if row is None:
+                    continue
+                example = examples[entry]
+                kl_P, bounded_P = bounded_divergence(example, row)
+                first = np.concatenate([[0], np.cumsum(row.num_entries, dtype=np.int64)[:-1]])
+                agrees_P = row.token_ids[first] == mixture_argmax(example)
+                sums.setdefault(domain, _Sums()).add(-row.gold_logprobs.astype(np.float64), kl_P, agrees_P, bounded_P)
+        found[name] = _with_total(sums, bounded=True)
+    return found
+
+
+def bounded_divergence(example: Example, row: SparseLogprobs) -> tuple[np.ndarray, np.ndarray]:
+    """A lower bound of sum_m w_m KL(p_m || p_t) for a teacher t known by its kept entries.
+
+    An id of p_m that t has not kept has at most the smaller of t's least kept probability and t's tail; the bucket
+    of p_m has at most t's tail and its kept ids that are not shared. Larger probabilities make a KL smaller.
+
+    Returns:
+        float64[P]: the bound, and the mass of the mixture on ids that were bounded.
+    """
+    ids_PK, logprobs_PK = _padded(row)
+    kept_PK, tail_P = np.exp(logprobs_PK), row.tail_mass.astype(np.float64)
+    least_P = np.where(np.isfinite(logprobs_PK), kept_PK, np.inf).min(axis=1)
+    ceiling_P = np.log(np.minimum(least_P, np.maximum(tail_P, MASS_FLOOR)))
+    kl_P, bounded_P = np.zeros(len(tail_P)), np.zeros(len(tail_P))
+    for m, weights_P in enumerate(example.teacher_weights.astype(np.float64)):
+        p_logs_PK = example.logprobs[m].astype(np.float64)
+        present_PK = np.isfinite(p_logs_PK)
+        p_PK = np.exp(p_logs_PK)
+        matches_PKK = (example.token_ids[m][:, :, None] == ids_PK[:, None, :]) & np.isfinite(logprobs_PK)[:, None, :]
+        shared_PK = matches_PKK.any(axis=2) & present_PK
+        q_logs_PK = np.take_along_axis(logprobs_PK, matches_PKK.argmax(axis=2), axis=1)
+        q_logs_PK = np.where(shared_PK, q_logs_PK, ceiling_P[:, None])
+        terms_PK = np.where(present_PK, p_PK * (np.where(present_PK, p_logs_PK, 0.0) - q_logs_PK), 0.0)
+        t_P = example.tail_mass[m].astype(np.float64)
+        shared_q_P = np.where(shared_PK, np.exp(q_logs_PK), 0.0).sum(axis=1)
+        bucket_P = np.maximum(tail_P + kept_PK.sum(axis=1) - shared_q_P, MASS_FLOOR)
+        tail_term_P = np.where(t_P > 0, t_P * (np.log(np.where(t_P > 0, t_P, 1.0)) - np.log(bucket_P)), 0.0)
+        kl_P += weights_P * (terms_PK.sum(axis=1) + tail_term_P)
+        bounded_P += weights_P * np.where(present_PK & ~shared_PK, p_PK, 0.0).sum(axis=1)
+    return kl_P, bounded_P
+
+
+def mixture_argmax(example: Example) -> np.ndarray:
+    """int64[P]: the id of the largest sum_m w_m p_m over kept ids; of equal ones the smallest id."""
+    num_positions = len(example.gold_ids)
+    mass_MPK = example.teacher_weights[:, :, None].astype(np.float64) * np.exp(example.logprobs.astype(np.float64))
+    places_P1 = np.arange(num_positions, dtype=np.int64)[:, None] * ID_RANGE
+    keys, inverse = np.unique((example.token_ids + places_P1).ravel(), return_inverse=True)
+    masses = np.bincount(inverse, weights=mass_MPK.ravel())
+    positions, ids = np.divmod(keys, ID_RANGE)
+    order = np.lexsort((ids, -masses, positions))
+    _, first = np.unique(positions[order], return_index=True)
+    return ids[order][first]
+
+
+def _padded(row: SparseLogprobs) -> tuple[np.ndarray, np.ndarray]:
+    """int64[P, K] and float64[P, K], padded with -inf."""
+    kept_PK = np.arange(int(row.num_entries.max())) < row.num_entries[:, None]
+    ids_PK, logprobs_PK = np.zeros(kept_PK.shape, np.int64), np.full(kept_PK.shape, -np.inf)
+    ids_PK[kept_PK], logprobs_PK[kept_PK] = row.token_ids, row.logprobs
+    return ids_PK, logprobs_PK
+
+
+def _by_domain(entries: Sequence[DatasetEntry]) -> Iterator[tuple[str, list[DatasetEntry]]]:
+    for domain in sorted({entry.domain for entry in entries}):
+        yield domain, [entry for entry in entries if entry.domain == domain]
+
+
+def _with_total(sums: dict[str, _Sums], *, bounded: bool) -> dict[str, dict[str, float]]:
+    total = _Sums()
+    for part in sums.values():
+        for name, value in vars(part).items():
+            setattr(total, name, getattr(total, name) + value)
+    everything = sums | ({"all": total} if total.tokens else {})
+    return {domain: part.means(bounded=bounded) for domain, part in everything.items()}

@@ -1,0 +1,176 @@
+"""Training as a Ray Train run: one worker per GPU or CPU slot, restarted from the last complete checkpoint.
+
+The driver checks what can be checked before any worker starts, follows the metrics file for its log, and reads the
+summary that rank 0 leaves behind. Nothing but the job travels through Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import threading
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from pipeline import storage
+from pipeline.errors import TrainingError
+from pipeline.fingerprint import differences
+from students.checkpoint import TrainingJob, check_resume, read_metrics
+
+logger = logging.getLogger(__name__)
+
+FOLLOW_SECONDS = 1.0
+
+
+def train_student(job: TrainingJob) -> dict[str, Any]:
+    """Trains a student, or finishes the training that an earlier call began; returns its summary.
+
+    Raises:
+        TrainingError: the folder holds another training, or the workers failed more often than allowed.
+    """
+    if "://" in job.folder:
+        raise TrainingError(
+            f"training folder {job.folder} is not a local path: DeepSpeed writes its checkpoints to a file system, "
+            "so storage.root must be a folder that all workers mount"
+        )
+    if storage.exists(job.summary_path):
+        return _finished(job)
+    state = check_resume(job)
+    training = job.config.training
+    logger.info(
+        "training %s: step %d of %d, %d workers", job.student, state["step"] if state else 0, training.steps,
+        training.workers,
+    )
+    scratch = Path(job.folder, "ray_train")
+    use_gpu = training.resources.num_gpus > 0
+    resources = {"CPU": training.resources.num_cpus, **training.resources.custom}
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=training.workers,
+            use_gpu=use_gpu,
+            resources_per_worker=resources | ({"GPU": training.resources.num_gpus} if use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=f"{job.student}-{uuid.uuid4().hex[:8]}",
+            storage_path=str(scratch),
+            failure_config=FailureConfig(max_failures=training.max_failures),
+        ),
+    )
+    try:
+        with _FollowedMetrics(job):
+            trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise TrainingError(
+            f"training {job.student} failed: {error}\nIts checkpoints are kept; run the same command again to resume."
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    summary = storage.read_json(job.summary_path)
+    logger.info(
+        "trained %s: %d steps, %d tokens in %.1f s, %s -> %s", job.student, summary["steps"], summary["tokens"],
+        summary["seconds"], _values(summary["final"]), job.folder,
+    )
+    return summary
+
+
+def remove_stale_build_locks(folder: Path) -> list[Path]:
+    """Removes locks of op builds whose builder is dead; each later start would wait for them without a word.
+
+    torch's extension builder holds its lock file open for as long as it lives, so on the one host that uses the
+    folder a lock that no process has open belongs to nobody. Processes of other users cannot be looked into: a
+    lock of another user is left alone.
+    """
+    own = [path for path in folder.glob("**/lock") if path.stat().st_uid == os.getuid()]
+    held = {name for process in psutil.process_iter() for name in _open_files(process)} if own else set()
+    stale = [path for path in own if str(path.resolve()) not in held]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return stale
+
+
+def _open_files(process: psutil.Process) -> list[str]:
+    links = Path(f"/proc/{process.pid}/fd")
+    try:
+        return [os.readlink(link) for link in links.iterdir()]
+    except (PermissionError, FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """Runs on every worker; DeepSpeed is imported only after its environment is set."""
+    import torch
+
+    job: TrainingJob = config["job"]
+    context = ray.train.get_context()
+    extensions = Path(sys.prefix, "torch_extensions")
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions)
+    if job.config.training.resources.num_gpus == 0:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        cores = len(os.sched_getaffinity(0)) // context.get_local_world_size()
+        torch.set_num_threads(max(1, min(cores, round(job.config.training.resources.num_cpus))))
+    if context.get_local_rank() == 0:
+        for lock in remove_stale_build_locks(extensions):
+            print(f"removed {lock}: the process that was building this DeepSpeed op is dead", flush=True)
+    torch.distributed.barrier()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+    from students.trainer import train
+
+    train(job, ray.train.torch.get_device())
+
+
+def _finished(job: TrainingJob) -> dict[str, Any]:
+    summary = storage.read_json(job.summary_path)
+    found = differences(summary["identity"], job.identity())
+    if found:
+        raise TrainingError(
+            f"{job.folder} holds a finished training of other settings (old -> new):\n  " + "\n  ".join(found) + "\n"
+            "Restore these values, choose another `name` for the run, or remove that folder to train again."
+        )
+    logger.info("training %s is complete: %s", job.student, job.folder)
+    return summary
+
+
+class _FollowedMetrics:
+    """Writes a line to the driver's log for every line that rank 0 adds to the metrics file."""
+
+    def __init__(self, job: TrainingJob) -> None:
+        self._path, self._job = Path(job.folder, "metrics.jsonl"), job
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="follow-metrics", daemon=True)
+
+    def __enter__(self) -> _FollowedMetrics:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        seen = len(read_metrics(self._job.folder))
+        finished = False
+        while not finished:
+            finished = self._stopped.wait(FOLLOW_SECONDS)
+            lines = read_metrics(self._job.folder)
+            seen = min(seen, len(lines))
+            for line in lines[seen:]:
+                step = line.pop("step")
+                logger.info("%s step %d/%d %s", self._job.student, step, self._job.config.training.steps, _values(line))
+            seen = len(lines)
+
+
+def _values(values: dict[str, float]) -> str:
+    return " ".join(f"{name}={value:.4g}" for name, value in values.items())

@@ -1,0 +1,34 @@
+"""Log-probabilities of an exported folder by transformers alone: what any other engine must reproduce."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline.records import TokenSequence
+
+
+def vocabulary_size(folder: str, trust_remote_code: bool) -> int:
+    """Rows of an exported folder's LM head."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return config.get_text_config().vocab_size
+
+
+@torch.no_grad()
+def gold_logprobs(
+    folder: str, sequences: Sequence[TokenSequence], trust_remote_code: bool, device: str
+) -> dict[str, list[float]]:
+    """For each sequence the log-probability, in nats, of the token at every position."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", trust_remote_code=trust_remote_code
+    )
+    model = model.to(device).eval()
+    found = {}
+    for sequence in sequences:
+        ids = torch.tensor(sequence.input_ids[None], dtype=torch.int64, device=device)
+        logprobs = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0].float(), -1)
+        positions = torch.tensor(sequence.position_indices, device=device)
+        found[sequence.sequence_id] = logprobs[positions - 1, ids[0, positions]].tolist()
+    return found

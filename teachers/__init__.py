@@ -1,0 +1,1 @@
+"""Teachers: vLLM engines in Ray actors that write answers and score given tokens."""

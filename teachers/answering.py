@@ -1,0 +1,153 @@
+"""Answers of one model to hold-out prompts: what is right, how fast, and how long one answer takes
+alone.
+
+The exported student is just another model here: it is served and asked exactly like its teachers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import statistics
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from pipeline import storage
+from pipeline.config import StudentConfig
+from pipeline.errors import TeacherError
+from pipeline.filters import CHECKERS
+from pipeline.records import Prompt, TokenSequence
+from teachers.synthesis import student_tokenizer
+from teachers.vocabulary import prompt_ids
+
+if TYPE_CHECKING:
+    from teachers.engine import GeneratedAnswer
+    from teachers.vllm_teacher import VllmTeacher
+
+WARM_UP_PROMPTS = 4
+PROMPTS_ASKED_ALONE = 8
+
+
+@dataclass(frozen=True)
+class AnsweredPrompts:
+    """What one model did.
+
+    Attributes:
+        correct: by domain the share of answers that pass the checker; None where nothing could be
+            checked.
+        num_checked: by domain.
+        tokens_per_second: generated tokens with all prompts in flight.
+        latency_seconds: median time of one answer asked alone.
+        gold_logprobs: of the sequences given for the comparison with the trained weights, by
+            sequence id.
+    """
+
+    correct: dict[str, float | None]
+    num_checked: dict[str, int]
+    tokens_per_second: float
+    latency_seconds: float
+    gold_logprobs: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class AnsweringTask:
+    """All hold-out prompts for one model, as one unit of work, so that its speed is measured
+    undisturbed.
+    """
+
+    model: str
+    prompts: tuple[Prompt, ...]
+    student: StudentConfig
+    sampling: dict[str, Any]
+    max_sequence_tokens: int | None
+    checker: str | None
+    answers_path: str
+    compared: tuple[TokenSequence, ...] = ()
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return 1
+
+    @property
+    def label(self) -> str:
+        return f"hold-out answers of {self.model}"
+
+    def halves(self) -> tuple[Self, Self]:
+        raise AssertionError("one item cannot be halved")
+
+    def quarantine(self, error: str) -> None:
+        """A model that cannot answer stops the evaluation.
+
+        Raises:
+            TeacherError: always.
+        """
+        raise TeacherError(f"{self.model} cannot answer the hold-out prompts: {error}")
+
+    async def run(self, teacher: VllmTeacher) -> AnsweredPrompts:
+        """Asks everything, checks the answers, and writes them as JSON lines to `answers_path`."""
+        tokenizer, _ = student_tokenizer(self.student)
+        room = (self.max_sequence_tokens or math.inf) - self.sampling["max_tokens"]
+        rendered = [(prompt, prompt_ids(tokenizer, prompt)) for prompt in self.prompts]
+        prompts = [prompt for prompt, ids in rendered if len(ids) <= room]
+        asked = [ids for _, ids in rendered if len(ids) <= room]
+        await asyncio.gather(*(self._ask(teacher, ids) for ids in asked[:WARM_UP_PROMPTS]))
+        alone = [(await self._ask(teacher, ids)).seconds for ids in asked[:PROMPTS_ASKED_ALONE]]
+        started = time.monotonic()
+        answers = await asyncio.gather(*(self._ask(teacher, ids) for ids in asked))
+        seconds = time.monotonic() - started
+        texts = [tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers]
+        verdicts = [
+            self._verdict(prompt, text) for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        self._write(prompts, texts, verdicts)
+        correct, num_checked = _shares(prompts, verdicts)
+        return AnsweredPrompts(
+            correct=correct,
+            num_checked=num_checked,
+            tokens_per_second=sum(len(answer.token_ids) for answer in answers) / seconds,
+            latency_seconds=statistics.median(alone),
+            gold_logprobs={s.sequence_id: await _gold(teacher, s) for s in self.compared},
+        )
+
+    async def _ask(self, teacher: VllmTeacher, ids: list[int]) -> GeneratedAnswer:
+        return (await teacher.generate(ids, self.sampling | {"seed": self.seed}, 1))[0]
+
+    def _verdict(self, prompt: Prompt, text: str) -> bool | None:
+        if self.checker is None or prompt.reference is None:
+            return None
+        return CHECKERS[self.checker](text, prompt.reference)
+
+    def _write(self, prompts: list[Prompt], texts: list[str], verdicts: list[bool | None]) -> None:
+        lines = [
+            json.dumps(
+                {
+                    "prompt_id": prompt.prompt_id,
+                    "domain": prompt.domain,
+                    "answer": text,
+                    "reference": prompt.reference,
+                    "correct": verdict,
+                }
+            )
+            for prompt, text, verdict in zip(prompts, texts, verdicts, strict=True)
+        ]
+        storage.write_bytes(self.answers_path, ("\n".join(lines) + "\n").encode())
+
+
+def _shares(
+    prompts: list[Prompt], verdicts: list[bool | None]
+) -> tuple[dict[str, float | None], dict[str, int]]:
+    checked, right = Counter[str](), Counter[str]()
+    for prompt, verdict in zip(prompts, verdicts, strict=True):
+        checked[prompt.domain] += verdict is not None
+        right[prompt.domain] += verdict is True
+    return {d: right[d] / n if n else None for d, n in checked.items()}, dict(checked)
+
+
+async def _gold(teacher: VllmTeacher, sequence: TokenSequence) -> list[float]:
+    positions = sequence.position_indices
+    first = int(positions[0])
+    captured = await teacher.score(sequence.input_ids.tolist(), first)
+    return captured.gold_logprobs[positions - first].tolist()

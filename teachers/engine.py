@@ -1,0 +1,80 @@
+"""The words between a teacher's engine and the tasks that use it; imports neither vLLM nor Ray.
+
+A driver builds an `EngineSpec`; an actor starts a `VllmTeacher` from it; a task receives
+`CapturedRows` and `GeneratedAnswer`s from that teacher. Axis names: P positions, K entries, T
+tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import TeacherError
+
+
+class EngineDiedError(TeacherError):
+    """The engine process is gone: no later request to this teacher can succeed, another one may."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What one engine is started with.
+
+    Attributes:
+        model: folder or hub id.
+        min_model_len: tokens that the engine must accept, the longest sequence + 1 (a scored
+            sequence needs room for one generated token, an answer for `max_tokens` of them).
+        revision: hub revision.
+        trust_remote_code: run code that comes with the model.
+        vllm: engine arguments of vLLM, verbatim.
+        num_logprobs: capture width of `score`; 0 when the engine only generates.
+        seed: of the engine; samples are seeded one by one in `generate`.
+        eos_token_ids: tokens that end an answer, beside those of the model's own generation config.
+    """
+
+    model: str
+    min_model_len: int
+    revision: str | None = None
+    trust_remote_code: bool = False
+    vllm: dict[str, Any] = field(default_factory=dict)
+    num_logprobs: int = 0
+    seed: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class CapturedRows:
+    """A teacher's distributions over consecutive tokens of one sequence, at temperature 1.
+
+    Row `r` of `score(input_ids, first_index)` is over the token at index `first_index + r`. K is
+    the capture width, or the vocabulary where that is smaller. An entry may be `-inf` (the model
+    masks that id); it never stands before a finite one. Ties keep the engine's order.
+
+    Attributes:
+        token_ids: int32[P, K], most probable first.
+        logprobs: float32[P, K], natural log, normalised over the full vocabulary, not increasing
+            along K.
+        gold_logprobs: float32[P], of the sequence's own token; `-inf` where the model masks it.
+    """
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    gold_logprobs: np.ndarray
+
+
+@dataclass(frozen=True)
+class GeneratedAnswer:
+    """One answer.
+
+    Attributes:
+        token_ids: of the answer alone; ends with the end-of-sequence token when that stopped it.
+        finish_reason: `stop`, `length` or `repetition`, as the engine reports it.
+        seconds: from the request to its last token, waiting inside the engine included.
+    """
+
+    token_ids: list[int]
+    finish_reason: str
+    seconds: float

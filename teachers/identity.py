@@ -1,0 +1,97 @@
+"""Which model is it? The resolved hub revision, or the hash of a local folder's weights.
+
+Hashes of weight files are remembered under the storage root by size and modification time, so that
+a large model is read once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from transformers import AutoConfig
+
+from pipeline import storage
+from pipeline.config import StudentConfig, TeacherConfig
+from pipeline.errors import ConfigError
+from pipeline.fingerprint import digest_json
+from pipeline.layout import Layout
+from pipeline.loading import is_folder
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
+READ_BYTES = 1 << 24
+
+
+def model_identity(model: TeacherConfig | StudentConfig, layout: Layout) -> dict[str, str]:
+    """`{"hub": id, "revision": commit}` of a hub model, `{"weights": hash}` of a folder.
+
+    Raises:
+        ConfigError: the folder is missing or holds no model, or the hub cannot be asked.
+    """
+    if not is_folder(model.model):
+        return {"hub": model.model, "revision": _hub_commit(model)}
+    folder = Path(model.model)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{model.model} is not a model folder: it has no config.json")
+    files = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix in WEIGHT_SUFFIXES or path.name == "config.json"
+    )
+    if len(files) == 1:
+        raise ConfigError(f"{model.model} holds no weights ({', '.join(WEIGHT_SUFFIXES)})")
+    return {"weights": digest_json(_file_hashes(files, layout))}
+
+
+def check_model(model: TeacherConfig | StudentConfig) -> None:
+    """Loads the model's config, which shows that it is a causal language model transformers knows.
+
+    Raises:
+        ConfigError: the folder or hub id is missing or its config cannot be read.
+    """
+    if is_folder(model.model) and not Path(model.model).is_dir():
+        raise ConfigError(f"model folder {model.model} does not exist")
+    try:
+        AutoConfig.from_pretrained(
+            model.model, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the model config of {model.model}: {error}") from error
+
+
+def _hub_commit(model: TeacherConfig | StudentConfig) -> str:
+    try:
+        snapshot = snapshot_download(
+            model.model, revision=model.revision, allow_patterns=["config.json"]
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
+        raise ConfigError(
+            f"cannot resolve hub model {model.model!r} (revision {model.revision!r}): {error}"
+        ) from error
+    return Path(snapshot).name
+
+
+def _file_hashes(files: list[Path], layout: Layout) -> dict[str, str]:
+    remembered = (
+        storage.read_json(layout.weight_hashes) if storage.exists(layout.weight_hashes) else {}
+    )
+    keys = {path: f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files}
+    unknown = [path for path in files if keys[path] not in remembered]
+    if unknown:
+        with ThreadPoolExecutor(4) as pool:
+            remembered |= dict(
+                zip((keys[path] for path in unknown), pool.map(_hash_file, unknown), strict=True)
+            )
+        storage.write_json(layout.weight_hashes, remembered)
+    return {path.name: remembered[keys[path]] for path in files}
+
+
+def _hash_file(path: Path) -> str:
+    hasher = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as stream:
+        while block := stream.read(READ_BYTES):
+            hasher.update(block)
+    return hasher.hexdigest()

@@ -1,0 +1,135 @@
+"""Scoring: teacher-forced distributions of every sequence, selected, encoded and written where they
+are captured.
+
+Work is planned from the dataset: sequences without a row in the cache, grouped by the sequence
+shard that holds them; each group becomes one cache shard. Selection and encoding run inside the
+teacher's actor, so that nothing but a shard's index entry travels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from pipeline import storage
+from pipeline.cache import ShardEntry, write_shard
+from pipeline.cache_index import missing_sequences
+from pipeline.config import Selection
+from pipeline.datasets import DatasetEntry, read_sequences
+from pipeline.errors import TeacherError
+from pipeline.fingerprint import digest_ids
+from pipeline.layout import CacheLayout
+from pipeline.records import SparseLogprobs, TokenSequence
+from pipeline.selection import select
+
+if TYPE_CHECKING:
+    from teachers.vllm_teacher import VllmTeacher
+
+SEQUENCES_IN_FLIGHT = 256
+
+
+@dataclass(frozen=True)
+class ScoredShard:
+    """What a finished task reports to the driver."""
+
+    entry: ShardEntry
+    num_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ScoringTask:
+    """The sequences of one sequence shard that one teacher has not scored yet."""
+
+    cache: CacheLayout
+    fingerprint: str
+    sequence_shard: str
+    sequence_ids: tuple[str, ...]
+    selection: Selection
+
+    def __len__(self) -> int:
+        return len(self.sequence_ids)
+
+    @property
+    def label(self) -> str:
+        return f"shard {digest_ids(self.sequence_ids)[:8]} ({len(self)} sequences)"
+
+    def halves(self) -> tuple[ScoringTask, ScoringTask]:
+        """The same work in two shards."""
+        middle = len(self) // 2
+        return (
+            replace(self, sequence_ids=self.sequence_ids[:middle]),
+            replace(self, sequence_ids=self.sequence_ids[middle:]),
+        )
+
+    def quarantine(self, error: str) -> None:
+        """Records that the sequences cannot be scored, so that they are not tried again."""
+        for identifier in self.sequence_ids:
+            storage.write_json(
+                storage.join(self.cache.quarantine, f"{identifier}.json"),
+                {"sequence_id": identifier, "error": error},
+            )
+
+    async def run(self, teacher: VllmTeacher) -> ScoredShard:
+        """Scores the sequences and writes their shard.
+
+        Raises:
+            TeacherError: a sequence is missing from its shard, too long for the engine, or comes
+                back broken.
+        """
+        started = time.monotonic()
+        held = {sequence.sequence_id: sequence for sequence in read_sequences(self.sequence_shard)}
+        missing = [identifier for identifier in self.sequence_ids if identifier not in held]
+        if missing:
+            raise TeacherError(
+                f"{self.sequence_shard} lacks sequences {missing[:3]} ({len(missing)} in all)"
+            )
+        slots = asyncio.Semaphore(SEQUENCES_IN_FLIGHT)
+        rows = await asyncio.gather(
+            *(self._score(teacher, held[i], slots) for i in self.sequence_ids)
+        )
+        path = self.cache.shard(digest_ids(self.sequence_ids))
+        entry = await asyncio.to_thread(write_shard, path, rows, self.fingerprint)
+        num_tokens = sum(len(held[identifier].input_ids) for identifier in self.sequence_ids)
+        return ScoredShard(entry, num_tokens, time.monotonic() - started)
+
+    async def _score(
+        self, teacher: VllmTeacher, sequence: TokenSequence, slots: asyncio.Semaphore
+    ) -> SparseLogprobs:
+        positions = sequence.position_indices
+        first = int(positions[0])
+        async with slots:
+            captured = await teacher.score(sequence.input_ids.tolist(), first)
+        rows = positions - first
+        return select(
+            sequence.sequence_id,
+            captured.token_ids[rows],
+            captured.logprobs[rows],
+            captured.gold_logprobs[rows],
+            self.selection,
+        )
+
+
+def plan_scoring(
+    root: str,
+    entries: Sequence[DatasetEntry],
+    cache: CacheLayout,
+    fingerprint: str,
+    selection: Selection,
+) -> list[ScoringTask]:
+    """The sequences of a dataset that a cache has neither scored nor quarantined, grouped by
+    sequence shard.
+
+    Args:
+        root: the storage root, to which the entries' shards are relative.
+    """
+    groups: dict[str, list[str]] = {}
+    for entry in missing_sequences(entries, cache):
+        groups.setdefault(entry.shard, []).append(entry.sequence_id)
+    return [
+        ScoringTask(cache, fingerprint, storage.join(root, shard), tuple(identifiers), selection)
+        for shard, identifiers in groups.items()
+    ]

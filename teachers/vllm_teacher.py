@@ -1,0 +1,269 @@
+"""A teacher: one vLLM engine that scores given tokens and writes answers.
+
+The only module that imports vLLM. `teachers/arguments.py` lists what we set where the user's
+`vllm:` block does not name it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import vllm
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMError
+from vllm.inputs import tokens_input
+from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.third_party import pynvml
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.logprobs import LogprobsProcessor
+
+from pipeline.errors import ConfigError, TeacherError
+from teachers import arguments, hardware, prompt_topk
+from teachers.engine import CapturedRows, EngineDiedError, EngineSpec, GeneratedAnswer
+from teachers.prompt_topk import PromptTopK
+
+logger = logging.getLogger(__name__)
+
+CANARY_TOKENS = 33
+FINISHED = ("stop", "length", "repetition")
+
+
+def check_engine_arguments(block: dict[str, Any], num_logprobs: int = 0) -> None:
+    """Checks a `vllm:` block before any hardware is asked for.
+
+    Raises:
+        ConfigError: vLLM does not know a key (the closest one is named), a key is ours, or a value
+            contradicts the capture of `num_logprobs` entries.
+    """
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    arguments.check_names("vllm", block, known, arguments.OWNED_ENGINE_ARGUMENTS)
+    arguments.check_capture(block, num_logprobs)
+
+
+def check_sampling_parameters(block: dict[str, Any], samples_per_prompt: int = 1) -> None:
+    """Checks a `sampling:` block before any hardware is asked for.
+
+    Raises:
+        ConfigError: vLLM does not know a key (the closest one is named), a key is ours,
+            `max_tokens` is missing (vLLM's default of 16 would cut answers), vLLM refuses a value,
+            or greedy sampling is asked for several answers.
+    """
+    known = {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}
+    arguments.check_names("sampling", block, known, arguments.OWNED_SAMPLING_PARAMETERS)
+    if not isinstance(block.get("max_tokens"), int):
+        raise ConfigError(f"sampling.max_tokens must be a number, got {block.get('max_tokens')!r}")
+    try:
+        parameters = SamplingParams(**block)
+    except (VLLMError, TypeError, ValueError) as error:
+        raise ConfigError(f"vLLM refuses the sampling parameters {block}: {error}") from error
+    if parameters.temperature == 0 and samples_per_prompt > 1:
+        raise ConfigError(
+            f"sampling.temperature is 0, so {samples_per_prompt} answers to a prompt would be alike"
+        )
+
+
+class VllmTeacher:
+    """One engine, made by `start`. All its requests run in the event loop that started it."""
+
+    def __init__(self, spec: EngineSpec, engine: AsyncLLM, load_seconds: float) -> None:
+        self._spec = spec
+        self._engine = engine
+        self._load_seconds = load_seconds
+        self._config = engine.vllm_config
+        self._max_model_len = self._config.model_config.max_model_len
+        self._vocabulary = self._config.model_config.get_vocab_size()
+        self._width = min(spec.num_logprobs, self._vocabulary)
+        self._request_numbers = itertools.count()
+        # Requests wait here: enough for a busy engine, few enough to bound the memory of rows.
+        self._slots = asyncio.Semaphore(2 * self._config.scheduler_config.max_num_seqs)
+        self._restore: Callable[[], None] | None = None
+        self._capture, self._capture_reason = "none", "the engine only generates"
+
+    @classmethod
+    async def start(cls, spec: EngineSpec) -> VllmTeacher:
+        """Loads the model and chooses how rows are captured. Blocks the event loop while it loads.
+
+        Raises:
+            ConfigError: the `vllm:` block has an unknown or contradictory key.
+            TeacherError: vLLM refuses the model or an argument, or the model's context is too
+                short.
+        """
+        check_engine_arguments(spec.vllm, spec.num_logprobs)
+        chosen = arguments.engine_arguments(spec)
+        started = time.monotonic()
+        try:
+            config = AsyncEngineArgs(**chosen).create_engine_config()
+            engine = AsyncLLM.from_vllm_config(
+                config, disable_log_stats=chosen["disable_log_stats"]
+            )
+        except (VLLMError, ValueError) as error:
+            raise TeacherError(f"vLLM refuses to start {spec.model}: {error}") from error
+        teacher = cls(spec, engine, time.monotonic() - started)
+        try:
+            teacher._check([0], spec.min_model_len - 1)
+            if spec.num_logprobs:
+                await teacher._choose_capture()
+        except TeacherError:
+            teacher.shutdown()
+            raise
+        return teacher
+
+    async def score(self, input_ids: list[int], first_index: int) -> CapturedRows:
+        """The distributions over the tokens at indices `first_index` to T - 1.
+
+        Args:
+            input_ids: the T tokens of the sequence.
+            first_index: at least 1, for nothing stands before token 0.
+
+        Raises:
+            TeacherError: the sequence is longer than the engine accepts, a token is outside the
+                vocabulary, or the engine's rows break an invariant.
+            EngineDiedError: the engine is gone.
+        """
+        assert self._width > 0, "an engine started with num_logprobs=0 cannot score"
+        assert 1 <= first_index < len(input_ids), f"row {first_index} of {len(input_ids)} tokens"
+        self._check(input_ids, 1)
+        output = await self._finish(input_ids, self._scoring_parameters(self._capture == "flat"))
+        if (output.num_cached_tokens or 0) > first_index - 1:
+            raise TeacherError(
+                f"{output.num_cached_tokens} tokens came from the prefix cache, which has no rows"
+            )
+        rows: Any = output.prompt_logprobs
+        rows = rows if isinstance(rows, PromptTopK) else PromptTopK.from_flat(rows)
+        return rows.rows(input_ids, first_index, self._width)
+
+    async def generate(
+        self, prompt_ids: list[int], sampling: dict[str, Any], num_samples: int
+    ) -> list[GeneratedAnswer]:
+        """Answers to one prompt.
+
+        Args:
+            sampling: vLLM's parameters, `max_tokens` among them. Sample `i` has the seed
+                `seed + i`, so derive a prompt's seed from a hash; without one, runs differ.
+
+        Raises:
+            TeacherError: prompt and `max_tokens` exceed what the engine accepts, a token is outside
+                the vocabulary, or an answer does not end properly.
+            EngineDiedError: the engine is gone.
+        """
+        self._check(prompt_ids, sampling["max_tokens"])
+        # Without a tokenizer vLLM knows only the end tokens of the model's generation config.
+        end_ids = () if sampling.get("ignore_eos") else self._spec.eos_token_ids
+        fixed: dict[str, Any] = sampling | {
+            "stop_token_ids": [*(sampling.get("stop_token_ids") or ()), *end_ids],
+            "detokenize": False,
+            "output_kind": RequestOutputKind.FINAL_ONLY,
+        }
+        parameters = [SamplingParams(**fixed) for _ in range(num_samples)]
+        for i, each in enumerate(parameters):
+            each.seed = None if each.seed is None else each.seed + i
+        return list(await asyncio.gather(*(self._answer(prompt_ids, each) for each in parameters)))
+
+    def describe(self) -> dict[str, Any]:
+        """What provenance keeps of the engine, as JSON values."""
+        model = self._config.model_config
+        num_parameters, weight_bytes = hardware.weight_size(self._spec.model, self._spec.revision)
+        on_cpu = current_platform.is_cpu()
+        return {
+            "engine": "vllm",
+            "engine_version": vllm.__version__,
+            "model_runner": "V2" if self._config.use_v2_model_runner else "V1",
+            "capture": self._capture,
+            "capture_reason": self._capture_reason,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "quantization": model.quantization,
+            "max_model_len": self._max_model_len,
+            "device": hardware.cpu_name() if on_cpu else current_platform.get_device_name(),
+            "num_devices": self._config.parallel_config.world_size,
+            "num_parameters": num_parameters,
+            "weight_bytes": weight_bytes,
+            "load_seconds": self._load_seconds,
+        }
+
+    def peak_memory_bytes(self) -> int | None:
+        """Of the engine's processes: host memory at its peak, or on a GPU device memory in use."""
+        if current_platform.is_cpu():
+            return hardware.host_memory_bytes()
+        return hardware.device_memory_bytes(pynvml)
+
+    def shutdown(self) -> None:
+        """Stops the engine's processes and undoes the override."""
+        if self._restore:
+            self._restore()
+        self._engine.shutdown()
+        del self._engine  # its finalizer complains when the interpreter runs it
+
+    async def _choose_capture(self) -> None:
+        """Takes the arrays where a canary shows that they are what vLLM's public way returns."""
+        length = min(CANARY_TOKENS, self._max_model_len - 1)
+        canary = [(7 * i + 3) % self._vocabulary for i in range(length)]
+
+        async def request_flat() -> Any:
+            return (await self._finish(canary, self._scoring_parameters(True))).prompt_logprobs
+
+        self._restore, reason = await prompt_topk.install_if_equal(LogprobsProcessor, request_flat)
+        self._capture = "arrays" if self._restore else "flat"
+        self._capture_reason = reason
+        await self.score(canary, 1)
+        level = logging.INFO if self._restore else logging.WARNING
+        logger.log(level, "%s: capture by %s: %s", self._spec.model, self._capture, reason)
+
+    def _scoring_parameters(self, flat: bool) -> SamplingParams:
+        # vLLM skips its prefix cache only if prompt_logprobs reaches the constructor.
+        return SamplingParams(
+            max_tokens=1,
+            temperature=0,
+            prompt_logprobs=self._width,
+            flat_logprobs=flat,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    async def _answer(self, prompt_ids: list[int], parameters: SamplingParams) -> GeneratedAnswer:
+        started = time.monotonic()
+        output = (await self._finish(prompt_ids, parameters)).outputs[0]
+        if output.finish_reason not in FINISHED:
+            raise TeacherError(f"{self._spec.model}: an answer ended by {output.finish_reason!r}")
+        seconds = time.monotonic() - started
+        return GeneratedAnswer(list(output.token_ids), output.finish_reason, seconds)
+
+    async def _finish(self, input_ids: list[int], parameters: SamplingParams) -> RequestOutput:
+        async with self._slots:
+            name = f"request-{next(self._request_numbers)}"
+            try:
+                stream = self._engine.generate(tokens_input(input_ids), parameters, name)
+                (output,) = [output async for output in stream]
+            except EngineDeadError as error:
+                raise EngineDiedError(
+                    f"the engine of {self._spec.model} died; the actor's log names the cause"
+                ) from error
+            except VLLMError as error:
+                cause = error.__cause__ or error
+                raise TeacherError(f"{self._spec.model}: vLLM failed a request: {cause}") from error
+        return output
+
+    def _check(self, token_ids: list[int], new_tokens: int) -> None:
+        """Refuses what vLLM would cut at its context, and ids that it does not check itself.
+
+        Without a tokenizer vLLM takes any id, and one outside the vocabulary kills the engine.
+        """
+        limit, vocabulary = self._max_model_len, self._vocabulary
+        if len(token_ids) + new_tokens > limit:
+            raise TeacherError(
+                f"{self._spec.model}: {len(token_ids)} tokens and room for {new_tokens} exceed "
+                f"max_model_len {limit}; raise it or leave such sequences out"
+            )
+        if not token_ids or min(token_ids) < 0 or max(token_ids) >= vocabulary:
+            raise TeacherError(
+                f"{self._spec.model}: a prompt is empty or has ids outside 0 to {vocabulary - 1}"
+            )

@@ -1,0 +1,242 @@
+"""The real engine: its rows, its answers, and a pool of actors that loses one and meets poison."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import torch
+from transformers import LlamaForCausalLM
+
+from pipeline.config import Resources
+from pipeline.errors import TeacherError
+from teachers.actor import CPU_ENV_VARS, ENGINE_ENV_VARS
+from teachers.engine import EngineSpec
+from teachers.pool import PoolJob, run_pools
+
+if TYPE_CHECKING:
+    from teachers.vllm_teacher import VllmTeacher
+
+pytest_plugins = ["tests.integration.models"]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+T = TypeVar("T")
+VOCABULARY, EOS, SECOND_EOS = 96, 2, 5
+MAX_MODEL_LEN = 48
+NUM_LOGPROBS = 8
+
+
+def spec(folder: Path) -> EngineSpec:
+    return EngineSpec(
+        model=str(folder),
+        min_model_len=MAX_MODEL_LEN,
+        # float32, so that transformers is an exact oracle; short steps, so that prompts are chunked
+        vllm={
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 32,
+        },
+        num_logprobs=NUM_LOGPROBS,
+        eos_token_ids=(SECOND_EOS,),
+    )
+
+
+@dataclass
+class Running:
+    """A teacher and the event loop that it lives in."""
+
+    teacher: VllmTeacher
+    loop: asyncio.AbstractEventLoop
+
+    def __call__(self, request: Coroutine[Any, Any, T]) -> T:
+        return self.loop.run_until_complete(request)
+
+
+@pytest.fixture(scope="module")
+def running(tiny_teacher_folder: Path) -> Iterator[Running]:
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in (ENGINE_ENV_VARS | CPU_ENV_VARS).items():
+            patch.setenv(key, value)
+        from teachers.vllm_teacher import VllmTeacher
+
+        loop = asyncio.new_event_loop()
+        teacher = loop.run_until_complete(VllmTeacher.start(spec(tiny_teacher_folder)))
+        yield Running(teacher, loop)
+        teacher.shutdown()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+
+
+def sequence(length: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, VOCABULARY, length).tolist()
+
+
+@pytest.mark.parametrize(("length", "first_index"), [(2, 1), (20, 1), (33, 12), (47, 46)])
+def test_rows_are_those_of_transformers(
+    running: Running, tiny_teacher_folder: Path, length: int, first_index: int
+) -> None:
+    input_ids = sequence(length, seed=length)
+    rows = running(running.teacher.score(input_ids, first_index))
+    model = LlamaForCausalLM.from_pretrained(tiny_teacher_folder, dtype=torch.float32)
+    with torch.no_grad():
+        dense = model(torch.tensor([input_ids])).logits[0].log_softmax(-1).numpy()
+    # The row over the token at index i is what the model says at index i - 1.
+    dense = dense[first_index - 1 : -1]
+    gold = np.array(input_ids[first_index:])
+    assert rows.token_ids.shape == rows.logprobs.shape == (length - first_index, NUM_LOGPROBS)
+    assert (rows.token_ids.dtype, rows.logprobs.dtype) == (np.int32, np.float32)
+    np.testing.assert_allclose(rows.gold_logprobs, dense[np.arange(len(gold)), gold], atol=1e-4)
+    np.testing.assert_allclose(
+        rows.logprobs, np.take_along_axis(dense, rows.token_ids, axis=1), atol=1e-4
+    )
+    np.testing.assert_allclose(rows.logprobs, -np.sort(-dense, axis=1)[:, :NUM_LOGPROBS], atol=1e-4)
+
+
+def test_arrays_are_chosen_and_equal_the_flat_path(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert running.teacher.describe()["capture"] == "arrays"
+    input_ids = sequence(31, seed=3)
+    arrays = running(running.teacher.score(input_ids, 1))
+    monkeypatch.setattr(running.teacher, "_capture", "flat")
+    flat = running(running.teacher.score(input_ids, 1))
+    np.testing.assert_array_equal(arrays.token_ids, flat.token_ids)
+    np.testing.assert_array_equal(arrays.logprobs, flat.logprobs)
+    np.testing.assert_array_equal(arrays.gold_logprobs, flat.gold_logprobs)
+
+
+def test_requests_that_cannot_be_honoured_are_refused(running: Running) -> None:
+    with pytest.raises(TeacherError, match="48 tokens and room for 1 exceed max_model_len 48"):
+        running(running.teacher.score(sequence(48, seed=0), 1))
+    with pytest.raises(TeacherError, match="ids outside 0 to 95"):
+        running(running.teacher.score([3, 4, VOCABULARY], 1))
+    with pytest.raises(TeacherError, match="room for 46"):
+        running(running.teacher.generate([3, 4, 5], {"max_tokens": 46}, 1))
+
+
+def test_answers_end_properly_and_samples_differ(running: Running) -> None:
+    sampling = {"max_tokens": 24, "temperature": 2.0, "seed": 11}
+    answers = running(running.teacher.generate([3, 4, 5], sampling, 16))
+    assert len({tuple(answer.token_ids) for answer in answers}) == 16
+    for answer in answers:
+        ends = [token for token in answer.token_ids if token in (EOS, SECOND_EOS)]
+        if answer.finish_reason == "stop":
+            assert answer.token_ids[-1:] == ends
+        else:
+            assert (answer.finish_reason, len(answer.token_ids), ends) == ("length", 24, [])
+    assert {answer.finish_reason for answer in answers} == {"stop", "length"}
+    assert {answer.token_ids[-1] for answer in answers if answer.finish_reason == "stop"} == {
+        EOS,
+        SECOND_EOS,
+    }
+    again = running(running.teacher.generate([3, 4, 5], sampling, 16))
+    assert [answer.token_ids for answer in again] == [answer.token_ids for answer in answers]
+
+
+def test_description_and_memory(running: Running, tiny_teacher_folder: Path) -> None:
+    described = running.teacher.describe()
+    model = LlamaForCausalLM.from_pretrained(tiny_teacher_folder)
+    assert described["num_parameters"] == model.num_parameters()
+    assert (described["dtype"], described["max_model_len"]) == ("float32", MAX_MODEL_LEN)
+    peak = running.teacher.peak_memory_bytes()
+    assert peak is not None and 100e6 < peak < 64e9
+
+
+def test_context_that_cannot_hold_the_sequences_is_refused(tiny_teacher_folder: Path) -> None:
+    from teachers.vllm_teacher import VllmTeacher
+
+    too_low = replace(spec(tiny_teacher_folder), vllm={"max_model_len": 40})
+    with pytest.raises(TeacherError, match=r"max_model_len \(40\).*\(48\)"):
+        asyncio.run(VllmTeacher.start(too_low))
+    too_long = replace(spec(tiny_teacher_folder), min_model_len=4096)
+    with pytest.raises(TeacherError, match="4096"):
+        asyncio.run(VllmTeacher.start(too_long))
+
+
+@dataclass(frozen=True)
+class ScoreTask:
+    """Scores sequences; one of them kills the actor, once, and one is longer than allowed."""
+
+    folder: Path
+    numbers: tuple[int, ...]
+
+    POISON = 3
+    DEADLY = 8
+
+    @property
+    def label(self) -> str:
+        return f"sequences {self.numbers}"
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def halves(self) -> tuple[ScoreTask, ScoreTask]:
+        middle = len(self) // 2
+        return replace(self, numbers=self.numbers[:middle]), replace(
+            self, numbers=self.numbers[middle:]
+        )
+
+    def quarantine(self, error: str) -> None:
+        (number,) = self.numbers
+        (self.folder / f"poison-{number}").write_text(error)
+
+    async def run(self, teacher: VllmTeacher) -> dict[int, float]:
+        killed = self.folder / "killed"
+        if self.DEADLY in self.numbers and not killed.exists():
+            children = [child.pid for child in psutil.Process().children(recursive=True)]
+            killed.write_text(" ".join(map(str, children)))
+            os.kill(os.getpid(), signal.SIGKILL)
+        length = {n: MAX_MODEL_LEN if n == self.POISON else 10 + n for n in self.numbers}
+        rows = await asyncio.gather(
+            *(teacher.score(np.arange(length[n]).tolist(), 1) for n in self.numbers)
+        )
+        return {
+            n: float(row.gold_logprobs.sum()) for n, row in zip(self.numbers, rows, strict=True)
+        }
+
+
+@pytest.fixture
+def cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    ray.shutdown()
+
+
+def test_pool_survives_a_killed_actor_and_sets_poison_aside(
+    cluster: None, tiny_teacher_folder: Path, tmp_path: Path
+) -> None:
+    tasks = [ScoreTask(tmp_path, tuple(range(start, start + 4))) for start in range(0, 16, 4)]
+    done: list[tuple[int, int]] = []
+    job = PoolJob(
+        name="tiny",
+        spec=spec(tiny_teacher_folder),
+        resources=Resources(num_cpus=2),
+        replicas=1,
+        tasks=tasks,
+        progress=lambda items, total, _: done.append((items, total)),
+    )
+    report = run_pools([job])["tiny"]
+    numbers = sorted(number for result in report.results for number in result)
+    assert numbers == [n for n in range(16) if n != ScoreTask.POISON]
+    assert all(value < 0 for result in report.results for value in result.values())
+    assert [label for label, _ in report.quarantined] == ["sequences (3,)"]
+    assert "exceed max_model_len" in (tmp_path / "poison-3").read_text()
+    assert report.num_deaths == 1
+    assert [engine["capture"] for engine in report.engines] == ["arrays", "arrays"]
+    assert report.engines[-1]["peak_memory_bytes"] > 100e6
+    assert done[-1] == (16, 16)
+    orphans = [int(pid) for pid in (tmp_path / "killed").read_text().split()]
+    assert not [pid for pid in orphans if psutil.pid_exists(pid)]

@@ -1,0 +1,158 @@
+"""Synthesis with a scripted teacher: what is kept, dropped and counted; what a second run still has
+to do.
+"""
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import storage
+from pipeline.config import StudentConfig
+from pipeline.datasets import read_sequences
+from pipeline.errors import ConfigError
+from pipeline.layout import Layout
+from pipeline.records import Prompt
+from pipeline.synthesis_index import build_dataset, read_records
+from teachers.engine import GeneratedAnswer
+from teachers.synthesis import SynthesisTask, plan_synthesis
+from tests.support.tokenizers_for_tests import save_tokenizer
+
+
+class ScriptedTeacher:
+    """Answers from a table by prompt text; `…` at the end means that the answer was cut."""
+
+    def __init__(self, tokenizer: Any, answers: dict[str, list[str]]) -> None:
+        self._tokenizer, self._answers = tokenizer, answers
+        self.seeds: list[int] = []
+
+    async def generate(
+        self, ids: list[int], sampling: dict[str, Any], num_samples: int
+    ) -> list[GeneratedAnswer]:
+        self.seeds.append(sampling["seed"])
+        texts = self._answers["".join(self._tokenizer.convert_ids_to_tokens(ids))][:num_samples]
+        return [self._answer(text) for text in texts]
+
+    def _answer(self, text: str) -> GeneratedAnswer:
+        cut = text.endswith("…")
+        ids = self._tokenizer(text.rstrip("…"), add_special_tokens=False)["input_ids"]
+        return GeneratedAnswer(ids if cut else [*ids, 1], "length" if cut else "stop", 0.0)
+
+
+@pytest.fixture
+def template(tmp_path: Path) -> SynthesisTask:
+    save_tokenizer(tmp_path / "student")
+    return SynthesisTask(
+        layout=Layout(str(tmp_path / "root"), "run"),
+        generator="t",
+        recipe_digest="recipe",
+        prompts=(),
+        student=StudentConfig(model=str(tmp_path / "student"), initialization="random"),
+        sampling={"max_tokens": 5},
+        samples_per_prompt=3,
+        max_sequence_tokens=None,
+        checker="exact",
+        seed=1,
+    )
+
+
+def prompts(*rows: tuple[str, str, str | None]) -> list[Prompt]:
+    return [
+        Prompt(f"id-{text}", domain, "train", text=text, reference=ref)
+        for text, domain, ref in rows
+    ]
+
+
+def run(task: SynthesisTask, answers: dict[str, list[str]]) -> dict[str, Any]:
+    tokenizer = save_tokenizer(Path(task.student.model))
+    return asyncio.run(task.run(ScriptedTeacher(tokenizer, answers)))
+
+
+def test_what_is_wrong_empty_cut_or_double_is_dropped_and_counted(template: SynthesisTask) -> None:
+    rows = prompts(("1+1=", "d", "2"), ("a?", "d", None))
+    (task,) = plan_synthesis(template, rows, 10)
+    record = run(task, {"1+1=": ["2", "3", "2"], "a?": ["", "abc…", "b"]})
+    assert record["counts"] == {
+        "answers": 6,
+        "kept": 2,
+        "wrong": 1,
+        "duplicate": 1,
+        "empty": 1,
+        "truncated": 1,
+    }
+    first, second = read_sequences(storage.join(template.layout.root, record["shard"]))
+    assert first.loss_spans == ((4, 6),) and first.gold_ids[-1] == 1
+    assert second.generators == ("t",) and second.num_positions == 2
+
+
+def test_only_new_prompts_are_planned_and_grouped_by_domain(template: SynthesisTask) -> None:
+    rows = prompts(("a", "x", "1"), ("b", "y", "1"), ("c", "x", "1"))
+    tasks = plan_synthesis(template, rows, 1)
+    assert [[p.text for p in task.prompts] for task in tasks] == [["a"], ["c"], ["b"]]
+    run(tasks[0], {"a": ["1"] * 3})
+    more = plan_synthesis(template, [*rows, *prompts(("d", "x", "1"))], 10)
+    assert [[p.text for p in task.prompts] for task in more] == [["b"], ["c", "d"]]
+
+
+def test_a_lost_sequence_shard_is_asked_again(template: SynthesisTask) -> None:
+    rows = prompts(("a", "x", "1"))
+    record = run(plan_synthesis(template, rows, 9)[0], {"a": ["1"] * 3})
+    Path(template.layout.root, record["shard"]).unlink()
+    assert len(plan_synthesis(template, rows, 9)) == 1
+
+
+def test_a_quarantined_prompt_is_recorded_and_not_asked_again(template: SynthesisTask) -> None:
+    rows = prompts(("a", "x", "1"))
+    plan_synthesis(template, rows, 9)[0].quarantine("the engine died")
+    assert plan_synthesis(template, rows, 9) == []
+    assert read_records(template.layout, "recipe")[0]["errors"] == {"id-a": "the engine died"}
+
+
+def test_halves_hold_the_same_prompts(template: SynthesisTask) -> None:
+    (task,) = plan_synthesis(template, prompts(*((c, "x", "1") for c in "abcde")), 9)
+    left, right = task.halves()
+    assert left.prompts + right.prompts == task.prompts and len(left) == 2
+
+
+def test_the_dataset_follows_the_prompts_and_merges_equal_answers(template: SynthesisTask) -> None:
+    rows = prompts(("a", "x", "1"), ("b", "y", "2"), ("c", "x", None))
+    run_all(template, rows, {"a": ["1"] * 3, "b": ["2"] * 3, "c": ["q", "r", "q"]})
+    other = replace(template, generator="u", recipe_digest="other")
+    run_all(other, rows, {"a": ["1"] * 3, "b": ["3"] * 3, "c": ["r", "s", "s"]})
+    entries = build_dataset(template.layout, rows, ["recipe", "other"])
+    assert [(e.prompt_id, e.generators) for e in entries] == [
+        ("id-a", ("t", "u")),
+        ("id-b", ("t",)),
+        ("id-c", ("t",)),
+        ("id-c", ("t", "u")),
+        ("id-c", ("u",)),
+    ]
+    assert build_dataset(template.layout, rows[:1], ["recipe", "other"]) == entries[:1]
+
+
+def run_all(template: SynthesisTask, rows: list[Prompt], answers: dict[str, list[str]]) -> None:
+    for task in plan_synthesis(template, rows, 10):
+        run(task, answers)
+
+
+def test_given_references_become_sequences(template: SynthesisTask) -> None:
+    rows = prompts(("q:", "x", "a1"), ("r:", "x", "b"))
+    record = plan_synthesis(replace(template, generator="dataset"), rows, 10)[0].from_references()
+    first, _ = read_sequences(storage.join(template.layout.root, record["shard"]))
+    assert (
+        first.finish_reason == "dataset" and first.num_positions == 4
+    )  # space, two characters, end of sequence
+    with pytest.raises(ConfigError, match="prompt id-s: has none"):
+        plan_synthesis(replace(template, generator="dataset"), prompts(("s:", "x", None)), 10)[
+            0
+        ].from_references()
+
+
+def test_every_prompt_has_its_own_seed(template: SynthesisTask) -> None:
+    tokenizer = save_tokenizer(Path(template.student.model))
+    teacher = ScriptedTeacher(tokenizer, {c: ["1"] * 3 for c in "abc"})
+    (task,) = plan_synthesis(template, prompts(*((c, "x", "1") for c in "abc")), 9)
+    asyncio.run(task.run(teacher))
+    assert len(set(teacher.seeds)) == 3
