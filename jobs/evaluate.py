@@ -204,7 +204,7 @@ def _export_check(config: Config, layout: Layout, figures: Json) -> Json:
             )
     export = read_record(layout, "export")["figures"]
     return {
-        "max_logit_difference": max(f["max_logit_difference"] for f in export.values()),
+        "max_logit_difference": max(f["largest_difference_nats"] for f in export.values()),
         "max_engine_logprob_difference": max(differences.values()),
         "tolerance": tolerance,
     }

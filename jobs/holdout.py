@@ -1,5 +1,4 @@
-"""Hold-out numbers of all models: the students by a forward pass, the teachers from their caches.
-"""
+"""Hold-out numbers of all models: the students by a forward pass, the teachers from their caches."""
 
 from __future__ import annotations
 
@@ -49,8 +48,7 @@ def holdout_figures(
 def renormalised_sequences(
     config: Config, entries: Sequence[DatasetEntry], caches: dict[str, CacheLayout]
 ) -> int:
-    """Sequences that a teacher of positive weight lacks, so that the others' weights are scaled up.
-    """
+    """Sequences that a teacher of positive weight lacks, so that the others' weights are scaled up."""
     readers = {name: CacheReader(cache) for name, cache in caches.items()}
     return sum(
         any(

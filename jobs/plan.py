@@ -17,8 +17,9 @@ from pipeline.fingerprint import differences, digest_json
 from pipeline.layout import Layout
 from pipeline.prepared import Prepared, load_prepared
 from pipeline.prompts import load_prompts, read_prompts
-from pipeline.recipes import DATASET_GENERATOR, training_identity
+from pipeline.recipes import DATASET_GENERATOR
 from pipeline.synthesis_index import new_prompts
+from pipeline.training import training_jobs
 
 STAGES = ("prepare", "synthesize", "score", "train", "export", "evaluate")
 # Bytes of a cache row's per-position arrays, and of one entry (two id planes and a log-
@@ -105,10 +106,8 @@ def stage_key(config: Config, layout: Layout, prepared: Prepared, stage: str) ->
     """
     digest = dataset_of(layout, prepared)
     assert digest is not None, "the dataset is made before any stage that needs it"
-    caches = prepared.caches(layout)
-    parts: list[Any] = [
-        training_identity(config, label, digest, caches) for label in students_of(config)
-    ]
+    jobs = training_jobs(config, layout, prepared, digest)
+    parts: list[Any] = [job.identity() for job in jobs]
     if stage in ("export", "evaluate"):
         parts.append(prepared.key)
     if stage == "evaluate":

@@ -19,7 +19,6 @@ from jobs.plan import (
     make_plan,
     stage_key,
     stale_caches,
-    students_of,
     synthesis_key,
 )
 from pipeline import storage
@@ -34,6 +33,7 @@ from pipeline.prepared import Prepared, load_prepared
 from pipeline.prompts import load_prompts
 from pipeline.recipes import DATASET_GENERATOR
 from pipeline.synthesis_index import build_dataset, read_records
+from pipeline.training import training_jobs
 from teachers.engine import EngineSpec
 from teachers.pool import PoolJob, PoolReport, run_pools
 from teachers.scoring import ScoredShard, plan_scoring
@@ -157,25 +157,20 @@ def _scored_line(name: str, report: PoolReport, refused: dict[str, str]) -> str:
 
 
 def _train(config: Config, layout: Layout) -> Outcome:
-    from students.launch import TrainingJob, train_student
+    from students.launch import train_student
 
     prepared = _prepared(config, layout)
-    caches, digest = prepared.caches(layout), _dataset(layout, prepared)
     figures = {}
-    for label in students_of(config):
-        print(
-            f"{label}: {config.training.steps} steps on {config.training.workers} workers",
-            flush=True,
-        )
-        figures[label] = train_student(TrainingJob.of(config, layout, label, digest, caches))
-    cost = sum(f["seconds"] for f in figures.values()) / 3600
+    for job in training_jobs(config, layout, prepared, _dataset(layout, prepared)):
+        figures[job.student] = train_student(job)
+    hours = sum(found["seconds"] for found in figures.values()) / 3600
     return {
         "key": stage_key(config, layout, prepared, "train"),
         "figures": figures,
-        "cost": cost * config.training.workers * config.training.cost_per_hour,
+        "cost": hours * config.training.workers * config.training.cost_per_hour,
         "summary": "; ".join(
-            f"{label}: {f['steps']} steps, {f['tokens_per_second']:.0f} tokens/s"
-            for label, f in figures.items()
+            f"{label}: {found['steps']} steps, {found['tokens'] / found['seconds']:.0f} tokens/s"
+            for label, found in figures.items()
         ),
     }
 
@@ -184,18 +179,15 @@ def _export(config: Config, layout: Layout) -> Outcome:
     from students.export import export_student
 
     prepared = _prepared(config, layout)
-    figures = {
-        label: export_student(config, layout, label, prepared, _dataset(layout, prepared))
-        for label in students_of(config)
-    }
+    jobs = training_jobs(config, layout, prepared, _dataset(layout, prepared))
+    figures = {job.student: export_student(job, layout.export_folder(job.student)) for job in jobs}
     return {
         "key": stage_key(config, layout, prepared, "export"),
         "figures": figures,
         "cost": 0.0,
         "summary": "; ".join(
-            f"{layout.export_folder(label)} (largest logit difference "
-            f"{f['max_logit_difference']:.1e})"
-            for label, f in figures.items()
+            f"{found['folder']} (at most {found['largest_difference_nats']:.1e} nats from training)"
+            for found in figures.values()
         ),
     }
 

@@ -48,8 +48,7 @@ class Prepared:
         return {teacher: self.cache(layout, teacher) for teacher in self.scoring_recipes}
 
     def longest_request(self, config: Config, sampling: dict[str, Any]) -> int:
-        """Tokens that an engine must hold to answer every prompt that is not left out as too long.
-        """
+        """Tokens that an engine must hold to answer every prompt that is not left out as too long."""
         need = self.longest_prompt + sampling["max_tokens"]
         return min(need, config.synthesis.max_sequence_tokens or need)
 

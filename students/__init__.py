@@ -1,1 +1,3 @@
-"""The student: losses, packed batches from the caches, the DeepSpeed training loop, checkpoints, evaluation, export."""
+"""The student: losses, packed batches from the caches, the DeepSpeed training loop, checkpoints,
+evaluation, export.
+"""

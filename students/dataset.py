@@ -2,11 +2,12 @@
 
     entries -> order of the epoch -> global batch of a step -> micro-batches of each rank -> tensors
 
-The order is a pure function of (seed, epoch, dataset digest), and a global batch is a list of sequences: neither
-depends on the number of workers. Packing decides only which sequences are computed together, never what is summed.
+The order is a pure function of (seed, epoch, dataset digest), and a global batch is a list of
+sequences: neither depends on the number of workers. Packing decides only which sequences are
+computed together, never what is summed.
 
-Legend: T tokens of a packed row, P its positions, K entries, M teachers (of a packed row: as many as any of its
-sequences has with a positive weight).
+Legend: T tokens of a packed row, P its positions, K entries, M teachers (of a packed row: as many
+as any of its sequences has with a positive weight).
 """
 
 from __future__ import annotations
@@ -31,10 +32,13 @@ from pipeline.targets import combine_targets, required_teachers
 from students.losses import Targets
 
 SHUFFLE_WINDOW_SHARDS = 32
-"""Sequence shards whose sequences are shuffled together; fewer than a cache reader keeps decoded."""
+"""Sequence shards whose sequences are shuffled together; fewer than a cache reader keeps decoded.
+"""
 SEQUENCE_SHARDS_KEPT = 64
 EXAMPLE_BYTES_KEPT = 2**30
-"""Combined sequences kept in memory by one worker; small data is combined once and then only packed."""
+"""Combined sequences kept in memory by one worker; small data is combined once and then only
+packed.
+"""
 
 
 @dataclass(frozen=True)
@@ -80,14 +84,22 @@ class MicroBatch:
     targets: Targets
 
     def to(self, device: torch.device) -> MicroBatch:
-        moved = {f.name: getattr(self.targets, f.name).to(device, non_blocking=True) for f in fields(Targets)}
+        moved = {
+            f.name: getattr(self.targets, f.name).to(device, non_blocking=True)
+            for f in fields(Targets)
+        }
         return MicroBatch(
-            self.input_ids.to(device), self.position_ids.to(device), self.logit_indices.to(device), Targets(**moved)
+            self.input_ids.to(device),
+            self.position_ids.to(device),
+            self.logit_indices.to(device),
+            Targets(**moved),
         )
 
 
 class Examples:
-    """Random access to the combined sequences of a dataset; keeps what fits into `EXAMPLE_BYTES_KEPT`."""
+    """Random access to the combined sequences of a dataset; keeps what fits into
+    `EXAMPLE_BYTES_KEPT`.
+    """
 
     def __init__(
         self,
@@ -128,8 +140,10 @@ class Examples:
         highest = max(int(example.input_ids.max()), int(example.token_ids.max(initial=0)))
         if highest >= self._vocabulary:
             raise TrainingError(
-                f"sequence {entry.sequence_id} or its cached targets hold token id {highest}, but the student's head "
-                f"has {self._vocabulary} rows: the teachers' vocabulary is larger than the student's"
+                f"sequence {entry.sequence_id} or its cached targets hold token id {highest}, but "
+                "the student's head "
+                f"has {self._vocabulary} rows: the teachers' vocabulary is larger than the "
+                "student's"
             )
         self._kept[entry.sequence_id] = example
         self._num_bytes += example.num_bytes
@@ -139,9 +153,12 @@ class Examples:
 
     def _build(self, sequence: TokenSequence) -> Example:
         if self._combine is None:
-            return example_of(CombinedTargets(sequence, (), np.zeros((0, sequence.num_positions), np.float32)))
+            return example_of(
+                CombinedTargets(sequence, (), np.zeros((0, sequence.num_positions), np.float32))
+            )
         rows = tuple(
-            self._readers[name].row(sequence.sequence_id) if name in self._readers else None for name in self._teachers
+            self._readers[name].row(sequence.sequence_id) if name in self._readers else None
+            for name in self._teachers
         )
         return example_of(combine_targets(sequence, rows, self._teachers, self._combine))
 
@@ -154,7 +171,8 @@ def open_examples(
     entries: Sequence[DatasetEntry],
     vocabulary: int,
 ) -> Examples:
-    """Opens the caches of the teachers that can weigh anything in the domains of `entries`, and no others.
+    """Opens the caches of the teachers that can weigh anything in the domains of `entries`, and no
+    others.
 
     Raises:
         TrainingError: such a teacher has no cache.
@@ -162,17 +180,28 @@ def open_examples(
     if combine is None:
         return Examples(layout, {}, teachers, None, vocabulary)
     domains = sorted({entry.domain for entry in entries})
-    required = sorted({name for domain in domains for name in required_teachers(combine, teachers, domain)})
+    required = sorted(
+        {name for domain in domains for name in required_teachers(combine, teachers, domain)}
+    )
     missing = [name for name in required if name not in caches]
     if missing:
-        raise TrainingError(f"no cache was given for {missing}, which combine.weights gives a weight: score them first")
-    return Examples(layout, {name: open_cache(caches[name]) for name in required}, teachers, combine, vocabulary)
+        raise TrainingError(
+            f"no cache was given for {missing}, which combine.weights gives a weight: score them "
+            "first"
+        )
+    return Examples(
+        layout, {name: open_cache(caches[name]) for name in required}, teachers, combine, vocabulary
+    )
 
 
 def example_of(combined: CombinedTargets) -> Example:
     """Pads the ragged rows of the teachers that weigh anything in this sequence."""
     sequence, num_positions = combined.sequence, combined.sequence.num_positions
-    used = [(w_P, row) for w_P, row in zip(combined.teacher_weights, combined.rows, strict=True) if w_P.any()]
+    used = [
+        (w_P, row)
+        for w_P, row in zip(combined.teacher_weights, combined.rows, strict=True)
+        if w_P.any()
+    ]
     num_entries = max((int(row.num_entries.max()) for _, row in used), default=1)
     shape = (len(used), num_positions, num_entries)
     token_ids_MPK, logprobs_MPK = np.zeros(shape, np.int32), np.full(shape, -np.inf, np.float16)
@@ -192,7 +221,9 @@ def example_of(combined: CombinedTargets) -> Example:
 
 
 def pack(examples: Sequence[Example]) -> MicroBatch:
-    """Packs sequences into one row. Without any, a row of one token and no positions, which weighs nothing."""
+    """Packs sequences into one row. Without any, a row of one token and no positions, which weighs
+    nothing.
+    """
     examples = examples or [_NOTHING]
     starts = np.cumsum([0] + [len(example.input_ids) for example in examples])
     edges = np.cumsum([0] + [len(example.gold_ids) for example in examples])
@@ -208,10 +239,14 @@ def pack(examples: Sequence[Example]) -> MicroBatch:
         tail_MP[:m, start:stop] = example.tail_mass
         weights_MP[:m, start:stop] = example.teacher_weights
     input_ids = np.concatenate([example.input_ids for example in examples]).astype(np.int64)
-    indices = [example.logit_indices + start for example, start in zip(examples, starts[:-1], strict=True)]
+    indices = [
+        example.logit_indices + start for example, start in zip(examples, starts[:-1], strict=True)
+    ]
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids)[None],
-        position_ids=torch.from_numpy(np.concatenate([np.arange(len(e.input_ids)) for e in examples]))[None],
+        position_ids=torch.from_numpy(
+            np.concatenate([np.arange(len(e.input_ids)) for e in examples])
+        )[None],
         logit_indices=torch.from_numpy(np.concatenate(indices)),
         targets=Targets(
             gold_ids=torch.from_numpy(np.concatenate([example.gold_ids for example in examples])),
@@ -226,23 +261,35 @@ def pack(examples: Sequence[Example]) -> MicroBatch:
 class DataOrder:
     """Which sequences each step trains on: the epochs one after another, cut into equal batches."""
 
-    def __init__(self, shards: Sequence[str], seed: int, dataset_digest: str, sequences_per_step: int) -> None:
+    def __init__(
+        self, shards: Sequence[str], seed: int, dataset_digest: str, sequences_per_step: int
+    ) -> None:
         """`shards` names the sequence shard of every sequence, in the dataset's order."""
         self._seed, self._digest, self._batch = seed, dataset_digest, sequences_per_step
         names, codes = np.unique(np.asarray(shards), return_inverse=True)
-        self._members = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
+        self._members = np.split(
+            np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1]
+        )
         self._num_sequences, self._num_shards = len(codes), len(names)
         self._epochs: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """int64[N]: the order of one epoch. Shards are shuffled, then the sequences of every window of shards."""
+        """int64[N]: the order of one epoch. Shards are shuffled, then the sequences of every window
+        of shards.
+        """
         if epoch not in self._epochs:
             entropy = int(digest_json([self._seed, epoch, self._digest]), 16)
             generator = np.random.Generator(np.random.PCG64(entropy))
             shards = generator.permutation(self._num_shards)
-            windows = [shards[i : i + SHUFFLE_WINDOW_SHARDS] for i in range(0, len(shards), SHUFFLE_WINDOW_SHARDS)]
+            windows = [
+                shards[i : i + SHUFFLE_WINDOW_SHARDS]
+                for i in range(0, len(shards), SHUFFLE_WINDOW_SHARDS)
+            ]
             self._epochs[epoch] = np.concatenate(
-                [generator.permutation(np.concatenate([self._members[s] for s in window])) for window in windows]
+                [
+                    generator.permutation(np.concatenate([self._members[s] for s in window]))
+                    for window in windows
+                ]
             )
             if len(self._epochs) > 2:
                 self._epochs.popitem(last=False)
@@ -258,15 +305,19 @@ class DataOrder:
 def plan_micro_batches(
     lengths: Sequence[int], tokens_per_micro_batch: int, world_size: int
 ) -> list[list[list[int]]]:
-    """Which sequences each rank packs together: for every rank an equal number of lists of indices into `lengths`.
+    """Which sequences each rank packs together: for every rank an equal number of lists of indices
+    into `lengths`.
 
-    The number of rows is what first-fit decreasing needs, rounded up to the world size; sequences are then spread
-    over them evenly, longest first, so that ranks wait little for one another. A row may stay empty.
+    The number of rows is what first-fit decreasing needs, rounded up to the world size; sequences
+    are then spread over them evenly, longest first, so that ranks wait little for one another. A
+    row may stay empty.
 
     Raises:
         TrainingError: a sequence is longer than the budget.
     """
-    refuse_long_sequences([(str(i), length) for i, length in enumerate(lengths)], tokens_per_micro_batch)
+    refuse_long_sequences(
+        [(str(i), length) for i, length in enumerate(lengths)], tokens_per_micro_batch
+    )
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     rows = _first_fit(order, lengths, tokens_per_micro_batch)
     num_rows = -(-max(len(rows), 1) // world_size) * world_size
@@ -284,11 +335,16 @@ def refuse_long_sequences(lengths: Sequence[tuple[str, int]], tokens_per_micro_b
     Raises:
         TrainingError: naming the sequences that are longer than the budget.
     """
-    too_long = [f"{name} ({length} tokens)" for name, length in lengths if length > tokens_per_micro_batch]
+    too_long = [
+        f"{name} ({length} tokens)" for name, length in lengths if length > tokens_per_micro_batch
+    ]
     if too_long:
-        shown = ", ".join(too_long[:10]) + (f" and {len(too_long) - 10} more" if len(too_long) > 10 else "")
+        shown = ", ".join(too_long[:10]) + (
+            f" and {len(too_long) - 10} more" if len(too_long) > 10 else ""
+        )
         raise TrainingError(
-            f"{len(too_long)} sequences are longer than training.tokens_per_micro_batch ({tokens_per_micro_batch}): "
+            f"{len(too_long)} sequences are longer than training.tokens_per_micro_batch "
+            f"({tokens_per_micro_batch}): "
             f"{shown}. Raise it, or filter long sequences out of the dataset."
         )
 

@@ -1,6 +1,8 @@
-"""Hold-out numbers: of a student by a forward pass of its exported folder, of the teachers from their caches alone.
+"""Hold-out numbers: of a student by a forward pass of its exported folder, of the teachers from
+their caches alone.
 
-All are averages over positions in nats, by domain and over `all`. KL is measured to the mixture of the teachers as
+All are averages over positions in nats, by domain and over `all`. KL is measured to the mixture of
+the teachers as
 in training: sum_m w_m KL(p_m || q), each teacher's kept ids apart and the rest in one bucket.
 
 Legend: M teachers of positive weight, P positions, K entries.
@@ -24,7 +26,9 @@ from students.losses import position_figures
 from students.model import body_hidden_states
 
 MASS_FLOOR = 1e-4
-"""A stored tail of 0 can be one that float16 rounded away: an id or a bucket outside is given at least this much."""
+"""A stored tail of 0 can be one that float16 rounded away: an id or a bucket outside is given at
+least this much.
+"""
 ID_RANGE = 2**24
 
 
@@ -38,7 +42,13 @@ class _Sums:
     agreement: float = 0.0
     bounded_mass: float = 0.0
 
-    def add(self, loss: np.ndarray, kl: np.ndarray, agrees: np.ndarray, bounded: np.ndarray | None = None) -> None:
+    def add(
+        self,
+        loss: np.ndarray,
+        kl: np.ndarray,
+        agrees: np.ndarray,
+        bounded: np.ndarray | None = None,
+    ) -> None:
         self.tokens += len(loss)
         self.loss += float(loss.sum())
         self.kl_to_mixture += float(kl.sum())
@@ -62,28 +72,38 @@ def holdout_numbers(
     """A student's numbers on hold-out sequences, by domain and for `all`.
 
     Returns:
-        For each domain `tokens`, `loss` (cross-entropy with the text), `kl_to_mixture`, and `agreement` (share of
-        positions where its most probable token is the mixture's).
+        For each domain `tokens`, `loss` (cross-entropy with the text), `kl_to_mixture`, and
+        `agreement` (share of positions where its most probable token is the mixture's).
 
     Raises:
         CacheError: the caches do not cover a sequence.
         TrainingError: a sequence is longer than the budget.
     """
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto", trust_remote_code=trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(
+        model_folder, dtype="auto", trust_remote_code=trust_remote_code
+    )
     model = model.to(device).eval()
     head = model.get_output_embeddings()
     sums: dict[str, _Sums] = {}
-    refuse_long_sequences([(entry.sequence_id, entry.num_tokens) for entry in entries], tokens_per_micro_batch)
+    refuse_long_sequences(
+        [(entry.sequence_id, entry.num_tokens) for entry in entries], tokens_per_micro_batch
+    )
     for domain, members in _by_domain(entries):
-        for row in plan_micro_batches([entry.num_tokens for entry in members], tokens_per_micro_batch, 1)[0]:
+        for row in plan_micro_batches(
+            [entry.num_tokens for entry in members], tokens_per_micro_batch, 1
+        )[0]:
             packed = [examples[members[i]] for i in row]
             batch = pack(packed).to(torch.device(device))
-            hidden_PH = body_hidden_states(model, batch.input_ids, batch.position_ids)[batch.logit_indices]
+            hidden_PH = body_hidden_states(model, batch.input_ids, batch.position_ids)[
+                batch.logit_indices
+            ]
             figures = position_figures(hidden_PH, head.weight, head.bias, batch.targets)
             mixture = np.concatenate([mixture_argmax(example) for example in packed])
             numbers = (-figures.gold_logprobs, figures.forward_kl)
             loss, kl = (values.double().cpu().numpy() for values in numbers)
-            sums.setdefault(domain, _Sums()).add(loss, kl, figures.argmax_ids.cpu().numpy() == mixture)
+            sums.setdefault(domain, _Sums()).add(
+                loss, kl, figures.argmax_ids.cpu().numpy() == mixture
+            )
     return _with_total(sums, bounded=False)
 
 
@@ -92,8 +112,9 @@ def teacher_holdout_numbers(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Each teacher's numbers on the sequences that it has scored, from cached numbers alone.
 
-    What a teacher gives to an id that it has not kept is unknown but bounded, see `bounded_divergence`, so
-    `kl_to_mixture` is a lower bound; `bounded_mass` is the share of the mixture's mass on such ids.
+    What a teacher gives to an id that it has not kept is unknown but bounded, see
+    `bounded_divergence`, so `kl_to_mixture` is a lower bound; `bounded_mass` is the share of the
+    mixture's mass on such ids.
 
     Returns:
         By teacher and domain `tokens`, `loss`, `kl_to_mixture`, `agreement` and `bounded_mass`.
@@ -110,7 +131,9 @@ def teacher_holdout_numbers(
                 kl_P, bounded_P = bounded_divergence(example, row)
                 first = np.concatenate([[0], np.cumsum(row.num_entries, dtype=np.int64)[:-1]])
                 agrees_P = row.token_ids[first] == mixture_argmax(example)
-                sums.setdefault(domain, _Sums()).add(-row.gold_logprobs.astype(np.float64), kl_P, agrees_P, bounded_P)
+                sums.setdefault(domain, _Sums()).add(
+                    -row.gold_logprobs.astype(np.float64), kl_P, agrees_P, bounded_P
+                )
         found[name] = _with_total(sums, bounded=True)
     return found
 
@@ -118,8 +141,9 @@ def teacher_holdout_numbers(
 def bounded_divergence(example: Example, row: SparseLogprobs) -> tuple[np.ndarray, np.ndarray]:
     """A lower bound of sum_m w_m KL(p_m || p_t) for a teacher t known by its kept entries.
 
-    An id of p_m that t has not kept has at most the smaller of t's least kept probability and t's tail; the bucket
-    of p_m has at most t's tail and its kept ids that are not shared. Larger probabilities make a KL smaller.
+    An id of p_m that t has not kept has at most the smaller of t's least kept probability and t's
+    tail; the bucket of p_m has at most t's tail and its kept ids that are not shared. Larger
+    probabilities make a KL smaller.
 
     Returns:
         float64[P]: the bound, and the mass of the mixture on ids that were bounded.
@@ -133,15 +157,21 @@ def bounded_divergence(example: Example, row: SparseLogprobs) -> tuple[np.ndarra
         p_logs_PK = example.logprobs[m].astype(np.float64)
         present_PK = np.isfinite(p_logs_PK)
         p_PK = np.exp(p_logs_PK)
-        matches_PKK = (example.token_ids[m][:, :, None] == ids_PK[:, None, :]) & np.isfinite(logprobs_PK)[:, None, :]
+        matches_PKK = (example.token_ids[m][:, :, None] == ids_PK[:, None, :]) & np.isfinite(
+            logprobs_PK
+        )[:, None, :]
         shared_PK = matches_PKK.any(axis=2) & present_PK
         q_logs_PK = np.take_along_axis(logprobs_PK, matches_PKK.argmax(axis=2), axis=1)
         q_logs_PK = np.where(shared_PK, q_logs_PK, ceiling_P[:, None])
-        terms_PK = np.where(present_PK, p_PK * (np.where(present_PK, p_logs_PK, 0.0) - q_logs_PK), 0.0)
+        terms_PK = np.where(
+            present_PK, p_PK * (np.where(present_PK, p_logs_PK, 0.0) - q_logs_PK), 0.0
+        )
         t_P = example.tail_mass[m].astype(np.float64)
         shared_q_P = np.where(shared_PK, np.exp(q_logs_PK), 0.0).sum(axis=1)
         bucket_P = np.maximum(tail_P + kept_PK.sum(axis=1) - shared_q_P, MASS_FLOOR)
-        tail_term_P = np.where(t_P > 0, t_P * (np.log(np.where(t_P > 0, t_P, 1.0)) - np.log(bucket_P)), 0.0)
+        tail_term_P = np.where(
+            t_P > 0, t_P * (np.log(np.where(t_P > 0, t_P, 1.0)) - np.log(bucket_P)), 0.0
+        )
         kl_P += weights_P * (terms_PK.sum(axis=1) + tail_term_P)
         bounded_P += weights_P * np.where(present_PK & ~shared_PK, p_PK, 0.0).sum(axis=1)
     return kl_P, bounded_P
@@ -150,7 +180,9 @@ def bounded_divergence(example: Example, row: SparseLogprobs) -> tuple[np.ndarra
 def mixture_argmax(example: Example) -> np.ndarray:
     """int64[P]: the id of the largest sum_m w_m p_m over kept ids; of equal ones the smallest id."""
     num_positions = len(example.gold_ids)
-    mass_MPK = example.teacher_weights[:, :, None].astype(np.float64) * np.exp(example.logprobs.astype(np.float64))
+    mass_MPK = example.teacher_weights[:, :, None].astype(np.float64) * np.exp(
+        example.logprobs.astype(np.float64)
+    )
     places_P1 = np.arange(num_positions, dtype=np.int64)[:, None] * ID_RANGE
     keys, inverse = np.unique((example.token_ids + places_P1).ravel(), return_inverse=True)
     masses = np.bincount(inverse, weights=mass_MPK.ravel())

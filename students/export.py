@@ -1,4 +1,6 @@
-"""From a finished training to a Hugging Face folder that loads anywhere, checked against the trained weights."""
+"""From a finished training to a Hugging Face folder that loads anywhere, checked against the
+trained weights.
+"""
 
 from __future__ import annotations
 
@@ -12,29 +14,43 @@ import torch
 import yaml
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from pipeline import storage
 from pipeline.errors import TrainingError
 from pipeline.loading import is_folder
-from students.checkpoint import TrainingJob
+from pipeline.training import TrainingJob
 from students.model import DTYPES
 
 TOKENIZER_FILES = [
-    "tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "tokenizer*",
+    "*.model",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
 ]
 PROBE_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
-"""Largest difference in nats between a log-probability in training and in the exported model. The two forwards
+"""Largest difference in nats between a log-probability in training and in the exported model. The
+two forwards
 differ in packing and, at bfloat16, in rounding: a logit near 20 moves by up to 0.06."""
 LIBRARIES = ("torch", "transformers", "deepspeed", "ray")
 
 
 def export_student(job: TrainingJob, folder: str) -> dict[str, Any]:
-    """Writes weights, tokenizer, chat template, generation config and model card; loads them back and compares.
+    """Writes weights, tokenizer, chat template, generation config and model card; loads them back
+    and compares.
 
     Raises:
-        TrainingError: training is not complete, its weights do not fit the model, or the exported model computes
-            other log-probabilities than the trained one.
+        TrainingError: training is not complete, its weights do not fit the model, or the exported
+            model computes other log-probabilities than the trained one.
     """
     if not storage.exists(job.summary_path):
         raise TrainingError(f"{job.folder} holds no finished training: run the train stage first")
@@ -42,9 +58,13 @@ def export_student(job: TrainingJob, folder: str) -> dict[str, Any]:
     target.mkdir(parents=True, exist_ok=True)
     source = model_folder(job)
     model = trained_model(job, source)
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=job.config.student.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(
+        source, trust_remote_code=job.config.student.trust_remote_code
+    )
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     model.save_pretrained(target)
     copy_tokenizer(source, target)
@@ -53,7 +73,8 @@ def export_student(job: TrainingJob, folder: str) -> dict[str, Any]:
     tolerance = PROBE_TOLERANCE[job.config.student.dtype]
     if not difference <= tolerance:
         raise TrainingError(
-            f"the exported model in {target} differs from the trained one by {difference:.3g} nats on a token "
+            f"the exported model in {target} differs from the trained one by {difference:.3g} nats "
+            "on a token "
             f"(tolerance {tolerance}): do not use it"
         )
     weights = sorted(target.glob("*.safetensors"))
@@ -73,7 +94,9 @@ def model_folder(job: TrainingJob) -> str:
     if is_folder(student.model):
         return student.model
     return snapshot_download(
-        student.model, revision=student.revision, allow_patterns=["config.json", "*.py", *TOKENIZER_FILES]
+        student.model,
+        revision=student.revision,
+        allow_patterns=["config.json", "*.py", *TOKENIZER_FILES],
     )
 
 
@@ -86,28 +109,41 @@ def trained_model(job: TrainingJob, source: str) -> PreTrainedModel:
     trust = job.config.student.trust_remote_code
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust, dtype=torch.float32)
-    missing, unexpected = model.load_state_dict(load_file(Path(job.folder, "final", "weights.safetensors")), strict=False)
+    missing, unexpected = model.load_state_dict(
+        load_file(Path(job.folder, "final", "weights.safetensors")), strict=False
+    )
     own = {name for name, _ in model.named_parameters()}
     if unexpected or own & set(missing):  # second names of tied weights are not stored
-        raise TrainingError(f"final weights of {job.folder} lack {sorted(own & set(missing))} or add {unexpected}")
+        raise TrainingError(
+            f"final weights of {job.folder} lack {sorted(own & set(missing))} or add {unexpected}"
+        )
     return model.to(DTYPES[job.config.student.dtype]).eval()
 
 
 def copy_tokenizer(source: str, target: Path) -> None:
     """Copies tokenizer and chat template as they are."""
-    for path in sorted({path for pattern in TOKENIZER_FILES for path in Path(source).glob(pattern)}):
+    for path in sorted(
+        {path for pattern in TOKENIZER_FILES for path in Path(source).glob(pattern)}
+    ):
         if path.is_file() and not path.name.endswith(".safetensors"):
             shutil.copyfile(path, target / path.name)
 
 
 @torch.no_grad()
 def probe_difference(job: TrainingJob, folder: Path) -> float:
-    """Largest difference in nats between the exported model's and the trained engine's gold log-probabilities."""
+    """Largest difference in nats between the exported model's and the trained engine's gold log-
+    probabilities.
+    """
     probe = json.loads(Path(job.folder, "final", "probe.json").read_text())
     trust = job.config.student.trust_remote_code
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", trust_remote_code=trust
+    ).eval()
     rows = [torch.tensor(ids) for ids in probe["input_ids"]]
-    logprobs = [torch.log_softmax(model(input_ids=ids[None], use_cache=False).logits[0].float(), -1) for ids in rows]
+    logprobs = [
+        torch.log_softmax(model(input_ids=ids[None], use_cache=False).logits[0].float(), -1)
+        for ids in rows
+    ]
     indices = torch.tensor(probe["logit_indices"])
     gold_ids = torch.cat(rows)[indices + 1]
     found = torch.cat(logprobs)[indices, gold_ids]
@@ -117,15 +153,25 @@ def probe_difference(job: TrainingJob, folder: Path) -> float:
 def model_card(job: TrainingJob) -> str:
     """README.md with a YAML header: where the model comes from, in full."""
     config, summary = job.config, storage.read_json(job.summary_path)
-    hub_ids = [teacher.model for teacher in config.teachers.values() if not is_folder(teacher.model)]
-    header = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["distillation", "polystill"]}
+    hub_ids = [
+        teacher.model for teacher in config.teachers.values() if not is_folder(teacher.model)
+    ]
+    header = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["distillation", "polystill"],
+    }
     if hub_ids:
         header["base_model"] = hub_ids
     provenance = {
         "run": config.name,
         "student": job.student,
         "teachers": {
-            name: {"model": teacher.model, "revision": teacher.revision, "cache": job.cache_fingerprints.get(name)}
+            name: {
+                "model": teacher.model,
+                "revision": teacher.revision,
+                "cache": job.cache_fingerprints.get(name),
+            }
             for name, teacher in config.teachers.items()
         },
         "dataset": job.dataset_digest,

@@ -1,7 +1,8 @@
-"""Training as a Ray Train run: one worker per GPU or CPU slot, restarted from the last complete checkpoint.
+"""Training as a Ray Train run: one worker per GPU or CPU slot, restarted from the last complete
+checkpoint.
 
-The driver checks what can be checked before any worker starts, follows the metrics file for its log, and reads the
-summary that rank 0 leaves behind. Nothing but the job travels through Ray.
+The driver checks what can be checked before any worker starts, follows the metrics file for its
+log, and reads the summary that rank 0 leaves behind. Nothing but the job travels through Ray.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from pipeline import storage
 from pipeline.errors import TrainingError
 from pipeline.fingerprint import differences
-from students.checkpoint import TrainingJob, check_resume, read_metrics
+from pipeline.training import TrainingJob
+from students.checkpoint import check_resume, read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +37,13 @@ def train_student(job: TrainingJob) -> dict[str, Any]:
     """Trains a student, or finishes the training that an earlier call began; returns its summary.
 
     Raises:
-        TrainingError: the folder holds another training, or the workers failed more often than allowed.
+        TrainingError: the folder holds another training, or the workers failed more often than
+            allowed.
     """
     if "://" in job.folder:
         raise TrainingError(
-            f"training folder {job.folder} is not a local path: DeepSpeed writes its checkpoints to a file system, "
+            f"training folder {job.folder} is not a local path: DeepSpeed writes its checkpoints "
+            "to a file system, "
             "so storage.root must be a folder that all workers mount"
         )
     if storage.exists(job.summary_path):
@@ -47,7 +51,10 @@ def train_student(job: TrainingJob) -> dict[str, Any]:
     state = check_resume(job)
     training = job.config.training
     logger.info(
-        "training %s: step %d of %d, %d workers", job.student, state["step"] if state else 0, training.steps,
+        "training %s: step %d of %d, %d workers",
+        job.student,
+        state["step"] if state else 0,
+        training.steps,
         training.workers,
     )
     scratch = Path(job.folder, "ray_train")
@@ -60,7 +67,8 @@ def train_student(job: TrainingJob) -> dict[str, Any]:
         scaling_config=ScalingConfig(
             num_workers=training.workers,
             use_gpu=use_gpu,
-            resources_per_worker=resources | ({"GPU": training.resources.num_gpus} if use_gpu else {}),
+            resources_per_worker=resources
+            | ({"GPU": training.resources.num_gpus} if use_gpu else {}),
         ),
         run_config=RunConfig(
             name=f"{job.student}-{uuid.uuid4().hex[:8]}",
@@ -73,27 +81,39 @@ def train_student(job: TrainingJob) -> dict[str, Any]:
             trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise TrainingError(
-            f"training {job.student} failed: {error}\nIts checkpoints are kept; run the same command again to resume."
+            f"training {job.student} failed: {error}\nIts checkpoints are kept; run the same "
+            "command again to resume."
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     summary = storage.read_json(job.summary_path)
     logger.info(
-        "trained %s: %d steps, %d tokens in %.1f s, %s -> %s", job.student, summary["steps"], summary["tokens"],
-        summary["seconds"], _values(summary["final"]), job.folder,
+        "trained %s: %d steps, %d tokens in %.1f s, %s -> %s",
+        job.student,
+        summary["steps"],
+        summary["tokens"],
+        summary["seconds"],
+        _values(summary["final"]),
+        job.folder,
     )
     return summary
 
 
 def remove_stale_build_locks(folder: Path) -> list[Path]:
-    """Removes locks of op builds whose builder is dead; each later start would wait for them without a word.
+    """Removes locks of op builds whose builder is dead; each later start would wait for them
+    without a word.
 
-    torch's extension builder holds its lock file open for as long as it lives, so on the one host that uses the
-    folder a lock that no process has open belongs to nobody. Processes of other users cannot be looked into: a
-    lock of another user is left alone.
+    torch's extension builder holds its lock file open for as long as it lives, so on the one host
+    that uses the
+    folder a lock that no process has open belongs to nobody. Processes of other users cannot be
+    looked into: a lock of another user is left alone.
     """
     own = [path for path in folder.glob("**/lock") if path.stat().st_uid == os.getuid()]
-    held = {name for process in psutil.process_iter() for name in _open_files(process)} if own else set()
+    held = (
+        {name for process in psutil.process_iter() for name in _open_files(process)}
+        if own
+        else set()
+    )
     stale = [path for path in own if str(path.resolve()) not in held]
     for path in stale:
         path.unlink(missing_ok=True)
@@ -122,7 +142,10 @@ def _worker(config: dict[str, Any]) -> None:
         torch.set_num_threads(max(1, min(cores, round(job.config.training.resources.num_cpus))))
     if context.get_local_rank() == 0:
         for lock in remove_stale_build_locks(extensions):
-            print(f"removed {lock}: the process that was building this DeepSpeed op is dead", flush=True)
+            print(
+                f"removed {lock}: the process that was building this DeepSpeed op is dead",
+                flush=True,
+            )
     torch.distributed.barrier()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
@@ -136,8 +159,11 @@ def _finished(job: TrainingJob) -> dict[str, Any]:
     found = differences(summary["identity"], job.identity())
     if found:
         raise TrainingError(
-            f"{job.folder} holds a finished training of other settings (old -> new):\n  " + "\n  ".join(found) + "\n"
-            "Restore these values, choose another `name` for the run, or remove that folder to train again."
+            f"{job.folder} holds a finished training of other settings (old -> new):\n  "
+            + "\n  ".join(found)
+            + "\n"
+            "Restore these values, choose another `name` for the run, or remove that folder to "
+            "train again."
         )
     logger.info("training %s is complete: %s", job.student, job.folder)
     return summary
@@ -168,7 +194,13 @@ class _FollowedMetrics:
             seen = min(seen, len(lines))
             for line in lines[seen:]:
                 step = line.pop("step")
-                logger.info("%s step %d/%d %s", self._job.student, step, self._job.config.training.steps, _values(line))
+                logger.info(
+                    "%s step %d/%d %s",
+                    self._job.student,
+                    step,
+                    self._job.config.training.steps,
+                    _values(line),
+                )
             seen = len(lines)
 
 

@@ -1,9 +1,12 @@
-"""Distillation losses from hidden states and the LM head: pure functions, closed-form gradients, bounded memory.
+"""Distillation losses from hidden states and the LM head: pure functions, closed-form gradients,
+bounded memory.
 
-Logits are formed for a few positions at a time, cast to float32 there, turned into losses and gradients, and
+Logits are formed for a few positions at a time, cast to float32 there, turned into losses and
+gradients, and
 dropped: no `[positions, vocabulary]` buffer of a whole batch ever exists.
 
-Legend of axis names: P positions, C positions of one chunk, H hidden size, V vocabulary, M teachers, K entries.
+Legend of axis names: P positions, C positions of one chunk, H hidden size, V vocabulary, M
+teachers, K entries.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ class Targets:
     Attributes:
         gold_ids: int64[P].
         token_ids: int[M, P, K], kept ids of each teacher; padded with 0 where `logprobs` is -inf.
-        logprobs: float[M, P, K], at temperature 1, normalised over the full vocabulary; -inf marks padding.
+        logprobs: float[M, P, K], at temperature 1, normalised over the full vocabulary; -inf marks
+            padding.
         tail_mass: float[M, P], probability outside the kept ids.
         teacher_weights: float[M, P].
     """
@@ -80,24 +84,28 @@ def distillation_loss(
 ) -> LossSums:
     """Sums of the losses over all positions, and their weighted total for the backward pass.
 
-    With p_k = exp(logprob_k) of the kept ids, t the tail mass, q the student's probabilities at temperature 1 and
-    q_t the student's mass outside the kept ids, the two losses of a position are
+    With p_k = exp(logprob_k) of the kept ids, t the tail mass, q the student's probabilities at
+    temperature 1 and q_t the student's mass outside the kept ids, the two losses of a position are
 
         forward_kl    = sum_m w_m (sum_k p_mk log(p_mk / q_k) + t_m log(t_m / q_tm))
         cross_entropy = -log q_gold
 
-    The first is the KL divergence from teacher to student after both put everything outside the teacher's kept ids
-    into one bucket (Hinton et al., arXiv 1503.02531, on a coarser set of outcomes, hence a lower bound of the full
-    KL). Each teacher has its own kept set, so that the sum equals sum_m w_m KL(p_m || q) on those outcomes. The
-    stored numbers are used as they are: when sum_k p_k + t = S differs from 1 through float16 rounding, nothing is
-    renormalised. Where the kept ids are the whole vocabulary there is no bucket and t is taken as 0.
+    The first is the KL divergence from teacher to student after both put everything outside the
+    teacher's kept ids into one bucket (Hinton et al., arXiv 1503.02531, on a coarser set of
+    outcomes, hence a lower bound of the full KL). Each teacher has its own kept set, so that the
+    sum equals sum_m w_m KL(p_m || q) on those outcomes. The
+    stored numbers are used as they are: when sum_k p_k + t = S differs from 1 through float16
+        rounding, nothing is
+    renormalised. Where the kept ids are the whole vocabulary there is no bucket and t is taken as
+    0.
 
     The gradient with respect to logit i is, for each teacher, `S q_i - p_i` for a kept id and
-    `S q_i - t exp(z_i - lse_tail)` for any other, lse_tail being the log-sum-exp of the logits outside the kept
-    ids (for S = 1 this is `q_i (1 - t / q_t)`). Log q_t comes from the same log-sum-exp and not from `1 - sum q`,
-    which cancels.
+    `S q_i - t exp(z_i - lse_tail)` for any other, lse_tail being the log-sum-exp of the logits
+    outside the kept ids (for S = 1 this is `q_i (1 - t / q_t)`). Log q_t comes from the same log-
+    sum-exp and not from `1 - sum q`, which cancels.
 
-    Gradients are computed along with the values, so the backward pass needs neither logits nor the head: under
+    Gradients are computed along with the values, so the backward pass needs neither logits nor the
+        head: under
     ZeRO-3 the head may be freed between the two.
 
     Args:
@@ -106,16 +114,27 @@ def distillation_loss(
         chunk_positions: positions per chunk; by default as many as `CHUNK_ELEMENTS` logits allow.
     """
     total, forward_kl, cross_entropy = _ChunkedLoss.apply(
-        hidden_PH, head_VH, bias_V, targets, weights, chunk_positions or _chunk_positions(head_VH.shape[0])
+        hidden_PH,
+        head_VH,
+        bias_V,
+        targets,
+        weights,
+        chunk_positions or _chunk_positions(head_VH.shape[0]),
     )
     return LossSums(total, forward_kl, cross_entropy)
 
 
 @torch.no_grad()
 def position_figures(
-    hidden_PH: Tensor, head_VH: Tensor, bias_V: Tensor | None, targets: Targets, chunk_positions: int | None = None
+    hidden_PH: Tensor,
+    head_VH: Tensor,
+    bias_V: Tensor | None,
+    targets: Targets,
+    chunk_positions: int | None = None,
 ) -> PositionFigures:
-    """What is known of each position without training on it; `forward_kl` as in `distillation_loss`."""
+    """What is known of each position without training on it; `forward_kl` as in
+    `distillation_loss`.
+    """
     num_positions = hidden_PH.shape[0]
     gold_P, kl_P = hidden_PH.new_zeros((2, num_positions), dtype=torch.float32)
     argmax_P = torch.zeros_like(targets.gold_ids)
@@ -126,7 +145,9 @@ def position_figures(
         argmax_P[rows] = logits_CV.argmax(dim=-1)
         for m in range(targets.token_ids.shape[0]):
             bucketed = _Bucketed.of(targets, m, rows, logits_CV)
-            kl_P[rows] += targets.teacher_weights[m, rows].float() * bucketed.divergence(logits_CV, lse_C)
+            kl_P[rows] += targets.teacher_weights[m, rows].float() * bucketed.divergence(
+                logits_CV, lse_C
+            )
     return PositionFigures(gold_P, kl_P, argmax_P)
 
 
@@ -162,12 +183,21 @@ class _ChunkedLoss(torch.autograd.Function):
         head_dtype, bias_dtype = ctx.dtypes
         head_grad = None if ctx.head_grad is None else (ctx.head_grad * total_grad).to(head_dtype)
         bias_grad = None if ctx.bias_grad is None else (ctx.bias_grad * total_grad).to(bias_dtype)
-        return (ctx.hidden_grad * total_grad).to(ctx.hidden_grad.dtype), head_grad, bias_grad, None, None, None
+        return (
+            (ctx.hidden_grad * total_grad).to(ctx.hidden_grad.dtype),
+            head_grad,
+            bias_grad,
+            None,
+            None,
+            None,
+        )
 
 
 @dataclass(frozen=True)
 class _Bucketed:
-    """One teacher's kept ids and tail in one chunk, beside the student's logits outside the kept ids."""
+    """One teacher's kept ids and tail in one chunk, beside the student's logits outside the kept
+    ids.
+    """
 
     token_ids_CK: Tensor
     probabilities_CK: Tensor
@@ -189,7 +219,9 @@ class _Bucketed:
         tail_C = torch.where(outside_lse_C > -torch.inf, targets.tail_mass[m, rows].float(), 0.0)
         plogp_CK = torch.where(kept_CK, probabilities_CK * logprobs_CK, 0.0)
         entropy_term_C = plogp_CK.sum(dim=-1) + torch.special.xlogy(tail_C, tail_C)
-        return cls(token_ids_CK, probabilities_CK, entropy_term_C, tail_C, outside_CV, outside_lse_C)
+        return cls(
+            token_ids_CK, probabilities_CK, entropy_term_C, tail_C, outside_CV, outside_lse_C
+        )
 
     def divergence(self, logits_CV: Tensor, lse_C: Tensor) -> Tensor:
         """float32[C]: sum p log p - p log q over the kept ids and the bucket."""

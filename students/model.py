@@ -1,6 +1,8 @@
-"""The student model, and the one module that DeepSpeed gets: transformer body, LM head and losses in one forward.
+"""The student model, and the one module that DeepSpeed gets: transformer body, LM head and losses
+in one forward.
 
-The head is applied inside the losses, a chunk of positions at a time, and its weight is read inside the forward of
+The head is applied inside the losses, a chunk of positions at a time, and its weight is read inside
+the forward of
 this module: that is where ZeRO-3 gathers it, tied to the embeddings or not.
 """
 
@@ -24,14 +26,18 @@ HEAD_SETTINGS = {
     "logits_scaling": (None, 1, 1.0),
     "lm_head_multiplier": (None, 1, 1.0),
 }
-"""Settings of the head in Hugging Face configs, with the values under which logits are plainly head times hidden."""
+"""Settings of the head in Hugging Face configs, with the values under which logits are plainly head
+times hidden.
+"""
 
 
 def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
-    """The student on the CPU in its training dtype; random weights depend on the seed alone, not on the rank.
+    """The student on the CPU in its training dtype; random weights depend on the seed alone, not on
+    the rank.
 
     Raises:
-        TrainingError: the architecture does not compute its logits as LM head times last hidden state.
+        TrainingError: the architecture does not compute its logits as LM head times last hidden
+            state.
     """
     source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     options = {"dtype": DTYPES[config.dtype], "attn_implementation": config.attn_implementation}
@@ -64,8 +70,10 @@ def refuse_head_settings(settings: dict) -> None:
     for name, plain in HEAD_SETTINGS.items():
         if settings.get(name) not in plain:
             raise TrainingError(
-                f"the student's config sets {name}={settings[name]}: the losses compute logits as LM head times last "
-                "hidden state, without that step. Choose another student, or set it to nothing if you train from scratch."
+                f"the student's config sets {name}={settings[name]}: the losses compute logits as "
+                "LM head times last "
+                "hidden state, without that step. Choose another student, or set it to nothing if "
+                "you train from scratch."
             )
 
 
@@ -80,12 +88,13 @@ class StudentModule(nn.Module):
     def forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The fields of `LossSums` in training mode, of `PositionFigures` in evaluation mode.
 
-        A plain tuple, since ZeRO-3 hangs the gather for the backward pass on output tensors and looks for them in
-        tuples, lists and dictionaries only.
+        A plain tuple, since ZeRO-3 hangs the gather for the backward pass on output tensors and
+        looks for them in tuples, lists and dictionaries only.
         """
         hidden_TH = body_hidden_states(self.model, batch.input_ids, batch.position_ids)
         hidden_PH = hidden_TH[batch.logit_indices]
-        # read here and not kept: ZeRO-3 gathers a parameter that is read inside the forward of this module
+        # read here and not kept: ZeRO-3 gathers a parameter that is read inside the forward of this
+        # module
         head = self.model.get_output_embeddings()
         if self.training:
             sums = distillation_loss(hidden_PH, head.weight, head.bias, batch.targets, self.weights)
@@ -94,11 +103,13 @@ class StudentModule(nn.Module):
         return figures.gold_logprobs, figures.forward_kl, figures.argmax_ids
 
 
-def body_hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+def body_hidden_states(
+    model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor
+) -> torch.Tensor:
     """[T, H]: last hidden states of one packed row.
 
-    transformers builds the block-diagonal mask from `position_ids`, but only without a cache of keys and values:
-    with `use_cache=True` packed sequences would see one another.
+    transformers builds the block-diagonal mask from `position_ids`, but only without a cache of
+    keys and values: with `use_cache=True` packed sequences would see one another.
     """
     output = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     return output.last_hidden_state[0]
@@ -106,7 +117,8 @@ def body_hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, position
 
 @torch.no_grad()
 def check_architecture(model: PreTrainedModel) -> None:
-    """Checks on a few tokens that head times hidden gives the model's logits and that packing isolates sequences.
+    """Checks on a few tokens that head times hidden gives the model's logits and that packing
+    isolates sequences.
 
     Raises:
         TrainingError: with the difference found.
@@ -115,7 +127,9 @@ def check_architecture(model: PreTrainedModel) -> None:
     model.eval()
     vocabulary = model.get_output_embeddings().weight.shape[0]
     first, second = (torch.arange(n, device=model.device) * 7 % vocabulary for n in (5, 4))
-    alone = torch.cat([model(input_ids=ids[None], use_cache=False).logits[0] for ids in (first, second)])
+    alone = torch.cat(
+        [model(input_ids=ids[None], use_cache=False).logits[0] for ids in (first, second)]
+    )
     places = torch.cat([torch.arange(len(ids), device=model.device) for ids in (first, second)])
     hidden_TH = body_hidden_states(model, torch.cat([first, second])[None], places[None])
     packed = model.get_output_embeddings()(hidden_TH)
@@ -124,11 +138,15 @@ def check_architecture(model: PreTrainedModel) -> None:
     tolerance = LOGIT_TOLERANCE[model.dtype]
     if difference[: len(first)].max() > tolerance:
         raise TrainingError(
-            f"{type(model).__name__}: LM head times last hidden state differs from the model's own logits by "
-            f"{difference.max():.3g} of the largest logit (tolerance {tolerance}): this architecture is not supported"
+            f"{type(model).__name__}: LM head times last hidden state differs from the model's own "
+            "logits by "
+            f"{difference.max():.3g} of the largest logit (tolerance {tolerance}): this "
+            "architecture is not supported"
         )
     if difference.max() > tolerance:
         raise TrainingError(
-            f"{type(model).__name__} lets packed sequences see one another: logits differ by {difference.max():.3g} of "
-            f"the largest logit (tolerance {tolerance}) from those of the sequence alone: it is not supported"
+            f"{type(model).__name__} lets packed sequences see one another: logits differ by "
+            f"{difference.max():.3g} of "
+            f"the largest logit (tolerance {tolerance}) from those of the sequence alone: it is "
+            "not supported"
         )

@@ -1,4 +1,6 @@
-"""Log-probabilities of an exported folder by transformers alone: what any other engine must reproduce."""
+"""Log-probabilities of an exported folder by transformers alone: what any other engine must
+reproduce.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""The training loop of one worker, from top to bottom: data, engine, steps, metrics, checkpoints, final weights.
+"""The training loop of one worker, from top to bottom: data, engine, steps, metrics, checkpoints,
+final weights.
 
-A step sums its losses over micro-batches and workers and divides by the number of positions of the whole global
-batch, so that packing and the number of workers change nothing but speed. DeepSpeed averages gradients over the
-workers, hence the factor of the world size in each micro-batch's loss.
+A step sums its losses over micro-batches and workers and divides by the number of positions of the
+whole global batch, so that packing and the number of workers change nothing but speed. DeepSpeed
+averages gradients over the workers, hence the factor of the world size in each micro-batch's loss.
 """
 
 from __future__ import annotations
@@ -28,9 +29,16 @@ from pipeline import storage
 from pipeline.config import TrainingConfig
 from pipeline.datasets import DatasetEntry, read_dataset
 from pipeline.errors import TrainingError
-from students.checkpoint import TrainingJob, load_checkpoint, read_metrics, save_checkpoint
+from pipeline.training import TrainingJob
+from students.checkpoint import load_checkpoint, read_metrics, save_checkpoint
 from students.dataset import (
-    DataOrder, Examples, MicroBatch, open_examples, pack, plan_micro_batches, refuse_long_sequences,
+    DataOrder,
+    Examples,
+    MicroBatch,
+    open_examples,
+    pack,
+    plan_micro_batches,
+    refuse_long_sequences,
 )
 from students.losses import LossWeights
 from students.model import StudentModule, build_student, check_architecture
@@ -39,7 +47,8 @@ PROBE_SEQUENCES = 2
 
 
 def train(job: TrainingJob, device: torch.device) -> None:
-    """Trains to the last step, resuming from the newest complete checkpoint. `torch.distributed` is initialised.
+    """Trains to the last step, resuming from the newest complete checkpoint. `torch.distributed` is
+    initialised.
 
     Raises:
         TrainingError: the data, the student or a checkpoint does not fit the job.
@@ -77,7 +86,10 @@ def train(job: TrainingJob, device: torch.device) -> None:
                 "train/tokens_per_second": window_tokens / elapsed,
             }
             if not math.isfinite(values["train/loss"]):
-                raise TrainingError(f"the loss is {values['train/loss']} at step {step}: lower training.learning_rate")
+                raise TrainingError(
+                    f"the loss is {values['train/loss']} at step {step}: lower "
+                    "training.learning_rate"
+                )
             write_metrics(metrics, step, values)
             window_started, window_tokens = time.monotonic(), 0
         if step % training.evaluate_every_steps == 0 or step == training.steps:
@@ -94,7 +106,8 @@ class TrainingData:
         """Reads the dataset and opens the caches that the losses need.
 
         Raises:
-            TrainingError: nothing to train on, a sequence longer than the budget, or a missing cache.
+            TrainingError: nothing to train on, a sequence longer than the budget, or a missing
+                cache.
         """
         self._job, self._device = job, device
         self._world_size, self._rank = dist.get_world_size(), dist.get_rank()
@@ -110,20 +123,30 @@ class TrainingData:
         teachers = list(job.config.teachers)
         # apart, since a thread reads ahead in one while the other is used
         self._train_examples, self._holdout_examples = (
-            open_examples(job.layout, job.caches, teachers, combine, used, vocabulary) for _ in range(2)
+            open_examples(job.layout, job.caches, teachers, combine, used, vocabulary)
+            for _ in range(2)
         )
         shards = [entry.shard for entry in self.train]
         training = job.config.training
-        self._order = DataOrder(shards, job.config.seed, job.dataset_digest, training.sequences_per_step)
+        self._order = DataOrder(
+            shards, job.config.seed, job.dataset_digest, training.sequences_per_step
+        )
 
     def training_batches(self, start: int) -> Iterator[tuple[int, list[MicroBatch], int, int]]:
-        """Step, micro-batches of this rank, and the positions and tokens of the global batch; reads one ahead."""
+        """Step, micro-batches of this rank, and the positions and tokens of the global batch; reads
+        one ahead.
+        """
         stop = self._job.config.training.steps
 
         def build(step: int) -> tuple[int, list[MicroBatch], int, int]:
             batch = [self.train[i] for i in self._order.batch(step)]
             micro_batches = list(self._micro_batches(batch, self._train_examples))
-            return step, micro_batches, sum(e.num_positions for e in batch), sum(e.num_tokens for e in batch)
+            return (
+                step,
+                micro_batches,
+                sum(e.num_positions for e in batch),
+                sum(e.num_tokens for e in batch),
+            )
 
         with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(build, start) if start < stop else None
@@ -145,21 +168,30 @@ class TrainingData:
 
     def _micro_batches(self, batch: list[DatasetEntry], examples: Examples) -> Iterator[MicroBatch]:
         budget = self._job.config.training.tokens_per_micro_batch
-        plan = plan_micro_batches([entry.num_tokens for entry in batch], budget, self._world_size)[self._rank]
+        plan = plan_micro_batches([entry.num_tokens for entry in batch], budget, self._world_size)[
+            self._rank
+        ]
         for row in plan:
             yield pack([examples[batch[i]] for i in row]).to(self._device)
 
 
-def initialize_engine(module: StudentModule, job: TrainingJob) -> tuple[deepspeed.DeepSpeedEngine, Any]:
-    """DeepSpeed around the module, and a function that gives the gradient norm where DeepSpeed knows none."""
+def initialize_engine(
+    module: StudentModule, job: TrainingJob
+) -> tuple[deepspeed.DeepSpeedEngine, Any]:
+    """DeepSpeed around the module, and a function that gives the gradient norm where DeepSpeed
+    knows none.
+    """
     training, bf16 = job.config.training, job.config.student.dtype == "bfloat16"
     plain = job.zero_stage == 0 and not bf16
     optimizer = make_optimizer(module, training)
     norms: list[torch.Tensor] = []
     if plain:
-        # DeepSpeed then steps the optimizer itself and reports no norm: clip between its all-reduce and the update
+        # DeepSpeed then steps the optimizer itself and reports no norm: clip between its all-reduce
+        # and the update
         def clip(*_: Any) -> None:
-            norms[:] = [torch.nn.utils.clip_grad_norm_(module.parameters(), training.gradient_clipping)]
+            norms[:] = [
+                torch.nn.utils.clip_grad_norm_(module.parameters(), training.gradient_clipping)
+            ]
 
         optimizer.register_step_pre_hook(clip)
     engine, *_ = deepspeed.initialize(
@@ -179,7 +211,9 @@ def initialize_engine(module: StudentModule, job: TrainingJob) -> tuple[deepspee
 
 
 def make_optimizer(module: torch.nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices only; DeepSpeed's own on the CPU when the config offloads it there."""
+    """AdamW with weight decay on matrices only; DeepSpeed's own on the CPU when the config offloads
+    it there.
+    """
     parameters = list(module.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": training.weight_decay},
@@ -187,12 +221,16 @@ def make_optimizer(module: torch.nn.Module, training: TrainingConfig) -> torch.o
     ]
     groups = [group for group in groups if group["params"]]
     if training.deepspeed.get("zero_optimization", {}).get("offload_optimizer"):
-        return DeepSpeedCPUAdam(groups, lr=training.learning_rate, betas=training.betas, adamw_mode=True)
+        return DeepSpeedCPUAdam(
+            groups, lr=training.learning_rate, betas=training.betas, adamw_mode=True
+        )
     return torch.optim.AdamW(groups, lr=training.learning_rate, betas=training.betas, fused=True)
 
 
 def learning_rate(training: TrainingConfig, step: int) -> float:
-    """Of a step counted from 0: linear from 0 to the peak over the warm-up, then cosine down to the last rate."""
+    """Of a step counted from 0: linear from 0 to the peak over the warm-up, then cosine down to the
+    last rate.
+    """
     if step < training.warmup_steps:
         return training.learning_rate * (step + 1) / training.warmup_steps
     progress = (step - training.warmup_steps + 1) / (training.steps - training.warmup_steps)
@@ -201,7 +239,10 @@ def learning_rate(training: TrainingConfig, step: int) -> float:
 
 
 def train_step(
-    engine: deepspeed.DeepSpeedEngine, micro_batches: list[MicroBatch], num_positions: int, rate: float
+    engine: deepspeed.DeepSpeedEngine,
+    micro_batches: list[MicroBatch],
+    num_positions: int,
+    rate: float,
 ) -> torch.Tensor:
     """One optimizer step; returns this rank's sums of total, forward_kl and cross_entropy."""
     engine.train()
@@ -217,7 +258,9 @@ def train_step(
 
 
 @torch.no_grad()
-def holdout_losses(engine: deepspeed.DeepSpeedEngine, data: TrainingData, job: TrainingJob) -> dict[str, float]:
+def holdout_losses(
+    engine: deepspeed.DeepSpeedEngine, data: TrainingData, job: TrainingJob
+) -> dict[str, float]:
     """The losses on the hold-out sequences; empty without any."""
     if not data.holdout:
         return {}
@@ -230,7 +273,9 @@ def holdout_losses(engine: deepspeed.DeepSpeedEngine, data: TrainingData, job: T
     return mean_losses(sums, sum(entry.num_positions for entry in data.holdout), job, "holdout")
 
 
-def mean_losses(sums: torch.Tensor, num_positions: int, job: TrainingJob, prefix: str) -> dict[str, float]:
+def mean_losses(
+    sums: torch.Tensor, num_positions: int, job: TrainingJob, prefix: str
+) -> dict[str, float]:
     """Nats per position over all ranks, by slash name."""
     dist.all_reduce(sums)
     total, forward_kl, cross_entropy = (sums / num_positions).tolist()
@@ -247,12 +292,16 @@ def loss_weights(job: TrainingJob) -> LossWeights:
 
 
 class MetricsLog:
-    """`metrics.jsonl` and TensorBoard events of rank 0; what an interrupted run wrote after `step` is dropped."""
+    """`metrics.jsonl` and TensorBoard events of rank 0; what an interrupted run wrote after `step`
+    is dropped.
+    """
 
     def __init__(self, folder: str, step: int) -> None:
         self._path = Path(folder, "metrics.jsonl")
         kept = [line for line in read_metrics(folder) if line["step"] <= step]
-        storage.write_bytes(str(self._path), "".join(json.dumps(line) + "\n" for line in kept).encode())
+        storage.write_bytes(
+            str(self._path), "".join(json.dumps(line) + "\n" for line in kept).encode()
+        )
         self._stream = self._path.open("a")
         self._events = SummaryWriter(str(Path(folder, "tensorboard")), purge_step=step + 1)
 
@@ -270,8 +319,12 @@ def write_metrics(metrics: MetricsLog | None, step: int, values: dict[str, float
         metrics.write(step, values)
 
 
-def finish(engine: deepspeed.DeepSpeedEngine, job: TrainingJob, data: TrainingData, state: dict[str, Any]) -> None:
-    """Writes `final/` (weights, and log-probabilities that the export must reproduce) and then `training.json`."""
+def finish(
+    engine: deepspeed.DeepSpeedEngine, job: TrainingJob, data: TrainingData, state: dict[str, Any]
+) -> None:
+    """Writes `final/` (weights, and log-probabilities that the export must reproduce) and then
+    `training.json`.
+    """
     weights = gather_weights(engine)
     entries, input_ids, batch = data.probe()
     engine.eval()
@@ -310,8 +363,8 @@ def finish(engine: deepspeed.DeepSpeedEngine, job: TrainingJob, data: TrainingDa
 def gather_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """float32 master weights by their name in the Hugging Face model, on rank 0; tied weights once.
 
-    All ranks call it. With bfloat16 at stage 0 DeepSpeed gives no access to its master weights: these are then
-    the bfloat16 weights, which is what is exported in any case.
+    All ranks call it. With bfloat16 at stage 0 DeepSpeed gives no access to its master weights:
+    these are then the bfloat16 weights, which is what is exported in any case.
     """
     model, weights = engine.module.model, {}
     for name, parameter in model.named_parameters():
@@ -319,7 +372,9 @@ def gather_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]
         if dist.get_rank() == 0:
             weights[name] = (parameter if full is None else full).detach().float().cpu().clone()
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    buffers = {name: value.cpu() for name, value in model.state_dict().items() if name not in parameters}
+    buffers = {
+        name: value.cpu() for name, value in model.state_dict().items() if name not in parameters
+    }
     return weights | buffers
 
 

@@ -23,7 +23,8 @@ from pipeline.errors import TrainingError
 from pipeline.fingerprint import digest_ids, sequence_id
 from pipeline.layout import Layout
 from pipeline.records import SparseLogprobs, TokenSequence
-from students.checkpoint import TrainingJob, latest_complete, read_metrics
+from pipeline.training import TrainingJob
+from students.checkpoint import latest_complete, read_metrics
 from students.dataset import open_examples
 from students.evaluation import holdout_numbers, teacher_holdout_numbers
 from students.export import export_student
@@ -52,29 +53,50 @@ def material(tmp_path_factory):
         sequences = [hand_made_sequence(generator, domain) for _ in range(24)]
         shard = write_sequences(layout, domain, sequences)
         for n, sequence in enumerate(sequences):
-            entries.append(DatasetEntry(
-                sequence.sequence_id, sequence.prompt_id, domain, "holdout" if n < 6 else "train", ("first",), shard,
-                len(sequence.input_ids), sequence.num_positions,
-            ))
+            entries.append(
+                DatasetEntry(
+                    sequence.sequence_id,
+                    sequence.prompt_id,
+                    domain,
+                    "holdout" if n < 6 else "train",
+                    ("first",),
+                    shard,
+                    len(sequence.input_ids),
+                    sequence.num_positions,
+                )
+            )
             for name in TEACHERS:
                 by_teacher[name].append(hand_made_row(generator, sequence))
     caches = {}
     for name, rows in by_teacher.items():
         caches[name] = layout.cache(name, "0" * 32)
-        write_shard(caches[name].shard(digest_ids([row.sequence_id for row in rows])), rows, "0" * 32)
+        write_shard(
+            caches[name].shard(digest_ids([row.sequence_id for row in rows])), rows, "0" * 32
+        )
     return root, write_dataset(layout, entries), caches
 
 
 def write_student(folder, tied):
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=1,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        bos_token_id=0,
+        eos_token_id=1,
     )
     config.save_pretrained(folder)
     words = {f"w{i}": i for i in range(VOCABULARY)}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w2")), bos_token="w0", eos_token="w1",
-        pad_token="w1", chat_template="{% for m in messages %}{{ m.content }}{% endfor %}",
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w2")),
+        bos_token="w0",
+        eos_token="w1",
+        pad_token="w1",
+        chat_template="{% for m in messages %}{{ m.content }}{% endfor %}",
     )
     tokenizer.save_pretrained(folder)
 
@@ -85,7 +107,13 @@ def hand_made_sequence(generator, domain):
     middle = length // 2
     spans = ((2, middle), (middle + 1, length))
     return TokenSequence(
-        sequence_id(input_ids, spans, "tokenizer"), input_ids, spans, f"p{generator.integers(1e9)}", domain, ("first",), "stop"
+        sequence_id(input_ids, spans, "tokenizer"),
+        input_ids,
+        spans,
+        f"p{generator.integers(1e9)}",
+        domain,
+        ("first",),
+        "stop",
     )
 
 
@@ -99,39 +127,87 @@ def hand_made_row(generator, sequence, k=5):
     gold = dense[np.arange(num_positions), sequence.gold_ids]
     half = np.float16
     return SparseLogprobs(
-        sequence.sequence_id, np.full(num_positions, k, np.uint8), ids.ravel().astype(np.uint32), kept.ravel().astype(half),
-        np.zeros(0, np.uint8), gold.astype(half), (1 - np.exp(kept).sum(1)).astype(half),
+        sequence.sequence_id,
+        np.full(num_positions, k, np.uint8),
+        ids.ravel().astype(np.uint32),
+        kept.ravel().astype(half),
+        np.zeros(0, np.uint8),
+        gold.astype(half),
+        (1 - np.exp(kept).sum(1)).astype(half),
         (-(np.exp(dense) * dense).sum(1)).astype(half),
     )
 
 
-def make_job(material, name, student="student", caches=None, workers=1, zero_stage=0, student_options=None, **training):
+def make_job(
+    material,
+    name,
+    student="student",
+    caches=None,
+    workers=1,
+    zero_stage=0,
+    student_options=None,
+    **training,
+):
     root, dataset_digest, all_caches = material
     zero = {"stage": zero_stage, "stage3_param_persistence_threshold": 0}
-    config = Config.model_validate({
-        "name": name,
-        "seed": 3,
-        "storage": {"root": str(root)},
-        "prompts": {"sources": [{"path": "unused.jsonl"}]},
-        "teachers": {teacher: {"model": "unused"} for teacher in [*TEACHERS, "idle"]},
-        "synthesis": {"generator": "every_teacher"},
-        "scoring": {"num_logprobs": 5, "selection": {"type": "top_k", "max_entries": 5}},
-        "combine": {"method": "mixture", "weights": {"type": "by_domain", "domains": {
-            "sums": {"first": 1.0}, "words": {"first": 0.25, "second": 0.75}}}},
-        "student": {"model": str(root / "student"), "initialization": "random", **(student_options or {})},
-        "training": {
-            "losses": [{"type": "forward_kl", "weight": 1.0}, {"type": "cross_entropy", "weight": 0.5}],
-            "steps": 6, "sequences_per_step": 8, "tokens_per_micro_batch": 40, "learning_rate": 0.01, "warmup_steps": 2,
-            "log_every_steps": 1, "evaluate_every_steps": 3, "checkpoint_every_steps": 2, "max_failures": 0,
-            "weight_decay": 0.1, "workers": workers, "deepspeed": {"zero_optimization": zero} if zero_stage else {},
-            **training,
-        },
-        "evaluation": {"sampling": {}},
-    })
-    losses = config.training.losses if student == "student" else [CrossEntropy(type="cross_entropy", weight=1.0)]
-    fingerprints = {teacher: "0" * 32 for teacher in TEACHERS}
-    return TrainingJob(config, Layout(str(root), name), dataset_digest, student, tuple(losses),
-                       all_caches if caches is None else caches, fingerprints)
+    config = Config.model_validate(
+        {
+            "name": name,
+            "seed": 3,
+            "storage": {"root": str(root)},
+            "prompts": {"sources": [{"path": "unused.jsonl"}]},
+            "teachers": {teacher: {"model": "unused"} for teacher in [*TEACHERS, "idle"]},
+            "synthesis": {"generator": "every_teacher"},
+            "scoring": {"num_logprobs": 5, "selection": {"type": "top_k", "max_entries": 5}},
+            "combine": {
+                "method": "mixture",
+                "weights": {
+                    "type": "by_domain",
+                    "domains": {"sums": {"first": 1.0}, "words": {"first": 0.25, "second": 0.75}},
+                },
+            },
+            "student": {
+                "model": str(root / "student"),
+                "initialization": "random",
+                **(student_options or {}),
+            },
+            "training": {
+                "losses": [
+                    {"type": "forward_kl", "weight": 1.0},
+                    {"type": "cross_entropy", "weight": 0.5},
+                ],
+                "steps": 6,
+                "sequences_per_step": 8,
+                "tokens_per_micro_batch": 40,
+                "learning_rate": 0.01,
+                "warmup_steps": 2,
+                "log_every_steps": 1,
+                "evaluate_every_steps": 3,
+                "checkpoint_every_steps": 2,
+                "max_failures": 0,
+                "weight_decay": 0.1,
+                "workers": workers,
+                "deepspeed": {"zero_optimization": zero} if zero_stage else {},
+                **training,
+            },
+            "evaluation": {"sampling": {}},
+        }
+    )
+    losses = (
+        config.training.losses
+        if student == "student"
+        else [CrossEntropy(type="cross_entropy", weight=1.0)]
+    )
+    fingerprints = dict.fromkeys(TEACHERS, "0" * 32)
+    return TrainingJob(
+        config,
+        Layout(str(root), name),
+        dataset_digest,
+        student,
+        tuple(losses),
+        all_caches if caches is None else caches,
+        fingerprints,
+    )
 
 
 def curve(job, name="train/loss"):
@@ -152,7 +228,9 @@ def test_summary_metrics_and_checkpoints(reference):
     assert steps == [1, 2, 3, 4, 5, 6]
     assert list(curve(job, "holdout/loss")) == [3, 6]
     first = read_metrics(job.folder)[0]
-    assert first["train/loss"] == pytest.approx(first["train/forward_kl"] + 0.5 * first["train/cross_entropy"])
+    assert first["train/loss"] == pytest.approx(
+        first["train/forward_kl"] + 0.5 * first["train/cross_entropy"]
+    )
     assert abs(first["train/cross_entropy"] - math.log(VOCABULARY)) < 0.2
     assert summary["final"]["holdout/loss"] == curve(job, "holdout/loss")[6]
     assert summary["final"]["train/loss"] < first["train/loss"]
@@ -191,11 +269,20 @@ def torch_weights(job):
 
 @pytest.mark.parametrize(("workers", "zero_stage"), [(1, 0), (2, 3)])
 def test_resume_equals_the_unbroken_run(cluster, reference, material, workers, zero_stage):
-    whole = reference[0] if zero_stage == 0 else make_job(material, "whole3", workers=workers, zero_stage=zero_stage)
+    whole = (
+        reference[0]
+        if zero_stage == 0
+        else make_job(material, "whole3", workers=workers, zero_stage=zero_stage)
+    )
     train_student(whole)
-    # a run that died after step 5: its newest complete checkpoint is step 4, later lines and files lie about
+    # a run that died after step 5: its newest complete checkpoint is step 4, later lines and files
+    # lie about
     broken = make_job(material, f"broken{zero_stage}", workers=workers, zero_stage=zero_stage)
-    shutil.copytree(whole.folder, broken.folder, ignore=shutil.ignore_patterns("training.json", "final", "tensorboard"))
+    shutil.copytree(
+        whole.folder,
+        broken.folder,
+        ignore=shutil.ignore_patterns("training.json", "final", "tensorboard"),
+    )
     newest = latest_complete(broken.folder)
     (newest / "COMPLETE").unlink()
     state_path = latest_complete(broken.folder) / "state.json"
@@ -213,7 +300,9 @@ def test_resume_equals_the_unbroken_run(cluster, reference, material, workers, z
 
 def test_resume_on_other_workers_at_stage_0_and_refusals(cluster, reference, material):
     moved = make_job(material, "moved", workers=2)
-    shutil.copytree(reference[0].folder, moved.folder, ignore=shutil.ignore_patterns("training.json", "final"))
+    shutil.copytree(
+        reference[0].folder, moved.folder, ignore=shutil.ignore_patterns("training.json", "final")
+    )
     (latest_complete(moved.folder) / "COMPLETE").unlink()
     train_student(moved)
     assert curve(moved) == pytest.approx(curve(reference[0]), rel=2e-3)
@@ -225,7 +314,9 @@ def test_resume_on_other_workers_at_stage_0_and_refusals(cluster, reference, mat
     assert "workers" not in str(refusal.value)
 
 
-def test_a_worker_that_dies_is_restarted_from_the_checkpoint(cluster, reference, material, monkeypatch, tmp_path):
+def test_a_worker_that_dies_is_restarted_from_the_checkpoint(
+    cluster, reference, material, monkeypatch, tmp_path
+):
     marker = tmp_path / "died"
     job = make_job(material, "dies", max_failures=1)
     monkeypatch.setattr("students.launch._worker", dying_worker(str(marker)))
@@ -278,7 +369,9 @@ def test_bfloat16_trains_and_exports(cluster, reference, material, dtype, zero_s
     options = {"dtype": dtype, "gradient_checkpointing": True}
     job = make_job(material, f"{dtype}{zero_stage}", zero_stage=zero_stage, student_options=options)
     summary = train_student(job)
-    assert summary["final"]["train/loss"] == pytest.approx(reference[1]["final"]["train/loss"], rel=0.02)
+    assert summary["final"]["train/loss"] == pytest.approx(
+        reference[1]["final"]["train/loss"], rel=0.02
+    )
     export_student(job, str(tmp_path / "export"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "export").dtype == torch.bfloat16
 
@@ -287,7 +380,10 @@ def test_tied_student_at_stage_3(cluster, material, tmp_path):
     root, *_ = material
     write_student(root / "tied", tied=True)
     options = {"model": str(root / "tied")}
-    jobs = [make_job(material, f"tied{stage}", zero_stage=stage, student_options=options) for stage in (0, 3)]
+    jobs = [
+        make_job(material, f"tied{stage}", zero_stage=stage, student_options=options)
+        for stage in (0, 3)
+    ]
     for job in jobs:
         train_student(job)
     assert curve(jobs[1]) == pytest.approx(curve(jobs[0]), rel=2e-3)
@@ -301,16 +397,30 @@ def test_export_loads_and_evaluates_like_training(reference, material, tmp_path)
     assert figures["largest_difference_nats"] <= figures["tolerance_nats"]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
     assert tokenizer.eos_token_id == 1
-    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(job.config.student.model).chat_template
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "export").generation_config.eos_token_id == 1
+    assert (
+        tokenizer.chat_template
+        == AutoTokenizer.from_pretrained(job.config.student.model).chat_template
+    )
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "export").generation_config.eos_token_id
+        == 1
+    )
     card = (tmp_path / "export" / "README.md").read_text()
     assert job.dataset_digest in card
-    entries = [entry for entry in read_dataset(job.layout, job.dataset_digest) if entry.split == "holdout"]
-    examples = open_examples(job.layout, job.caches, list(job.config.teachers), job.config.combine, entries, VOCABULARY)
+    entries = [
+        entry for entry in read_dataset(job.layout, job.dataset_digest) if entry.split == "holdout"
+    ]
+    examples = open_examples(
+        job.layout, job.caches, list(job.config.teachers), job.config.combine, entries, VOCABULARY
+    )
     numbers = holdout_numbers(tmp_path / "export", entries, examples, 64)
     assert set(numbers) == {"all", *DOMAINS}
-    assert numbers["all"]["loss"] == pytest.approx(summary["final"]["holdout/cross_entropy"], rel=1e-4)
-    assert numbers["all"]["kl_to_mixture"] == pytest.approx(summary["final"]["holdout/forward_kl"], rel=1e-4)
+    assert numbers["all"]["loss"] == pytest.approx(
+        summary["final"]["holdout/cross_entropy"], rel=1e-4
+    )
+    assert numbers["all"]["kl_to_mixture"] == pytest.approx(
+        summary["final"]["holdout/forward_kl"], rel=1e-4
+    )
     assert numbers["all"]["tokens"] == sum(entry.num_positions for entry in entries)
     readers = {name: open_cache(cache) for name, cache in job.caches.items()}
     teachers = teacher_holdout_numbers(entries, examples, readers)

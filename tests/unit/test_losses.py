@@ -1,4 +1,6 @@
-"""The losses against oracles that share no code with them: dense `kl_div`, autograd, and an explicit bucket."""
+"""The losses against oracles that share no code with them: dense `kl_div`, autograd, and an
+explicit bucket.
+"""
 
 import numpy as np
 import pytest

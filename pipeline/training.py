@@ -1,0 +1,125 @@
+"""What a training is: everything that decides the trained weights, and where its outputs lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline import storage
+from pipeline.config import ByDomainWeights, Config, CrossEntropy, Loss
+from pipeline.fingerprint import digest_json
+from pipeline.layout import CacheLayout, Layout
+from pipeline.prepared import Prepared
+from pipeline.targets import required_teachers
+
+NEUTRAL_TRAINING_KEYS = {
+    "workers",
+    "resources",
+    "log_every_steps",
+    "evaluate_every_steps",
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+    "max_failures",
+    "cost_per_hour",
+    "tokens_per_micro_batch",
+    "losses",
+}
+"""Training keys that may change between two starts of one training; `losses` enters as those of the
+job.
+"""
+NEUTRAL_STUDENT_KEYS = {"cost_per_hour", "vllm"}
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """One training, as the launcher hands it to every worker.
+
+    Attributes:
+        student: `student` or `twin`: names the training folder.
+        losses: of this training; a twin has cross-entropy alone.
+        caches: by teacher; teachers that weigh nothing need none.
+        cache_fingerprints: by teacher, of the recipe that filled its cache.
+    """
+
+    config: Config
+    layout: Layout
+    dataset_digest: str
+    student: str
+    losses: tuple[Loss, ...]
+    caches: dict[str, CacheLayout]
+    cache_fingerprints: dict[str, str]
+
+    @property
+    def folder(self) -> str:
+        return self.layout.training_folder(self.student)
+
+    @property
+    def summary_path(self) -> str:
+        """Written last of all: its existence means that the training is complete."""
+        return storage.join(self.folder, "training.json")
+
+    @property
+    def uses_teachers(self) -> bool:
+        return any(loss.type != "cross_entropy" for loss in self.losses)
+
+    @property
+    def zero_stage(self) -> int:
+        return int(self.config.training.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the trained weights, as a JSON value."""
+        config = self.config.model_dump(mode="json")
+        used = used_teachers(self.config) if self.uses_teachers else []
+        return {
+            "seed": self.config.seed,
+            "dataset_digest": self.dataset_digest,
+            "caches": {
+                name: {
+                    "fingerprint": self.cache_fingerprints[name],
+                    "generation": self.caches[name].generation,
+                }
+                for name in used
+                if name in self.caches
+            },
+            "combine": config["combine"] if self.uses_teachers else None,
+            "student": {
+                k: v for k, v in config["student"].items() if k not in NEUTRAL_STUDENT_KEYS
+            },
+            "losses": [loss.model_dump(mode="json") for loss in self.losses],
+            "training": {
+                k: v for k, v in config["training"].items() if k not in NEUTRAL_TRAINING_KEYS
+            },
+        }
+
+
+def training_jobs(
+    config: Config, layout: Layout, prepared: Prepared, dataset_digest: str
+) -> list[TrainingJob]:
+    """The student, and the twin that learns from the same sequences by cross-entropy alone."""
+    losses = {"student": tuple(config.training.losses)}
+    if config.evaluation.twin:
+        losses["twin"] = (CrossEntropy(type="cross_entropy", weight=1.0),)
+    return [
+        TrainingJob(
+            config=config,
+            layout=layout,
+            dataset_digest=dataset_digest,
+            student=label,
+            losses=terms,
+            caches=prepared.caches(layout),
+            cache_fingerprints={n: digest_json(r) for n, r in prepared.scoring_recipes.items()},
+        )
+        for label, terms in losses.items()
+    ]
+
+
+def used_teachers(config: Config) -> list[str]:
+    """The teachers that can weigh anything in any domain, in the config's order."""
+    weights = config.combine.weights
+    domains = list(weights.domains) if isinstance(weights, ByDomainWeights) else [""]
+    used = {
+        name
+        for domain in domains
+        for name in required_teachers(config.combine, list(config.teachers), domain)
+    }
+    return [name for name in config.teachers if name in used]
