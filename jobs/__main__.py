@@ -29,10 +29,8 @@ INTERRUPTED = 130
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 1 for an error a user can act on, 2 for a wrong
-    command line.
-    """
-    options = _parse(arguments)
+    """Runs one command; returns the exit code: 0, or 1 for an error that a user can act on."""
+    options = parse(arguments)
     try:
         options.action(options)
     except DistillationError as error:
@@ -44,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Parses; overrides may also stand behind options, where argparse does not look for them."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)

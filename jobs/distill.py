@@ -1,6 +1,4 @@
-"""The whole run, in order: every stage a Ray job, followed to its end, stopped at the first
-failure.
-"""
+"""The whole run, in order: every stage a Ray job, followed to its end; a failure stops it."""
 
 from __future__ import annotations
 
@@ -18,7 +16,8 @@ from jobs.local_head import local_head
 from jobs.plan import STAGES, StagePlan, layout_of, make_plan
 from jobs.submit import build_upload, connect, job_logs, submit_stage
 from pipeline import storage
-from pipeline.config import Config, Resources
+from pipeline.config import Config
+from pipeline.config_base import Resources
 from pipeline.errors import ClusterError, ConfigError
 from pipeline.fingerprint import digest_json
 from pipeline.loading import dump_config, local_paths
@@ -84,9 +83,7 @@ def run_stage(
 
 
 def submit(client: JobSubmissionClient, config: Config, stage: str, command: str) -> str:
-    """Uploads packages and config, submits `python -m jobs <command> config.yaml`; returns the
-    submission id.
-    """
+    """Uploads packages and config, submits `python -m jobs <command> config.yaml`; returns the id."""
     # The orchestration of a detached run asks for nothing, which keeps it beside the job server on
     # the head node.
     resources = Resources(num_cpus=0) if stage == DETACHED else config.cluster.job_resources
@@ -107,8 +104,8 @@ def submit(client: JobSubmissionClient, config: Config, stage: str, command: str
 
 
 def stage_environment(config: Config) -> dict[str, str]:
-    """The environment of all stages; what the config names wins."""
-    return {"TOKENIZERS_PARALLELISM": "false", "RAY_DEDUP_LOGS": "0", **config.cluster.env_vars}
+    """The environment of all stages; what the config names wins. Job logs are no place for bars."""
+    return {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", **config.cluster.env_vars}
 
 
 def check_shared_paths(config: Config) -> None:
@@ -122,8 +119,8 @@ def check_shared_paths(config: Config) -> None:
         if not any(f"{path}/".startswith(root) for root in roots):
             raise ConfigError(
                 f"{key} is the local path {path}, which a cluster's nodes may not see; use a URI "
-                "such as s3://…, or "
-                "name a folder above it that every node mounts in storage.shared_roots"
+                "such as s3://…, or name a folder above it that every node mounts in "
+                "storage.shared_roots"
             )
 
 
@@ -142,9 +139,7 @@ def where(config: Config) -> str:
 
 @contextmanager
 def cluster(config: Config, address: str | None) -> Iterator[str]:
-    """The job server to use: the one at `address`, or that of a local head which lives as long as
-    the context.
-    """
+    """The job server to use: that at `address`, or of a head that lives as long as the context."""
     if address is not None:
         yield address
         return
@@ -156,9 +151,7 @@ def cluster(config: Config, address: str | None) -> Iterator[str]:
 
 
 def _visible(config: Config) -> bool:
-    """Whether this machine sees the run's storage, so that a finished stage needs no job to find
-    that out.
-    """
+    """Whether this machine sees the run's storage; then a finished stage needs no job."""
     return "://" not in config.storage.root
 
 

@@ -1,11 +1,10 @@
-"""What a run would do: the plan of each stage, the resources it asks for, and the bytes its caches
-take.
-"""
+"""What a run would do: each stage's plan, the resources it asks for, the bytes its caches take."""
 
 from __future__ import annotations
 
 from jobs.plan import layout_of, make_plan, stale_caches
-from pipeline.config import Config, Resources
+from pipeline.config import Config
+from pipeline.config_base import Resources
 from pipeline.prepared import load_prepared
 
 

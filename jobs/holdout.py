@@ -1,4 +1,4 @@
-"""Hold-out numbers of all models: the students by a forward pass, the teachers from their caches."""
+"""Hold-out numbers of all models: students by a forward pass, teachers from their caches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def holdout_figures(
     compared: Sequence[TokenSequence],
     caches: dict[str, CacheLayout],
     students: Sequence[str],
-) -> dict[str, Json]:
+) -> Json:
     """Runs on the resources of the evaluation.
 
     Args:
@@ -48,7 +48,7 @@ def holdout_figures(
 def renormalised_sequences(
     config: Config, entries: Sequence[DatasetEntry], caches: dict[str, CacheLayout]
 ) -> int:
-    """Sequences that a teacher of positive weight lacks, so that the others' weights are scaled up."""
+    """Sequences that a teacher of positive weight lacks: the others' weights are scaled up."""
     readers = {name: CacheReader(cache) for name, cache in caches.items()}
     return sum(
         any(
@@ -66,7 +66,7 @@ def _figures(
     compared: Sequence[TokenSequence],
     caches: dict[str, CacheLayout],
     students: Sequence[str],
-) -> dict[str, Json]:
+) -> Json:
     from students.dataset import open_examples
     from students.evaluation import holdout_numbers, teacher_holdout_numbers
     from students.reference import gold_logprobs, vocabulary_size
@@ -76,7 +76,7 @@ def _figures(
     teachers = list(config.teachers)
     examples = open_examples(layout, caches, teachers, config.combine, entries, vocabulary)
     readers = {name: CacheReader(cache) for name, cache in caches.items()}
-    found = {
+    found: Json = {
         name: {"domains": _renamed(numbers)}
         for name, numbers in teacher_holdout_numbers(entries, examples, readers).items()
     }

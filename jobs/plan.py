@@ -1,6 +1,4 @@
-"""What each stage of a run still has to do, from what lies in storage. Starts nothing and imports
-no engine.
-"""
+"""What each stage of a run still has to do, from what lies in storage. Starts nothing."""
 
 from __future__ import annotations
 
@@ -22,8 +20,7 @@ from pipeline.synthesis_index import new_prompts
 from pipeline.training import training_jobs
 
 STAGES = ("prepare", "synthesize", "score", "train", "export", "evaluate")
-# Bytes of a cache row's per-position arrays, and of one entry (two id planes and a log-
-# probability), before zstd.
+# Of a cache row before zstd: the arrays per position; an entry's id planes and log-probability.
 POSITION_BYTES, ENTRY_BYTES = 7, 5
 
 
@@ -73,6 +70,8 @@ def make_plan(config: Config) -> list[StagePlan]:
     if todo or digest is None:
         return plans + [StagePlan(stage, 1, "after synthesize") for stage in STAGES[2:]]
     plans.append(plan_score(layout, prepared, read_dataset(layout, digest)))
+    if plans[-1].todo:
+        return plans + [StagePlan(stage, 1, "after score") for stage in STAGES[3:]]
     for stage in STAGES[3:]:
         key = stage_key(config, layout, prepared, stage)
         done = not plans[-1].todo and read_record(layout, stage).get("key") == key
@@ -90,22 +89,25 @@ def answers(config: Config, generator: str, domain: str) -> bool:
 
 
 def plan_score(layout: Layout, prepared: Prepared, entries: Sequence[DatasetEntry]) -> StagePlan:
-    """The plan of the score stage: sequences without a row, by teacher."""
-    missing = {
-        name: len(missing_sequences(entries, cache))
-        for name, cache in prepared.caches(layout).items()
-    }
-    return StagePlan(
-        "score", sum(missing.values()), f"of {len(entries)} sequences to score: {_counts(missing)}"
-    )
+    """The plan of the score stage: sequences that a teacher has neither scored nor quarantined."""
+    missing, most_bytes = {}, 0
+    for name, cache in prepared.caches(layout).items():
+        lacking = missing_sequences(entries, cache)
+        missing[name] = len(lacking)
+        max_entries = prepared.scoring_recipes[name]["selection"]["max_entries"]
+        most_bytes += _cache_bytes(sum(entry.num_positions for entry in lacking), max_entries)
+    summary = f"of {len(entries)} sequences to score: {_counts(missing)}"
+    if most_bytes:
+        summary += f"; caches grow by at most {_mebibytes(most_bytes)}"
+    # Where another run has filled the caches, this one still has to say what it trains on.
+    todo = sum(missing.values()) or int(scored_dataset(layout, prepared) is None)
+    return StagePlan("score", todo, summary)
 
 
 def stage_key(config: Config, layout: Layout, prepared: Prepared, stage: str) -> str:
-    """Hash of what decides the outcome of train, export or evaluate; its record is valid while the
-    key is the same.
-    """
-    digest = dataset_of(layout, prepared)
-    assert digest is not None, "the dataset is made before any stage that needs it"
+    """Hash of what decides train, export or evaluate; a record of the same key is valid."""
+    digest = scored_dataset(layout, prepared)
+    assert digest is not None, "scoring is complete before any stage that needs its dataset"
     jobs = training_jobs(config, layout, prepared, digest)
     parts: list[Any] = [job.identity() for job in jobs]
     if stage in ("export", "evaluate"):
@@ -128,11 +130,27 @@ def synthesis_key(prepared: Prepared) -> str:
 
 
 def dataset_of(layout: Layout, prepared: Prepared) -> str | None:
-    """The digest of the run's dataset, or None before synthesize has finished for these prompts and
-    recipes.
-    """
+    """The digest of the run's dataset; None until synthesize has finished for these recipes."""
     record = read_record(layout, "synthesize")
     if record.get("key") != synthesis_key(prepared) or not storage.exists(
+        layout.dataset(record["dataset"])
+    ):
+        return None
+    return record["dataset"]
+
+
+def score_key(layout: Layout, prepared: Prepared) -> str:
+    """Hash of what decides which sequences are scored, and by whom."""
+    return digest_json([dataset_of(layout, prepared), prepared.scoring_recipes])
+
+
+def scored_dataset(layout: Layout, prepared: Prepared) -> str | None:
+    """The digest of what is trained on: the dataset without sequences that nobody could score.
+
+    None before score has finished for this dataset and these recipes.
+    """
+    record = read_record(layout, "score")
+    if record.get("key") != score_key(layout, prepared) or not storage.exists(
         layout.dataset(record["dataset"])
     ):
         return None
@@ -174,18 +192,16 @@ def _plan_of_a_new_run(config: Config) -> list[StagePlan]:
     generators = {"domain_teacher": 1, "dataset": 1, "every_teacher": len(config.teachers)}
     given = config.synthesis.generator == DATASET_GENERATOR
     samples = 1 if given else config.synthesis.samples_per_prompt
-    answers = len(prompts) * generators[config.synthesis.generator] * samples
-    longest = config.synthesis.sampling.get("max_tokens")
-    size = f"{answers} sequences for each of {len(config.teachers)} teachers"
-    if longest and not given:
-        entries = config.scoring.selection.max_entries
-        most = answers * longest * (POSITION_BYTES + ENTRY_BYTES * entries) * len(config.teachers)
-        size += (
-            f"; caches at most {most / 2**20:,.1f} MiB before compression (schema {SCHEMA_VERSION})"
-        )
+    num_answers = len(prompts) * generators[config.synthesis.generator] * samples
+    bound = config.synthesis.max_sequence_tokens
+    longest = bound if given else config.synthesis.sampling.get("max_tokens")
+    size = f"{num_answers} sequences for each of {len(config.teachers)} teachers"
+    if longest:
+        of_one = _cache_bytes(num_answers * longest, config.scoring.selection.max_entries)
+        size += f"; caches at most {_mebibytes(of_one * len(config.teachers))}"
     summaries = {
         "prepare": _counts(counts),
-        "synthesize": f"{answers} answers by {config.synthesis.generator}",
+        "synthesize": f"{num_answers} answers by {config.synthesis.generator}",
         "score": size,
         "train": f"{config.training.steps} steps of {', '.join(students_of(config))}",
     }
@@ -195,6 +211,14 @@ def _plan_of_a_new_run(config: Config) -> list[StagePlan]:
 def cache_totals(layout: Layout, prepared: Prepared) -> dict[str, dict[str, float]]:
     """Size and quality of each teacher's cache."""
     return {name: totals(load_index(cache)) for name, cache in prepared.caches(layout).items()}
+
+
+def _cache_bytes(num_positions: int, max_entries: int) -> int:
+    return num_positions * (POSITION_BYTES + ENTRY_BYTES * max_entries)
+
+
+def _mebibytes(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB before compression (schema {SCHEMA_VERSION})"
 
 
 def _counts(counts: dict[str, int]) -> str:

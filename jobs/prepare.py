@@ -1,6 +1,4 @@
-"""The first stage: reads the prompts, checks models and vocabularies, fixes every recipe. Takes no
-accelerator.
-"""
+"""The first stage: reads prompts, checks models and vocabularies, fixes recipes; on CPUs alone."""
 
 from __future__ import annotations
 
@@ -10,7 +8,9 @@ from functools import partial
 from transformers import AutoConfig
 
 from jobs.plan import layout_of
-from pipeline.config import ByDomainWeights, Config, StudentConfig, TeacherConfig
+from pipeline.config import Config, TeacherConfig
+from pipeline.config_targets import ByDomainWeights
+from pipeline.config_training import StudentConfig
 from pipeline.errors import ConfigError
 from pipeline.prepared import Prepared, preparation_key, save_prepared
 from pipeline.prompts import read_prompts, write_prompts
@@ -40,13 +40,15 @@ def prepare(config: Config) -> Prepared:
         name: model_identity(teacher, layout) for name, teacher in config.teachers.items()
     }
     tokenizer = load_tokenizer(config.student)
+    eos_token_id = tokenizer.eos_token_id
+    assert isinstance(eos_token_id, int), "a tokenizer without one is refused above"
     prepared = Prepared(
         key=preparation_key(config),
         prompts=write_prompts(layout, prompts),
         prompt_counts=counts,
         longest_prompt=max(len(prompt_ids(tokenizer, prompt)) for prompt in prompts),
         tokenizer_hash=tokenizer_digest,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=eos_token_id,
         scoring_recipes={
             name: scoring_recipe(config, name, identity, tokenizer_digest)
             for name, identity in identities.items()
@@ -86,8 +88,7 @@ def _check_upstream_options(config: Config) -> None:
         if most is not None and most <= sampling.get("max_tokens", 0):
             raise ConfigError(
                 f"{place}.sampling.max_tokens ({sampling['max_tokens']}) leaves no room for a "
-                "prompt "
-                f"in synthesis.max_sequence_tokens ({most})"
+                f"prompt in synthesis.max_sequence_tokens ({most})"
             )
     for place, check in checks.items():
         try:
@@ -99,11 +100,12 @@ def _check_upstream_options(config: Config) -> None:
 def _check_prompts(config: Config, prompts: Sequence[Prompt]) -> None:
     domains = {prompt.domain for prompt in prompts}
     splits = {prompt.split for prompt in prompts}
-    for split in ("train", "holdout"):
+    advice = {"train": "lower the other splits' fractions", "holdout": "raise holdout_fraction"}
+    for split, change in advice.items():
         if split not in splits:
             raise ConfigError(
-                f"no prompt is in the {split} split; give a source `split: {split}` or set "
-                "prompts.holdout_fraction"
+                f"no prompt of {len(prompts)} is in the {split} split; give a source "
+                f"`split: {split}`, or in `prompts` {change}"
             )
     weights = config.combine.weights
     if isinstance(weights, ByDomainWeights) and (unnamed := domains - weights.domains.keys()):
@@ -113,8 +115,7 @@ def _check_prompts(config: Config, prompts: Sequence[Prompt]) -> None:
         if unowned := domains - owned:
             raise ConfigError(
                 f"generator domain_teacher: no teacher names {sorted(unowned)} in its `domains`; "
-                "the teachers name "
-                f"{sorted(owned)}"
+                f"the teachers name {sorted(owned)}"
             )
     without = sum(prompt.reference is None for prompt in prompts)
     if config.synthesis.generator == DATASET_GENERATOR and without:

@@ -20,6 +20,8 @@ from jobs.connection import connect as connect
 from jobs.connection import job_server_address_inside_job as job_server_address_inside_job
 from pipeline.errors import ClusterError, ConfigError
 
+# Code, configs and templates; never results that somebody keeps inside a package's folder.
+UPLOADED_SUFFIXES = (".py", ".yaml", ".j2")
 PACKAGES = ("pipeline", "teachers", "students", "jobs")
 # Metadata of our jobs; a run is found by these, since its name may hold the hyphens that separate a
 # submission id.
@@ -56,7 +58,7 @@ def build_upload(packages_root: Path, config_text: str, folder: Path) -> Path:
         for source in sorted((packages_root / name).rglob("*")):
             relative = source.relative_to(packages_root)
             hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
-            if hidden or source.suffix == ".pyc" or not source.is_file():
+            if hidden or source.suffix not in UPLOADED_SUFFIXES or not source.is_file():
                 continue
             target = folder / relative
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -26,14 +26,11 @@ from pipeline.records import SparseLogprobs
 SCHEMA_VERSION = 1
 ALIGNMENT = (
     "Position j of a row is the j-th token index i_j of the sequence's loss spans, in order. Its "
-    "entries are the "
-    "teacher's distribution over the token at index i_j given all tokens before it; input_ids[i_j] "
-    "is the gold "
-    "token. Student logits at index i_j - 1 are trained against position j. Log-probabilities are "
-    "normalised over "
-    "the full vocabulary at temperature 1. token_id = token_ids_low + 65536 * token_ids_high; "
-    "position j owns "
-    "num_entries[j] consecutive entries, descending."
+    "entries are the teacher's distribution over the token at index i_j given all tokens before "
+    "it; input_ids[i_j] is the gold token. Student logits at index i_j - 1 are trained against "
+    "position j. Log-probabilities are normalised over the full vocabulary at temperature 1. "
+    "token_id = token_ids_low + 65536 * token_ids_high; position j owns num_entries[j] "
+    "consecutive entries, descending."
 )
 DTYPES = {
     "num_entries": "<u1",

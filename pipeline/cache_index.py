@@ -27,8 +27,7 @@ DECODED_SHARDS_KEPT = 64
 
 
 def load_index(cache: CacheLayout) -> list[ShardEntry]:
-    """The entries of all complete shards of a generation, in name order; shards without an entry
-    are read.
+    """The entries of a generation's complete shards, in name order; those without one are read.
 
     Raises:
         StorageError: a shard without an index entry cannot be read.
@@ -62,9 +61,7 @@ def publish(
 
 
 def totals(entries: list[ShardEntry]) -> dict[str, float]:
-    """Sums over shards; the qualities are means over positions, `kept_mass_p01` is the worst
-    shard's.
-    """
+    """Sums over shards; qualities are means over positions, `kept_mass_p01` the worst shard's."""
     positions = np.array([entry.num_positions for entry in entries], dtype=np.float64)
     num_positions, num_bytes = int(positions.sum()), sum(entry.num_bytes for entry in entries)
     if num_positions == 0:
@@ -91,9 +88,7 @@ def totals(entries: list[ShardEntry]) -> dict[str, float]:
 
 
 class CacheReader:
-    """Random access to the rows of one generation of a cache; keeps the last decoded shards in
-    memory.
-    """
+    """Random access to the rows of one generation of a cache; keeps the last decoded shards."""
 
     def __init__(self, cache: CacheLayout) -> None:
         self._cache = cache

@@ -1,6 +1,4 @@
-"""Cheap filters on answers, applied before a sequence shard is written, and the checkers they share
-with the report.
-"""
+"""Cheap filters on answers before a shard is written, and the checkers that evaluation shares."""
 
 from __future__ import annotations
 
@@ -16,9 +14,7 @@ def exact(answer: str, reference: str) -> bool:
 
 
 def number(answer: str, reference: str) -> bool:
-    """Whether the final numbers agree: the one after the last `####`, else the last number of the
-    text.
-    """
+    """Whether the final numbers agree, see `final_number`."""
     expected = final_number(reference)
     return expected is not None and final_number(answer) == expected
 

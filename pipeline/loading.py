@@ -16,8 +16,7 @@ from pipeline.errors import ConfigError
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Reads a config file, applies dotted `key=value` overrides, checks it and makes its paths
-    absolute.
+    """Reads a config file with dotted `key=value` overrides, checks it, makes its paths absolute.
 
     Raises:
         ConfigError: the file is missing or not YAML, an override is malformed, a key is unknown
@@ -27,8 +26,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist")
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping, found {type(values).__name__}")
@@ -95,7 +94,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     target: Any = values
     for depth, name in enumerate(parents):
         target = _step(target, name, ".".join(parents[: depth + 1]))
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
     if isinstance(target, list):
         target[_index(target, last, key)] = value
     elif isinstance(target, dict):

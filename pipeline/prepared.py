@@ -48,7 +48,7 @@ class Prepared:
         return {teacher: self.cache(layout, teacher) for teacher in self.scoring_recipes}
 
     def longest_request(self, config: Config, sampling: dict[str, Any]) -> int:
-        """Tokens that an engine must hold to answer every prompt that is not left out as too long."""
+        """Tokens that an engine must hold to answer every prompt that is not too long."""
         need = self.longest_prompt + sampling["max_tokens"]
         return min(need, config.synthesis.max_sequence_tokens or need)
 
@@ -61,9 +61,7 @@ class Prepared:
 
 
 def preparation_key(config: Config) -> str:
-    """Hash of all that decides the outcome of the prepare stage, without reading any file's
-    content.
-    """
+    """Hash of all that decides the outcome of the prepare stage; reads no file's content."""
     models = {"student": config.student.model} | {
         name: t.model for name, t in config.teachers.items()
     }
@@ -83,9 +81,7 @@ def preparation_key(config: Config) -> str:
 
 
 def load_prepared(config: Config, layout: Layout) -> Prepared | None:
-    """The outcome of the prepare stage, or None when it has not run or its inputs have changed
-    since.
-    """
+    """The outcome of the prepare stage; None when it has not run since its inputs changed."""
     if not storage.exists(layout.prepared):
         return None
     prepared = Prepared(**storage.read_json(layout.prepared))

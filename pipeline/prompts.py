@@ -1,5 +1,4 @@
-"""Prompts: from JSONL, Parquet or a Hugging Face dataset folder to one checked, split, deduplicated
-table.
+"""Prompts: from JSONL, Parquet or a dataset folder to one checked, split, deduplicated table.
 
 A row has `messages` (chat) or `text` (raw), and optionally `id`, `domain` and `reference`. A bad
 row stops the reading with file, line and reason; nothing is partly read.
@@ -16,7 +15,8 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.config import NAME, PromptsConfig, PromptSource
+from pipeline.config_base import NAME
+from pipeline.config_prompts import PromptsConfig, PromptSource
 from pipeline.errors import PromptError
 from pipeline.fingerprint import digest_json, unit_interval
 from pipeline.layout import Layout
@@ -132,8 +132,7 @@ def _dataset_rows(path: str) -> Iterator[tuple[str, Any]]:
     if not storage.exists(storage.join(path, "dataset_info.json")):
         raise PromptError(
             f"{path} is not a .jsonl or .parquet file, nor a dataset folder written by "
-            "save_to_disk "
-            "(of a dataset with several splits name one split's folder)"
+            "save_to_disk (of a dataset with several splits name one split's folder)"
         )
     import datasets  # slow to import, and needed by this kind of source alone
 

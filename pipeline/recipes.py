@@ -13,6 +13,9 @@ from pipeline.config import Config, TeacherConfig
 from pipeline.fingerprint import digest_json
 from pipeline.layout import CacheLayout, Layout
 
+SYNTHESIS_SCHEMA_VERSION = 1
+"""Of the records of finished prompt shards."""
+
 NEUTRAL_ENGINE_KEYS = frozenset(
     {
         "block_size",
@@ -46,9 +49,7 @@ def _engine(teacher: TeacherConfig) -> dict[str, Any]:
 def scoring_recipe(
     config: Config, teacher: str, identity: dict[str, str], tokenizer_hash: str
 ) -> dict[str, Any]:
-    """The recipe that names a teacher's cache folder. `identity` is the model's, see
-    `teachers/identity.py`.
-    """
+    """The recipe that names a teacher's cache folder; `identity` is from `teachers/identity.py`."""
     return {
         "model": identity,
         "tokenizer": tokenizer_hash,
@@ -73,6 +74,7 @@ def synthesis_recipe(
         "vllm": _engine(config.teachers[teacher]),
         "checker": config.prompts.checker,
         "seed": config.seed,
+        "schema_version": SYNTHESIS_SCHEMA_VERSION,
     }
 
 
@@ -82,6 +84,7 @@ def dataset_recipe(config: Config, tokenizer_hash: str) -> dict[str, Any]:
         "generator": DATASET_GENERATOR,
         "tokenizer": tokenizer_hash,
         "max_sequence_tokens": config.synthesis.max_sequence_tokens,
+        "schema_version": SYNTHESIS_SCHEMA_VERSION,
     }
 
 

@@ -1,5 +1,4 @@
-"""The records that cross the boundaries between stages: frozen dataclasses of plain values and
-numpy arrays.
+"""The records that cross the boundaries between stages: frozen, of plain values and arrays.
 
 Legend of axis names: T tokens of a sequence, P positions (tokens inside the loss spans), N entries
 of all positions of a sequence, M teachers.
@@ -16,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.fingerprint import digest_json
+
 IGNORE_INDEX = -100
 SPLITS = ("train", "validation", "holdout")
 
@@ -30,6 +31,11 @@ class Prompt:
     messages: tuple[dict[str, Any], ...] | None = None
     text: str | None = None
     reference: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """Hash of all that its answers depend on, which is everything but the split."""
+        return digest_json([self.prompt_id, self.domain, self.messages, self.text, self.reference])
 
 
 @dataclass(frozen=True)
@@ -74,8 +80,7 @@ class SparseLogprobs:
     """What is kept of one teacher's distributions over one sequence.
 
     Log-probabilities are normalised over the full vocabulary at temperature 1. The entries of all
-    positions
-    stand one after another: position `j` owns `num_entries[j]` of them, in descending order.
+    positions stand one after another: position `j` owns `num_entries[j]` of them, descending.
 
     Attributes:
         num_entries: uint8[P].

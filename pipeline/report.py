@@ -9,9 +9,12 @@ import io
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
 
 Z_95 = 1.959963984540054
 MISSING = "—"
@@ -20,7 +23,7 @@ ROLE_COLOURS = {"student": "#0072B2", "twin": "#E69F00"}
 TEACHER_COLOURS = ("#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#A79AD8", "#B5A642")
 REASONS = ("answers", "kept", "wrong", "truncated", "empty", "duplicate")
 CURVE_POINTS = 300
-PLOT_STYLE = {
+PLOT_STYLE: dict[RcKeyType, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "polystill", "text.parse_math": False,
     "font.sans-serif": ["Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans"],
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#9AA0A6",
@@ -147,7 +150,8 @@ def render_html(report: dict[str, Any]) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    return MISSING if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
+    """With a fixed number of decimals; what rounds to zero has no sign."""
+    return MISSING if value is None or not math.isfinite(value) else f"{value:z,.{digits}f}"
 
 
 def significant(value: float | None) -> str:
@@ -209,8 +213,10 @@ def _likelihood(student: dict[str, Any], other: dict[str, Any]) -> str:
         ours, theirs = pooled(student)[key], pooled(other)[key]
         if ours is None or theirs is None:
             continue
-        verdict = "better" if ours < theirs else "worse" if ours > theirs else "level"
-        parts.append(f"{label} {number(ours)} against {number(theirs)} nats/token ({verdict})")
+        figures = f"{number(ours)} against {number(theirs)} nats/token"
+        level = number(ours) == number(theirs)
+        verdict = "level" if level else "better" if ours < theirs else "worse"
+        parts.append(f"{label} {figures} ({verdict})")
     return ", ".join(parts) or "nothing measured"
 
 

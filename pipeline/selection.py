@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.config import Selection, TopK
+from pipeline.config_targets import Selection, TopK
 from pipeline.errors import CacheError
 from pipeline.records import SparseLogprobs
 
@@ -35,13 +35,14 @@ def select(
     Raises:
         CacheError: a position has no entry of finite log-probability.
     """
-    finite_PK = np.isfinite(logprobs_PK)
+    with np.errstate(over="ignore"):  # what float16 cannot hold has probability zero
+        stored_PK = logprobs_PK.astype(np.float16)
+    finite_PK = np.isfinite(stored_PK)
     if not finite_PK[:, 0].all():
         raise CacheError(
             f"sequence {sequence_id}: position {int(np.argmin(finite_PK[:, 0]))} has no finite "
             "entry"
         )
-    stored_PK = logprobs_PK.astype(np.float16)
     probabilities_PK = np.exp(stored_PK.astype(np.float64))
     num_entries_P = np.minimum(_wanted(probabilities_PK, rule), finite_PK.sum(axis=1))
     kept_PK = np.arange(logprobs_PK.shape[1]) < num_entries_P[:, None]
@@ -54,14 +55,12 @@ def select(
         counts=np.zeros(0, dtype=np.uint8),
         gold_logprobs=np.maximum(gold_logprobs_P, np.finfo(np.float16).min).astype(np.float16),
         tail_mass=tail_P.astype(np.float16),
-        entropies=entropy_lower_bound(logprobs_PK).astype(np.float16),
+        entropies=entropy_lower_bound(np.where(finite_PK, logprobs_PK, -np.inf)).astype(np.float16),
     )
 
 
 def entropy_lower_bound(logprobs_PK: np.ndarray) -> np.ndarray:
-    """float64[P], nats: the tail holds at least as much surprise as the least probable captured
-    entry.
-    """
+    """float64[P], nats: the tail is at least as surprising as the least probable captured entry."""
     logs_PK = np.where(np.isfinite(logprobs_PK), logprobs_PK, 0.0).astype(np.float64)
     probabilities_PK = np.where(np.isfinite(logprobs_PK), np.exp(logs_PK), 0.0)
     tail_P = np.clip(1.0 - probabilities_PK.sum(axis=1), 0.0, None)

@@ -24,7 +24,13 @@ from pipeline.errors import StorageError
 def _open(uri: str) -> tuple[fs.FileSystem, str]:
     if "://" not in uri:
         return fs.LocalFileSystem(), uri
-    filesystem, path = fs.FileSystem.from_uri(uri)
+    try:
+        filesystem, path = fs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise StorageError(
+            f"cannot reach {uri}: {error}. Check its scheme (s3://, gs://), its bucket and the "
+            "credentials of this machine."
+        ) from error
     return filesystem, path
 
 
@@ -93,7 +99,8 @@ def read_bytes(uri: str) -> bytes:
 def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
     filesystem, path = _open(uri)
-    return filesystem.get_file_info(path).type != fs.FileType.NotFound
+    with _explained("look for", uri):
+        return filesystem.get_file_info(path).type != fs.FileType.NotFound
 
 
 def list_files(uri: str, suffix: str = "") -> list[fs.FileInfo]:
@@ -101,8 +108,7 @@ def list_files(uri: str, suffix: str = "") -> list[fs.FileInfo]:
 
     Names that begin with a dot, such as those of unfinished writes, are left out.
     """
-    filesystem, path = _open(uri)
-    found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    found = _found_in(uri)
     return sorted(
         (
             info
@@ -117,22 +123,22 @@ def list_files(uri: str, suffix: str = "") -> list[fs.FileInfo]:
 
 def list_folders(uri: str) -> list[str]:
     """The names of the folders directly inside a folder; empty when it is missing."""
+    return sorted(i.base_name for i in _found_in(uri) if i.type == fs.FileType.Directory)
+
+
+def _found_in(uri: str, recursive: bool = False) -> list[fs.FileInfo]:
     filesystem, path = _open(uri)
-    found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
+    with _explained("list", uri):
+        selector = fs.FileSelector(path, recursive=recursive, allow_not_found=True)
+        return filesystem.get_file_info(selector)
 
 
 def file_states(uri: str) -> list[tuple[str, int, int]]:
-    """`(path, bytes, modification time in ns)` of a file, or of all files below a folder; empty
-    when it is missing.
-    """
+    """`(path, bytes, modification time in ns)` of a file or of all below a folder, if it exists."""
     filesystem, path = _open(uri)
-    info = filesystem.get_file_info(path)
-    infos = (
-        [info]
-        if info.type == fs.FileType.File
-        else filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
-    )
+    with _explained("look for", uri):
+        info = filesystem.get_file_info(path)
+    infos = [info] if info.type == fs.FileType.File else _found_in(uri, recursive=True)
     return sorted((i.path, i.size, i.mtime_ns) for i in infos if i.type == fs.FileType.File)
 
 

@@ -1,7 +1,8 @@
 """What synthesis has finished, and the dataset that follows from it.
 
 `synthesis/<recipe>/<prompt shard digest>.json` maps a finished prompt shard to its sequence shard.
-New prompts are those that no record of the recipe knows.
+New prompts are those that no record of the recipe knows, by id and content: a prompt whose text or
+reference has changed is asked again, and its old answers are left out.
 """
 
 from __future__ import annotations
@@ -33,33 +34,29 @@ def read_records(layout: Layout, recipe_digest: str) -> list[dict[str, Any]]:
 def new_prompts(layout: Layout, recipe_digest: str, prompts: Iterable[Prompt]) -> list[Prompt]:
     """The prompts that no finished shard of a recipe knows."""
     known = {
-        identifier
+        digest
         for record in read_records(layout, recipe_digest)
-        for identifier in record["prompt_ids"]
+        for digest in record["prompts"].values()
     }
-    return [prompt for prompt in prompts if prompt.prompt_id not in known]
+    return [prompt for prompt in prompts if prompt.digest not in known]
 
 
 def build_dataset(
     layout: Layout, prompts: Sequence[Prompt], recipe_digests: Sequence[str]
 ) -> list[DatasetEntry]:
-    """The dataset of a run: the sequences of its prompts in prompt order; equal answers are one
-    entry.
-    """
+    """The sequences of a run's prompts in prompt order; equal answers are one entry."""
     by_prompt: dict[str, dict[str, DatasetEntry]] = {prompt.prompt_id: {} for prompt in prompts}
     splits = {prompt.prompt_id: prompt.split for prompt in prompts}
+    wanted = {(prompt.prompt_id, prompt.digest) for prompt in prompts}
     for digest in recipe_digests:
         for record in read_records(layout, digest):
-            if record["shard"] is None or by_prompt.keys().isdisjoint(record["prompt_ids"]):
+            answered = {name for name, _ in wanted & record["prompts"].items()}
+            if record["shard"] is None or not answered:
                 continue
             for sequence in read_sequences(storage.join(layout.root, record["shard"])):
-                if sequence.prompt_id in by_prompt:
-                    _merge(
-                        by_prompt[sequence.prompt_id],
-                        sequence,
-                        record["shard"],
-                        splits[sequence.prompt_id],
-                    )
+                name = sequence.prompt_id
+                if name in answered:
+                    _merge(by_prompt[name], sequence, record["shard"], splits[name])
     return [entry for entries in by_prompt.values() for entry in entries.values()]
 
 

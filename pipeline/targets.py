@@ -4,8 +4,7 @@
 a loss that is linear in p is summed over teachers with these weights, which is exact; no union of
 ids is formed here.
 
-Weights come from cached numbers alone: they depend on the sequence, never on batch size, rank or
-order.
+Weights come from cached numbers alone: they depend on the sequence, not on batch, rank or order.
 Legend: M teachers in the config's order, P positions.
 """
 
@@ -13,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.config import ByDomainWeights, CombineConfig, StaticWeights
+from pipeline.config_targets import ByDomainWeights, CombineConfig, StaticWeights
 from pipeline.errors import CacheError, ConfigError
 from pipeline.records import CombinedTargets, SparseLogprobs, TokenSequence
 
@@ -36,8 +35,7 @@ def combine_targets(
         if row is not None and row.num_positions != sequence.num_positions:
             raise CacheError(
                 f"teacher {teacher!r} holds {row.num_positions} positions for sequence "
-                f"{sequence.sequence_id}, "
-                f"which has {sequence.num_positions}"
+                f"{sequence.sequence_id}, which has {sequence.num_positions}"
             )
     weights_MP = _weights(sequence, rows, teachers, config)
     covered_M = np.array([row is not None for row in rows])
@@ -46,8 +44,8 @@ def combine_targets(
     if (sums_P <= 0).any():
         raise CacheError(
             f"no teacher of positive weight has scored sequence {sequence.sequence_id} (domain "
-            f"{sequence.domain!r}): "
-            "run the score stage again, or give a teacher that has scored it a weight"
+            f"{sequence.domain!r}): run the score stage again, or give a teacher that has scored "
+            "it a weight"
         )
     return CombinedTargets(sequence, rows, (weights_MP / sums_P).astype(np.float32))
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline import storage
-from pipeline.config import ByDomainWeights, Config, CrossEntropy, Loss
+from pipeline.config import Config
+from pipeline.config_targets import ByDomainWeights
+from pipeline.config_training import CrossEntropy, Loss
 from pipeline.fingerprint import digest_json
 from pipeline.layout import CacheLayout, Layout
 from pipeline.prepared import Prepared
@@ -24,9 +26,7 @@ NEUTRAL_TRAINING_KEYS = {
     "tokens_per_micro_batch",
     "losses",
 }
-"""Training keys that may change between two starts of one training; `losses` enters as those of the
-job.
-"""
+"""Training keys that may change between two starts; `losses` enters as those of the job."""
 NEUTRAL_STUDENT_KEYS = {"cost_per_hour", "vllm"}
 
 

@@ -22,7 +22,7 @@ import torch
 
 from pipeline import storage
 from pipeline.cache_index import CacheReader, open_cache
-from pipeline.config import CombineConfig
+from pipeline.config_targets import CombineConfig
 from pipeline.datasets import DatasetEntry, read_sequences
 from pipeline.errors import TrainingError
 from pipeline.fingerprint import digest_json

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from pipeline.config import StudentConfig
+from pipeline.config_training import StudentConfig
 from pipeline.errors import TrainingError
 from students.dataset import MicroBatch
 from students.losses import LossWeights, distillation_loss, position_figures

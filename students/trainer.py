@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 
 from pipeline import storage
-from pipeline.config import TrainingConfig
+from pipeline.config_training import TrainingConfig
 from pipeline.datasets import DatasetEntry, read_dataset
 from pipeline.errors import TrainingError
 from pipeline.training import TrainingJob

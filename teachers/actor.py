@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from pipeline.config import Resources
+from pipeline.config_base import Resources
 from teachers.dispatch import ReplicaDied, Task
 from teachers.engine import EngineDiedError, EngineSpec
 

@@ -1,5 +1,4 @@
-"""Answers of one model to hold-out prompts: what is right, how fast, and how long one answer takes
-alone.
+"""Answers of one model to hold-out prompts: what is right, how fast, and the time of one alone.
 
 The exported student is just another model here: it is served and asked exactly like its teachers.
 """
@@ -16,12 +15,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from pipeline import storage
-from pipeline.config import StudentConfig
-from pipeline.errors import TeacherError
+from pipeline.config_training import StudentConfig
+from pipeline.errors import ConfigError, TeacherError
 from pipeline.filters import CHECKERS
 from pipeline.records import Prompt, TokenSequence
 from teachers.synthesis import student_tokenizer
-from teachers.vocabulary import prompt_ids
+from teachers.vocabulary import answer_text, prompt_ids
 
 if TYPE_CHECKING:
     from teachers.engine import GeneratedAnswer
@@ -29,6 +28,8 @@ if TYPE_CHECKING:
 
 WARM_UP_PROMPTS = 4
 PROMPTS_ASKED_ALONE = 8
+# A few short prompts are asked again until this much time is measured.
+MEASURED_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class AnsweredPrompts:
         correct: by domain the share of answers that pass the checker; None where nothing could be
             checked.
         num_checked: by domain.
-        tokens_per_second: generated tokens with all prompts in flight.
+        tokens_per_second: generated tokens with all prompts in flight, over at least 3 seconds.
         latency_seconds: median time of one answer asked alone.
         gold_logprobs: of the sequences given for the comparison with the trained weights, by
             sequence id.
@@ -54,9 +55,7 @@ class AnsweredPrompts:
 
 @dataclass(frozen=True)
 class AnsweringTask:
-    """All hold-out prompts for one model, as one unit of work, so that its speed is measured
-    undisturbed.
-    """
+    """All hold-out prompts for one model as one unit, so that its speed is measured undisturbed."""
 
     model: str
     prompts: tuple[Prompt, ...]
@@ -87,18 +86,31 @@ class AnsweringTask:
         raise TeacherError(f"{self.model} cannot answer the hold-out prompts: {error}")
 
     async def run(self, teacher: VllmTeacher) -> AnsweredPrompts:
-        """Asks everything, checks the answers, and writes them as JSON lines to `answers_path`."""
+        """Asks everything, checks the answers, and writes them as JSON lines to `answers_path`.
+
+        Raises:
+            ConfigError: no prompt leaves room for an answer.
+        """
         tokenizer, _ = student_tokenizer(self.student)
         room = (self.max_sequence_tokens or math.inf) - self.sampling["max_tokens"]
         rendered = [(prompt, prompt_ids(tokenizer, prompt)) for prompt in self.prompts]
         prompts = [prompt for prompt, ids in rendered if len(ids) <= room]
         asked = [ids for _, ids in rendered if len(ids) <= room]
+        if not asked:
+            raise ConfigError(
+                f"every hold-out prompt is longer than {room} tokens, what evaluation.sampling."
+                "max_tokens leaves of synthesis.max_sequence_tokens: lower the one or raise the "
+                "other"
+            )
         await asyncio.gather(*(self._ask(teacher, ids) for ids in asked[:WARM_UP_PROMPTS]))
         alone = [(await self._ask(teacher, ids)).seconds for ids in asked[:PROMPTS_ASKED_ALONE]]
-        started = time.monotonic()
-        answers = await asyncio.gather(*(self._ask(teacher, ids) for ids in asked))
+        answers: list[GeneratedAnswer] = []
+        num_tokens, started = 0, time.monotonic()
+        while time.monotonic() - started < MEASURED_SECONDS:
+            answers = await asyncio.gather(*(self._ask(teacher, ids) for ids in asked))
+            num_tokens += sum(len(answer.token_ids) for answer in answers)
         seconds = time.monotonic() - started
-        texts = [tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers]
+        texts = [answer_text(tokenizer, answer.token_ids) for answer in answers]
         verdicts = [
             self._verdict(prompt, text) for prompt, text in zip(prompts, texts, strict=True)
         ]
@@ -107,7 +119,7 @@ class AnsweringTask:
         return AnsweredPrompts(
             correct=correct,
             num_checked=num_checked,
-            tokens_per_second=sum(len(answer.token_ids) for answer in answers) / seconds,
+            tokens_per_second=num_tokens / seconds,
             latency_seconds=statistics.median(alone),
             gold_logprobs={s.sequence_id: await _gold(teacher, s) for s in self.compared},
         )

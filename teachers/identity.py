@@ -15,13 +15,17 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import AutoConfig
 
 from pipeline import storage
-from pipeline.config import StudentConfig, TeacherConfig
+from pipeline.config import TeacherConfig
+from pipeline.config_training import StudentConfig
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import digest_json
 from pipeline.layout import Layout
 from pipeline.loading import is_folder
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
+# The second names the tokens that end an answer; a model's own code counts as well.
+OTHER_FILES = ("config.json", "generation_config.json")
+CODE_SUFFIX = ".py"
 READ_BYTES = 1 << 24
 
 
@@ -36,14 +40,15 @@ def model_identity(model: TeacherConfig | StudentConfig, layout: Layout) -> dict
     folder = Path(model.model)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{model.model} is not a model folder: it has no config.json")
-    files = sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix in WEIGHT_SUFFIXES or path.name == "config.json"
-    )
-    if len(files) == 1:
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    if not any(path.suffix in WEIGHT_SUFFIXES for path in files):
         raise ConfigError(f"{model.model} holds no weights ({', '.join(WEIGHT_SUFFIXES)})")
-    return {"weights": digest_json(_file_hashes(files, layout))}
+    decisive = [
+        path
+        for path in files
+        if path.suffix in (*WEIGHT_SUFFIXES, CODE_SUFFIX) or path.name in OTHER_FILES
+    ]
+    return {"weights": digest_json(_file_hashes(decisive, layout))}
 
 
 def check_model(model: TeacherConfig | StudentConfig) -> None:

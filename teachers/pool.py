@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from pipeline.config import Resources
+from pipeline.config_base import Resources
 from pipeline.errors import ClusterError
 from teachers.actor import RayReplica
 from teachers.dispatch import Dispatcher, PoolReport, Progress, Task, cancel

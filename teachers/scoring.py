@@ -1,5 +1,4 @@
-"""Scoring: teacher-forced distributions of every sequence, selected, encoded and written where they
-are captured.
+"""Scoring: every sequence's teacher-forced distributions, encoded and written where captured.
 
 Work is planned from the dataset: sequences without a row in the cache, grouped by the sequence
 shard that holds them; each group becomes one cache shard. Selection and encoding run inside the
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 from pipeline import storage
 from pipeline.cache import ShardEntry, write_shard
 from pipeline.cache_index import missing_sequences
-from pipeline.config import Selection
+from pipeline.config_targets import Selection
 from pipeline.datasets import DatasetEntry, read_sequences
 from pipeline.errors import TeacherError
 from pipeline.fingerprint import digest_ids
@@ -120,8 +119,7 @@ def plan_scoring(
     fingerprint: str,
     selection: Selection,
 ) -> list[ScoringTask]:
-    """The sequences of a dataset that a cache has neither scored nor quarantined, grouped by
-    sequence shard.
+    """The sequences that a cache has neither scored nor quarantined, by sequence shard.
 
     Args:
         root: the storage root, to which the entries' shards are relative.

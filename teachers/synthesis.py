@@ -1,8 +1,8 @@
 """Synthesis: prompts to answers to sequence shards, one prompt shard at a time, each shard once.
 
 `synthesis/<recipe>/<prompt shard digest>.json` is written last and maps a finished prompt shard to
-its sequence shard; a prompt is new when no record of its recipe knows it. The dataset of a run is
-then built from the records.
+its sequence shard; a prompt is new when no record of its recipe knows its content. The dataset of a
+run is then built from the records.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from pipeline import storage
-from pipeline.config import StudentConfig
+from pipeline.config_training import StudentConfig
 from pipeline.datasets import write_sequences
 from pipeline.errors import ConfigError
 from pipeline.filters import reason_to_drop
@@ -29,7 +29,7 @@ from pipeline.layout import Layout
 from pipeline.records import Prompt, TokenSequence
 from pipeline.synthesis_index import new_prompts
 from teachers.engine import GeneratedAnswer
-from teachers.vocabulary import load_tokenizer, prompt_ids, tokenizer_hash
+from teachers.vocabulary import answer_text, load_tokenizer, prompt_ids, tokenizer_hash
 
 if TYPE_CHECKING:
     from teachers.vllm_teacher import VllmTeacher
@@ -59,7 +59,7 @@ class SynthesisTask:
 
     @property
     def _digest(self) -> str:
-        return digest_ids(prompt.prompt_id for prompt in self.prompts)
+        return digest_ids(prompt.digest for prompt in self.prompts)
 
     @property
     def _record(self) -> str:
@@ -177,7 +177,7 @@ class SynthesisTask:
         record = {
             "generator": self.generator,
             "domain": self.prompts[0].domain,
-            "prompt_ids": [prompt.prompt_id for prompt in self.prompts],
+            "prompts": {prompt.prompt_id: prompt.digest for prompt in self.prompts},
             "shard": shard,
             "counts": {name: count for name, count in counts.items() if count},
             "generated_tokens": num_tokens,
@@ -262,7 +262,7 @@ def _keep(
     kept: dict[str, TokenSequence],
     counts: Counter[str],
 ) -> None:
-    text = tokenizer.decode(sample.token_ids, skip_special_tokens=True)
+    text = answer_text(tokenizer, sample.token_ids)
     reason = reason_to_drop(text, sample.finish_reason, prompt.reference, task.checker)
     sequence = _sequence(
         prompt, asked, sample.token_ids, task.generator, sample.finish_reason, tokenizer_digest

@@ -9,10 +9,13 @@ the config must allow the difference by name.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from pipeline.config import Config, StudentConfig, TeacherConfig
+from pipeline.config import Config, TeacherConfig
+from pipeline.config_training import StudentConfig
 from pipeline.errors import ConfigError, VocabularyMismatchError
 from pipeline.fingerprint import digest_bytes, digest_json
 from pipeline.records import Prompt
@@ -36,41 +39,51 @@ def load_tokenizer(model: TeacherConfig | StudentConfig) -> PreTrainedTokenizerB
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hex hash of everything that decides the ids of a text: vocabulary, rules, chat template, end
-    of sequence.
-    """
-    rules = (
-        tokenizer.backend_tokenizer.to_str()
-        if tokenizer.is_fast
-        else digest_json(tokenizer.get_vocab())
-    )
+    """Hex hash of all that decides a text's ids: vocabulary, rules, template, end of sequence."""
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        rules = tokenizer.backend_tokenizer.to_str()
+    else:
+        rules = digest_json(tokenizer.get_vocab())
     return digest_bytes(
         rules.encode(), str(tokenizer.chat_template).encode(), str(tokenizer.eos_token_id).encode()
     )
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """The token ids of a prompt: chat messages by the template with its generation prompt, raw text
-    as it is.
+    """The token ids of a prompt: messages by the chat template, ready for an answer; text as it is.
 
     Raises:
-        ConfigError: messages, but the tokenizer has no chat template; or the prompt has no tokens.
+        ConfigError: messages, but the tokenizer has no chat template or its template refuses them;
+            or the prompt has no tokens.
     """
+    ids: Any  # upstream's stubs name what the other options return as well
     if prompt.messages is None:
         ids = tokenizer(prompt.text)["input_ids"]
     elif tokenizer.chat_template is None:
         raise ConfigError(
             f"prompt {prompt.prompt_id} has chat messages, but the student's tokenizer has no chat "
-            "template; "
-            "add one to its folder or give prompts as `text`"
+            "template; add one to its folder or give prompts as `text`"
         )
     else:
-        ids = tokenizer.apply_chat_template(
-            list(prompt.messages), add_generation_prompt=True, return_dict=False
-        )
+        try:
+            ids = tokenizer.apply_chat_template(
+                list(prompt.messages), add_generation_prompt=True, return_dict=False
+            )
+        except TemplateError as error:
+            raise ConfigError(
+                f"the chat template of {tokenizer.name_or_path} refuses prompt "
+                f"{prompt.prompt_id}: {error}; change its messages or leave it out"
+            ) from error
     if not ids:
         raise ConfigError(f"prompt {prompt.prompt_id} has no tokens")
     return list(ids)
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+    """The text of an answer, without special tokens."""
+    text = tokenizer.decode(token_ids, skip_special_tokens=True)
+    assert isinstance(text, str), "one sequence of ids is one text"
+    return text
 
 
 def check_vocabularies(config: Config, prompts: Sequence[Prompt]) -> str:
@@ -90,12 +103,10 @@ def check_vocabularies(config: Config, prompts: Sequence[Prompt]) -> str:
     problems = []
     for name, teacher in config.teachers.items():
         tokenizer = load_tokenizer(teacher)
-        problems += [f"teacher {name!r}: {line}" for line in _differences(student, tokenizer)]
-        if not problems and not teacher.allow_chat_template_difference:
-            problems += [
-                f"teacher {name!r}: {line}"
-                for line in _rendering_differences(student, tokenizer, sample)
-            ]
+        lines = _differences(student, tokenizer)
+        if not lines and not teacher.allow_chat_template_difference:
+            lines = _rendering_differences(student, tokenizer, sample)
+        problems += [f"teacher {name!r}: {line}" for line in lines]
     if problems:
         raise VocabularyMismatchError(
             "teachers and student must share one vocabulary and prompt format:\n  "

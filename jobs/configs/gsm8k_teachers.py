@@ -100,6 +100,8 @@ def llama_config(
     tokenizer: PreTrainedTokenizerFast, *, hidden: int, intermediate: int, layers: int
 ) -> LlamaConfig:
     """Describes a Llama with heads 32 wide, the smallest that vLLM's CPU attention takes."""
+    eos_token_id, pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    assert isinstance(eos_token_id, int) and isinstance(pad_token_id, int)
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -111,8 +113,8 @@ def llama_config(
         max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
         architectures=["LlamaForCausalLM"],
     )
 
@@ -205,6 +207,7 @@ def train(
         model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1
     )
     pad_token_id = model.config.pad_token_id
+    assert pad_token_id is not None
     model.train()
     started = reported = time.monotonic()
     for step, group in enumerate(batches(sequences, torch.Generator().manual_seed(seed))):
@@ -229,12 +232,12 @@ def train(
 @torch.no_grad()
 def answer_loss(model: LlamaForCausalLM, sequences: Sequence[tuple[list[int], int]]) -> float:
     """Returns the mean negative log-likelihood of an answer token, in nats."""
+    pad_token_id = model.config.pad_token_id
+    assert pad_token_id is not None
     model.eval()
     total, count = 0.0, 0
     for first in range(0, len(sequences), 8):
-        input_ids, labels = collate(
-            sequences[first : first + 8], model.config.pad_token_id, answers_only=True
-        )
+        input_ids, labels = collate(sequences[first : first + 8], pad_token_id, answers_only=True)
         tokens = int((labels != IGNORE_INDEX).sum())
         total += model(input_ids=input_ids, labels=labels).loss.item() * tokens
         count += tokens
@@ -302,7 +305,7 @@ def main() -> None:
         )
         losses = {half: answer_loss(model, test) for half, test in test_halves.items()}
         folder = arguments.output / "teachers" / name
-        model.to(torch.bfloat16).save_pretrained(folder)
+        model.bfloat16().save_pretrained(folder)
         write_folder_basics(folder, model.config, tokenizer)
         log.info(
             "%s: %d rows, %d steps, %d parameters, answer loss on the test halves: %s",

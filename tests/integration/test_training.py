@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 from pipeline.cache import write_shard
 from pipeline.cache_index import open_cache
-from pipeline.config import Config, CrossEntropy
+from pipeline.config import Config
+from pipeline.config_training import CrossEntropy
 from pipeline.datasets import DatasetEntry, read_dataset, write_dataset, write_sequences
 from pipeline.errors import TrainingError
 from pipeline.fingerprint import digest_ids, sequence_id

@@ -18,7 +18,7 @@ import ray
 import torch
 from transformers import LlamaForCausalLM
 
-from pipeline.config import Resources
+from pipeline.config_base import Resources
 from pipeline.errors import TeacherError
 from teachers.actor import CPU_ENV_VARS, ENGINE_ENV_VARS
 from teachers.engine import EngineSpec

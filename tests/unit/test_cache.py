@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipeline import storage
 from pipeline.cache import describe_shard, read_shard, write_shard
 from pipeline.cache_index import CacheReader, load_index, publish
-from pipeline.config import TopP
+from pipeline.config_targets import TopP
 from pipeline.errors import CacheError, StorageError
 from pipeline.fingerprint import digest_ids
 from pipeline.layout import CacheLayout

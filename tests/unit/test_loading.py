@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Config, Section
+from pipeline.config import Config
+from pipeline.config_base import Section
 from pipeline.errors import ConfigError
 from pipeline.loading import dump_config, load_config
 
@@ -51,6 +52,7 @@ def test_overrides_reach_lists_and_nested_keys() -> None:
         ("scoring.selection.max_entrys=3", "did you mean 'max_entries'?"),
         ("teachers.words.modle=x", "did you mean 'model'?"),
         ("steps", "not of the form key=value"),
+        ("training.steps=[1", "the value is not valid YAML"),
         ("training.steps.x=3", "plain value"),
         ("training.losses.7.weight=3", "not an index"),
         ("training.steps=many", "training.steps"),
@@ -75,9 +77,10 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml does not exist"):
         load_config(tmp_path / "nowhere.yaml")
     broken = tmp_path / "broken.yaml"
-    broken.write_text("a: [")
-    with pytest.raises(ConfigError, match="not valid YAML"):
-        load_config(broken)
+    for content in (b"a: [", b"a: \xff"):
+        broken.write_bytes(content)
+        with pytest.raises(ConfigError, match="not valid YAML"):
+            load_config(broken)
 
 
 def test_every_field_has_help() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Resources
+from pipeline.config_base import Resources
 from pipeline.errors import ClusterError, StorageError, TeacherError
 from teachers import dispatch
 from teachers.actor import engine_env_vars

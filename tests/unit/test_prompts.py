@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import PromptsConfig, PromptSource
+from pipeline.config_prompts import PromptsConfig, PromptSource
 from pipeline.errors import PromptError
 from pipeline.layout import Layout
 from pipeline.prompts import load_prompts, read_prompts, write_prompts

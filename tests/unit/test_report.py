@@ -463,3 +463,22 @@ def test_importing_the_report_loads_neither_plots_nor_templates():
     code = "import sys, pipeline.report; print({'matplotlib', 'jinja2'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_what_rounds_to_zero_has_no_sign(report):
+    for divergence in (-0.0003, -0.0):
+        report["models"][2]["domains"] = {
+            name: {**figures, "kl_to_mixture": divergence}
+            for name, figures in report["models"][2]["domains"].items()
+        }
+        (line,) = (x for x in text_summary(report).splitlines() if x.startswith("KL to mixture"))
+        assert ">= 0.000" in line
+        assert not re.search(r"[-\u2212]0\.0+(?!\d)", text_summary(report) + render_html(report))
+
+
+def test_likelihoods_that_print_alike_are_level(report):
+    for model, nats in zip(report["models"][2:], (0.12341, 0.12339), strict=True):
+        for figures in model["domains"].values():
+            figures |= {"holdout_loss": nats, "exact_match": None}
+    text = " ".join(headlines(report))
+    assert "hold-out loss 0.123 against 0.123 nats/token (level)" in text

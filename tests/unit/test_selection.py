@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import TopK, TopP
+from pipeline.config_targets import TopK, TopP
 from pipeline.errors import CacheError
 from pipeline.selection import select
 
@@ -76,3 +76,12 @@ def test_a_flat_teacher_never_looks_confident() -> None:
     logs = np.full((1, width), -np.log(vocabulary), np.float32)
     row = select("s", np.arange(width)[None], logs, logs[:, 0], TopK(type="top_k", max_entries=8))
     assert row.entropies[0] == pytest.approx(np.log(vocabulary), rel=0.01)
+
+
+def test_what_float16_cannot_hold_has_probability_zero() -> None:
+    """Some models mask by the smallest float32 where others use minus infinity."""
+    masked = np.finfo(np.float32).min
+    logs = np.array([[np.log(0.75), np.log(0.25), masked]], np.float32)
+    row = select("s", np.array([[4, 5, 6]]), logs, logs[:, 2], TopK(type="top_k", max_entries=3))
+    assert row.token_ids.tolist() == [4, 5] and np.isfinite(row.logprobs).all()
+    assert np.isfinite(row.entropies).all() and np.isfinite(row.gold_logprobs).all()

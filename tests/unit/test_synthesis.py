@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline import storage
-from pipeline.config import StudentConfig
+from pipeline.config_training import StudentConfig
 from pipeline.datasets import read_sequences
 from pipeline.errors import ConfigError
 from pipeline.layout import Layout
@@ -156,3 +156,26 @@ def test_every_prompt_has_its_own_seed(template: SynthesisTask) -> None:
     (task,) = plan_synthesis(template, prompts(*((c, "x", "1") for c in "abc")), 9)
     asyncio.run(task.run(teacher))
     assert len(set(teacher.seeds)) == 3
+
+
+def test_a_prompt_whose_content_changed_is_asked_again_and_old_answers_are_left_out(
+    template: SynthesisTask,
+) -> None:
+    given = replace(template, generator="dataset")
+    rows = prompts(("q:", "x", "a"), ("r:", "x", "b"))
+    plan_synthesis(given, rows, 10)[0].from_references()
+    changed = [rows[0], replace(rows[1], reference="c")]
+    (task,) = plan_synthesis(given, changed, 10)
+    assert task.prompts == (changed[1],)
+    task.from_references()
+    old, new = (build_dataset(template.layout, each, ["recipe"]) for each in (rows, changed))
+    assert [e.prompt_id for e in old] == [e.prompt_id for e in new] == ["id-q:", "id-r:"]
+    assert old[0] == new[0] and old[1].sequence_id != new[1].sequence_id
+
+
+def test_another_split_of_a_prompt_needs_no_new_answer(template: SynthesisTask) -> None:
+    rows = prompts(("a", "x", "1"))
+    run_all(template, rows, {"a": ["1"] * 3})
+    moved = [replace(rows[0], split="holdout")]
+    assert plan_synthesis(template, moved, 10) == []
+    assert [e.split for e in build_dataset(template.layout, moved, ["recipe"])] == ["holdout"]

@@ -7,7 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import ByDomainWeights, CombineConfig, GoldLikelihoodWeights, StaticWeights
+from pipeline.config_targets import (
+    ByDomainWeights,
+    CombineConfig,
+    GoldLikelihoodWeights,
+    StaticWeights,
+)
 from pipeline.errors import CacheError, ConfigError
 from pipeline.records import SparseLogprobs, TokenSequence
 from pipeline.targets import combine_targets, required_teachers

@@ -97,3 +97,19 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     save(tmp_path)
     with pytest.raises(ConfigError, match="nothing-here"):
         check_vocabularies(config(tmp_path, f"student.model={tmp_path}/nothing-here"), PROMPTS)
+
+
+def test_a_prompt_that_the_template_refuses_is_named(tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(tmp_path, template="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(ConfigError, match="refuses prompt p: roles must alternate"):
+        prompt_ids(tokenizer, PROMPTS[0])
+
+
+def test_every_teacher_is_compared_whatever_the_others_lack(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "student")
+    save_tokenizer(tmp_path / "a", eos="<pad>")
+    save_tokenizer(tmp_path / "b", template=CHAT_TEMPLATE.replace("'<' + m", "' <' + m"))
+    with pytest.raises(VocabularyMismatchError) as caught:
+        check_vocabularies(config(tmp_path), PROMPTS)
+    assert "teacher 'arithmetic': end of sequence" in str(caught.value)
+    assert "teacher 'words': prompt p renders as" in str(caught.value)

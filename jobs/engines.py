@@ -1,0 +1,79 @@
+"""What synthesize and score share: the engines of the teachers, their progress, their price."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.prepared import Prepared
+from teachers.actor import Task
+from teachers.dispatch import PoolReport
+from teachers.engine import EngineSpec
+from teachers.pool import PoolJob
+
+PROGRESS_SECONDS = 10.0
+
+
+def pool_job(
+    config: Config,
+    name: str,
+    prepared: Prepared,
+    tasks: Sequence[Task],
+    *,
+    min_model_len: int,
+    num_logprobs: int,
+    unit: str,
+) -> PoolJob:
+    """The work of one teacher, with the engine that it needs.
+
+    Args:
+        min_model_len: tokens that the engine must hold.
+        num_logprobs: capture width; 0 when it only generates.
+        unit: of the tasks' items, for the progress lines.
+    """
+    teacher = config.teachers[name]
+    spec = EngineSpec(
+        model=teacher.model,
+        revision=teacher.revision,
+        trust_remote_code=teacher.trust_remote_code,
+        vllm=teacher.vllm,
+        num_logprobs=num_logprobs,
+        min_model_len=min_model_len,
+        seed=config.seed,
+        eos_token_ids=(prepared.eos_token_id,),
+    )
+    return PoolJob(
+        name,
+        spec,
+        teacher.resources,
+        teacher.replicas,
+        tasks,
+        config.cluster.env_vars,
+        _progress(unit, name),
+    )
+
+
+def engine_cost(config: Config, reports: dict[str, PoolReport], seconds: float) -> float:
+    """Price of the engines that ran, each as long as the whole stage: an upper bound."""
+    hours = seconds / 3600
+    return sum(
+        config.teachers[name].cost_per_hour * config.teachers[name].replicas * hours
+        for name, report in reports.items()
+        if report.engines
+    )
+
+
+def _progress(unit: str, name: str) -> Callable[[int, int, Any], None]:
+    """Prints a line at most every ten seconds, and at the end."""
+    started = last = time.monotonic()
+
+    def say(done: int, total: int, _: Any) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done == total or now - last >= PROGRESS_SECONDS:
+            last = now
+            print(f"{name}: {done}/{total} {unit}, {now - started:.0f} s", flush=True)
+
+    return say

@@ -1,0 +1,121 @@
+"""Configuration of the student and of its training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config_base import Count, Fraction, Positive, Resources, Section
+
+
+class StudentConfig(Section):
+    """The student: a Hugging Face causal language model, trained with DeepSpeed."""
+
+    model: str
+    """Folder or hub id; its tokenizer and chat template are those of the whole run."""
+    initialization: Literal["pretrained", "random"]
+    """Load weights, or start from the config alone."""
+    revision: str | None = None
+    """Hub revision."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights while training; `bfloat16` turns on DeepSpeed's bf16."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    """Attention of transformers."""
+    cost_per_hour: Annotated[float, Field(ge=0)] = 0.0
+    """Price of the hardware of one serving engine."""
+    vllm: dict[str, Any] = Field(default_factory=dict)
+    """Engine arguments of vLLM when the exported student is evaluated, verbatim."""
+
+
+class ForwardKL(Section):
+    """KL(teacher || student) on the kept entries and one bucket for the tail."""
+
+    type: Literal["forward_kl"]
+    weight: Positive
+    """Factor in the sum of losses."""
+
+
+class CrossEntropy(Section):
+    """Cross-entropy with the tokens of the text."""
+
+    type: Literal["cross_entropy"]
+    weight: Positive
+    """Factor in the sum of losses."""
+
+
+Loss = Annotated[ForwardKL | CrossEntropy, Field(discriminator="type")]
+
+OWNED_DEEPSPEED_KEYS = {
+    "train_batch_size": "training.sequences_per_step sets the batch",
+    "train_micro_batch_size_per_gpu": "training.tokens_per_micro_batch sets the micro-batch",
+    "gradient_accumulation_steps": (
+        "micro-batches are formed by a token budget, so accumulation is done here"
+    ),
+    "managed_gradient_accumulation": (
+        "micro-batches are formed by a token budget, so accumulation is done here"
+    ),
+    "scheduler": "training.warmup_steps and training.min_learning_rate_ratio set the schedule",
+    "optimizer": "training.learning_rate, betas and weight_decay set AdamW",
+    "gradient_clipping": "training.gradient_clipping sets it",
+    "bf16": "student.dtype sets it",
+    "fp16": "student.dtype is float32 or bfloat16",
+}
+
+
+class TrainingConfig(Section):
+    """How the student is trained."""
+
+    losses: Annotated[list[Loss], Field(min_length=1)]
+    """Summed with their weights; each is logged apart."""
+    steps: Count
+    """Optimizer steps."""
+    sequences_per_step: Count
+    """Global batch; the order of data does not depend on the number of workers."""
+    tokens_per_micro_batch: Count
+    """Token budget of one packed micro-batch on one worker; a longer sequence is refused."""
+    learning_rate: Positive
+    """Peak of the schedule."""
+    warmup_steps: Annotated[int, Field(ge=0)]
+    """Linear warm-up, then cosine."""
+    min_learning_rate_ratio: Fraction = 0.1
+    """Last learning rate as a fraction of the peak."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of AdamW, on matrices only."""
+    gradient_clipping: Positive = 1.0
+    """Bound on the global gradient norm."""
+    workers: Count = 1
+    """Ray Train workers, one per GPU or CPU slot."""
+    resources: Resources = Resources()
+    """Of one worker."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """DeepSpeed's own configuration, verbatim."""
+    log_every_steps: Count = 10
+    """Metrics to JSON lines and TensorBoard."""
+    evaluate_every_steps: Count
+    """Losses on the hold-out sequences."""
+    checkpoint_every_steps: Count
+    """Complete checkpoints for resume."""
+    keep_checkpoints: Count = 2
+    """Newest complete checkpoints kept."""
+    max_failures: Annotated[int, Field(ge=-1)] = 2
+    """Restarts by Ray Train from the newest checkpoint after a worker died; -1 for no limit."""
+    cost_per_hour: Annotated[float, Field(ge=0)] = 0.0
+    """Price of the hardware of one worker."""
+
+    @model_validator(mode="after")
+    def _owned_keys(self) -> TrainingConfig:
+        for key in self.deepspeed:
+            if key in OWNED_DEEPSPEED_KEYS:
+                raise ValueError(f"deepspeed.{key} is not accepted: {OWNED_DEEPSPEED_KEYS[key]}")
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps ({self.warmup_steps}) must be less than steps ({self.steps})"
+            )
+        return self

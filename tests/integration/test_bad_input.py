@@ -1,0 +1,254 @@
+"""Mistakes of users: one clear message, exit code 1, and what was finished stays."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.local_head import LocalHead
+from tests.support.command_line import QUICKSTART, file_times, polystill, token_environment
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
+CONFIG = QUICKSTART / "config.yaml"
+NOBODY = "http://127.0.0.1:9"  # the discard port, where nothing listens
+Finished = subprocess.CompletedProcess[str]
+
+
+def assert_refused(finished: Finished, *parts: str, code: int = 1) -> str:
+    """Checks that a command ended with one message for people, which holds all `parts`."""
+    printed = finished.stdout + finished.stderr
+    assert finished.returncode == code, printed
+    assert "Traceback" not in printed, printed
+    before, said, message = finished.stderr.rpartition("polystill: ")
+    assert said and "polystill: " not in before, finished.stderr
+    for part in parts:
+        assert part in message, f"{part!r} is not in {message!r}"
+    return message
+
+
+def stage(name: str, root: Path, *overrides: str) -> Finished:
+    """Runs what the Ray job of a stage runs."""
+    return polystill("stage", name, CONFIG, f"storage.root={root}", *overrides)
+
+
+def one_source(path: Path) -> str:
+    """Takes all prompts from one file."""
+    return f"prompts.sources=[{{path: {path}}}]"
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def question(content: str, reference: str) -> dict[str, Any]:
+    messages = [{"role": "user", "content": content}]
+    return {"messages": messages, "domain": "arithmetic", "reference": reference}
+
+
+def test_a_command_that_does_not_exist_shows_the_usage() -> None:
+    finished = polystill("submit", "distil", CONFIG, "--address", NOBODY)
+    assert finished.returncode == 2
+    assert "invalid choice: 'distil'" in finished.stderr and "synthesize" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("trainig.steps=5", ["unknown key 'trainig'", "did you mean 'training'"]),
+        ("training.stepz=5", ["unknown key 'training.stepz'", "did you mean 'steps'"]),
+        ("training.steps=many", ["training.steps", "integer"]),
+        ("teachers.words.resources.gpus=1", ["teachers.words.resources.gpus", "'num_gpus'"]),
+    ],
+)
+def test_a_bad_key_or_value_is_named(tmp_path: Path, override: str, parts: list[str]) -> None:
+    assert_refused(polystill("run", CONFIG, f"storage.root={tmp_path / 'out'}", override), *parts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    missing = tmp_path / "none.yaml"
+    assert_refused(polystill("run", missing), f"{missing} does not exist")
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("teachers.words.model=/none/model", ["model folder /none/model does not exist"]),
+        (
+            "teachers.words.vllm.max_modle_len=64",
+            ["teachers.words", "did you mean 'max_model_len'"],
+        ),
+        ("synthesis.sampling.temprature=0.5", ["synthesis", "did you mean 'temperature'"]),
+        ("evaluation.sampling.top_kk=3", ["evaluation", "top_kk", "did you mean 'top_k'"]),
+    ],
+)
+def test_models_and_engine_settings_are_checked_first(
+    tmp_path: Path, override: str, parts: list[str]
+) -> None:
+    assert_refused(stage("prepare", tmp_path / "out", override), *parts)
+    assert not (tmp_path / "out/runs/quickstart/prepared.json").exists()
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    teacher = shutil.copytree(QUICKSTART / "teachers/words", tmp_path / "words")
+    path = teacher / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(tokenizer))
+    message = assert_refused(
+        stage("prepare", tmp_path / "out", f"teachers.words.model={teacher}"),
+        "teacher 'words'",
+        f"id {vocabulary['a']} is 'a', the student's is 'b'",
+        f"id {vocabulary['b']} is 'b', the student's is 'a'",
+    )
+    assert "'arithmetic'" not in message
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ('{"messages": [', "not valid JSON"),
+        ('{"question": "1+1", "domain": "arithmetic"}', "exactly one of `messages` and `text`"),
+        ('{"text": "1+1"}', "no `domain`"),
+    ],
+)
+def test_a_bad_prompt_line_is_named(tmp_path: Path, line: str, part: str) -> None:
+    path = write_rows(tmp_path / "prompts.jsonl", [question(f"{i}+1", "1") for i in range(4)])
+    path.write_text(path.read_text() + line + "\n")
+    assert_refused(stage("prepare", tmp_path / "out", one_source(path)), f"{path}:5:", part)
+
+
+def test_no_answer_left_is_explained_and_the_prepared_run_stays(tmp_path: Path) -> None:
+    long = write_rows(
+        tmp_path / "prompts.jsonl", [question("+".join(["11"] * n), "1") for n in range(20, 40)]
+    )
+    overrides = [
+        one_source(long),
+        "prompts.holdout_fraction=0.5",
+        "synthesis.generator=dataset",
+        "synthesis.max_sequence_tokens=30",
+    ]
+    prepared = stage("prepare", tmp_path / "out", *overrides)
+    assert prepared.returncode == 0, prepared.stderr
+    before = (tmp_path / "out/runs/quickstart/prepared.json").read_bytes()
+    assert_refused(
+        stage("synthesize", tmp_path / "out", *overrides),
+        "no answer of the train split was kept",
+        '"answers": 20',
+        '"too_long": 20',
+    )
+    assert (tmp_path / "out/runs/quickstart/prepared.json").read_bytes() == before
+    assert "up to date" in stage("prepare", tmp_path / "out", *overrides).stdout
+
+
+@pytest.mark.parametrize("command", [["status"], ["logs", "some-job"], ["stop", "some-job"]])
+def test_an_unreachable_cluster_is_named(command: list[str]) -> None:
+    finished = polystill(*command, "--address", NOBODY)
+    assert_refused(finished, f"No Ray job server can be reached at {NOBODY}", "8265")
+
+
+def test_a_run_for_an_unreachable_cluster_writes_nothing(tmp_path: Path) -> None:
+    root = tmp_path / "out"
+    settings = [f"storage.root={root}", "storage.shared_roots=[/]"]
+    finished = polystill("run", CONFIG, *settings, "--address", NOBODY)
+    assert_refused(finished, f"No Ray job server can be reached at {NOBODY}")
+    assert not root.exists()
+
+
+def test_a_missing_or_wrong_token_is_told(ray_head: LocalHead, tmp_path: Path) -> None:
+    status = ["status", "--address", ray_head.address]
+    assert_refused(polystill(*status), "asks for a token and none was sent", "RAY_AUTH_MODE=token")
+    finished = polystill(*status, **token_environment("0" * 64))
+    message = assert_refused(finished, "does not accept this token", "RAY_AUTH_TOKEN")
+    assert "0" * 64 not in message
+    nowhere = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    assert_refused(polystill(*status, **nowhere), f"{tmp_path / 'token'} is missing")
+    accepted = polystill(*status, **token_environment(ray_head.token))
+    assert accepted.returncode == 0, accepted.stderr
+
+
+@pytest.mark.parametrize("roots", ["[]", "[/somewhere/else]"])
+def test_a_local_path_is_refused_for_a_remote_cluster(tmp_path: Path, roots: str) -> None:
+    settings = [f"storage.root={tmp_path}", f"storage.shared_roots={roots}"]
+    finished = polystill("run", CONFIG, *settings, "--address", NOBODY)
+    assert_refused(finished, f"the local path {tmp_path}", "storage.root", "storage.shared_roots")
+
+
+def test_detaching_without_a_cluster_is_refused(tmp_path: Path) -> None:
+    finished = polystill("run", CONFIG, f"storage.root={tmp_path / 'out'}", "--detach")
+    assert_refused(finished, "--detach", "--address")
+
+
+def test_a_full_disk_is_told_and_what_is_finished_stays(tmp_path: Path) -> None:
+    """First a few prompts are prepared, then the disk has no room left for the table of all."""
+    few = ["prompts.sources.0.limit=8", "prompts.sources.1.limit=8"]
+    with small_disk(tmp_path / "disk") as disk:
+        root = disk.folder / "out"
+        prepared = stage("prepare", root, *few)
+        assert prepared.returncode == 0, prepared.stderr
+        finished = file_times(root)
+        disk.fill()
+        assert_refused(stage("prepare", root), *disk.message_parts, str(root))
+        assert file_times(root) == finished
+        assert "up to date" in stage("prepare", root, *few).stdout
+        disk.free()
+        again = stage("prepare", root)
+        assert again.returncode == 0, again.stderr
+
+
+class SmallDisk:
+    """A folder without room for much.
+
+    A tmpfs of its own where this user may mount one. Elsewhere the kernel's limit on the size of a
+    file stands in: it, too, fails a write after the file was opened, with another error number.
+    """
+
+    FILE_LIMIT_BYTES = 2048
+
+    def __init__(self, folder: Path, mounted: bool) -> None:
+        self.folder, self._mounted = folder, mounted
+        self._limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        self.message_parts = ["cannot write", "the disk is full" if mounted else "File too large"]
+
+    def fill(self) -> None:
+        """Takes all room that is left."""
+        if not self._mounted:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.FILE_LIMIT_BYTES, self._limits[1]))
+            return
+        with (self.folder / "filler").open("wb", buffering=0) as filler:
+            try:
+                while filler.write(b"\0" * 4096):
+                    pass
+            except OSError:
+                os.fsync(filler.fileno())
+
+    def free(self) -> None:
+        """Gives the room back."""
+        if self._mounted:
+            (self.folder / "filler").unlink(missing_ok=True)
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, self._limits)
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[SmallDisk]:
+    """A disk of one MiB, gone with the context."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    disk = SmallDisk(folder, mounted)
+    try:
+        yield disk
+    finally:
+        disk.free()
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=True)

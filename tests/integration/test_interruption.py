@@ -1,0 +1,279 @@
+"""A run that is killed twice ends like one that nobody disturbed, on heads that leave nothing."""
+
+import json
+import re
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from jobs.local_head import LocalHead
+from tests.support.caches import assert_rows_agree, cached_rows, dataset, shards
+from tests.support.command_line import (
+    QUICKSTART,
+    ROOT,
+    RunningCommand,
+    file_times,
+    local_head_folder,
+    polystill,
+    processes_of_head,
+    start_polystill,
+    token_environment,
+)
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+TEACHERS = DOMAINS = ("arithmetic", "words")
+STAGES = ("prepare", "synthesize", "score", "train", "export", "evaluate")
+NUM_TRAIN, NUM_HOLDOUT = 150, 20  # prompts of each domain
+STEPS, CHECKPOINT_EVERY = 60, 10
+SECONDS_TO_VANISH = 30
+
+
+@dataclass(frozen=True)
+class Run:
+    """One complete run: its command without an address, its storage root and what it printed."""
+
+    arguments: list[str]
+    root: Path
+    printed: str
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "runs/quickstart"
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_lines(self.folder / "student/metrics.jsonl")
+
+
+@dataclass(frozen=True)
+class Disturbed(Run):
+    """A run of three commands, two of which were killed.
+
+    Attributes:
+        shards_at_kill: files of the caches after the first kill, with their times.
+        last_step_at_kill: last line of the metrics after the second kill.
+    """
+
+    shards_at_kill: dict[str, tuple[int, int]]
+    last_step_at_kill: int
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def some_prompts(name: str, count: int, folder: Path) -> Path:
+    """Copies the first prompts of each domain: the file itself holds one domain after the other."""
+    rows = read_lines(QUICKSTART / name)
+    by_domain = [[row for row in rows if row["domain"] == domain] for domain in DOMAINS]
+    chosen = [row for group in by_domain for row in group[:count]]
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    return path
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The quickstart made small: 18 shards a teacher, and steps slow enough to be interrupted."""
+    folder = tmp_path_factory.mktemp("prompts")
+    return {
+        "prompts.sources.0.path": some_prompts("prompts.jsonl", NUM_TRAIN, folder),
+        "prompts.sources.1.path": some_prompts("holdout.jsonl", NUM_HOLDOUT, folder),
+        "synthesis.prompts_per_shard": 20,
+        "training.steps": STEPS,
+        "training.warmup_steps": 5,
+        "training.sequences_per_step": 256,
+        "training.tokens_per_micro_batch": 512,
+        "training.log_every_steps": 1,
+        "training.evaluate_every_steps": STEPS,
+        "training.checkpoint_every_steps": CHECKPOINT_EVERY,
+        "evaluation.twin": "false",
+        "evaluation.max_prompts_per_domain": 4,
+    }
+
+
+def run_arguments(settings: dict[str, Any], root: Path) -> list[str]:
+    values = {"storage.root": root, **settings}
+    config = str(QUICKSTART / "config.yaml")
+    return ["run", config, *(f"{key}={value}" for key, value in values.items())]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    ray_head: LocalHead, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Run:
+    """The run on a cluster that is there already."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    seen_by_all = {"storage.shared_roots": f"[{root.parent}, {ROOT}]"}
+    arguments = run_arguments(settings | seen_by_all, root)
+    token = token_environment(ray_head.token)
+    finished = polystill(*arguments, "--address", ray_head.address, seconds=800, **token)
+    assert finished.returncode == 0, f"{finished.stdout}\n{finished.stderr}"
+    return Run(arguments, root, finished.stdout)
+
+
+@pytest.fixture(scope="module")
+def disturbed(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Disturbed:
+    """The run on heads of its own: killed while it scores, killed while it trains, ended."""
+    root, logs = tmp_path_factory.mktemp("disturbed"), tmp_path_factory.mktemp("logs")
+    # One engine at a time: while the first teacher scores, the second has yet to start.
+    arguments = run_arguments(settings | {"cluster.local_num_cpus": 1}, root)
+    caches, student = root / "caches", root / "runs/quickstart/student"
+
+    command = start_polystill(logs / "first", *arguments)
+    command.wait_until(
+        "two cache shards", lambda: sum(len(shards(root, name)) for name in TEACHERS) >= 2, 400
+    )
+    end_and_leave_nothing(command, signal.SIGKILL)
+    shards_at_kill = {name: times for name, times in file_times(caches).items() if "/g1/" in name}
+
+    command = start_polystill(logs / "second", *arguments)
+    command.wait_until("a checkpoint", lambda: bool(complete_checkpoints(student)), 400)
+    end_and_leave_nothing(command, signal.SIGKILL)
+    last_step_at_kill = read_lines(student / "metrics.jsonl")[-1]["step"]
+    assert not (student / "training.json").exists(), "training ended before the kill"
+
+    finished = polystill(*arguments, seconds=800)
+    assert finished.returncode == 0, f"{finished.stdout}\n{finished.stderr}"
+    return Disturbed(arguments, root, finished.stdout, shards_at_kill, last_step_at_kill)
+
+
+def complete_checkpoints(student: Path) -> list[int]:
+    """The steps of the checkpoints that are complete."""
+    markers = student.glob("checkpoints/step-*/COMPLETE")
+    return sorted(int(marker.parent.name.removeprefix("step-")) for marker in markers)
+
+
+def end_and_leave_nothing(command: RunningCommand, number: signal.Signals) -> None:
+    """Signals the command alone and checks that all processes of its head end soon."""
+    family = command.family()
+    assert any(process.name() == "raylet" for process in family)
+    folder = local_head_folder(family)
+    command.process.send_signal(number)
+    deadline = time.monotonic() + SECONDS_TO_VANISH
+    command.process.wait(SECONDS_TO_VANISH)
+    _, alive = psutil.wait_procs(family, timeout=deadline - time.monotonic())
+    assert alive == []
+    assert processes_of_head(folder) == [] and not folder.exists()
+
+
+def test_ctrl_c_says_one_line_and_leaves_no_process(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    command = start_polystill(tmp_path / "log", *run_arguments(settings, tmp_path / "out"))
+    command.wait_until("a job", lambda: "[1/6 prepare] job" in command.stdout.read_text(), 120)
+    end_and_leave_nothing(command, signal.SIGINT)
+    assert command.process.returncode == 130
+    expected = "polystill: interrupted; run the same command again to go on\n"
+    assert command.stderr.read_text() == expected
+    assert "nothing to do" not in command.stdout.read_text()
+
+
+def test_every_stage_of_the_undisturbed_run_is_told(undisturbed: Run) -> None:
+    found = re.findall(r"^\[(\d)/6 (\w+)\] done in \d+ s$", undisturbed.printed, re.MULTILINE)
+    assert found == [(str(number), stage) for number, stage in enumerate(STAGES, start=1)]
+    assert str(undisturbed.folder / "report.html") in undisturbed.printed
+
+
+def test_a_kill_while_scoring_keeps_the_shards_that_exist(disturbed: Disturbed) -> None:
+    all_shards = {name for name in file_times(disturbed.root / "caches") if "/g1/" in name}
+    assert 2 <= len(disturbed.shards_at_kill) < len(all_shards)
+    now = file_times(disturbed.root / "caches")
+    assert {name: now[name] for name in disturbed.shards_at_kill} == disturbed.shards_at_kill
+    assert [name for name in all_shards if not name.endswith(".parquet")] == []
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_both_runs_have_the_same_rows(undisturbed: Run, disturbed: Disturbed, teacher: str) -> None:
+    sequences = dataset(undisturbed.root, "quickstart")
+    assert list(dataset(disturbed.root, "quickstart")) == list(sequences)
+    # Most answers of these teachers are right and kept.
+    assert len(sequences) > len(DOMAINS) * NUM_TRAIN
+    expected = cached_rows(shards(undisturbed.root, teacher))
+    assert expected.keys() == sequences.keys()
+    assert_rows_agree(cached_rows(shards(disturbed.root, teacher)), expected)
+
+
+def test_a_kill_while_training_resumes_from_the_last_checkpoint(disturbed: Disturbed) -> None:
+    assert CHECKPOINT_EVERY <= disturbed.last_step_at_kill < STEPS
+    told = re.search(r"training student: step (\d+) of 60", disturbed.printed)
+    assert told is not None, disturbed.printed
+    resumed = int(told[1])
+    assert resumed % CHECKPOINT_EVERY == 0 and 0 < resumed <= disturbed.last_step_at_kill
+    first, *_ = re.findall(r"student step (\d+)/60 train/loss", disturbed.printed)
+    assert int(first) == resumed + 1
+    for number, stage in enumerate(STAGES[:3], start=1):
+        assert f"[{number}/6 {stage}] up to date" in disturbed.printed
+
+
+def test_both_trainings_take_the_same_steps_to_the_same_loss(
+    undisturbed: Run, disturbed: Disturbed
+) -> None:
+    losses = []
+    for run in (undisturbed, disturbed):
+        summary = json.loads((run.folder / "student/training.json").read_text())
+        assert summary["steps"] == STEPS
+        steps = [line["step"] for line in run.metrics if "train/loss" in line]
+        assert steps == list(range(1, STEPS + 1))
+        losses.append([line["train/loss"] for line in run.metrics if "train/loss" in line])
+        (holdout,) = [line["holdout/loss"] for line in run.metrics if "holdout/loss" in line]
+        losses[-1].append(holdout)
+    assert losses[0][-1] < 0.9 * losses[0][0]
+    # Same data in the same order; the targets differ by the rounding of float16 alone, which 60
+    # steps do not carry far.
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+def state_of(name: str, status: str) -> str:
+    """The state of a job in what `status` prints."""
+    (state,) = re.findall(rf"^{re.escape(name)} +([A-Z]+) ", status, re.MULTILINE)
+    return state
+
+
+def test_a_cluster_shows_its_jobs_and_their_logs(ray_head: LocalHead, undisturbed: Run) -> None:
+    token = token_environment(ray_head.token)
+    submitted = re.findall(r"\] job (\S+)", undisturbed.printed)
+    assert len(submitted) == len(STAGES)
+    status = polystill("status", "--address", ray_head.address, **token)
+    assert {state_of(name, status.stdout) for name in submitted} == {"SUCCEEDED"}
+    log = polystill("logs", submitted[2], "--address", ray_head.address, **token)
+    assert log.returncode == 0
+    told = [line for line in undisturbed.printed.splitlines() if "new shards" in line]
+    assert len(told) == 1 and told[0].removeprefix("[3/6 score] ") in log.stdout
+    other = polystill("status", "--address", ray_head.address, "--run", "another", **token)
+    assert other.stdout == "no jobs of the run another\n"
+
+
+def test_a_finished_stage_is_up_to_date(ray_head: LocalHead, undisturbed: Run) -> None:
+    before = file_times(undisturbed.root)
+    finished = polystill(
+        "submit",
+        "score",
+        *undisturbed.arguments[1:],
+        "--address",
+        ray_head.address,
+        **token_environment(ray_head.token),
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "up to date (of " in finished.stdout
+    assert file_times(undisturbed.root) == before
+
+
+def test_a_detached_run_goes_on_in_the_cluster(ray_head: LocalHead, undisturbed: Run) -> None:
+    token, address = token_environment(ray_head.token), ["--address", ray_head.address]
+    finished = polystill(*undisturbed.arguments, *address, "--detach", **token)
+    assert finished.returncode == 0, finished.stderr
+    submitted, follow = finished.stdout.splitlines()
+    name = submitted.removeprefix("submitted ")
+    assert follow == f"follow it with: polystill logs {name} --address {ray_head.address}"
+    deadline = time.monotonic() + 120
+    while (state := state_of(name, polystill("status", *address, **token).stdout)) != "SUCCEEDED":
+        assert time.monotonic() < deadline and state in ("PENDING", "RUNNING"), state
+    log = polystill("logs", name, *address, **token).stdout
+    assert "nothing to do: every stage is complete" in log
+    assert str(undisturbed.folder / "report.html") in log

@@ -1,0 +1,28 @@
+"""Answers of one model to hold-out prompts, from a scripted teacher."""
+
+import asyncio
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from pipeline.config_training import StudentConfig
+from pipeline.errors import ConfigError
+from pipeline.records import Prompt
+from teachers.answering import AnsweringTask
+from tests.support.tokenizers_for_tests import save_tokenizer
+
+
+def test_prompts_that_all_leave_no_room_are_refused_with_what_to_change(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "student")
+    task = AnsweringTask(
+        model="t",
+        prompts=(Prompt("p", "d", "holdout", text="1+1="),),
+        student=StudentConfig(model=str(tmp_path / "student"), initialization="random"),
+        sampling={"max_tokens": 5},
+        max_sequence_tokens=8,
+        checker=None,
+        answers_path=str(tmp_path / "answers.jsonl"),
+    )
+    with pytest.raises(ConfigError, match=r"longer than 3 tokens.*max_sequence_tokens"):
+        asyncio.run(task.run(cast(Any, None)))

@@ -1,0 +1,99 @@
+"""README.md: every command parses, names what exists, and its overrides load."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.__main__ import main, parse
+from pipeline.loading import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+STAND_INS = {
+    "CONFIG": str(ROOT / "examples/quickstart/config.yaml"),
+    "DATA": str(ROOT / "tests/data/gsm8k"),
+    "HEAD": "localhost",
+    "SUBMISSION_ID": "run-score-abc-a1",
+}
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    lines = [
+        line.split("  #")[0].split("\t#")[0].strip()
+        for block in blocks
+        for line in block.splitlines()
+    ]
+    return [re.sub(r" # .*$", "", line).strip() for line in lines if line]
+
+
+def with_stand_ins(command: str) -> list[str]:
+    for word, real in STAND_INS.items():
+        command = re.sub(rf"\b{word}\b", real, command)
+    return shlex.split(command)
+
+
+def of_kind(start: str) -> list[str]:
+    found = [command for command in commands() if command.startswith(start)]
+    assert found, f"README.md has no command that starts with {start!r}"
+    return found
+
+
+def test_every_command_is_of_a_kind_that_is_tested_below() -> None:
+    kinds = ("make ", "polystill ", ".venv/bin/python ", "ray up ", "export RAY_AUTH_MODE=")
+    assert [command for command in commands() if not command.startswith(kinds)] == []
+
+
+@pytest.mark.parametrize("command", of_kind("make "))
+def test_make_targets_exist_and_ci_runs_them(command: str) -> None:
+    subprocess.run([*shlex.split(command), "-n"], cwd=ROOT, check=True, capture_output=True)
+    assert command in (ROOT / ".ci/run").read_text().splitlines()
+
+
+@pytest.mark.parametrize("command", of_kind("polystill "))
+def test_polystill_commands_parse_and_their_configs_load(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    options = parse(with_stand_ins(command)[1:])
+    if "config" in options:
+        assert load_config(options.config, options.overrides).name
+
+
+def test_the_dry_run_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (command,) = [command for command in of_kind("polystill run") if "--dry-run" in command]
+    assert main(with_stand_ins(command)[1:]) == 0
+    printed = capsys.readouterr().out
+    assert "# plan" in printed and "# resources" in printed and "teachers:" in printed
+
+
+@pytest.mark.parametrize("command", of_kind(".venv/bin/python "))
+def test_scripts_exist_and_take_the_options(command: str) -> None:
+    _, script, *arguments = with_stand_ins(command)
+    shown = subprocess.run(
+        [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for option in [argument for argument in arguments if argument.startswith("--")]:
+        assert option in shown
+
+
+def test_the_file_map_names_every_module_once() -> None:
+    modules = {
+        path.relative_to(ROOT).as_posix()
+        for package in ("pipeline", "teachers", "students", "jobs")
+        for path in (ROOT / package).rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    named = re.findall(
+        r"^\| `((?:pipeline|teachers|students|jobs)/[\w/]+\.py)`", README, re.MULTILINE
+    )
+    assert sorted(named) == sorted(modules)
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    for name in re.findall(r"`((?:jobs|tests|examples|benchmarks|requirements)/[\w./-]+)`", README):
+        assert (ROOT / name).exists(), name
