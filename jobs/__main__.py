@@ -20,11 +20,11 @@ if len(_ROOTS) != 1 or None in _ROOTS:
 
 import argparse  # noqa: E402
 
+from jobs.plan import STAGES  # noqa: E402
 from pipeline.config import Config  # noqa: E402
 from pipeline.errors import ConfigError, DistillationError  # noqa: E402
 from pipeline.loading import dump_config, load_config  # noqa: E402
 
-STAGES = ("prepare", "synthesize", "score", "train", "export", "evaluate")
 INTERRUPTED = 130
 
 

@@ -39,7 +39,8 @@ def run(config: Config, address: str | None, say: Say) -> None:
     say(f"run {config.name}: {' -> '.join(STAGES)}")
     if address is not None:
         check_shared_paths(config)
-    plans = make_plan(config) if _visible(config) else []
+    visible = _visible(config, address)
+    plans = make_plan(config) if visible else []
     if plans and not any(plan.todo for plan in plans):
         say("nothing to do: every stage is complete")
         say(where(config))
@@ -48,7 +49,7 @@ def run(config: Config, address: str | None, say: Say) -> None:
         client = connect(url)
         for number, stage in enumerate(STAGES, start=1):
             say_stage = _prefixed(say, f"[{number}/{len(STAGES)} {stage}]")
-            plan = _plan_of(config, stage)
+            plan = _plan_of(config, stage) if visible else None
             if plan is not None and plan.todo == 0:
                 say_stage(f"up to date ({plan.summary})")
                 continue
@@ -83,7 +84,7 @@ def run_stage(
 
 
 def submit(client: JobSubmissionClient, config: Config, stage: str, command: str) -> str:
-    """Uploads packages and config, submits `python -m jobs <command> config.yaml`; returns the id."""
+    """Uploads packages and config, submits `python -m jobs <command> …`; returns the job's id."""
     # The orchestration of a detached run asks for nothing, which keeps it beside the job server on
     # the head node.
     resources = Resources(num_cpus=0) if stage == DETACHED else config.cluster.job_resources
@@ -150,14 +151,15 @@ def cluster(config: Config, address: str | None) -> Iterator[str]:
         yield head.address
 
 
-def _visible(config: Config) -> bool:
-    """Whether this machine sees the run's storage; then a finished stage needs no job."""
-    return "://" not in config.storage.root
+def _visible(config: Config, address: str | None) -> bool:
+    """Whether this machine sees the run's files, so that a finished stage needs no job to tell."""
+    if address is None:
+        return True
+    inputs = [path for key, path in local_paths(config).items() if not key.startswith("storage.")]
+    return "://" not in config.storage.root and all(storage.exists(path) for path in inputs)
 
 
-def _plan_of(config: Config, stage: str) -> StagePlan | None:
-    if not _visible(config):
-        return None
+def _plan_of(config: Config, stage: str) -> StagePlan:
     return next(plan for plan in make_plan(config) if plan.stage == stage)
 
 

@@ -52,6 +52,7 @@ def pool_job(
         tasks,
         config.cluster.env_vars,
         _progress(unit, name),
+        config.cluster.autoscaling,
     )
 
 

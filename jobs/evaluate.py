@@ -117,7 +117,17 @@ def _serve(
         seed=config.seed,
     )
     report: PoolReport = run_pools(
-        [PoolJob(name, spec, resources, 1, [task], config.cluster.env_vars)]
+        [
+            PoolJob(
+                name,
+                spec,
+                resources,
+                replicas=1,
+                tasks=[task],
+                env_vars=config.cluster.env_vars,
+                autoscaling=config.cluster.autoscaling,
+            )
+        ]
     )[name]
     return report.results[0], report.engines[-1]
 

@@ -69,7 +69,7 @@ def make_plan(config: Config) -> list[StagePlan]:
     plans.append(StagePlan("synthesize", todo, f"prompts to answer: {_counts(unanswered)}"))
     if todo or digest is None:
         return plans + [StagePlan(stage, 1, "after synthesize") for stage in STAGES[2:]]
-    plans.append(plan_score(layout, prepared, read_dataset(layout, digest)))
+    plans.append(plan_score(config, layout, prepared, read_dataset(layout, digest)))
     if plans[-1].todo:
         return plans + [StagePlan(stage, 1, "after score") for stage in STAGES[3:]]
     for stage in STAGES[3:]:
@@ -88,7 +88,9 @@ def answers(config: Config, generator: str, domain: str) -> bool:
     )
 
 
-def plan_score(layout: Layout, prepared: Prepared, entries: Sequence[DatasetEntry]) -> StagePlan:
+def plan_score(
+    config: Config, layout: Layout, prepared: Prepared, entries: Sequence[DatasetEntry]
+) -> StagePlan:
     """The plan of the score stage: sequences that a teacher has neither scored nor quarantined."""
     missing, most_bytes = {}, 0
     for name, cache in prepared.caches(layout).items():
@@ -100,19 +102,18 @@ def plan_score(layout: Layout, prepared: Prepared, entries: Sequence[DatasetEntr
     if most_bytes:
         summary += f"; caches grow by at most {_mebibytes(most_bytes)}"
     # Where another run has filled the caches, this one still has to say what it trains on.
-    todo = sum(missing.values()) or int(scored_dataset(layout, prepared) is None)
+    todo = sum(missing.values()) or int(scored_dataset(config, layout, prepared) is None)
     return StagePlan("score", todo, summary)
 
 
 def stage_key(config: Config, layout: Layout, prepared: Prepared, stage: str) -> str:
     """Hash of what decides train, export or evaluate; a record of the same key is valid."""
-    digest = scored_dataset(layout, prepared)
+    digest = scored_dataset(config, layout, prepared)
     assert digest is not None, "scoring is complete before any stage that needs its dataset"
     jobs = training_jobs(config, layout, prepared, digest)
     parts: list[Any] = [job.identity() for job in jobs]
-    if stage in ("export", "evaluate"):
-        parts.append(prepared.key)
     if stage == "evaluate":
+        parts += [prepared.prompts, prepared.scoring_recipes]
         costs = {name: teacher.cost_per_hour for name, teacher in config.teachers.items()}
         parts += [config.evaluation.model_dump(mode="json"), costs, config.student.cost_per_hour]
     return digest_json([stage, *parts])
@@ -139,18 +140,19 @@ def dataset_of(layout: Layout, prepared: Prepared) -> str | None:
     return record["dataset"]
 
 
-def score_key(layout: Layout, prepared: Prepared) -> str:
+def score_key(config: Config, layout: Layout, prepared: Prepared) -> str:
     """Hash of what decides which sequences are scored, and by whom."""
-    return digest_json([dataset_of(layout, prepared), prepared.scoring_recipes])
+    weights = config.combine.model_dump(mode="json")
+    return digest_json([dataset_of(layout, prepared), prepared.scoring_recipes, weights])
 
 
-def scored_dataset(layout: Layout, prepared: Prepared) -> str | None:
+def scored_dataset(config: Config, layout: Layout, prepared: Prepared) -> str | None:
     """The digest of what is trained on: the dataset without sequences that nobody could score.
 
     None before score has finished for this dataset and these recipes.
     """
     record = read_record(layout, "score")
-    if record.get("key") != score_key(layout, prepared) or not storage.exists(
+    if record.get("key") != score_key(config, layout, prepared) or not storage.exists(
         layout.dataset(record["dataset"])
     ):
         return None

@@ -16,7 +16,7 @@ from pipeline.prepared import Prepared, preparation_key, save_prepared
 from pipeline.prompts import read_prompts, write_prompts
 from pipeline.recipes import DATASET_GENERATOR, dataset_recipe, scoring_recipe, synthesis_recipe
 from pipeline.records import Prompt
-from teachers.identity import check_model, model_identity
+from teachers.identity import check_model, model_identity, student_identity
 from teachers.vllm_teacher import check_engine_arguments, check_sampling_parameters
 from teachers.vocabulary import check_vocabularies, load_tokenizer, prompt_ids
 
@@ -49,6 +49,7 @@ def prepare(config: Config) -> Prepared:
         longest_prompt=max(len(prompt_ids(tokenizer, prompt)) for prompt in prompts),
         tokenizer_hash=tokenizer_digest,
         eos_token_id=eos_token_id,
+        student=student_identity(config.student, layout),
         scoring_recipes={
             name: scoring_recipe(config, name, identity, tokenizer_digest)
             for name, identity in identities.items()

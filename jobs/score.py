@@ -44,7 +44,7 @@ def score(config: Config, layout: Layout, prepared: Prepared, dataset: str) -> d
             len(entries) - len(covered),
         )
     return {
-        "key": score_key(layout, prepared),
+        "key": score_key(config, layout, prepared),
         "dataset": write_dataset(layout, covered),
         "engines": {name: report.engines for name, report in reports.items()},
         "quarantined": {name: len(errors) for name, errors in refused.items()},

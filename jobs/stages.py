@@ -77,8 +77,12 @@ def _score(config: Config, layout: Layout) -> Outcome:
 
 def _train(config: Config, layout: Layout) -> Outcome:
     from students.launch import train_student
+    from teachers.pool import check_placement
 
     prepared, dataset = _scored(config, layout)
+    if not config.cluster.autoscaling:
+        training = config.training
+        check_placement("the student", training.resources, ray.nodes(), training.workers)
     figures = {
         job.student: train_student(job) for job in training_jobs(config, layout, prepared, dataset)
     }
@@ -159,7 +163,7 @@ def _prepared(config: Config, layout: Layout) -> Prepared:
 
 def _scored(config: Config, layout: Layout) -> tuple[Prepared, str]:
     prepared = _prepared(config, layout)
-    return prepared, _required(scored_dataset(layout, prepared), "score")
+    return prepared, _required(scored_dataset(config, layout, prepared), "score")
 
 
 def _required(dataset: str | None, stage: str) -> str:

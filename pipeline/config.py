@@ -95,6 +95,8 @@ class ClusterConfig(Section):
     """Logical CPUs of the head started without an address; may exceed the cores."""
     local_num_gpus: Annotated[int, Field(ge=0)] | None = None
     """GPUs of that head; found by Ray when not given."""
+    autoscaling: bool = False
+    """The cluster adds nodes on demand: what no present node can hold waits instead of failing."""
     job_resources: Resources = Resources(num_cpus=0)
     """Of the driver of each stage."""
     env_vars: dict[str, str] = Field(default_factory=dict)

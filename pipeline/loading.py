@@ -31,6 +31,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping, found {type(values).__name__}")
+    values = _unshared(values)
     for override in overrides or []:
         _apply_override(values, override)
     try:
@@ -84,6 +85,17 @@ def _absolute(path: str, folder: Path) -> str:
     if "://" in path or path.startswith("/"):
         return path
     return os.path.normpath(folder / path)
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which each place has an object of its own; YAML gives one to an anchor and all its
+    aliases, and an override must change only the place that it names.
+    """
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_unshared(item) for item in value]
+    return value
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -28,6 +28,7 @@ class Prepared:
         longest_prompt: tokens of the longest prompt.
         scoring_recipes: by teacher.
         synthesis_recipes: by generator.
+        student: identity of the model that the student starts from.
     """
 
     key: str
@@ -38,6 +39,7 @@ class Prepared:
     eos_token_id: int
     scoring_recipes: dict[str, dict[str, Any]]
     synthesis_recipes: dict[str, dict[str, Any]]
+    student: dict[str, str]
 
     def cache(self, layout: Layout, teacher: str, generation: int = 1) -> CacheLayout:
         """Where a teacher's cache lies."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import storage
@@ -27,7 +27,7 @@ NEUTRAL_TRAINING_KEYS = {
     "losses",
 }
 """Training keys that may change between two starts; `losses` enters as those of the job."""
-NEUTRAL_STUDENT_KEYS = {"cost_per_hour", "vllm"}
+NEUTRAL_STUDENT_KEYS = {"cost_per_hour", "vllm", "model", "revision"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class TrainingJob:
         losses: of this training; a twin has cross-entropy alone.
         caches: by teacher; teachers that weigh nothing need none.
         cache_fingerprints: by teacher, of the recipe that filled its cache.
+        start: identity of the model that the student starts from.
     """
 
     config: Config
@@ -48,6 +49,7 @@ class TrainingJob:
     losses: tuple[Loss, ...]
     caches: dict[str, CacheLayout]
     cache_fingerprints: dict[str, str]
+    start: dict[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> str:
@@ -82,6 +84,7 @@ class TrainingJob:
                 if name in self.caches
             },
             "combine": config["combine"] if self.uses_teachers else None,
+            "start": self.start,
             "student": {
                 k: v for k, v in config["student"].items() if k not in NEUTRAL_STUDENT_KEYS
             },
@@ -108,6 +111,7 @@ def training_jobs(
             losses=terms,
             caches=prepared.caches(layout),
             cache_fingerprints={n: digest_json(r) for n, r in prepared.scoring_recipes.items()},
+            start=prepared.student,
         )
         for label, terms in losses.items()
     ]

@@ -1,21 +1,19 @@
-"""What a training run is, and its complete checkpoints: DeepSpeed's ZeRO state plus everything else
-that resume needs.
+"""Complete checkpoints: DeepSpeed's ZeRO state plus everything else that resume needs.
 
     <training folder>/checkpoints/step-<n>/   zero/ (DeepSpeed)  rng-<rank>.pt  state.json  COMPLETE
 
 `COMPLETE` is written last and only after every other file is on disk: a checkpoint without it does
-not exist. A
-run resumes only from a checkpoint of the same training: same data, targets, student, losses and
-schedule.
+not exist. A run resumes only from a checkpoint of the same training: same data, targets, student,
+losses and schedule.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -32,14 +30,23 @@ COMPLETE = "COMPLETE"
 TAG = "zero"
 
 
+@dataclass(frozen=True)
+class TrainingState:
+    """How far a training has come: optimizer steps, tokens of them, seconds spent in all starts."""
+
+    step: int
+    tokens: int
+    seconds: float
+
+
 def latest_complete(folder: str) -> Path | None:
     """The complete checkpoint of the highest step below a training folder."""
     complete = _complete(folder)
     return complete[-1] if complete else None
 
 
-def check_resume(job: TrainingJob) -> dict[str, Any] | None:
-    """The state of the newest complete checkpoint, or None when training starts from nothing.
+def check_resume(job: TrainingJob) -> tuple[Path, TrainingState] | None:
+    """The newest complete checkpoint and its state, or None when training starts from nothing.
 
     Raises:
         TrainingError: it belongs to another training, world size or ZeRO stage; all differences are
@@ -56,28 +63,21 @@ def check_resume(job: TrainingJob) -> dict[str, Any] | None:
     if state["world_size"] != workers and job.zero_stage > 0:
         found.append(
             f"workers: {state['world_size']} -> {workers} (ZeRO stage {job.zero_stage} partitions "
-            "its state over the "
-            "workers; only stage 0 resumes on another number of them)"
+            "its state over the workers; only stage 0 resumes on another number of them)"
         )
     if found:
         raise TrainingError(
             f"checkpoint {path} does not fit this training (old -> new):\n  "
             + "\n  ".join(found)
-            + "\n"
-            f"Restore these values, choose another `name` for the run, or remove {job.folder} to "
-            "train from the start."
+            + "\nRestore these values, choose another `name` for the run, or remove "
+            f"{job.folder} to train from the start."
         )
-    return state
+    return path, TrainingState(**{field.name: state[field.name] for field in fields(TrainingState)})
 
 
-def save_checkpoint(engine: DeepSpeedEngine, job: TrainingJob, state: dict[str, Any]) -> None:
-    """Writes a complete checkpoint of `state["step"]` and then removes the oldest beyond those to
-    keep.
-
-    All ranks call it. `state` holds step, position in the data and sums; identity and world size
-    are added.
-    """
-    path = Path(job.folder) / "checkpoints" / f"step-{state['step']:08d}"
+def save_checkpoint(engine: DeepSpeedEngine, job: TrainingJob, state: TrainingState) -> None:
+    """Writes a complete checkpoint and removes the oldest ones; all ranks call it."""
+    path = Path(job.folder) / "checkpoints" / f"step-{state.step:08d}"
     rank = dist.get_rank()
     if rank == 0 and path.exists():
         shutil.rmtree(path)
@@ -88,7 +88,7 @@ def save_checkpoint(engine: DeepSpeedEngine, job: TrainingJob, state: dict[str, 
     if rank == 0:
         layout = {"world_size": dist.get_world_size(), "zero_stage": job.zero_stage}
         storage.write_json(
-            str(path / "state.json"), {**state, **layout, "identity": job.identity()}
+            str(path / "state.json"), {**asdict(state), **layout, "identity": job.identity()}
         )
         _sync(path)
         storage.write_bytes(str(path / COMPLETE), b"")
@@ -96,17 +96,16 @@ def save_checkpoint(engine: DeepSpeedEngine, job: TrainingJob, state: dict[str, 
     dist.barrier()
 
 
-def load_checkpoint(engine: DeepSpeedEngine, job: TrainingJob) -> dict[str, Any] | None:
-    """Restores engine and random state from the newest complete checkpoint; returns its state, None
-    without one.
+def load_checkpoint(engine: DeepSpeedEngine, job: TrainingJob) -> TrainingState | None:
+    """Restores engine and random state from the newest complete checkpoint, if there is one.
 
     Raises:
         TrainingError: the checkpoint belongs to another training, or DeepSpeed cannot load it.
     """
-    state = check_resume(job)
-    if state is None:
+    found = check_resume(job)
+    if found is None:
         return None
-    path = latest_complete(job.folder)
+    path, state = found
     loaded, _ = engine.load_checkpoint(str(path), tag=TAG)
     if loaded is None:
         raise TrainingError(
@@ -116,13 +115,6 @@ def load_checkpoint(engine: DeepSpeedEngine, job: TrainingJob) -> dict[str, Any]
     if random_state.exists():  # a rank that the checkpoint did not have keeps its fresh seed
         _restore_rng(torch.load(random_state, weights_only=True))
     return state
-
-
-def read_metrics(folder: str) -> list[dict[str, Any]]:
-    """The lines of a training's `metrics.jsonl`; an unfinished last line is left out."""
-    path = Path(folder, "metrics.jsonl")
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def _complete(folder: str) -> list[Path]:

@@ -2,8 +2,8 @@
 their caches alone.
 
 All are averages over positions in nats, by domain and over `all`. KL is measured to the mixture of
-the teachers as
-in training: sum_m w_m KL(p_m || q), each teacher's kept ids apart and the rest in one bucket.
+the teachers as in training: sum_m w_m KL(p_m || q), each teacher's kept ids apart and the rest in
+one bucket.
 
 Legend: M teachers of positive weight, P positions, K entries.
 """
@@ -16,14 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from pipeline.cache_index import CacheReader
 from pipeline.datasets import DatasetEntry
 from pipeline.records import SparseLogprobs
-from students.dataset import Example, Examples, pack, plan_micro_batches, refuse_long_sequences
+from students.dataset import Example, Examples
 from students.losses import position_figures
-from students.model import body_hidden_states
+from students.model import body_hidden_states, load_model, output_head
+from students.packing import pack, plan_micro_batches, refuse_long_sequences
 
 MASS_FLOOR = 1e-4
 """A stored tail of 0 can be one that float16 rounded away: an id or a bucket outside is given at
@@ -57,7 +57,8 @@ class _Sums:
 
     def means(self, *, bounded: bool) -> dict[str, float]:
         names = ["loss", "kl_to_mixture", "agreement"] + (["bounded_mass"] if bounded else [])
-        return {"tokens": self.tokens} | {name: getattr(self, name) / self.tokens for name in names}
+        means = {name: getattr(self, name) / self.tokens for name in names}
+        return {"tokens": float(self.tokens), **means}
 
 
 @torch.no_grad()
@@ -79,11 +80,8 @@ def holdout_numbers(
         CacheError: the caches do not cover a sequence.
         TrainingError: a sequence is longer than the budget.
     """
-    model = AutoModelForCausalLM.from_pretrained(
-        model_folder, dtype="auto", trust_remote_code=trust_remote_code
-    )
-    model = model.to(device).eval()
-    head = model.get_output_embeddings()
+    model = load_model(model_folder, trust_remote_code, device)
+    head = output_head(model)
     sums: dict[str, _Sums] = {}
     refuse_long_sequences(
         [(entry.sequence_id, entry.num_tokens) for entry in entries], tokens_per_micro_batch
@@ -178,7 +176,7 @@ def bounded_divergence(example: Example, row: SparseLogprobs) -> tuple[np.ndarra
 
 
 def mixture_argmax(example: Example) -> np.ndarray:
-    """int64[P]: the id of the largest sum_m w_m p_m over kept ids; of equal ones the smallest id."""
+    """int64[P]: the id of the largest sum_m w_m p_m over kept ids; of equals the smallest."""
     num_positions = len(example.gold_ids)
     mass_MPK = example.teacher_weights[:, :, None].astype(np.float64) * np.exp(
         example.logprobs.astype(np.float64)

@@ -4,12 +4,12 @@ trained weights.
 
 from __future__ import annotations
 
-import json
 import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from huggingface_hub import snapshot_download
@@ -23,10 +23,12 @@ from transformers import (
 )
 
 from pipeline import storage
+from pipeline.datasets import read_sequences
 from pipeline.errors import TrainingError
 from pipeline.loading import is_folder
 from pipeline.training import TrainingJob
 from students.model import DTYPES
+from students.reference import gold_logprobs
 
 TOKENIZER_FILES = [
     "tokenizer*",
@@ -39,8 +41,8 @@ TOKENIZER_FILES = [
 ]
 PROBE_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
 """Largest difference in nats between a log-probability in training and in the exported model. The
-two forwards
-differ in packing and, at bfloat16, in rounding: a logit near 20 moves by up to 0.06."""
+two forwards differ in packing and, at bfloat16, in rounding: a logit near 20 moves by up to 0.06.
+"""
 LIBRARIES = ("torch", "transformers", "deepspeed", "ray")
 
 
@@ -74,8 +76,7 @@ def export_student(job: TrainingJob, folder: str) -> dict[str, Any]:
     if not difference <= tolerance:
         raise TrainingError(
             f"the exported model in {target} differs from the trained one by {difference:.3g} nats "
-            "on a token "
-            f"(tolerance {tolerance}): do not use it"
+            f"on a token (tolerance {tolerance}): do not use it"
         )
     weights = sorted(target.glob("*.safetensors"))
     return {
@@ -129,25 +130,21 @@ def copy_tokenizer(source: str, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-@torch.no_grad()
 def probe_difference(job: TrainingJob, folder: Path) -> float:
-    """Largest difference in nats between the exported model's and the trained engine's gold log-
-    probabilities.
+    """Largest difference in nats between the exported model's and the trained engine's gold
+    log-probabilities.
     """
-    probe = json.loads(Path(job.folder, "final", "probe.json").read_text())
-    trust = job.config.student.trust_remote_code
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", trust_remote_code=trust
-    ).eval()
-    rows = [torch.tensor(ids) for ids in probe["input_ids"]]
-    logprobs = [
-        torch.log_softmax(model(input_ids=ids[None], use_cache=False).logits[0].float(), -1)
-        for ids in rows
+    probe = storage.read_json(str(Path(job.folder, "final", "probe.json")))
+    trained = probe["gold_logprobs"]
+    sequences = [
+        sequence
+        for shard in probe["shards"]
+        for sequence in read_sequences(storage.join(job.layout.root, shard))
+        if sequence.sequence_id in trained
     ]
-    indices = torch.tensor(probe["logit_indices"])
-    gold_ids = torch.cat(rows)[indices + 1]
-    found = torch.cat(logprobs)[indices, gold_ids]
-    return float((found - torch.tensor(probe["gold_logprobs"])).abs().max())
+    exported = gold_logprobs(folder, sequences, job.config.student.trust_remote_code, "cpu")
+    differences = [np.subtract(exported[name], trained[name]) for name in trained]
+    return float(np.abs(np.concatenate(differences)).max())
 
 
 def model_card(job: TrainingJob) -> str:

@@ -11,7 +11,6 @@ import logging
 import os
 import shutil
 import sys
-import threading
 import uuid
 import warnings
 from pathlib import Path
@@ -20,17 +19,18 @@ from typing import Any
 import psutil
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from pipeline import storage
 from pipeline.errors import TrainingError
 from pipeline.fingerprint import differences
 from pipeline.training import TrainingJob
-from students.checkpoint import check_resume, read_metrics
+from students.checkpoint import check_resume
+from students.progress import FollowedMetrics, describe
 
 logger = logging.getLogger(__name__)
 
-FOLLOW_SECONDS = 1.0
+REMOVED_LOCK = "removed %s: the process that was building this DeepSpeed op is dead"
 
 
 def train_student(job: TrainingJob) -> dict[str, Any]:
@@ -43,42 +43,24 @@ def train_student(job: TrainingJob) -> dict[str, Any]:
     if "://" in job.folder:
         raise TrainingError(
             f"training folder {job.folder} is not a local path: DeepSpeed writes its checkpoints "
-            "to a file system, "
-            "so storage.root must be a folder that all workers mount"
+            "to a file system, so storage.root must be a folder that all workers mount"
         )
     if storage.exists(job.summary_path):
         return _finished(job)
-    state = check_resume(job)
-    training = job.config.training
+    resumed, training = check_resume(job), job.config.training
     logger.info(
-        "training %s: step %d of %d, %d workers",
+        "%s: step %d of %d, workers: %d",
         job.student,
-        state["step"] if state else 0,
+        resumed[1].step if resumed else 0,
         training.steps,
         training.workers,
     )
+    for lock in remove_stale_build_locks(_extensions_folder()):
+        logger.warning(REMOVED_LOCK, lock)
     scratch = Path(job.folder, "ray_train")
-    use_gpu = training.resources.num_gpus > 0
-    resources = {"CPU": training.resources.num_cpus, **training.resources.custom}
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=training.workers,
-            use_gpu=use_gpu,
-            resources_per_worker=resources
-            | ({"GPU": training.resources.num_gpus} if use_gpu else {}),
-        ),
-        run_config=RunConfig(
-            name=f"{job.student}-{uuid.uuid4().hex[:8]}",
-            storage_path=str(scratch),
-            failure_config=FailureConfig(max_failures=training.max_failures),
-        ),
-    )
     try:
-        with _FollowedMetrics(job):
-            trainer.fit()
+        with FollowedMetrics(job):
+            _trainer(job, scratch).fit()
     except ray.train.TrainingFailedError as error:
         raise TrainingError(
             f"training {job.student} failed: {error}\nIts checkpoints are kept; run the same "
@@ -88,15 +70,36 @@ def train_student(job: TrainingJob) -> dict[str, Any]:
         shutil.rmtree(scratch, ignore_errors=True)
     summary = storage.read_json(job.summary_path)
     logger.info(
-        "trained %s: %d steps, %d tokens in %.1f s, %s -> %s",
+        "%s: %d steps, %d tokens in %.0f s, %s -> %s",
         job.student,
         summary["steps"],
         summary["tokens"],
         summary["seconds"],
-        _values(summary["final"]),
+        describe(summary["final"]),
         job.folder,
     )
     return summary
+
+
+def _trainer(job: TrainingJob, scratch: Path) -> TorchTrainer:
+    training = job.config.training
+    resources = {"CPU": training.resources.num_cpus, **training.resources.custom}
+    use_gpu = training.resources.num_gpus > 0
+    if use_gpu:
+        resources["GPU"] = training.resources.num_gpus
+    return TorchTrainer(
+        _worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=training.workers, use_gpu=use_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=f"{job.student}-{uuid.uuid4().hex[:8]}",
+            storage_path=str(scratch),
+            failure_config=FailureConfig(max_failures=training.max_failures),
+        ),
+    )
 
 
 def remove_stale_build_locks(folder: Path) -> list[Path]:
@@ -104,9 +107,8 @@ def remove_stale_build_locks(folder: Path) -> list[Path]:
     without a word.
 
     torch's extension builder holds its lock file open for as long as it lives, so on the one host
-    that uses the
-    folder a lock that no process has open belongs to nobody. Processes of other users cannot be
-    looked into: a lock of another user is left alone.
+    that uses the folder a lock that no process has open belongs to nobody. Processes of other users
+    cannot be looked into: a lock of another user is left alone.
     """
     own = [path for path in folder.glob("**/lock") if path.stat().st_uid == os.getuid()]
     held = (
@@ -118,6 +120,11 @@ def remove_stale_build_locks(folder: Path) -> list[Path]:
     for path in stale:
         path.unlink(missing_ok=True)
     return stale
+
+
+def _extensions_folder() -> Path:
+    """Where DeepSpeed's compiled ops lie: the set-up builds them into the environment."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(sys.prefix, "torch_extensions"))
 
 
 def _open_files(process: psutil.Process) -> list[str]:
@@ -134,7 +141,7 @@ def _worker(config: dict[str, Any]) -> None:
 
     job: TrainingJob = config["job"]
     context = ray.train.get_context()
-    extensions = Path(sys.prefix, "torch_extensions")
+    extensions = _extensions_folder()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions)
     if job.config.training.resources.num_gpus == 0:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -142,16 +149,15 @@ def _worker(config: dict[str, Any]) -> None:
         torch.set_num_threads(max(1, min(cores, round(job.config.training.resources.num_cpus))))
     if context.get_local_rank() == 0:
         for lock in remove_stale_build_locks(extensions):
-            print(
-                f"removed {lock}: the process that was building this DeepSpeed op is dead",
-                flush=True,
-            )
+            print(REMOVED_LOCK % lock, flush=True)
     torch.distributed.barrier()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
     from students.trainer import train
 
-    train(job, ray.train.torch.get_device())
+    device = get_device()
+    assert isinstance(device, torch.device)  # a list only for workers with several GPUs
+    train(job, device)
 
 
 def _finished(job: TrainingJob) -> dict[str, Any]:
@@ -161,48 +167,8 @@ def _finished(job: TrainingJob) -> dict[str, Any]:
         raise TrainingError(
             f"{job.folder} holds a finished training of other settings (old -> new):\n  "
             + "\n  ".join(found)
-            + "\n"
-            "Restore these values, choose another `name` for the run, or remove that folder to "
-            "train again."
+            + "\nRestore these values, choose another `name` for the run, or remove that folder "
+            "to train again."
         )
-    logger.info("training %s is complete: %s", job.student, job.folder)
+    logger.info("%s: training is complete -> %s", job.student, job.folder)
     return summary
-
-
-class _FollowedMetrics:
-    """Writes a line to the driver's log for every line that rank 0 adds to the metrics file."""
-
-    def __init__(self, job: TrainingJob) -> None:
-        self._path, self._job = Path(job.folder, "metrics.jsonl"), job
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="follow-metrics", daemon=True)
-
-    def __enter__(self) -> _FollowedMetrics:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def _follow(self) -> None:
-        seen = len(read_metrics(self._job.folder))
-        finished = False
-        while not finished:
-            finished = self._stopped.wait(FOLLOW_SECONDS)
-            lines = read_metrics(self._job.folder)
-            seen = min(seen, len(lines))
-            for line in lines[seen:]:
-                step = line.pop("step")
-                logger.info(
-                    "%s step %d/%d %s",
-                    self._job.student,
-                    step,
-                    self._job.config.training.steps,
-                    _values(line),
-                )
-            seen = len(lines)
-
-
-def _values(values: dict[str, float]) -> str:
-    return " ".join(f"{name}={value:.4g}" for name, value in values.items())

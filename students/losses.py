@@ -1,12 +1,9 @@
-"""Distillation losses from hidden states and the LM head: pure functions, closed-form gradients,
-bounded memory.
+"""Distillation losses from hidden states and the LM head: closed-form gradients, bounded memory.
 
 Logits are formed for a few positions at a time, cast to float32 there, turned into losses and
-gradients, and
-dropped: no `[positions, vocabulary]` buffer of a whole batch ever exists.
+gradients, and dropped: no `[positions, vocabulary]` buffer of a whole batch ever exists.
 
-Legend of axis names: P positions, C positions of one chunk, H hidden size, V vocabulary, M
-teachers, K entries.
+Legend: P positions, C positions of one chunk, H hidden size, V vocabulary, M teachers, K entries.
 """
 
 from __future__ import annotations
@@ -52,7 +49,7 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class LossSums:
-    """Sums over positions. `total` is their weighted sum and the only one that carries a gradient."""
+    """Sums over positions; `total` is their weighted sum and alone carries a gradient."""
 
     total: Tensor
     forward_kl: Tensor
@@ -93,20 +90,17 @@ def distillation_loss(
     The first is the KL divergence from teacher to student after both put everything outside the
     teacher's kept ids into one bucket (Hinton et al., arXiv 1503.02531, on a coarser set of
     outcomes, hence a lower bound of the full KL). Each teacher has its own kept set, so that the
-    sum equals sum_m w_m KL(p_m || q) on those outcomes. The
-    stored numbers are used as they are: when sum_k p_k + t = S differs from 1 through float16
-        rounding, nothing is
-    renormalised. Where the kept ids are the whole vocabulary there is no bucket and t is taken as
-    0.
+    sum equals sum_m w_m KL(p_m || q) on those outcomes. The stored numbers are used as they are:
+    when sum_k p_k + t = S differs from 1 through float16 rounding, nothing is renormalised. Where
+    the kept ids are the whole vocabulary there is no bucket and t is taken as 0.
 
     The gradient with respect to logit i is, for each teacher, `S q_i - p_i` for a kept id and
     `S q_i - t exp(z_i - lse_tail)` for any other, lse_tail being the log-sum-exp of the logits
-    outside the kept ids (for S = 1 this is `q_i (1 - t / q_t)`). Log q_t comes from the same log-
-    sum-exp and not from `1 - sum q`, which cancels.
+    outside the kept ids (for S = 1 this is `q_i (1 - t / q_t)`). Log q_t comes from the same
+    log-sum-exp and not from `1 - sum q`, which cancels.
 
     Gradients are computed along with the values, so the backward pass needs neither logits nor the
-        head: under
-    ZeRO-3 the head may be freed between the two.
+    head: under ZeRO-3 the head may be freed between the two.
 
     Args:
         hidden_PH: last hidden states at the positions, in the model's dtype.

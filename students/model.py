@@ -2,11 +2,12 @@
 in one forward.
 
 The head is applied inside the losses, a chunk of positions at a time, and its weight is read inside
-the forward of
-this module: that is where ZeRO-3 gathers it, tied to the embeddings or not.
+the forward of this module: that is where ZeRO-3 gathers it, tied to the embeddings or not.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.config_training import StudentConfig
 from pipeline.errors import TrainingError
-from students.dataset import MicroBatch
 from students.losses import LossWeights, distillation_loss, position_figures
+from students.packing import MicroBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -71,9 +72,8 @@ def refuse_head_settings(settings: dict) -> None:
         if settings.get(name) not in plain:
             raise TrainingError(
                 f"the student's config sets {name}={settings[name]}: the losses compute logits as "
-                "LM head times last "
-                "hidden state, without that step. Choose another student, or set it to nothing if "
-                "you train from scratch."
+                "LM head times last hidden state, without that step. Choose another student, or "
+                "set it to nothing if you train from scratch."
             )
 
 
@@ -95,12 +95,38 @@ class StudentModule(nn.Module):
         hidden_PH = hidden_TH[batch.logit_indices]
         # read here and not kept: ZeRO-3 gathers a parameter that is read inside the forward of this
         # module
-        head = self.model.get_output_embeddings()
+        head = output_head(self.model)
         if self.training:
             sums = distillation_loss(hidden_PH, head.weight, head.bias, batch.targets, self.weights)
             return sums.total, sums.forward_kl, sums.cross_entropy
         figures = position_figures(hidden_PH, head.weight, head.bias, batch.targets)
         return figures.gold_logprobs, figures.forward_kl, figures.argmax_ids
+
+
+def output_head(model: PreTrainedModel) -> nn.Linear:
+    """The LM head.
+
+    Raises:
+        TrainingError: the model has none, or one that is not a plain matrix.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise TrainingError(
+            f"{type(model).__name__} has {type(head).__name__} where a linear LM head is needed: "
+            "this architecture is not supported"
+        )
+    return head
+
+
+def load_model(
+    folder: str | Path, trust_remote_code: bool = False, device: str = "cpu"
+) -> PreTrainedModel:
+    """A model of a Hugging Face folder in its own dtype, for inference."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", trust_remote_code=trust_remote_code
+    )
+    nn.Module.to(model, torch.device(device))
+    return model.eval()
 
 
 def body_hidden_states(
@@ -111,7 +137,8 @@ def body_hidden_states(
     transformers builds the block-diagonal mask from `position_ids`, but only without a cache of
     keys and values: with `use_cache=True` packed sequences would see one another.
     """
-    output = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    body: nn.Module = model.base_model
+    output = body(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     return output.last_hidden_state[0]
 
 
@@ -125,28 +152,26 @@ def check_architecture(model: PreTrainedModel) -> None:
     """
     was_training = model.training
     model.eval()
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    first, second = (torch.arange(n, device=model.device) * 7 % vocabulary for n in (5, 4))
+    head = output_head(model)
+    first, second = (torch.arange(n, device=model.device) * 7 % head.out_features for n in (5, 4))
     alone = torch.cat(
         [model(input_ids=ids[None], use_cache=False).logits[0] for ids in (first, second)]
     )
     places = torch.cat([torch.arange(len(ids), device=model.device) for ids in (first, second)])
     hidden_TH = body_hidden_states(model, torch.cat([first, second])[None], places[None])
-    packed = model.get_output_embeddings()(hidden_TH)
+    packed = head(hidden_TH)
     difference = ((packed - alone).abs().amax(dim=1) / alone.abs().max()).float().cpu()
     model.train(was_training)
     tolerance = LOGIT_TOLERANCE[model.dtype]
+    if difference.max() <= tolerance:
+        return
+    place = f"by {difference.max():.3g} of the largest logit (tolerance {tolerance})"
     if difference[: len(first)].max() > tolerance:
         raise TrainingError(
             f"{type(model).__name__}: LM head times last hidden state differs from the model's own "
-            "logits by "
-            f"{difference.max():.3g} of the largest logit (tolerance {tolerance}): this "
-            "architecture is not supported"
+            f"logits {place}: this architecture is not supported"
         )
-    if difference.max() > tolerance:
-        raise TrainingError(
-            f"{type(model).__name__} lets packed sequences see one another: logits differ by "
-            f"{difference.max():.3g} of "
-            f"the largest logit (tolerance {tolerance}) from those of the sequence alone: it is "
-            "not supported"
-        )
+    raise TrainingError(
+        f"{type(model).__name__} lets packed sequences see one another: logits differ {place} from "
+        "those of the sequence alone: this architecture is not supported"
+    )

@@ -1,15 +1,17 @@
-"""Log-probabilities of an exported folder by transformers alone: what any other engine must
-reproduce.
+"""Log-probabilities of an exported folder by transformers alone, a sequence at a time: what any
+other way to the same numbers must reproduce.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from pipeline.records import TokenSequence
+from students.model import load_model
 
 
 def vocabulary_size(folder: str, trust_remote_code: bool) -> int:
@@ -20,13 +22,10 @@ def vocabulary_size(folder: str, trust_remote_code: bool) -> int:
 
 @torch.no_grad()
 def gold_logprobs(
-    folder: str, sequences: Sequence[TokenSequence], trust_remote_code: bool, device: str
+    folder: str | Path, sequences: Sequence[TokenSequence], trust_remote_code: bool, device: str
 ) -> dict[str, list[float]]:
     """For each sequence the log-probability, in nats, of the token at every position."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", trust_remote_code=trust_remote_code
-    )
-    model = model.to(device).eval()
+    model = load_model(folder, trust_remote_code, device)
     found = {}
     for sequence in sequences:
         ids = torch.tensor(sequence.input_ids[None], dtype=torch.int64, device=device)

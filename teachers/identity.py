@@ -51,6 +51,13 @@ def model_identity(model: TeacherConfig | StudentConfig, layout: Layout) -> dict
     return {"weights": digest_json(_file_hashes(decisive, layout))}
 
 
+def student_identity(student: StudentConfig, layout: Layout) -> dict[str, str]:
+    """What the student starts from: `model_identity`, or for a random start its config alone."""
+    if student.initialization == "pretrained" or not is_folder(student.model):
+        return model_identity(student, layout)
+    return {"config": digest_json(_file_hashes([Path(student.model, "config.json")], layout))}
+
+
 def check_model(model: TeacherConfig | StudentConfig) -> None:
     """Loads the model's config, which shows that it is a causal language model transformers knows.
 

@@ -7,6 +7,7 @@ run at once where the cluster has room for all, and one after another where it h
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,7 @@ class PoolJob:
         env_vars: environment of its actors, beside our defaults.
         progress: called in the driver with items done, items in all, and the result of the task
             just finished.
+        autoscaling: the cluster adds nodes on demand, so what no present node can hold waits.
     """
 
     name: str
@@ -38,6 +40,7 @@ class PoolJob:
     tasks: Sequence[Task]
     env_vars: Mapping[str, str] = field(default_factory=dict)
     progress: Progress | None = None
+    autoscaling: bool = False
 
     def launch(self) -> RayReplica:
         """A new actor."""
@@ -51,10 +54,9 @@ def run_pools(jobs: Sequence[PoolJob]) -> dict[str, PoolReport]:
         ClusterError: no node of the cluster could hold an engine.
         TeacherError: a teacher cannot progress; the others are stopped, and what they wrote stays.
     """
-    nodes = ray.nodes()
     for job in jobs:
-        if job.tasks:
-            check_placement(job.name, job.resources, nodes)
+        if job.tasks and not job.autoscaling:
+            check_placement(f"an engine of {job.name!r}", job.resources, ray.nodes())
     return asyncio.run(_run_all(jobs))
 
 
@@ -68,25 +70,34 @@ async def _run_all(jobs: Sequence[PoolJob]) -> dict[str, PoolReport]:
     return {job.name: report for job, report in zip(jobs, reports, strict=True)}
 
 
-def check_placement(name: str, resources: Resources, nodes: Sequence[Mapping[str, Any]]) -> None:
-    """Checks that some node could hold one actor, if it were free.
+def check_placement(
+    name: str, resources: Resources, nodes: Sequence[Mapping[str, Any]], count: int = 1
+) -> None:
+    """Checks that the cluster could hold so many actors or workers at once, if it were free.
 
     Args:
         nodes: what `ray.nodes()` returns.
 
     Raises:
-        ClusterError: no node of the cluster, as it is now, has the resources.
+        ClusterError: the nodes, as they are now, do not have the resources.
     """
     request = {"CPU": resources.num_cpus, "GPU": resources.num_gpus, **resources.custom}
     request = {key: amount for key, amount in request.items() if amount > 0}
     offers = [node["Resources"] for node in nodes if node["Alive"]]
-    if not any(all(offer.get(key, 0) >= n for key, n in request.items()) for offer in offers):
+    if sum(_fitting(request, offer, count) for offer in offers) < count:
         hidden = ("memory", "object_store_memory")  # of no use here, like the `node:<address>` ones
         shown = [
             {key: n for key, n in offer.items() if key not in hidden and ":" not in key}
             for offer in offers
         ]
         raise ClusterError(
-            f"no node can hold an engine of {name!r}, which asks for {request}; the nodes have "
-            f"{shown}. Lower its resources, or add such a node."
+            f"the cluster cannot hold {name} ({count} of {request}); its nodes have {shown}. Lower "
+            "the resources, add such a node, or set cluster.autoscaling if it adds nodes on demand"
         )
+
+
+def _fitting(request: Mapping[str, float], offer: Mapping[str, float], most: int) -> int:
+    """How many requests fit into a node's resources, at most `most`."""
+    # A share such as 0.1 of a resource must not be lost to the rounding of floats.
+    shares = [math.floor(offer.get(key, 0) / n + 1e-6) for key, n in request.items()]
+    return min([most, *shares])

@@ -112,7 +112,7 @@ def undisturbed(
     seen_by_all = {"storage.shared_roots": f"[{root.parent}, {ROOT}]"}
     arguments = run_arguments(settings | seen_by_all, root)
     token = token_environment(ray_head.token)
-    finished = polystill(*arguments, "--address", ray_head.address, seconds=800, **token)
+    finished = polystill(*arguments, "--address", ray_head.address, seconds=800, env=token)
     assert finished.returncode == 0, f"{finished.stdout}\n{finished.stderr}"
     return Run(arguments, root, finished.stdout)
 
@@ -239,13 +239,13 @@ def test_a_cluster_shows_its_jobs_and_their_logs(ray_head: LocalHead, undisturbe
     token = token_environment(ray_head.token)
     submitted = re.findall(r"\] job (\S+)", undisturbed.printed)
     assert len(submitted) == len(STAGES)
-    status = polystill("status", "--address", ray_head.address, **token)
+    status = polystill("status", "--address", ray_head.address, env=token)
     assert {state_of(name, status.stdout) for name in submitted} == {"SUCCEEDED"}
-    log = polystill("logs", submitted[2], "--address", ray_head.address, **token)
+    log = polystill("logs", submitted[2], "--address", ray_head.address, env=token)
     assert log.returncode == 0
     told = [line for line in undisturbed.printed.splitlines() if "new shards" in line]
     assert len(told) == 1 and told[0].removeprefix("[3/6 score] ") in log.stdout
-    other = polystill("status", "--address", ray_head.address, "--run", "another", **token)
+    other = polystill("status", "--address", ray_head.address, "--run", "another", env=token)
     assert other.stdout == "no jobs of the run another\n"
 
 
@@ -257,7 +257,7 @@ def test_a_finished_stage_is_up_to_date(ray_head: LocalHead, undisturbed: Run) -
         *undisturbed.arguments[1:],
         "--address",
         ray_head.address,
-        **token_environment(ray_head.token),
+        env=token_environment(ray_head.token),
     )
     assert finished.returncode == 0, finished.stderr
     assert "up to date (of " in finished.stdout
@@ -266,14 +266,14 @@ def test_a_finished_stage_is_up_to_date(ray_head: LocalHead, undisturbed: Run) -
 
 def test_a_detached_run_goes_on_in_the_cluster(ray_head: LocalHead, undisturbed: Run) -> None:
     token, address = token_environment(ray_head.token), ["--address", ray_head.address]
-    finished = polystill(*undisturbed.arguments, *address, "--detach", **token)
+    finished = polystill(*undisturbed.arguments, *address, "--detach", env=token)
     assert finished.returncode == 0, finished.stderr
     submitted, follow = finished.stdout.splitlines()
     name = submitted.removeprefix("submitted ")
     assert follow == f"follow it with: polystill logs {name} --address {ray_head.address}"
     deadline = time.monotonic() + 120
-    while (state := state_of(name, polystill("status", *address, **token).stdout)) != "SUCCEEDED":
+    while (state := state_of(name, polystill("status", *address, env=token).stdout)) != "SUCCEEDED":
         assert time.monotonic() < deadline and state in ("PENDING", "RUNNING"), state
-    log = polystill("logs", name, *address, **token).stdout
+    log = polystill("logs", name, *address, env=token).stdout
     assert "nothing to do: every stage is complete" in log
     assert str(undisturbed.folder / "report.html") in log

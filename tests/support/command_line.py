@@ -29,13 +29,13 @@ def token_environment(token: str) -> dict[str, str]:
 
 
 def polystill(
-    *arguments: str | Path, seconds: float = 120, **env: str
+    *arguments: str | Path, seconds: float = 120, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs one command to its end; keyword arguments are environment variables."""
+    """Runs one command to its end; `env` is added to the environment."""
     return subprocess.run(
         [*POLYSTILL, *map(str, arguments)],
         cwd=ROOT,
-        env=environment(env),
+        env=environment(env or {}),
         capture_output=True,
         text=True,
         timeout=seconds,

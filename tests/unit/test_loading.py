@@ -36,6 +36,13 @@ def test_a_hub_id_is_left_alone() -> None:
     assert config.teachers["words"].model == "Qwen/Qwen3-8B"
 
 
+def test_an_override_changes_one_place_of_a_yaml_anchor_alone() -> None:
+    config = load_config(QUICKSTART, ["teachers.words.vllm.max_num_seqs=3"])
+    assert config.teachers["words"].vllm["max_num_seqs"] == 3
+    assert config.teachers["arithmetic"].vllm["max_num_seqs"] == 128
+    assert config.student.vllm["max_num_seqs"] == 128
+
+
 def test_overrides_reach_lists_and_nested_keys() -> None:
     config = load_config(
         QUICKSTART,

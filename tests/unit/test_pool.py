@@ -221,8 +221,20 @@ def test_placement_names_request_and_nodes() -> None:
         {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
     ]
     check_placement("small", Resources(num_cpus=4), nodes)
-    with pytest.raises(ClusterError, match=r"'big'.*'GPU': 2\.0.*'CPU': 4\.0"):
+    with pytest.raises(ClusterError, match=r"big.*'GPU': 2\.0.*'CPU': 4\.0"):
         check_placement("big", Resources(num_gpus=2), nodes)
+
+
+def test_placement_of_several_counts_what_each_node_holds() -> None:
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 5.0, "slot": 1.0}},
+        {"Alive": True, "Resources": {"CPU": 3.0, "slot": 1.0}},
+    ]
+    worker = Resources(num_cpus=2, custom={"slot": 0.1})
+    check_placement("workers", worker, nodes, count=3)
+    with pytest.raises(ClusterError, match="4 of"):
+        check_placement("workers", worker, nodes, count=4)
+    check_placement("tenths", Resources(num_cpus=0, custom={"slot": 0.1}), nodes[:1], count=10)
 
 
 def test_environment_of_the_user_and_of_the_job_wins() -> None:

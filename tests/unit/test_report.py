@@ -482,3 +482,11 @@ def test_likelihoods_that_print_alike_are_level(report):
             figures |= {"holdout_loss": nats, "exact_match": None}
     text = " ".join(headlines(report))
     assert "hold-out loss 0.123 against 0.123 nats/token (level)" in text
+
+
+def test_a_domain_without_holdout_sequences_has_a_page(report):
+    empty = dict.fromkeys(("holdout_loss", "kl_to_mixture", "kl_bounded_mass", "top1_agreement"))
+    for model in report["models"]:
+        model["domains"]["words"] |= {**empty, "holdout_tokens": 0}
+    assert Page(render_html(report)).words.count("words") and text_summary(report)
+    assert pooled(report["models"][0])["holdout_tokens"] == 2 * 4321

@@ -1,0 +1,168 @@
+"""Several sequences in one row: which ones a rank computes together, and their tensors.
+
+Packing decides only what is computed together, never what is summed: a micro-batch is a row of
+whole sequences within a token budget, ranks get equal numbers of rows, and an empty row weighs
+nothing.
+
+Legend: T tokens of a packed row, P its positions, K entries, M teachers (as many as any of its
+sequences has with a positive weight).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from pipeline.errors import TrainingError
+from students.dataset import Example
+from students.losses import Targets
+
+NOTHING = Example(
+    input_ids=np.zeros(1, np.int32),
+    logit_indices=np.zeros(0, np.int64),
+    gold_ids=np.zeros(0, np.int64),
+    token_ids=np.zeros((1, 0, 1), np.int32),
+    logprobs=np.zeros((1, 0, 1), np.float16),
+    tail_mass=np.zeros((1, 0), np.float16),
+    teacher_weights=np.zeros((1, 0), np.float32),
+)
+"""One token and no positions: ranks are padded with rows of it."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Several sequences packed into one row; `position_ids` start again at 0 with each of them.
+
+    Attributes:
+        input_ids: int64[1, T].
+        position_ids: int64[1, T].
+        logit_indices: int64[P], into the packed row.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    logit_indices: torch.Tensor
+    targets: Targets
+
+    def to(self, device: torch.device) -> MicroBatch:
+        moved = {
+            f.name: getattr(self.targets, f.name).to(device, non_blocking=True)
+            for f in fields(Targets)
+        }
+        return MicroBatch(
+            self.input_ids.to(device),
+            self.position_ids.to(device),
+            self.logit_indices.to(device),
+            Targets(**moved),
+        )
+
+
+def pack(examples: Sequence[Example]) -> MicroBatch:
+    """Packs sequences into one row. Without any, a row of one token and no positions, which weighs
+    nothing.
+    """
+    examples = examples or [NOTHING]
+    starts = np.cumsum([0] + [len(example.input_ids) for example in examples])
+    edges = np.cumsum([0] + [len(example.gold_ids) for example in examples])
+    num_teachers = max(example.token_ids.shape[0] for example in examples)
+    num_entries = max(example.token_ids.shape[2] for example in examples)
+    shape = (num_teachers, int(edges[-1]), num_entries)
+    token_ids_MPK, logprobs_MPK = np.zeros(shape, np.int32), np.full(shape, -np.inf, np.float16)
+    tail_MP, weights_MP = np.zeros(shape[:2], np.float16), np.zeros(shape[:2], np.float32)
+    for example, start, stop in zip(examples, edges[:-1], edges[1:], strict=True):
+        m, _, k = example.token_ids.shape
+        token_ids_MPK[:m, start:stop, :k] = example.token_ids
+        logprobs_MPK[:m, start:stop, :k] = example.logprobs
+        tail_MP[:m, start:stop] = example.tail_mass
+        weights_MP[:m, start:stop] = example.teacher_weights
+    input_ids = np.concatenate([example.input_ids for example in examples]).astype(np.int64)
+    indices = [
+        example.logit_indices + start for example, start in zip(examples, starts[:-1], strict=True)
+    ]
+    return MicroBatch(
+        input_ids=torch.from_numpy(input_ids)[None],
+        position_ids=torch.from_numpy(
+            np.concatenate([np.arange(len(e.input_ids)) for e in examples])
+        )[None],
+        logit_indices=torch.from_numpy(np.concatenate(indices)),
+        targets=Targets(
+            gold_ids=torch.from_numpy(np.concatenate([example.gold_ids for example in examples])),
+            token_ids=torch.from_numpy(token_ids_MPK),
+            logprobs=torch.from_numpy(logprobs_MPK),
+            tail_mass=torch.from_numpy(tail_MP),
+            teacher_weights=torch.from_numpy(weights_MP),
+        ),
+    )
+
+
+def plan_micro_batches(
+    lengths: Sequence[int], tokens_per_micro_batch: int, world_size: int
+) -> list[list[list[int]]]:
+    """Which sequences each rank packs together: for every rank an equal number of lists of indices
+    into `lengths`.
+
+    The number of rows is what first-fit decreasing needs, rounded up to the world size; sequences
+    are then spread over them evenly, longest first, so that ranks wait little for one another. A
+    row may stay empty.
+
+    Raises:
+        TrainingError: a sequence is longer than the budget.
+    """
+    refuse_long_sequences(
+        [(str(i), length) for i, length in enumerate(lengths)], tokens_per_micro_batch
+    )
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    rows = _first_fit(order, lengths, tokens_per_micro_batch)
+    num_rows = -(-max(len(rows), 1) // world_size) * world_size
+    spread = _spread(order, lengths, num_rows)
+    if max(sum(lengths[i] for i in row) for row in spread) <= tokens_per_micro_batch:
+        rows = spread
+    rows += [[] for _ in range(num_rows - len(rows))]
+    rows.sort(key=lambda row: -sum(lengths[i] for i in row))
+    return [rows[rank::world_size] for rank in range(world_size)]
+
+
+def refuse_long_sequences(lengths: Sequence[tuple[str, int]], tokens_per_micro_batch: int) -> None:
+    """Sequences are never cut.
+
+    Raises:
+        TrainingError: naming the sequences that are longer than the budget.
+    """
+    too_long = [
+        f"{name} ({length} tokens)" for name, length in lengths if length > tokens_per_micro_batch
+    ]
+    if too_long:
+        rest = f" and {len(too_long) - 10} more" if len(too_long) > 10 else ""
+        shown = ", ".join(too_long[:10]) + rest
+        raise TrainingError(
+            f"{len(too_long)} sequences are longer than training.tokens_per_micro_batch "
+            f"({tokens_per_micro_batch}): {shown}. Raise it, or filter long "
+            "sequences out of the dataset."
+        )
+
+
+def _first_fit(order: list[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in order:
+        r = next((r for r, left in enumerate(room) if lengths[i] <= left), len(rows))
+        if r == len(rows):
+            rows.append([])
+            room.append(budget)
+        rows[r].append(i)
+        room[r] -= lengths[i]
+    return rows
+
+
+def _spread(order: list[int], lengths: Sequence[int], num_rows: int) -> list[list[int]]:
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    heap = [(0, r) for r in range(num_rows)]
+    for i in order:
+        load, r = heapq.heappop(heap)
+        rows[r].append(i)
+        heapq.heappush(heap, (load + lengths[i], r))
+    return rows

@@ -1,0 +1,112 @@
+"""The numbers of a training while it runs: written by rank 0, read back by the driver for its log.
+
+<training folder>/metrics.jsonl   one line a logged step: {"step": n, "train/loss": …, …}
+<training folder>/tensorboard/    the same as TensorBoard events
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from pipeline import storage
+from pipeline.training import TrainingJob
+
+logger = logging.getLogger(__name__)
+
+FOLLOW_SECONDS = 1.0
+LINES_PER_TRAINING = 20
+NAMES = {"train/loss": "loss", "holdout/loss": "hold-out loss"}
+
+
+def read_metrics(folder: str) -> list[dict[str, Any]]:
+    """The lines of a training's `metrics.jsonl`; an unfinished last line is left out."""
+    path = Path(folder, "metrics.jsonl")
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+class MetricsLog:
+    """The metrics of rank 0; what an interrupted run wrote after `step` is dropped."""
+
+    def __init__(self, folder: str, step: int) -> None:
+        path = Path(folder, "metrics.jsonl")
+        kept = [line for line in read_metrics(folder) if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        storage.write_bytes(str(path), text.encode())
+        self._stream = path.open("a")
+        self._events = SummaryWriter(str(Path(folder, "tensorboard")), purge_step=step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Appends one line, on disk when this returns."""
+        self._stream.write(json.dumps({"step": step, **values}) + "\n")
+        self._stream.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        self._events.flush()
+
+    def close(self) -> None:
+        self._stream.close()
+        self._events.close()
+
+
+class FollowedMetrics:
+    """While entered, logs about `LINES_PER_TRAINING` lines of what rank 0 adds to its metrics."""
+
+    def __init__(self, job: TrainingJob) -> None:
+        self._job = job
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="follow-metrics", daemon=True)
+
+    def __enter__(self) -> FollowedMetrics:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        lines = read_metrics(self._job.folder)
+        pace = Pace(self._job.config.training.steps)
+        finished = False
+        while not finished:
+            finished = self._stopped.wait(FOLLOW_SECONDS)
+            seen, lines = len(lines), read_metrics(self._job.folder)
+            # a restarted worker drops what lies after its checkpoint, and writes it again
+            for line in lines[min(seen, len(lines)) :]:
+                said = pace.line(line)
+                if said:
+                    logger.info("%s %s", self._job.student, said)
+
+
+class Pace:
+    """Chooses the lines that a person reads: evenly over the steps, the first and the last."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps, self._last, self._holdout = steps, 0, {}
+
+    def line(self, values: dict[str, float]) -> str | None:
+        """What to say of a line of the metrics, if anything; a hold-out loss waits for its turn."""
+        step = int(values["step"])
+        if step < self._last:  # after a restart
+            self._last = 0
+        self._holdout |= {name: values[name] for name in values.keys() & {"holdout/loss"}}
+        if step not in (1, self._steps) and step - self._last < self._steps / LINES_PER_TRAINING:
+            return None
+        said = describe(values | self._holdout)
+        self._last, self._holdout = step, {}
+        return f"step {step}/{self._steps}: {said}"
+
+
+def describe(values: dict[str, float]) -> str:
+    """Losses in nats per position and the speed, as far as they are known."""
+    said = [f"{name} {values[key]:.4g}" for key, name in NAMES.items() if key in values]
+    if "train/tokens_per_second" in values:
+        said.append(f"{values['train/tokens_per_second']:.0f} tokens/s")
+    return ", ".join(said)
