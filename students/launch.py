@@ -7,6 +7,7 @@ log, and reads the summary that rank 0 leaves behind. Nothing but the job travel
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -111,11 +112,7 @@ def remove_stale_build_locks(folder: Path) -> list[Path]:
     cannot be looked into: a lock of another user is left alone.
     """
     own = [path for path in folder.glob("**/lock") if path.stat().st_uid == os.getuid()]
-    held = (
-        {name for process in psutil.process_iter() for name in _open_files(process)}
-        if own
-        else set()
-    )
+    held = {name for pid in psutil.pids() for name in _open_files(pid)} if own else set()
     stale = [path for path in own if str(path.resolve()) not in held]
     for path in stale:
         path.unlink(missing_ok=True)
@@ -127,12 +124,15 @@ def _extensions_folder() -> Path:
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(sys.prefix, "torch_extensions"))
 
 
-def _open_files(process: psutil.Process) -> list[str]:
-    links = Path(f"/proc/{process.pid}/fd")
+def _open_files(pid: int) -> list[str]:
+    names = []
     try:
-        return [os.readlink(link) for link in links.iterdir()]
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed in the meantime
+                names.append(os.readlink(link))
     except (PermissionError, FileNotFoundError, ProcessLookupError):
-        return []
+        pass  # another user's, or gone
+    return names
 
 
 def _worker(config: dict[str, Any]) -> None:

@@ -61,13 +61,9 @@ def train(job: TrainingJob, device: torch.device) -> None:
         if not (logs or evaluates or saves):
             continue
         values = mean_losses(sums, batch.num_positions, job, "train")
-        if not math.isfinite(values["train/loss"]):  # nor may a checkpoint keep such weights
-            raise TrainingError(
-                f"the loss is {values['train/loss']} at step {state.step}: lower "
-                "training.learning_rate"
-            )
-        values["train/learning_rate"] = rate
         values["train/grad_norm"] = engine.gradient_norm()
+        refuse_divergence(values, state.step)  # before a checkpoint keeps such weights
+        values["train/learning_rate"] = rate
         values["train/tokens_per_second"] = window_tokens / (now - window_started)
         if evaluates:
             values |= holdout_losses(engine, data, job)
@@ -127,6 +123,20 @@ def mean_losses(
     total, forward_kl, cross_entropy = (sums / num_positions).tolist()
     values = {f"{prefix}/loss": total, f"{prefix}/cross_entropy": cross_entropy}
     return values | ({f"{prefix}/forward_kl": forward_kl} if job.uses_teachers else {})
+
+
+def refuse_divergence(values: dict[str, float], step: int) -> None:
+    """Stops a training whose numbers are no longer finite.
+
+    Raises:
+        TrainingError: with the numbers.
+    """
+    loss, norm = values["train/loss"], values["train/grad_norm"]
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise TrainingError(
+            f"at step {step} the loss is {loss} and the gradient norm {norm}: lower "
+            "training.learning_rate"
+        )
 
 
 def loss_weights(job: TrainingJob) -> LossWeights:

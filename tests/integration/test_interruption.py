@@ -56,11 +56,13 @@ class Disturbed(Run):
 
     Attributes:
         shards_at_kill: files of the caches after the first kill, with their times.
-        last_step_at_kill: last line of the metrics after the second kill.
+        metrics_at_kill: lines of the metrics after the second kill.
+        checkpoint_at_kill: step of the newest complete checkpoint then.
     """
 
     shards_at_kill: dict[str, tuple[int, int]]
-    last_step_at_kill: int
+    metrics_at_kill: list[dict[str, Any]]
+    checkpoint_at_kill: int
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -135,12 +137,15 @@ def disturbed(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
     command = start_polystill(logs / "second", *arguments)
     command.wait_until("a checkpoint", lambda: bool(complete_checkpoints(student)), 400)
     end_and_leave_nothing(command, signal.SIGKILL)
-    last_step_at_kill = read_lines(student / "metrics.jsonl")[-1]["step"]
+    metrics_at_kill = read_lines(student / "metrics.jsonl")
+    checkpoint_at_kill = complete_checkpoints(student)[-1]
     assert not (student / "training.json").exists(), "training ended before the kill"
 
     finished = polystill(*arguments, seconds=800)
     assert finished.returncode == 0, f"{finished.stdout}\n{finished.stderr}"
-    return Disturbed(arguments, root, finished.stdout, shards_at_kill, last_step_at_kill)
+    return Disturbed(
+        arguments, root, finished.stdout, shards_at_kill, metrics_at_kill, checkpoint_at_kill
+    )
 
 
 def complete_checkpoints(student: Path) -> list[int]:
@@ -200,13 +205,12 @@ def test_both_runs_have_the_same_rows(undisturbed: Run, disturbed: Disturbed, te
 
 
 def test_a_kill_while_training_resumes_from_the_last_checkpoint(disturbed: Disturbed) -> None:
-    assert CHECKPOINT_EVERY <= disturbed.last_step_at_kill < STEPS
-    told = re.search(r"training student: step (\d+) of 60", disturbed.printed)
-    assert told is not None, disturbed.printed
-    resumed = int(told[1])
-    assert resumed % CHECKPOINT_EVERY == 0 and 0 < resumed <= disturbed.last_step_at_kill
-    first, *_ = re.findall(r"student step (\d+)/60 train/loss", disturbed.printed)
-    assert int(first) == resumed + 1
+    step = disturbed.checkpoint_at_kill
+    assert 0 < step < STEPS and step % CHECKPOINT_EVERY == 0
+    assert step <= disturbed.metrics_at_kill[-1]["step"] < STEPS
+    assert f"training student: step {step} of {STEPS}" in disturbed.printed
+    # The lines hold measured speeds, so those of a step that was taken again would differ.
+    assert disturbed.metrics[:step] == disturbed.metrics_at_kill[:step]
     for number, stage in enumerate(STAGES[:3], start=1):
         assert f"[{number}/6 {stage}] up to date" in disturbed.printed
 
@@ -224,9 +228,8 @@ def test_both_trainings_take_the_same_steps_to_the_same_loss(
         (holdout,) = [line["holdout/loss"] for line in run.metrics if "holdout/loss" in line]
         losses[-1].append(holdout)
     assert losses[0][-1] < 0.9 * losses[0][0]
-    # Same data in the same order; the targets differ by the rounding of float16 alone, which 60
-    # steps do not carry far.
-    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    # Same data in the same order; at most the rounding of a few float16 targets differs.
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def state_of(name: str, status: str) -> str:
