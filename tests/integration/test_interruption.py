@@ -208,7 +208,7 @@ def test_a_kill_while_training_resumes_from_the_last_checkpoint(disturbed: Distu
     step = disturbed.checkpoint_at_kill
     assert 0 < step < STEPS and step % CHECKPOINT_EVERY == 0
     assert step <= disturbed.metrics_at_kill[-1]["step"] < STEPS
-    assert f"training student: step {step} of {STEPS}" in disturbed.printed
+    assert f"student: step {step} of {STEPS}, workers" in disturbed.printed
     # The lines hold measured speeds, so those of a step that was taken again would differ.
     assert disturbed.metrics[:step] == disturbed.metrics_at_kill[:step]
     for number, stage in enumerate(STAGES[:3], start=1):

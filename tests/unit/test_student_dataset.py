@@ -88,6 +88,17 @@ def test_a_plan_does_not_depend_on_the_world_but_for_padding(lengths, world_size
     assert {i for rank in ranks for row in rank for i in row} == {i for row in alone for i in row}
 
 
+def test_rows_are_spread_evenly_where_that_fits_and_tight_where_not():
+    plan = plan_micro_batches([10] * 8, 30, 2)
+    assert [[len(row) for row in rank] for rank in plan] == [[2, 2], [2, 2]]
+    # longest first into the emptier row would need 13: 6+4+4 or 5+4+4
+    tight = plan_micro_batches([5, 4, 6, 4, 4], 12, 2)
+    assert sorted(sum([5, 4, 6, 4, 4][i] for i in row) for rank in tight for row in rank) == [
+        11,
+        12,
+    ]
+
+
 def test_too_long_sequences_are_named_and_never_cut():
     with pytest.raises(TrainingError, match=r"1 sequences .* \(9\): long \(10 tokens\)\. Raise"):
         refuse_long_sequences([("short", 9), ("long", 10)], 9)
