@@ -57,11 +57,12 @@ def evaluate(config: Config, layout: Layout, prepared: Prepared, dataset: str) -
     compared = _compared_sequences(layout, entries)
     figures = holdout_figures(config, layout, entries, compared, caches, students_of(config))
     figures["renormalised_sequences"] = renormalised_sequences(config, whole, caches)
-    models, cost = [], 0.0
+    models, cost, too_long = [], 0.0, 0
     for name in [*config.teachers, *students_of(config)]:
         begun = time.monotonic()
         answered, engine = _serve(config, layout, prepared, name, prompts, compared)
         hours = (time.monotonic() - begun) / 3600
+        too_long = answered.num_too_long  # the same for all: the student's tokenizer decides
         models.append(_model(config, name, answered, engine, figures[name]))
         cost += hours * models[-1]["cost_per_hour"]
         if name not in config.teachers:
@@ -71,6 +72,7 @@ def evaluate(config: Config, layout: Layout, prepared: Prepared, dataset: str) -
         print(f"{name}: {_line(models[-1])}", flush=True)
     check = _export_check(config, layout, figures)
     report = _report(config, layout, prepared, dataset, models, figures, check)
+    report["prompts"] = report["prompts"] | {"holdout_too_long_to_ask": too_long}
     report["stages"].append(
         {"stage": "evaluate", "seconds": time.time() - started, "cost": cost, "detail": ""}
     )

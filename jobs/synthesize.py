@@ -15,7 +15,7 @@ from pipeline.layout import Layout
 from pipeline.prepared import Prepared
 from pipeline.prompts import load_prompts
 from pipeline.recipes import DATASET_GENERATOR
-from pipeline.synthesis_index import build_dataset, read_records
+from pipeline.synthesis_index import answer_counts, build_dataset
 from teachers.dispatch import PoolReport
 from teachers.pool import run_pools
 from teachers.synthesis import SynthesisTask, plan_synthesis
@@ -40,7 +40,10 @@ def synthesize(config: Config, layout: Layout, prepared: Prepared) -> dict[str, 
     reports = _write_answers(config, prepared, tasks)
     seconds = time.monotonic() - started
     entries = build_dataset(layout, prompts, list(prepared.synthesis_digests.values()))
-    counts = synthesis_counts(layout, prepared)
+    counts = {
+        generator: answer_counts(layout, digest, prompts)
+        for generator, digest in prepared.synthesis_digests.items()
+    }
     _check_splits({entry.split for entry in entries}, counts)
     kept = ", ".join(
         f"{name} {count['kept']:.0f}/{count['answers']:.0f}" for name, count in counts.items()
@@ -52,19 +55,6 @@ def synthesize(config: Config, layout: Layout, prepared: Prepared) -> dict[str, 
         "cost": engine_cost(config, reports, seconds),
         "summary": f"{len(entries)} sequences (answers kept: {kept})",
     }
-
-
-def synthesis_counts(layout: Layout, prepared: Prepared) -> dict[str, dict[str, float]]:
-    """By generator: answers by what became of them, generated tokens, seconds of prompt shards."""
-    totals: dict[str, dict[str, float]] = {}
-    for generator, digest in prepared.synthesis_digests.items():
-        counts: dict[str, float] = {"answers": 0, "kept": 0, "generated_tokens": 0, "seconds": 0.0}
-        for record in read_records(layout, digest):
-            found = record["counts"] | {k: record[k] for k in ("generated_tokens", "seconds")}
-            for name, value in found.items():
-                counts[name] = counts.get(name, 0) + value
-        totals[generator] = counts
-    return totals
 
 
 def _write_answers(

@@ -84,7 +84,9 @@ def headlines(report: dict[str, Any]) -> list[str]:
     ours = pooled(student)
     exact = f"{percent(ours['exact_match'])} of {ours['prompts']:,}"
     rates = ", ".join(f"{m['name']} {percent(pooled(m)['exact_match'])}" for m in others)
-    lines = [f"The student answers {exact} hold-out prompts exactly; {rates}."]
+    unasked = report["prompts"].get("holdout_too_long_to_ask", 0)
+    beside = f" ({unasked:,} more were too long to ask)" if unasked else ""
+    lines = [f"The student answers {exact} hold-out prompts exactly{beside}; {rates}."]
     if ours["exact_match"] is None:
         lines = ["No hold-out prompt has a reference answer: likelihood compares the models."]
     for model in others:

@@ -41,18 +41,42 @@ def new_prompts(layout: Layout, recipe_digest: str, prompts: Iterable[Prompt]) -
     return [prompt for prompt in prompts if prompt.digest not in known]
 
 
+def answer_counts(
+    layout: Layout, recipe_digest: str, prompts: Iterable[Prompt]
+) -> dict[str, float]:
+    """Answers by what became of them, generated tokens and seconds of a recipe's prompt shards.
+
+    Counted are the shards that hold one of the prompts.
+    """
+    digests = {prompt.digest for prompt in prompts}
+    counts: dict[str, float] = {"answers": 0, "kept": 0, "generated_tokens": 0, "seconds": 0.0}
+    for record in read_records(layout, recipe_digest):
+        if digests.isdisjoint(record["prompts"].values()):
+            continue
+        found = record["counts"] | {k: record[k] for k in ("generated_tokens", "seconds")}
+        for name, value in found.items():
+            counts[name] = counts.get(name, 0) + value
+    return counts
+
+
 def build_dataset(
     layout: Layout, prompts: Sequence[Prompt], recipe_digests: Sequence[str]
 ) -> list[DatasetEntry]:
-    """The sequences of a run's prompts in prompt order; equal answers are one entry."""
+    """The sequences of a run's prompts in prompt order; equal answers are one entry.
+
+    Where two runs at once answered a prompt under one recipe, one shard's answers count.
+    """
     by_prompt: dict[str, dict[str, DatasetEntry]] = {prompt.prompt_id: {} for prompt in prompts}
     splits = {prompt.prompt_id: prompt.split for prompt in prompts}
     wanted = {(prompt.prompt_id, prompt.digest) for prompt in prompts}
     for digest in recipe_digests:
+        open_prompts = set(wanted)
         for record in read_records(layout, digest):
-            answered = {name for name, _ in wanted & record["prompts"].items()}
+            found = open_prompts & record["prompts"].items()
+            answered = {name for name, _ in found}
             if record["shard"] is None or not answered:
                 continue
+            open_prompts -= found
             for sequence in read_sequences(storage.join(layout.root, record["shard"])):
                 name = sequence.prompt_id
                 if name in answered:

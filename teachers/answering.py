@@ -40,6 +40,7 @@ class AnsweredPrompts:
         correct: by domain the share of answers that pass the checker; None where nothing could be
             checked.
         num_checked: by domain.
+        num_too_long: prompts that leave no room for an answer, and were not asked.
         tokens_per_second: generated tokens with all prompts in flight, over at least 3 seconds.
         latency_seconds: median time of one answer asked alone.
         gold_logprobs: of the sequences given for the comparison with the trained weights, by
@@ -48,6 +49,7 @@ class AnsweredPrompts:
 
     correct: dict[str, float | None]
     num_checked: dict[str, int]
+    num_too_long: int
     tokens_per_second: float
     latency_seconds: float
     gold_logprobs: dict[str, list[float]]
@@ -119,6 +121,7 @@ class AnsweringTask:
         return AnsweredPrompts(
             correct=correct,
             num_checked=num_checked,
+            num_too_long=len(rendered) - len(asked),
             tokens_per_second=num_tokens / seconds,
             latency_seconds=statistics.median(alone),
             gold_logprobs={s.sequence_id: await _gold(teacher, s) for s in self.compared},

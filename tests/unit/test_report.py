@@ -315,6 +315,12 @@ def test_a_report_without_twin_and_with_mixed_references(report):
     assert "twin" not in text_summary(report)
 
 
+def test_prompts_that_were_too_long_to_ask_are_named_beside_the_rate(report):
+    report["prompts"]["holdout_too_long_to_ask"] = 12
+    assert "hold-out prompts exactly (12 more were too long to ask);" in headlines(report)[0]
+    assert "12 holdout too long to ask" in Page(render_html(report)).words
+
+
 def test_an_export_beyond_its_tolerance_is_a_headline(report):
     assert not any(line.startswith("Caution") for line in headlines(report))
     for wrong in (0.25, math.nan):

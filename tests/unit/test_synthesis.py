@@ -15,7 +15,7 @@ from pipeline.datasets import read_sequences
 from pipeline.errors import ConfigError
 from pipeline.layout import Layout
 from pipeline.records import Prompt
-from pipeline.synthesis_index import build_dataset, read_records
+from pipeline.synthesis_index import answer_counts, build_dataset, read_records
 from teachers.engine import GeneratedAnswer
 from teachers.synthesis import SynthesisTask, plan_synthesis
 from tests.support.tokenizers_for_tests import save_tokenizer
@@ -179,3 +179,22 @@ def test_another_split_of_a_prompt_needs_no_new_answer(template: SynthesisTask) 
     moved = [replace(rows[0], split="holdout")]
     assert plan_synthesis(template, moved, 10) == []
     assert [e.split for e in build_dataset(template.layout, moved, ["recipe"])] == ["holdout"]
+
+
+def test_a_prompt_that_two_jobs_answered_at_once_counts_once(template: SynthesisTask) -> None:
+    rows = prompts(("a", "x", None), ("b", "x", None))
+    both = plan_synthesis(template, rows, 10)
+    alone = plan_synthesis(template, rows[:1], 10)
+    run(both[0], {"a": ["p", "q", "r"], "b": ["s", "t", "u"]})
+    run(alone[0], {"a": ["v", "w", "y"]})
+    entries = build_dataset(template.layout, rows, ["recipe"])
+    assert [e.prompt_id for e in entries] == ["id-a"] * 3 + ["id-b"] * 3
+
+
+def test_answers_to_other_runs_prompts_are_not_counted(template: SynthesisTask) -> None:
+    rows = prompts(("a", "x", "1"), ("b", "x", "2"))
+    run_all(template, rows[:1], {"a": ["1", "2", "3"]})
+    run_all(template, rows, {"b": ["2", "3", "2"]})
+    counts = answer_counts(template.layout, "recipe", rows[1:])
+    assert (counts["answers"], counts["kept"], counts["wrong"]) == (3, 1, 1)
+    assert answer_counts(template.layout, "recipe", rows)["wrong"] == 3
