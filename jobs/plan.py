@@ -10,6 +10,7 @@ from pipeline import storage
 from pipeline.cache import SCHEMA_VERSION
 from pipeline.cache_index import load_index, missing_sequences, totals
 from pipeline.config import Config
+from pipeline.config_targets import selection_of
 from pipeline.datasets import DatasetEntry, read_dataset
 from pipeline.fingerprint import differences, digest_json
 from pipeline.layout import Layout
@@ -20,7 +21,8 @@ from pipeline.synthesis_index import new_prompts
 from pipeline.training import training_jobs
 
 STAGES = ("prepare", "synthesize", "score", "train", "export", "evaluate")
-# Of a cache row before zstd: the arrays per position; an entry's id planes and log-probability.
+# Of a cache row before zstd: the arrays per position; an entry's id planes and log-probability. A
+# drawn entry takes a byte less, its position one more.
 POSITION_BYTES, ENTRY_BYTES = 7, 5
 
 
@@ -96,7 +98,7 @@ def plan_score(
     for name, cache in prepared.caches(layout).items():
         lacking = missing_sequences(entries, cache)
         missing[name] = len(lacking)
-        max_entries = prepared.scoring_recipes[name]["selection"]["max_entries"]
+        max_entries = selection_of(prepared.scoring_recipes[name]).max_entries
         most_bytes += _cache_bytes(sum(entry.num_positions for entry in lacking), max_entries)
     summary = f"of {len(entries)} sequences to score: {_counts(missing)}"
     if most_bytes:

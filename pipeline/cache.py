@@ -14,26 +14,35 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
+from xxhash import xxh3_128
 
 from pipeline import storage
+from pipeline.cache_checks import check_row
 from pipeline.errors import CacheError
-from pipeline.fingerprint import digest_bytes, digest_ids
+from pipeline.fingerprint import digest_ids
 from pipeline.records import SparseLogprobs
+from pipeline.selection import draw_variance
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ALIGNMENT = (
     "Position j of a row is the j-th token index i_j of the sequence's loss spans, in order. Its "
     "entries are the teacher's distribution over the token at index i_j given all tokens before "
     "it; input_ids[i_j] is the gold token. Student logits at index i_j - 1 are trained against "
     "position j. Log-probabilities are normalised over the full vocabulary at temperature 1. "
     "token_id = token_ids_low + 65536 * token_ids_high; position j owns num_entries[j] "
-    "consecutive entries, descending."
+    "consecutive entries, descending. Where num_head is empty, all are head entries, of the given "
+    "logprobs, and tail_mass is the probability outside them. Otherwise the first num_head[j] are; "
+    "the others were drawn with replacement, counts[i] times each, and stand for their share of "
+    "the position's draws in 1 - tail_mass - sum(exp(head logprobs)); tail_mass lies outside what "
+    "draws could reach. With renormalised, everything is divided by 1 - tail_mass."
 )
 DTYPES = {
     "num_entries": "<u1",
+    "num_head": "<u1",
     "token_ids_low": "<u2",
     "token_ids_high": "<u1",
     "logprobs": "<f2",
@@ -47,8 +56,32 @@ METADATA_KEYS = {
     "polystill.checksum",
     "polystill.fingerprint",
     "polystill.quality",
+    "polystill.renormalised",
 }
+ID_PLANES = ("token_ids_low", "token_ids_high")
 CACHE_SCHEMA = pa.schema([("sequence_id", pa.string()), *((name, pa.binary()) for name in DTYPES)])
+
+
+@dataclass(frozen=True)
+class _Column:
+    """The cells of one column, one after another: row i owns `values[starts[i]:starts[i + 1]]`."""
+
+    values: np.ndarray
+    starts: np.ndarray
+
+    @classmethod
+    def of_arrow(cls, cells: pa.Array, dtype: str) -> _Column:
+        """A view of the cells; their lengths must be whole numbers of values."""
+        _, offsets, data = cells.buffers()
+        edges = np.frombuffer(offsets, "<i4")[cells.offset : cells.offset + len(cells) + 1]
+        payload = np.frombuffer(data or b"", np.uint8)[edges[0] : edges[-1]]
+        size = np.dtype(dtype).itemsize
+        return cls(payload.view(dtype), (edges.astype(np.int64) - edges[0]) // size)
+
+    def to_arrow(self) -> pa.Array:
+        edges = (self.starts * self.values.itemsize).astype("<i4")
+        buffers = [None, pa.py_buffer(edges), pa.py_buffer(self.values)]
+        return pa.Array.from_buffers(pa.binary(), len(edges) - 1, buffers)
 
 
 @dataclass(frozen=True)
@@ -59,9 +92,12 @@ class ShardEntry:
         digest: of the sequence ids; the file's name.
         num_bytes: of the file.
         checksum: of the decoded payload.
-        kept_mass: mean probability inside the kept entries, over positions.
+        kept_mass: mean over positions of the probability inside the kept entries; with draws,
+            inside the captured ones.
         kept_mass_p01: its 1st percentile.
         gold_logprob: mean log-probability of the gold tokens in nats.
+        draw_variance: mean over positions of the variance that draws give the estimate, summed
+            over the vocabulary; None where nothing is drawn.
     """
 
     digest: str
@@ -73,6 +109,7 @@ class ShardEntry:
     kept_mass: float
     kept_mass_p01: float
     gold_logprob: float
+    draw_variance: float | None
 
 
 def write_shard(path: str, rows: Sequence[SparseLogprobs], fingerprint: str) -> ShardEntry:
@@ -82,11 +119,15 @@ def write_shard(path: str, rows: Sequence[SparseLogprobs], fingerprint: str) -> 
         CacheError: a row breaks an invariant of the format.
         StorageError: the disk is full or the place cannot be written.
     """
-    columns = {name: [_encode(row, name) for row in rows] for name in DTYPES}
-    identifiers = [row.sequence_id for row in rows]
-    checksum = _checksum(identifiers, columns)
     for row in rows:
         check_row(row)
+    kinds = {(row.is_drawn, row.renormalised) for row in rows}
+    if len(kinds) > 1:
+        raise CacheError(f"{path}: rows of several selections cannot share a shard")
+    columns = _encode(rows)
+    identifiers = [row.sequence_id for row in rows]
+    renormalised = any(row.renormalised for row in rows)
+    checksum = _checksum(identifiers, columns, renormalised)
     quality = _describe(rows, checksum)
     metadata = {
         "polystill.schema_version": str(SCHEMA_VERSION),
@@ -96,9 +137,11 @@ def write_shard(path: str, rows: Sequence[SparseLogprobs], fingerprint: str) -> 
         "polystill.checksum": checksum,
         "polystill.fingerprint": fingerprint,
         "polystill.quality": json.dumps(quality),
+        "polystill.renormalised": json.dumps(renormalised),
     }
+    cells = {name: column.to_arrow() for name, column in columns.items()}
     table = pa.table(
-        {"sequence_id": identifiers, **columns}, schema=CACHE_SCHEMA.with_metadata(metadata)
+        {"sequence_id": identifiers, **cells}, schema=CACHE_SCHEMA.with_metadata(metadata)
     )
     num_bytes = storage.write_table(path, table, use_dictionary=False, write_statistics=False)
     return _shard_entry(identifiers, quality, num_bytes)
@@ -115,15 +158,22 @@ def read_shard(path: str) -> list[SparseLogprobs]:
     metadata = _metadata(path, table)
     if not table.schema.equals(CACHE_SCHEMA):
         raise CacheError(f"{path} is corrupt: its columns are {table.schema.names}")
-    columns = {name: table.column(name).combine_chunks().to_pylist() for name in DTYPES}
     if table.num_rows != int(metadata["polystill.num_rows"]):
         raise CacheError(
             f"{path} holds {table.num_rows} rows, its header says {metadata['polystill.num_rows']}"
         )
     identifiers = table.column("sequence_id").to_pylist()
-    if _checksum(identifiers, columns) != metadata["polystill.checksum"]:
+    renormalised = metadata["polystill.renormalised"] == "true"
+    try:
+        columns = {
+            name: _Column.of_arrow(table.column(name).combine_chunks(), dtype)
+            for name, dtype in DTYPES.items()
+        }
+    except ValueError as error:
+        raise CacheError(f"{path} is corrupt: {error}") from error
+    if _checksum(identifiers, columns, renormalised) != metadata["polystill.checksum"]:
         raise CacheError(f"{path} fails its checksum: the payload was changed after it was written")
-    return [_decode(identifier, columns, i) for i, identifier in enumerate(identifiers)]
+    return _decode(identifiers, columns, renormalised)
 
 
 def describe_shard(path: str, num_bytes: int) -> ShardEntry:
@@ -138,74 +188,52 @@ def describe_shard(path: str, num_bytes: int) -> ShardEntry:
     return _shard_entry(table.column("sequence_id").to_pylist(), quality, num_bytes)
 
 
-def check_row(row: SparseLogprobs) -> None:
-    """Checks the invariants of one row.
+def _encode(rows: Sequence[SparseLogprobs]) -> dict[str, _Column]:
+    columns = {}
+    for name, dtype in DTYPES.items():
+        attribute = "token_ids" if name in ID_PLANES else name
+        arrays = [getattr(row, attribute) for row in rows]
+        values = np.concatenate(arrays)
+        if name in ID_PLANES:
+            values = values >> 16 if name == "token_ids_high" else values & 0xFFFF
+        starts = np.cumsum([0] + [len(array) for array in arrays], dtype=np.int64)
+        columns[name] = _Column(values.astype(dtype), starts)
+    return columns
 
-    Raises:
-        CacheError: lengths disagree, a value is not finite, entries are not descending, or mass
-            exceeds 1.
-    """
-    starts = np.concatenate([[0], np.cumsum(row.num_entries, dtype=np.int64)])
-    problem = None
-    if starts[-1] != len(row.token_ids) or len(row.token_ids) != len(row.logprobs):
-        problem = (
-            f"{starts[-1]} entries counted, {len(row.token_ids)} ids, {len(row.logprobs)} "
-            "log-probabilities"
+
+def _decode(
+    identifiers: list[str], columns: dict[str, _Column], renormalised: bool
+) -> list[SparseLogprobs]:
+    """Rows whose arrays are slices of whole decoded columns."""
+    low, high = columns["token_ids_low"], columns["token_ids_high"]
+    token_ids = low.values.astype(np.uint32)
+    if high.values.any():
+        token_ids |= high.values.astype(np.uint32) << 16
+    whole = {name: column for name, column in columns.items() if name not in ID_PLANES}
+    whole["token_ids"] = _Column(token_ids, low.starts)
+    slices = {
+        name: [c.values[a:b] for a, b in pairwise(c.starts.tolist())] for name, c in whole.items()
+    }
+    return [
+        SparseLogprobs(
+            sequence_id=identifier,
+            renormalised=renormalised,
+            **{name: parts[i] for name, parts in slices.items()},
         )
-    elif (
-        len({len(row.num_entries), len(row.gold_logprobs), len(row.tail_mass), len(row.entropies)})
-        != 1
-    ):
-        problem = "per-position arrays have different lengths"
-    elif not all(
-        np.isfinite(a).all()
-        for a in (row.logprobs, row.gold_logprobs, row.tail_mass, row.entropies)
-    ):
-        problem = "a value is not finite"
-    elif len(row.num_entries) and row.num_entries.min() < 1:
-        problem = "a position has no entries"
-    else:
-        steps = np.diff(row.logprobs.astype(np.float32))
-        inside = np.ones(len(steps), dtype=bool)
-        inside[starts[1:-1] - 1] = False
-        mass = (
-            np.add.reduceat(np.exp(row.logprobs.astype(np.float32)), starts[:-1])
-            if len(starts) > 1
-            else np.zeros(1)
-        )
-        if (steps[inside] > 0).any():
-            problem = "entries are not in descending order"
-        elif mass.max() > 1.01:
-            problem = f"kept mass reaches {mass.max():.4f}"
-    if problem:
-        raise CacheError(f"sequence {row.sequence_id}: {problem}")
+        for i, identifier in enumerate(identifiers)
+    ]
 
 
-def _encode(row: SparseLogprobs, name: str) -> bytes:
-    if name == "token_ids_low":
-        return (row.token_ids & 0xFFFF).astype("<u2").tobytes()
-    if name == "token_ids_high":
-        return (row.token_ids >> 16).astype("<u1").tobytes()
-    return getattr(row, name).astype(DTYPES[name]).tobytes()
+def _checksum(identifiers: list[str], columns: dict[str, _Column], renormalised: bool) -> str:
+    """XXH3 of the payload: BLAKE2b would take longer than all else that reading does."""
+    hasher = xxh3_128(f"{digest_ids(identifiers)} {renormalised}".encode())
+    for column in columns.values():
+        hasher.update(column.starts.astype("<i8").tobytes())
+        hasher.update(column.values.data)
+    return hasher.hexdigest()
 
 
-def _decode(sequence_id: str, columns: dict[str, list[bytes]], i: int) -> SparseLogprobs:
-    arrays = {name: np.frombuffer(columns[name][i], dtype=dtype) for name, dtype in DTYPES.items()}
-    low, high = arrays.pop("token_ids_low"), arrays.pop("token_ids_high")
-    return SparseLogprobs(
-        sequence_id=sequence_id,
-        token_ids=low.astype(np.uint32) | (high.astype(np.uint32) << 16),
-        **arrays,
-    )
-
-
-def _checksum(identifiers: list[str], columns: dict[str, list[bytes]]) -> str:
-    return digest_bytes(
-        digest_ids(identifiers).encode(), *(cell for name in DTYPES for cell in columns[name])
-    )
-
-
-def _describe(rows: Sequence[SparseLogprobs], checksum: str) -> dict[str, float | int | str]:
+def _describe(rows: Sequence[SparseLogprobs], checksum: str) -> dict[str, float | int | str | None]:
     kept = 1 - np.concatenate([row.tail_mass for row in rows]).astype(np.float64)
     gold = np.concatenate([row.gold_logprobs for row in rows]).astype(np.float64)
     return {
@@ -215,6 +243,11 @@ def _describe(rows: Sequence[SparseLogprobs], checksum: str) -> dict[str, float 
         "kept_mass": float(kept.mean()),
         "kept_mass_p01": float(np.quantile(kept, 0.01)),
         "gold_logprob": float(gold.mean()),
+        "draw_variance": (
+            float(np.concatenate([draw_variance(row) for row in rows]).mean())
+            if any(row.is_drawn for row in rows)
+            else None
+        ),
     }
 
 

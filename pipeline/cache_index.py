@@ -81,9 +81,20 @@ def totals(entries: list[ShardEntry]) -> dict[str, float]:
         "entries_per_position": sum(entry.num_entries for entry in entries) / num_positions,
         "kept_mass": kept_mass,
         "kept_mass_p01": min(entry.kept_mass_p01 for entry in entries),
-        "tail_nats": float(-np.log(kept_mass)),
+        **_losses(entries, positions, kept_mass),
         "gold_logprob": float(positions @ [entry.gold_logprob for entry in entries])
         / num_positions,
+    }
+
+
+def _losses(entries: list[ShardEntry], positions: np.ndarray, kept_mass: float) -> dict[str, float]:
+    """What the selection costs: nats of the mass in buckets, or mass and variance of the draws."""
+    variances = [entry.draw_variance for entry in entries]
+    if None in variances:
+        return {"tail_nats": float(-np.log(kept_mass))}
+    return {
+        "lost_mass": 1 - kept_mass,
+        "draw_variance": float(positions @ np.array(variances) / positions.sum()),
     }
 
 
@@ -166,6 +177,7 @@ _INDEX_SCHEMA = pa.schema(
         ("kept_mass", pa.float64()),
         ("kept_mass_p01", pa.float64()),
         ("gold_logprob", pa.float64()),
+        ("draw_variance", pa.float64()),
     ]
 )
 

@@ -13,8 +13,19 @@ from pydantic import Field, model_validator
 
 from pipeline.config_base import Count, Name, Resources, Section
 from pipeline.config_prompts import PromptsConfig
-from pipeline.config_targets import ByDomainWeights, CombineConfig, ScoringConfig, StaticWeights
+from pipeline.config_targets import (
+    ByDomainWeights,
+    CombineConfig,
+    HeadAndSampled,
+    Sampled,
+    ScoringConfig,
+    StaticWeights,
+)
 from pipeline.config_training import StudentConfig, TrainingConfig
+
+LINEAR_LOSSES = frozenset({"forward_kl", "cross_entropy"})
+LINEAR_COMBINATIONS = frozenset({"mixture", "route"})
+"""What takes targets that are drawn; everything else, also what is added later, is refused."""
 
 
 class StorageConfig(Section):
@@ -140,6 +151,32 @@ class Config(Section):
                 )
             if sum(table.values()) <= 0:
                 raise ValueError(f"{place} must give at least one teacher a weight above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _draws_are_used_linearly(self) -> Config:
+        selection = self.scoring.selection
+        if not isinstance(selection, Sampled | HeadAndSampled):
+            return self
+        beginning = f"scoring.selection {selection.type!r} keeps draws, which are"
+        for loss in self.training.losses:
+            if loss.type not in LINEAR_LOSSES:
+                raise ValueError(
+                    f"{beginning} unbiased only in losses linear in the teacher's probabilities "
+                    f"({', '.join(sorted(LINEAR_LOSSES))}); {loss.type!r} needs the probabilities "
+                    "themselves: select top_k or top_p"
+                )
+            if (temperature := loss.model_dump().get("temperature", 1)) != 1:
+                raise ValueError(
+                    f"{beginning} of the distribution at temperature 1; {loss.type!r} at "
+                    f"temperature {temperature} would temper single draws: select top_k or top_p"
+                )
+        if self.combine.method not in LINEAR_COMBINATIONS:
+            raise ValueError(
+                f"{beginning} unbiased only in sums of the teachers' probabilities "
+                f"({', '.join(sorted(LINEAR_COMBINATIONS))}); combine.method "
+                f"{self.combine.method!r} is none: select top_k or top_p"
+            )
         return self
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ before it, and `input_ids[i_j]` is the position's gold token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -80,16 +80,22 @@ class SparseLogprobs:
     """What is kept of one teacher's distributions over one sequence.
 
     Log-probabilities are normalised over the full vocabulary at temperature 1. The entries of all
-    positions stand one after another: position `j` owns `num_entries[j]` of them, descending.
+    positions stand one after another: position `j` owns `num_entries[j]` of them, the head entries
+    first, both kinds in descending order of probability. A drawn entry stands for its share of the
+    draws in the mass that its position's head and tail leave.
 
     Attributes:
         num_entries: uint8[P].
         token_ids: uint32[N].
-        logprobs: float16[N], of the head entries.
-        counts: uint8, of drawn entries; empty for selections that keep the head alone.
+        logprobs: float16, of the head entries.
+        counts: uint8, how often each other entry was drawn; empty for selections without draws.
         gold_logprobs: float16[P], log-probability of the gold token.
-        tail_mass: float16[P], probability outside the kept entries.
+        tail_mass: float16[P], probability outside the kept entries; with draws, outside the
+            captured ones, which nothing stands for.
         entropies: float16[P], lower bound of the entropy in nats.
+        num_head: uint8[P], head entries of each position; empty for selections without draws,
+            whose entries are all of the head.
+        renormalised: whether the estimate that draws make is scaled to mass 1.
     """
 
     sequence_id: str
@@ -100,11 +106,29 @@ class SparseLogprobs:
     gold_logprobs: np.ndarray
     tail_mass: np.ndarray
     entropies: np.ndarray
+    num_head: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
+    renormalised: bool = False
 
     @property
     def num_positions(self) -> int:
         """P."""
         return len(self.num_entries)
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the entries estimate the distribution by draws."""
+        return len(self.num_head) > 0
+
+    @property
+    def head_N(self) -> np.ndarray:
+        """bool[N]: which entries belong to the head; the others were drawn."""
+        if not self.is_drawn:
+            return np.ones(len(self.token_ids), dtype=bool)
+        num_entries = self.num_entries.astype(np.int64)
+        place_N = np.arange(len(self.token_ids)) - np.repeat(
+            np.cumsum(num_entries) - num_entries, num_entries
+        )
+        return place_N < np.repeat(self.num_head, num_entries)
 
 
 @dataclass(frozen=True)

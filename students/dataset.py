@@ -20,6 +20,7 @@ from pipeline.datasets import DatasetEntry, read_sequences
 from pipeline.errors import TrainingError
 from pipeline.layout import CacheLayout, Layout
 from pipeline.records import CombinedTargets, TokenSequence
+from pipeline.selection import probabilities
 from pipeline.targets import combine_targets, required_teachers
 
 SEQUENCE_SHARDS_KEPT = 64
@@ -38,9 +39,12 @@ class Example:
         logit_indices: int64[P], `i_j - 1`: the index whose logits are trained against position j.
         gold_ids: int64[P].
         token_ids: int32[M, P, K], padded with 0.
-        logprobs: float16[M, P, K], padded with -inf.
-        tail_mass: float16[M, P].
+        logprobs: float16[M, P, K], padded with -inf; float32 if any are estimates, which float16
+            would shift.
+        tail_mass: float16[M, P]; 0 for estimates, which have no bucket.
         teacher_weights: float32[M, P].
+        is_estimate: whether a teacher's entries are an estimate by draws, unbiased only in losses
+            that are linear in p.
     """
 
     input_ids: np.ndarray
@@ -50,10 +54,11 @@ class Example:
     logprobs: np.ndarray
     tail_mass: np.ndarray
     teacher_weights: np.ndarray
+    is_estimate: bool = False
 
     @property
     def num_bytes(self) -> int:
-        return sum(array.nbytes for array in vars(self).values())
+        return sum(v.nbytes for v in vars(self).values() if isinstance(v, np.ndarray))
 
 
 class Examples:
@@ -161,17 +166,27 @@ def example_of(combined: CombinedTargets) -> Example:
     ]
     num_entries = max((int(row.num_entries.max()) for _, row in used), default=1)
     shape = (len(used), num_positions, num_entries)
-    token_ids_MPK, logprobs_MPK = np.zeros(shape, np.int32), np.full(shape, -np.inf, np.float16)
+    is_estimate = any(row.is_drawn for _, row in used)
+    token_ids_MPK = np.zeros(shape, np.int32)
+    logprobs_MPK = np.full(shape, -np.inf, np.float32 if is_estimate else np.float16)
+    tail_MP = np.zeros(shape[:2], np.float16)
     for m, (_, row) in enumerate(used):
         kept_PK = np.arange(num_entries) < row.num_entries[:, None]
         token_ids_MPK[m][kept_PK] = row.token_ids
-        logprobs_MPK[m][kept_PK] = row.logprobs
+        if row.is_drawn:
+            # what was not drawn lies in no bucket: the student's would hold captured ids
+            with np.errstate(divide="ignore"):
+                logprobs_MPK[m][kept_PK] = np.log(probabilities(row))
+        else:
+            logprobs_MPK[m][kept_PK] = row.logprobs
+            tail_MP[m] = row.tail_mass
     return Example(
         input_ids=sequence.input_ids,
         logit_indices=sequence.position_indices - 1,
         gold_ids=sequence.gold_ids.astype(np.int64),
         token_ids=token_ids_MPK,
         logprobs=logprobs_MPK,
-        tail_mass=np.array([row.tail_mass for _, row in used], np.float16).reshape(shape[:2]),
+        tail_mass=tail_MP,
         teacher_weights=np.array([w_P for w_P, _ in used], np.float32).reshape(shape[:2]),
+        is_estimate=is_estimate,
     )

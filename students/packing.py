@@ -71,7 +71,8 @@ def pack(examples: Sequence[Example]) -> MicroBatch:
     num_teachers = max(example.token_ids.shape[0] for example in examples)
     num_entries = max(example.token_ids.shape[2] for example in examples)
     shape = (num_teachers, int(edges[-1]), num_entries)
-    token_ids_MPK, logprobs_MPK = np.zeros(shape, np.int32), np.full(shape, -np.inf, np.float16)
+    precision = np.result_type(*(example.logprobs for example in examples))
+    token_ids_MPK, logprobs_MPK = np.zeros(shape, np.int32), np.full(shape, -np.inf, precision)
     tail_MP, weights_MP = np.zeros(shape[:2], np.float16), np.zeros(shape[:2], np.float32)
     for example, start, stop in zip(examples, edges[:-1], edges[1:], strict=True):
         m, _, k = example.token_ids.shape

@@ -109,6 +109,7 @@ class ScoringTask:
             captured.logprobs[rows],
             captured.gold_logprobs[rows],
             self.selection,
+            teacher=self.fingerprint,
         )
 
 

@@ -17,7 +17,7 @@ from pipeline.errors import CacheError, StorageError
 from pipeline.fingerprint import digest_ids
 from pipeline.layout import CacheLayout
 from pipeline.records import SparseLogprobs
-from pipeline.selection import select
+from pipeline.selection import select as select
 
 
 def make_row(
@@ -28,12 +28,14 @@ def make_row(
     logs = -np.sort(-(logits - np.log(np.exp(logits).sum(1, keepdims=True)) - 0.05), axis=1)
     ids = np.stack([rng.choice(vocabulary, 40, replace=False) for _ in range(positions)])
     rule = TopP(type="top_p", mass=0.95, max_entries=32)
-    return select(identifier, ids, logs.astype(np.float32), logs[:, 3].astype(np.float32), rule)
+    return select(
+        identifier, ids, logs.astype(np.float32), logs[:, 3].astype(np.float32), rule, teacher="t"
+    )
 
 
 def assert_same(a: SparseLogprobs, b: SparseLogprobs) -> None:
-    assert a.sequence_id == b.sequence_id
-    for name in vars(a).keys() - {"sequence_id"}:
+    assert (a.sequence_id, a.renormalised) == (b.sequence_id, b.renormalised)
+    for name in vars(a).keys() - {"sequence_id", "renormalised"}:
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
         assert getattr(a, name).dtype == getattr(b, name).dtype, name
 

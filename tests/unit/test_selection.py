@@ -1,5 +1,7 @@
 """Selection: what is kept, the tail, and the entropy bound, against plain loops."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +9,9 @@ from hypothesis import strategies as st
 
 from pipeline.config_targets import TopK, TopP
 from pipeline.errors import CacheError
-from pipeline.selection import select
+from pipeline.selection import select as select_for
+
+select = partial(select_for, teacher="t")
 
 
 def capture(
