@@ -154,7 +154,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _draws_are_used_linearly(self) -> Config:
+    def draws_are_used_linearly(self) -> Config:
         selection = self.scoring.selection
         if not isinstance(selection, Sampled | HeadAndSampled):
             return self

@@ -1,0 +1,357 @@
+"""Size, speed and fidelity of the logit cache, for each selection.
+
+    python benchmarks/cache.py DATA [--quick] [--json PATH] [--output FOLDER] [--seconds N]
+
+DATA is a folder with GSM8K's `train.jsonl` and `test.jsonl`.
+
+- *Fidelity*: the gradient of exactly 1,024 tokens with what a selection keeps, against the one with
+  the teacher's dense distributions: angle and ratio of norms, means over batches and draws. `bias`
+  is the angle between the mean gradients of all batches and draws: the noise of an unbiased
+  selection falls with the number of tokens, its bias does not.
+- *Size*: bytes per token of a shard, with ids, counts, figures per position, and all of Parquet.
+- *Speed*: tokens per second to write a shard and to read it to numpy, in one process, against the
+  same content in nested lists (`benchmarks/nested_lists.py`), in alternating rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.common import print_table, write_json
+from benchmarks.distributions import (
+    TOKENS,
+    Batch,
+    Captured,
+    real_batches,
+    real_text,
+    synthetic_batches,
+    train_models,
+)
+from benchmarks.nested_lists import read_nested, write_nested
+from pipeline.cache import read_shard, write_shard
+from pipeline.config_targets import HeadAndSampled, Sampled, Selection, TopK, TopP
+from pipeline.records import CombinedTargets, SparseLogprobs
+from pipeline.selection import select
+from students.dataset import example_of
+from students.losses import LossWeights, Targets, distillation_loss
+from students.packing import pack
+
+REFERENCE = "top_k 50"
+TIMED = "top_p 0.99, 64"
+BYTES_TO_REACH = 20
+FEWEST_DRAWS = 8
+
+
+def _top_k(most: int) -> TopK:
+    return TopK(type="top_k", max_entries=most)
+
+
+def _top_p(mass: float) -> TopP:
+    return TopP(type="top_p", mass=mass, max_entries=64)
+
+
+def _sampled(draws: int) -> Sampled:
+    return Sampled(type="sampled", num_draws=draws)
+
+
+def _headed(mass: float, most: int, draws: int) -> HeadAndSampled:
+    return HeadAndSampled(
+        type="head_and_sampled", head_mass=mass, max_head_entries=most, num_draws=draws
+    )
+
+
+SELECTIONS: dict[str, Selection] = {
+    "top_k 12": _top_k(12),
+    REFERENCE: _top_k(50),
+    "top_p 0.9, 64": _top_p(0.9),
+    TIMED: _top_p(0.99),
+    "sampled 8": _sampled(8),
+    "sampled 12": _sampled(12),
+    "sampled 25": _sampled(25),
+    "sampled 50": _sampled(50),
+    "head 1 + 8 draws": _headed(1.0, 1, 8),
+    "head 4 + 12 draws": _headed(1.0, 4, 12),
+    "head 0.5 + 16 draws": _headed(0.5, 64, 16),
+    "head 0.8 + 16 draws": _headed(0.8, 64, 16),
+}
+ON_SYNTHETIC = (REFERENCE, TIMED, "sampled 12", "head 0.5 + 16 draws")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured."""
+
+    seconds: float = 300.0
+    positions: int = 280_000
+    batches: int = 24
+    draws: int = 6
+    synthetic_batches: int = 20
+    rounds: int = 7
+
+
+QUICK = Scale(60.0, 30_000, 4, 2, 1, 3)
+
+
+@dataclass
+class Directions:
+    """Gradients of one selection beside those of the dense distributions."""
+
+    angles: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    total: Tensor | float = 0.0
+
+    def add(self, found: Tensor, dense: Tensor) -> None:
+        self.angles.append(angle(found, dense))
+        self.norms.append(float(found.norm() / dense.norm()))
+        self.total = self.total + found
+
+
+def angle(a: Tensor, b: Tensor) -> float:
+    """Degrees between two vectors, exact for small angles too."""
+    a, b = a.double() / a.double().norm(), b.double() / b.double().norm()
+    return math.degrees(2 * math.atan2(float((a - b).norm()), float((a + b).norm())))
+
+
+def fidelity(
+    batches: Iterable[Batch], names: Iterable[str], num_draws: int
+) -> tuple[dict[str, dict[str, float]], list[tuple[Captured, ...]]]:
+    """By selection `angle`, `norm` and `bias`; and the captured sequences of each batch."""
+    found = {name: Directions() for name in names}
+    dense_total, seen = None, []
+    for batch in batches:
+        dense = _dense_gradient(batch)
+        dense_total = dense if dense_total is None else dense_total + dense
+        seen.append(tuple(batch.captured))
+        for name, directions in found.items():
+            rule = SELECTIONS[name]
+            repeats = num_draws if isinstance(rule, Sampled | HeadAndSampled) else 1
+            for repeat in range(repeats):
+                gradient = _gradient(batch, _targets(batch.captured, rule, f"teacher-{repeat}"))
+                directions.add(gradient, dense)
+    assert dense_total is not None
+    figures = {
+        name: {
+            "angle": statistics.mean(directions.angles),
+            "norm": statistics.mean(directions.norms),
+            "bias": angle(torch.as_tensor(directions.total), dense_total),
+        }
+        for name, directions in found.items()
+    }
+    return figures, seen
+
+
+def _dense_gradient(batch: Batch) -> Tensor:
+    """By autograd through torch's own `kl_div`, a few positions at a time."""
+    total: Tensor | None = None
+    for rows in torch.arange(TOKENS).split(256):
+        logits = batch.hidden_PH[rows] @ batch.head_VH.T
+        loss = torch.nn.functional.kl_div(
+            torch.log_softmax(logits.float(), -1),
+            batch.dense_logprobs_PV[rows],
+            log_target=True,
+            reduction="sum",
+        )
+        part = _flat(torch.autograd.grad(loss, batch.parameters, retain_graph=True))
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def _gradient(batch: Batch, targets: Targets) -> Tensor:
+    loss = distillation_loss(
+        batch.hidden_PH, batch.head_VH, None, targets, LossWeights(forward_kl=1.0)
+    )
+    return _flat(torch.autograd.grad(loss.total, batch.parameters, retain_graph=True))
+
+
+def _flat(gradients: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([gradient.reshape(-1) for gradient in gradients])
+
+
+def _targets(captured: Iterable[Captured], rule: Selection, teacher: str) -> Targets:
+    """Through the steps of training, cut to `TOKENS` positions."""
+    examples = [
+        example_of(
+            CombinedTargets(
+                one.sequence,
+                (_row(one, rule, teacher),),
+                np.ones((1, one.sequence.num_positions), np.float32),
+            )
+        )
+        for one in captured
+    ]
+    whole = pack(examples).targets
+    return replace(
+        whole,
+        gold_ids=whole.gold_ids[:TOKENS],
+        token_ids=whole.token_ids[:, :TOKENS],
+        logprobs=whole.logprobs[:, :TOKENS],
+        tail_mass=whole.tail_mass[:, :TOKENS],
+        teacher_weights=whole.teacher_weights[:, :TOKENS],
+    )
+
+
+def _row(one: Captured, rule: Selection, teacher: str) -> SparseLogprobs:
+    return select(
+        one.sequence.sequence_id,
+        one.token_ids_PK,
+        one.logprobs_PK,
+        one.gold_logprobs_P,
+        rule,
+        teacher=teacher,
+    )
+
+
+def size_and_fidelity(
+    text: str,
+    captured: list[Captured],
+    figures: dict[str, dict[str, float]],
+    folder: Path,
+) -> list[dict[str, Any]]:
+    """One row per selection, with the bytes of a shard of all `captured` sequences."""
+    rows = []
+    for name, found in figures.items():
+        shard = [_row(one, SELECTIONS[name], "teacher") for one in captured]
+        entry = write_shard(str(folder / "shard.parquet"), shard, "benchmark")
+        rows.append(
+            {
+                "selection": name,
+                "text": text,
+                "angle_degrees": found["angle"],
+                "bias_degrees": found["bias"],
+                "norm_ratio": found["norm"],
+                "entries": entry.num_entries / entry.num_positions,
+                "bytes_per_token": entry.num_bytes / entry.num_positions,
+                "kept_mass": entry.kept_mass,
+                "tokens": entry.num_positions,
+            }
+        )
+    return rows
+
+
+def speed(captured: list[Captured], rounds: int, folder: Path) -> list[dict[str, Any]]:
+    """Tokens per second of both formats, medians of alternating rounds with their spread."""
+    rows = [_row(one, SELECTIONS[TIMED], "teacher") for one in captured]
+    num_positions = sum(row.num_positions for row in rows)
+    ours, nested = str(folder / "shard.parquet"), str(folder / "nested.parquet")
+    actions: dict[tuple[str, str], Callable[[], Any]] = {
+        ("cache", "write"): lambda: write_shard(ours, rows, "benchmark"),
+        ("nested lists", "write"): lambda: write_nested(nested, rows),
+        ("cache", "read"): lambda: read_shard(ours),
+        ("nested lists", "read"): lambda: read_nested(nested),
+    }
+    rates: dict[tuple[str, str], list[float]] = {key: [] for key in actions}
+    for _ in range(rounds):
+        for key, action in actions.items():
+            started = time.perf_counter()
+            action()
+            rates[key].append(num_positions / (time.perf_counter() - started))
+    _assert_equal(read_shard(ours), read_nested(nested))
+    return [
+        {
+            "format": form,
+            "what": what,
+            "selection": TIMED,
+            "tokens_per_second": statistics.median(found),
+            "slowest": min(found),
+            "fastest": max(found),
+            "bytes_per_token": Path(ours if form == "cache" else nested).stat().st_size
+            / num_positions,
+            "tokens": num_positions,
+        }
+        for (form, what), found in rates.items()
+    ]
+
+
+def _assert_equal(ours: list[SparseLogprobs], others: list[SparseLogprobs]) -> None:
+    for a, b in zip(ours, others, strict=True):
+        for name in ("num_entries", "token_ids", "logprobs", "gold_logprobs", "tail_mass"):
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+def best_small(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The selection of the smallest angle that is no worse than top-50 and within the bytes."""
+    (reference,) = [row for row in rows if row["selection"] == REFERENCE]
+    passing = [
+        row
+        for row in rows
+        if row["angle_degrees"] <= reference["angle_degrees"]
+        and row["bias_degrees"] <= reference["bias_degrees"]
+        and row["bytes_per_token"] <= BYTES_TO_REACH
+        and _num_draws(row["selection"]) >= FEWEST_DRAWS
+    ]
+    return min(passing, key=lambda row: row["bytes_per_token"], default=None)
+
+
+def _num_draws(name: str) -> float:
+    rule = SELECTIONS[name]
+    return rule.num_draws if isinstance(rule, Sampled | HeadAndSampled) else math.inf
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Measure size, speed and fidelity of the logit cache."
+    )
+    parser.add_argument("data", type=Path, help="folder with train.jsonl and test.jsonl")
+    parser.add_argument("--quick", action="store_true", help="less of everything: minutes")
+    parser.add_argument("--json", type=Path, help="also write machine, rows and ratios here")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("output/benchmarks"),
+        help="folder that keeps the trained models (default: %(default)s)",
+    )
+    parser.add_argument("--seconds", type=float, help="training time of the teacher")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    scale = QUICK if arguments.quick else Scale()
+    scale = replace(scale, seconds=arguments.seconds or scale.seconds)
+    models = train_models(arguments.data, arguments.output, scale.seconds)
+    captured = real_text(models, arguments.data, scale.positions)
+    with tempfile.TemporaryDirectory() as folder:
+        times = speed(captured, scale.rounds, Path(folder))
+        print_table(times)
+        figures, _ = fidelity(
+            real_batches(models, captured, scale.batches), SELECTIONS, scale.draws
+        )
+        real = size_and_fidelity("GSM8K, V = 4,096", captured, figures, Path(folder))
+        print_table(real)
+        figures, seen = fidelity(
+            synthetic_batches(scale.synthetic_batches), ON_SYNTHETIC, num_draws=1
+        )
+        made_up = [one for members in seen for one in members]
+        synthetic = size_and_fidelity("synthetic, V = 151,936", made_up, figures, Path(folder))
+        print_table(synthetic)
+    small = best_small(real)
+    read = {row["format"]: row["tokens_per_second"] for row in times if row["what"] == "read"}
+    ratios = {
+        "bytes_per_token": small and small["bytes_per_token"],
+        "read_over_nested": read["cache"] / read["nested lists"],
+        "read_mtok_per_second": read["cache"] / 1e6,
+    }
+    print(f"\nno worse than {REFERENCE}: {small['selection'] if small else 'none'}")
+    print_table([ratios])
+    if arguments.json:
+        write_json(arguments.json, [*times, *real, *synthetic], ratios)
+
+
+if __name__ == "__main__":
+    main()
