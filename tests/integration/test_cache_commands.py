@@ -11,7 +11,6 @@ import pytest
 from jobs.local_head import LocalHead
 from pipeline.cache import read_shard, write_shard
 from pipeline.fingerprint import digest_json
-from tests.integration.test_interruption import some_prompts
 from tests.support.caches import (
     assert_rows_agree,
     cache_folder,
@@ -21,8 +20,9 @@ from tests.support.caches import (
     shards,
 )
 from tests.support.command_line import QUICKSTART, ROOT, file_times, polystill, token_environment
+from tests.support.quickstart import some_prompts
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 TEACHERS = ("arithmetic", "words")
 RUN = "quickstart"
 
@@ -46,7 +46,7 @@ class Scored:
     def _expect(self, code: int, *arguments: str, address: bool) -> str:
         to = ["--address", self.head.address] if address else []
         token = token_environment(self.head.token)
-        finished = polystill(*arguments, *to, *self.overrides, seconds=300, env=token)
+        finished = polystill(*arguments, *to, *self.overrides, seconds=600, env=token)
         printed = finished.stdout + finished.stderr
         assert finished.returncode == code, printed
         assert "Traceback" not in finished.stderr, printed
