@@ -20,6 +20,7 @@ if len(_ROOTS) != 1 or None in _ROOTS:
 
 import argparse  # noqa: E402
 
+from jobs import cache_commands  # noqa: E402
 from jobs.plan import STAGES  # noqa: E402
 from pipeline.config import Config  # noqa: E402
 from pipeline.errors import ConfigError, DistillationError  # noqa: E402
@@ -94,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("submission_id")
         command.add_argument("--address", metavar="URL", required=True)
 
+    cache_commands.add_to(commands, _command, _config_arguments)
+
     stage = _command(
         commands, "stage", _stage, "run one stage in this process; what a stage's Ray job does"
     )
@@ -148,7 +151,10 @@ def _run(options: argparse.Namespace) -> None:
         raise ConfigError("--detach leaves the run to a cluster, so it needs --address")
     distill.check_shared_paths(config)
     identifier = distill.submit(
-        submit.connect(options.address), config, distill.DETACHED, "run --address inside-job"
+        submit.connect(options.address),
+        config,
+        distill.DETACHED,
+        ["run", "--address", "inside-job"],
     )
     _say(f"submitted {identifier}")
     _say(f"follow it with: polystill logs {identifier} --address {options.address}")
@@ -161,7 +167,7 @@ def _submit(options: argparse.Namespace) -> None:
     distill.check_shared_paths(config)
     client = submit.connect(options.address)
     if options.detach:
-        _say(f"submitted {distill.submit(client, config, options.stage, f'stage {options.stage}')}")
+        _say(f"submitted {distill.submit(client, config, options.stage, ['stage', options.stage])}")
     else:
         distill.run_stage(client, options.address, config, options.stage, _say)
 

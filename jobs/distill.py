@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def run(config: Config, address: str | None, say: Say) -> None:
     say(f"run {config.name}: {' -> '.join(STAGES)}")
     if address is not None:
         check_shared_paths(config)
-    visible = _visible(config, address)
+    visible = is_visible(config, address)
     plans = make_plan(config) if visible else []
     if plans and not any(plan.todo for plan in plans):
         say("nothing to do: every stage is complete")
@@ -70,7 +71,27 @@ def run_stage(
     Raises:
         ClusterError: the job failed or was stopped; the message has its last lines.
     """
-    identifier = submit(client, config, stage, f"stage {stage}")
+    run_job(client, address, config, stage, ["stage", stage], say)
+
+
+def run_job(
+    client: JobSubmissionClient,
+    address: str | None,
+    config: Config,
+    name: str,
+    command: Sequence[str],
+    say: Say,
+) -> None:
+    """Submits one of our commands as a job, or attaches to it where it already runs, and follows it
+    to its end.
+
+    Args:
+        name: of the work, as it stands in the job's id; equal names mean equal commands.
+
+    Raises:
+        ClusterError: the job failed or was stopped; the message has its last lines.
+    """
+    identifier = submit(client, config, name, command)
     say(f"job {identifier}")
     status = follow(client, identifier, lambda line: PREAMBLE.match(line) or say(line))
     if address is None:
@@ -83,7 +104,7 @@ def run_stage(
         raise ClusterError(failure_message(client, identifier, show_all))
 
 
-def submit(client: JobSubmissionClient, config: Config, stage: str, command: str) -> str:
+def submit(client: JobSubmissionClient, config: Config, stage: str, command: Sequence[str]) -> str:
     """Uploads packages and config, submits `python -m jobs <command> …`; returns the job's id."""
     # The orchestration of a detached run asks for nothing, which keeps it beside the job server on
     # the head node.
@@ -95,7 +116,7 @@ def submit(client: JobSubmissionClient, config: Config, stage: str, command: str
             run=config.name,
             stage=stage,
             digest=digest_json(config.model_dump(mode="json"))[:12],
-            entrypoint=f"python -u -m jobs {command} config.yaml",
+            entrypoint=f"python -u -m jobs {shlex.join(command)} config.yaml",
             working_dir=upload,
             env_vars=stage_environment(config),
             num_cpus=resources.num_cpus,
@@ -151,7 +172,7 @@ def cluster(config: Config, address: str | None) -> Iterator[str]:
         yield head.address
 
 
-def _visible(config: Config, address: str | None) -> bool:
+def is_visible(config: Config, address: str | None) -> bool:
     """Whether this machine sees the run's files, so that a finished stage needs no job to tell."""
     if address is None:
         return True

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from jobs.plan import layout_of, make_plan, stale_caches
+from jobs.plan import layout_of, make_plan
+from pipeline.cache_status import stale_caches
 from pipeline.config import Config
 from pipeline.config_base import Resources
 from pipeline.prepared import load_prepared

@@ -186,7 +186,9 @@ def _report(
             "versions": _versions(),
             "hardware": f"{models[0]['engine']['device']} ({platform.machine()})",
             "dataset": dataset,
-            "caches": {name: cache.folder for name, cache in prepared.caches(layout).items()},
+            "caches": {
+                name: cache.shards_folder for name, cache in prepared.caches(layout).items()
+            },
             "identities": {
                 name: recipe["model"] for name, recipe in prepared.scoring_recipes.items()
             },

@@ -12,7 +12,7 @@ from pipeline.cache_index import load_index, missing_sequences, totals
 from pipeline.config import Config
 from pipeline.config_targets import selection_of
 from pipeline.datasets import DatasetEntry, read_dataset
-from pipeline.fingerprint import differences, digest_json
+from pipeline.fingerprint import digest_json
 from pipeline.layout import Layout
 from pipeline.prepared import Prepared, load_prepared
 from pipeline.prompts import load_prompts, read_prompts
@@ -159,28 +159,6 @@ def scored_dataset(config: Config, layout: Layout, prepared: Prepared) -> str | 
     ):
         return None
     return record["dataset"]
-
-
-def stale_caches(layout: Layout, prepared: Prepared) -> list[str]:
-    """What differs in the caches that the teachers have under other recipes, one line each."""
-    lines = []
-    for teacher, recipe in prepared.scoring_recipes.items():
-        current = prepared.cache(layout, teacher).folder.rsplit("/", 1)[-1]
-        if storage.exists(prepared.cache(layout, teacher).manifest):
-            continue
-        for folder in storage.list_folders(storage.join(layout.root, "caches")):
-            manifest = storage.join(layout.root, "caches", folder, "manifest.json")
-            if (
-                folder.rpartition("-")[0] != teacher
-                or folder == current
-                or not storage.exists(manifest)
-            ):
-                continue
-            changes = differences(storage.read_json(manifest)["recipe"], recipe)
-            lines.append(
-                f"{teacher}: cache {folder} was made with another recipe: {'; '.join(changes)}"
-            )
-    return lines
 
 
 def _outputs(config: Config, layout: Layout, stage: str) -> list[str]:

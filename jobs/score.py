@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.engines import engine_cost, pool_job
@@ -13,7 +14,8 @@ from pipeline.cache_index import publish, quarantined
 from pipeline.config import Config
 from pipeline.datasets import DatasetEntry, read_dataset, write_dataset
 from pipeline.fingerprint import digest_json
-from pipeline.layout import Layout
+from pipeline.generations import pin_generations
+from pipeline.layout import CacheLayout, Layout
 from pipeline.prepared import Prepared
 from pipeline.targets import required_teachers
 from teachers.dispatch import PoolReport
@@ -30,11 +32,16 @@ def score(config: Config, layout: Layout, prepared: Prepared, dataset: str) -> d
         TeacherError: an engine cannot run.
     """
     entries = read_dataset(layout, dataset)
-    started = time.monotonic()
-    reports = run_pools(_pools(config, layout, prepared, entries))
-    seconds = time.monotonic() - started
-    _publish(config, layout, prepared, reports)
     caches = prepared.caches(layout)
+    pin_generations(layout, caches.values())
+    started = time.monotonic()
+    work = {name: (cache, entries) for name, cache in caches.items()}
+    reports = fill_caches(config, layout, prepared, work)
+    seconds = time.monotonic() - started
+    for name, cache in caches.items():
+        if reports[name].engines or not storage.exists(cache.manifest):
+            provenance = provenance_of(config, name, reports[name])
+            publish(cache, prepared.scoring_recipes[name], provenance)
     refused = {name: quarantined(cache) for name, cache in caches.items()}
     covered = [entry for entry in entries if is_covered(config, entry, refused)]
     if len(covered) < len(entries):
@@ -50,7 +57,7 @@ def score(config: Config, layout: Layout, prepared: Prepared, dataset: str) -> d
         "quarantined": {name: len(errors) for name, errors in refused.items()},
         "cost": engine_cost(config, reports, seconds),
         "summary": "; ".join(
-            _summary(name, report, len(refused[name])) for name, report in reports.items()
+            scored_summary(name, report, len(refused[name])) for name, report in reports.items()
         ),
     }
 
@@ -61,10 +68,22 @@ def is_covered(config: Config, entry: DatasetEntry, refused: dict[str, dict[str,
     return any(entry.sequence_id not in refused[name] for name in weighing)
 
 
-def _pools(config: Config, layout: Layout, prepared: Prepared, entries: list[DatasetEntry]) -> list:
-    need = max(entry.num_tokens for entry in entries) + 1
+def fill_caches(
+    config: Config,
+    layout: Layout,
+    prepared: Prepared,
+    work: Mapping[str, tuple[CacheLayout, Sequence[DatasetEntry]]],
+) -> dict[str, PoolReport]:
+    """Scores what the caches lack; neither index nor manifest is written.
+
+    Args:
+        work: by teacher, its cache and the sequences that are to be in it.
+
+    Raises:
+        TeacherError: an engine cannot run.
+    """
     pools = []
-    for name, cache in prepared.caches(layout).items():
+    for name, (cache, entries) in work.items():
         fingerprint = digest_json(prepared.scoring_recipes[name])
         tasks = plan_scoring(layout.root, entries, cache, fingerprint, config.scoring.selection)
         pools.append(
@@ -73,30 +92,26 @@ def _pools(config: Config, layout: Layout, prepared: Prepared, entries: list[Dat
                 name,
                 prepared,
                 tasks,
-                min_model_len=need,
+                min_model_len=longest_sequence(entries) + 1,
                 num_logprobs=config.scoring.num_logprobs,
                 unit="sequences",
             )
         )
-    return pools
+    return run_pools(pools)
 
 
-def _publish(
-    config: Config, layout: Layout, prepared: Prepared, reports: dict[str, PoolReport]
-) -> None:
-    """Writes index and manifest of every cache that has changed or has none yet."""
-    for name, cache in prepared.caches(layout).items():
-        engines = reports[name].engines
-        if engines or not storage.exists(cache.manifest):
-            provenance = {
-                "engines": engines,
-                "teacher": name,
-                "model": config.teachers[name].model,
-            }
-            publish(cache, prepared.scoring_recipes[name], provenance)
+def longest_sequence(entries: Sequence[DatasetEntry]) -> int:
+    """Tokens of the longest sequence."""
+    return max((entry.num_tokens for entry in entries), default=1)
 
 
-def _summary(name: str, report: PoolReport, num_quarantined: int) -> str:
+def provenance_of(config: Config, name: str, report: PoolReport) -> dict[str, Any]:
+    """What the manifest keeps of how rows came to be."""
+    return {"engines": report.engines, "teacher": name, "model": config.teachers[name].model}
+
+
+def scored_summary(name: str, report: PoolReport, num_quarantined: int) -> str:
+    """What was scored, for people."""
     done: list[ScoredShard] = report.results
     positions = sum(shard.entry.num_positions for shard in done)
     size = sum(shard.entry.num_bytes for shard in done)

@@ -17,9 +17,9 @@ from jobs.plan import (
     read_record,
     scored_dataset,
     stage_key,
-    stale_caches,
 )
 from pipeline import storage
+from pipeline.cache_status import stale_caches
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.layout import Layout
@@ -41,11 +41,11 @@ def run_stage(stage: str, config: Config) -> None:
     if plan.todo == 0:
         print(f"up to date ({plan.summary})", flush=True)
         return
-    _log_our_lines()
+    log_our_lines()
     storage.write_bytes(layout.resolved_config, dump_config(config).encode())
     started = time.time()
     if stage != "prepare":
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        join_cluster()
     outcome = STAGES[stage](config, layout)
     _keep_record(layout, stage, {"seconds": time.time() - started, "started": started, **outcome})
     print(outcome["summary"], flush=True)
@@ -145,7 +145,12 @@ def _keep_record(layout: Layout, stage: str, record: Outcome) -> None:
     storage.write_json(layout.stage_record(stage), record)
 
 
-def _log_our_lines() -> None:
+def join_cluster() -> None:
+    """Makes this process, which runs inside a job, a driver of the job's cluster."""
+    ray.init(log_to_driver=False, logging_level=logging.WARNING)
+
+
+def log_our_lines() -> None:
     """Shows what this project's modules log, and of all others only warnings."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
     for package in ("pipeline", "teachers", "students", "jobs"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -20,6 +20,7 @@ from pipeline import storage
 from pipeline.cache import ShardEntry, describe_shard, read_shard
 from pipeline.datasets import DatasetEntry
 from pipeline.errors import CacheError
+from pipeline.generations import current_generation
 from pipeline.layout import CacheLayout
 from pipeline.records import SparseLogprobs
 
@@ -32,7 +33,7 @@ def load_index(cache: CacheLayout) -> list[ShardEntry]:
     Raises:
         StorageError: a shard without an index entry cannot be read.
     """
-    known = {entry.digest: entry for entry in _read_index(cache)}
+    known = {entry.digest: entry for entry in read_index(cache)}
     found = {
         info.base_name.removesuffix(".parquet"): info
         for info in storage.list_files(cache.shards_folder, ".parquet")
@@ -46,18 +47,27 @@ def load_index(cache: CacheLayout) -> list[ShardEntry]:
 def publish(
     cache: CacheLayout, recipe: dict[str, Any], provenance: dict[str, Any]
 ) -> dict[str, Any]:
-    """Writes index and manifest from the shards that exist; returns the manifest."""
+    """Writes index and manifest from the shards that exist; returns the manifest.
+
+    The manifest names the newest complete generation: one older than that gets its index alone.
+    """
     entries = load_index(cache)
-    rows = [asdict(entry) | {"sequence_ids": list(entry.sequence_ids)} for entry in entries]
-    storage.write_table(cache.index, pa.Table.from_pylist(rows, schema=_INDEX_SCHEMA))
+    _write_index(cache, entries)
     manifest = {
         "recipe": recipe,
         "generation": cache.generation,
         "provenance": provenance,
         "totals": totals(entries),
     }
-    storage.write_json(cache.manifest, manifest)
+    if cache.generation >= current_generation(cache.folder):
+        storage.write_json(cache.manifest, manifest)
     return manifest
+
+
+def forget(cache: CacheLayout, digests: Container[str]) -> None:
+    """Takes shards out of the index, so that files of the same name are read anew."""
+    if storage.exists(cache.index):
+        _write_index(cache, [entry for entry in read_index(cache) if entry.digest not in digests])
 
 
 def totals(entries: list[ShardEntry]) -> dict[str, float]:
@@ -182,7 +192,17 @@ _INDEX_SCHEMA = pa.schema(
 )
 
 
-def _read_index(cache: CacheLayout) -> list[ShardEntry]:
+def _write_index(cache: CacheLayout, entries: list[ShardEntry]) -> None:
+    rows = [asdict(entry) | {"sequence_ids": list(entry.sequence_ids)} for entry in entries]
+    storage.write_table(cache.index, pa.Table.from_pylist(rows, schema=_INDEX_SCHEMA))
+
+
+def read_index(cache: CacheLayout) -> list[ShardEntry]:
+    """The index as it was written, whether or not its shards still exist; empty without one.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
     if not storage.exists(cache.index):
         return []
     rows = storage.read_table(cache.index).to_pylist()

@@ -7,6 +7,7 @@ filters make a new dataset and never touch a shard.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from pipeline.fingerprint import digest_ids, digest_json
 from pipeline.layout import Layout
 from pipeline.records import TokenSequence
 
+SHARDS_KEPT = 16
 SEQUENCE_SCHEMA = pa.schema(
     [
         ("sequence_id", pa.string()),
@@ -133,3 +135,29 @@ def read_dataset(layout: Layout, digest: str) -> list[DatasetEntry]:
     """
     rows = storage.read_table(layout.dataset(digest)).to_pylist()
     return [DatasetEntry(**row | {"generators": tuple(row["generators"])}) for row in rows]
+
+
+class SequenceReader:
+    """The sequences of dataset entries, read through the last shards used."""
+
+    def __init__(self, layout: Layout, entries: Iterable[DatasetEntry]) -> None:
+        self._root = layout.root
+        self._shard_of = {entry.sequence_id: entry.shard for entry in entries}
+        self._read: OrderedDict[str, dict[str, TokenSequence]] = OrderedDict()
+
+    def get(self, sequence_id: str) -> TokenSequence | None:
+        """A sequence; None when no entry names it.
+
+        Raises:
+            StorageError: its shard is missing or corrupt.
+        """
+        shard = self._shard_of.get(sequence_id)
+        if shard is None:
+            return None
+        if shard not in self._read:
+            found = read_sequences(storage.join(self._root, shard))
+            self._read[shard] = {sequence.sequence_id: sequence for sequence in found}
+            if len(self._read) > SHARDS_KEPT:
+                self._read.popitem(last=False)
+        self._read.move_to_end(shard)
+        return self._read[shard].get(sequence_id)

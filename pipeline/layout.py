@@ -30,6 +30,21 @@ class CacheLayout:
     def quarantine(self) -> str:
         return join(self.folder, f"g{self.generation}.quarantine")
 
+    @property
+    def name(self) -> str:
+        """The folder's own name: teacher and recipe."""
+        return self.folder.rsplit("/", 1)[-1]
+
+    @property
+    def regeneration(self) -> str:
+        """What was asked of an unfinished forced regeneration; gone once it is complete."""
+        return join(self.folder, f"g{self.generation}.regeneration.json")
+
+    @property
+    def aside(self) -> str:
+        """Corrupt shards, out of the way of their successors."""
+        return join(self.folder, f"g{self.generation}.aside")
+
     def shard(self, digest: str) -> str:
         return join(self.shards_folder, f"{digest}.parquet")
 
@@ -47,8 +62,16 @@ class Layout:
     models_root: str | None = None
 
     @property
+    def runs_folder(self) -> str:
+        return join(self.root, "runs")
+
+    @property
+    def caches_folder(self) -> str:
+        return join(self.root, "caches")
+
+    @property
     def run_folder(self) -> str:
-        return join(self.root, "runs", self.run)
+        return join(self.runs_folder, self.run)
 
     @property
     def resolved_config(self) -> str:
@@ -60,6 +83,11 @@ class Layout:
 
     def stage_record(self, stage: str) -> str:
         return join(self.run_folder, "stages", f"{stage}.json")
+
+    @property
+    def pins(self) -> str:
+        """The generations of the caches that the run uses."""
+        return join(self.run_folder, "stages", "score.caches.json")
 
     @property
     def report_json(self) -> str:
@@ -89,12 +117,16 @@ class Layout:
     def synthesis_folder(self, recipe: str) -> str:
         return join(self.root, "synthesis", recipe)
 
+    @property
+    def datasets_folder(self) -> str:
+        return join(self.root, "datasets")
+
     def dataset(self, digest: str) -> str:
-        return join(self.root, "datasets", f"{digest}.parquet")
+        return join(self.datasets_folder, f"{digest}.parquet")
 
     @property
     def weight_hashes(self) -> str:
         return join(self.root, "weight_hashes.json")
 
     def cache(self, teacher: str, fingerprint: str, generation: int = 1) -> CacheLayout:
-        return CacheLayout(join(self.root, "caches", f"{teacher}-{fingerprint[:16]}"), generation)
+        return CacheLayout(join(self.caches_folder, f"{teacher}-{fingerprint[:16]}"), generation)

@@ -13,6 +13,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.config import Config
 from pipeline.fingerprint import digest_json
+from pipeline.generations import generation_in_use
 from pipeline.layout import CacheLayout, Layout
 from pipeline.loading import is_folder
 from pipeline.recipes import cache_layout
@@ -41,13 +42,12 @@ class Prepared:
     synthesis_recipes: dict[str, dict[str, Any]]
     student: dict[str, str]
 
-    def cache(self, layout: Layout, teacher: str, generation: int = 1) -> CacheLayout:
-        """Where a teacher's cache lies."""
-        return cache_layout(layout, teacher, self.scoring_recipes[teacher], generation)
-
     def caches(self, layout: Layout) -> dict[str, CacheLayout]:
-        """Where every teacher's cache lies."""
-        return {teacher: self.cache(layout, teacher) for teacher in self.scoring_recipes}
+        """Where every teacher's cache lies, in the generation that this run uses."""
+        return {
+            teacher: generation_in_use(layout, cache_layout(layout, teacher, recipe))
+            for teacher, recipe in self.scoring_recipes.items()
+        }
 
     def longest_request(self, config: Config, sampling: dict[str, Any]) -> int:
         """Tokens that an engine must hold to answer every prompt that is not too long."""

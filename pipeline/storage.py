@@ -6,6 +6,7 @@ object is one put.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -85,6 +86,54 @@ def _write_local(path: str, data: bytes | memoryview | pa.Buffer) -> None:
         os.close(descriptor)
 
 
+def link_or_copy(source: str, target: str) -> None:
+    """Gives an immutable file a second name: a hard link locally, a copy in an object store.
+
+    Raises:
+        StorageError: the source is missing or the target cannot be written.
+    """
+    filesystem, path = _open(target)
+    with _explained("write", target):
+        if not isinstance(filesystem, fs.LocalFileSystem):
+            filesystem.copy_file(_open(source)[1], path)
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            os.link(source, path)
+        except FileExistsError:
+            return
+        except PermissionError:  # what a file system without hard links answers
+            write_bytes(target, read_bytes(source))
+
+
+def move(source: str, target: str) -> None:
+    """Moves a file to another folder of the same storage, replacing what is there.
+
+    Raises:
+        StorageError: the source is missing or the target cannot be written.
+    """
+    filesystem, path = _open(target)
+    with _explained("move", source):
+        if isinstance(filesystem, fs.LocalFileSystem):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        filesystem.move(_open(source)[1], path)
+
+
+def remove(uri: str) -> None:
+    """Removes a file; one that is gone already is no error."""
+    filesystem, path = _open(uri)
+    with _explained("remove", uri), contextlib.suppress(FileNotFoundError):
+        filesystem.delete_file(path)
+
+
+def remove_empty_folders(uri: str) -> None:
+    """Removes a folder and the folders below it if no file is left in any of them."""
+    filesystem, path = _open(uri)
+    if exists(uri) and not files_below(uri):
+        with _explained("remove", uri):
+            filesystem.delete_dir(path)
+
+
 def read_bytes(uri: str) -> bytes:
     """The content of a file.
 
@@ -140,6 +189,14 @@ def file_states(uri: str) -> list[tuple[str, int, int]]:
         info = filesystem.get_file_info(path)
     infos = [info] if info.type == fs.FileType.File else _found_in(uri, recursive=True)
     return sorted((i.path, i.size, i.mtime_ns) for i in infos if i.type == fs.FileType.File)
+
+
+def files_below(uri: str) -> dict[str, fs.FileInfo]:
+    """Every file below a folder by its path relative to it, unfinished writes included."""
+    _, path = _open(uri)
+    prefix = path.rstrip("/") + "/"
+    found = (info for info in _found_in(uri, recursive=True) if info.type == fs.FileType.File)
+    return {info.path.removeprefix(prefix): info for info in sorted(found, key=lambda i: i.path)}
 
 
 def write_json(uri: str, value: Any) -> None:

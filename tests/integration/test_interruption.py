@@ -24,9 +24,10 @@ from tests.support.command_line import (
     start_polystill,
     token_environment,
 )
+from tests.support.quickstart import DOMAINS, read_lines, some_prompts
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
-TEACHERS = DOMAINS = ("arithmetic", "words")
+TEACHERS = DOMAINS
 STAGES = ("prepare", "synthesize", "score", "train", "export", "evaluate")
 NUM_TRAIN, NUM_HOLDOUT = 150, 20  # prompts of each domain
 STEPS, CHECKPOINT_EVERY = 60, 10
@@ -63,20 +64,6 @@ class Disturbed(Run):
     shards_at_kill: dict[str, tuple[int, int]]
     metrics_at_kill: list[dict[str, Any]]
     checkpoint_at_kill: int
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def some_prompts(name: str, count: int, folder: Path) -> Path:
-    """Copies the first prompts of each domain: the file itself holds one domain after the other."""
-    rows = read_lines(QUICKSTART / name)
-    by_domain = [[row for row in rows if row["domain"] == domain] for domain in DOMAINS]
-    chosen = [row for group in by_domain for row in group[:count]]
-    path = folder / name
-    path.write_text("".join(json.dumps(row) + "\n" for row in chosen))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -88,3 +88,17 @@ def assert_rows_agree(
             np.testing.assert_allclose(
                 found[name][column], values, rtol=2**-10, atol=5e-4, err_msg=f"{name} {column}"
             )
+
+
+def flip_bit(path: Path) -> bytes:
+    """Changes one bit of a shard's log-probabilities; returns the new content."""
+    groups = pq.read_metadata(path).row_group(0)
+    (column,) = [
+        column
+        for column in (groups.column(i) for i in range(groups.num_columns))
+        if column.path_in_schema == "logprobs"
+    ]
+    content = bytearray(path.read_bytes())
+    content[column.data_page_offset + column.total_compressed_size - 1] ^= 0x04
+    path.write_bytes(content)
+    return bytes(content)

@@ -1,0 +1,230 @@
+"""The cache commands that read and write storage alone; those with engines have own modules.
+
+Each takes a run as it was last prepared. Nothing here starts a cluster.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from transformers import AutoConfig
+
+from jobs.plan import layout_of, read_record
+from pipeline import interop, storage
+from pipeline.cache import write_shard
+from pipeline.cache_gc import describe_garbage, find_garbage, remove_garbage
+from pipeline.cache_index import missing_sequences, open_cache, publish
+from pipeline.cache_show import find_sequence, token_table
+from pipeline.cache_status import expected_recipes, status_table, teacher_status
+from pipeline.cache_verify import CheckedCache, check_cache
+from pipeline.config import Config
+from pipeline.datasets import DatasetEntry, SequenceReader, read_dataset
+from pipeline.errors import CacheError, ConfigError
+from pipeline.fingerprint import digest_bytes, digest_ids, digest_json
+from pipeline.layout import CacheLayout, Layout
+from pipeline.prepared import Prepared, preparation_key
+from pipeline.records import SparseLogprobs, TokenSequence
+from pipeline.text import closest
+from teachers.vocabulary import load_tokenizer
+
+
+@dataclass(frozen=True)
+class RunCaches:
+    """A run's sequences and caches, as its last prepare and synthesize left them.
+
+    Attributes:
+        is_current: whether the config is still the one that was prepared.
+        dataset: digest of the run's sequences.
+    """
+
+    config: Config
+    layout: Layout
+    prepared: Prepared
+    is_current: bool
+    dataset: str
+    entries: list[DatasetEntry]
+
+    @property
+    def caches(self) -> dict[str, CacheLayout]:
+        """By teacher, in the generation that the run uses."""
+        return self.prepared.caches(self.layout)
+
+    def fingerprint(self, teacher: str) -> str:
+        """Of the teacher's recipe."""
+        return digest_json(self.prepared.scoring_recipes[teacher])
+
+    def chosen(self, teacher: str | None) -> list[str]:
+        """The teachers that a command is about: the one named, or all.
+
+        Raises:
+            ConfigError: there is none of that name.
+        """
+        if teacher is None:
+            return list(self.prepared.scoring_recipes)
+        if teacher not in self.prepared.scoring_recipes:
+            known = self.prepared.scoring_recipes
+            raise ConfigError(f"there is no teacher {teacher!r}; {closest(teacher, known)}")
+        return [teacher]
+
+
+def open_run(config: Config) -> RunCaches:
+    """Reads what a run has; a config that was changed since gets the recipes that it now asks for.
+
+    Raises:
+        ConfigError: the run has no sequences yet.
+    """
+    layout = layout_of(config)
+    dataset = read_record(layout, "synthesize").get("dataset")
+    if dataset is None or not storage.exists(layout.prepared):
+        raise ConfigError(
+            f"run {config.name} has no sequences below {layout.root} yet, so it has no caches: "
+            "`polystill run CONFIG` makes them"
+        )
+    prepared = Prepared(**storage.read_json(layout.prepared))
+    is_current = prepared.key == preparation_key(config)
+    if not is_current:
+        prepared = replace(prepared, scoring_recipes=expected_recipes(config, prepared))
+    entries = read_dataset(layout, dataset)
+    return RunCaches(config, layout, prepared, is_current, dataset, entries)
+
+
+def status(run: RunCaches) -> str:
+    """Per teacher what its cache holds and lacks, who names it, and stale caches, as a table."""
+    found = [
+        teacher_status(run.layout, name, run.prepared.scoring_recipes[name], cache, run.entries)
+        for name, cache in run.caches.items()
+    ]
+    lines = [status_table(run.config.name, run.entries, found)]
+    if not run.is_current:
+        lines.append(
+            "the config or a model has changed since the run was prepared; the identities of "
+            "models are those of then"
+        )
+    return "\n".join(lines)
+
+
+def verify(run: RunCaches, teacher: str | None) -> dict[str, CheckedCache]:
+    """Checks every shard and row of the generations that the run uses."""
+    sequences = SequenceReader(run.layout, run.entries)
+    return {
+        name: check_cache(
+            run.caches[name], run.fingerprint(name), vocabulary_of(run.config, name), sequences
+        )
+        for name in run.chosen(teacher)
+    }
+
+
+def vocabulary_of(config: Config, teacher: str) -> int:
+    """Rows of a teacher's head: every id that it can return lies below."""
+    model = config.teachers[teacher]
+    loaded = AutoConfig.from_pretrained(
+        model.model, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    return loaded.get_text_config().vocab_size
+
+
+def show(run: RunCaches, teacher: str | None, sequence: str | None) -> str:
+    """The rows of one sequence, the first one without a name, as a table.
+
+    Raises:
+        ConfigError: no sequence of the run has that id, or several begin with it.
+    """
+    identifiers = [entry.sequence_id for entry in run.entries]
+    wanted = identifiers[0] if sequence is None else find_sequence(identifiers, sequence)
+    found = SequenceReader(run.layout, run.entries).get(wanted)
+    assert found is not None, "a dataset names the shard of each of its sequences"
+    rows = {name: open_cache(run.caches[name]).row(wanted) for name in run.chosen(teacher)}
+    tokenizer = load_tokenizer(run.config.student)
+    return token_table(found, rows, lambda token: str(tokenizer.decode([token])))
+
+
+def export(run: RunCaches, teacher: str, form: str, folder: str) -> str:
+    """Writes a teacher's rows of the run's sequences in another format.
+
+    Raises:
+        ConfigError: there is no such teacher.
+        CacheError: the folder holds something, or there are no rows.
+    """
+    (name,) = run.chosen(teacher)
+    if storage.files_below(folder):
+        raise CacheError(f"{folder} is not empty; name a new folder")
+    if form == "parquet-long":
+        written = interop.export_long(_pairs(run, name), folder)
+    else:
+        most = max((int(row.num_entries.max()) for _, row in _pairs(run, name)), default=1)
+        vocabulary = vocabulary_of(run.config, name)
+        written = interop.export_distillkit(_pairs(run, name), folder, vocabulary, most)
+    if not written:
+        raise CacheError(f"the cache of {name} has no row of this run's sequences")
+    return f"{written} of {len(run.entries)} sequences written to {folder}"
+
+
+def import_distillkit(run: RunCaches, teacher: str, folder: str) -> str:
+    """Fills a teacher's cache from a DistillKit dataset; sequences are found by their tokens.
+
+    Sequences that have a row keep it. A file's last token may be padding that its capture added.
+
+    Raises:
+        ConfigError: there is no such teacher, or the config has changed since it was prepared.
+        CacheError: the dataset cannot be read, or none of it fits the run.
+    """
+    (name,) = run.chosen(teacher)
+    if not run.is_current:
+        raise ConfigError("the config has changed since it was prepared: run it first")
+    cache, sequences = run.caches[name], SequenceReader(run.layout, run.entries)
+    missing = missing_sequences(run.entries, cache)
+    by_tokens: dict[str, list[DatasetEntry]] = {}
+    for entry in missing:
+        sequence = sequences.get(entry.sequence_id)
+        assert sequence is not None, "a dataset names the shard of each of its sequences"
+        by_tokens.setdefault(_digest(sequence.input_ids), []).append(entry)
+    rows: dict[str, dict[str, SparseLogprobs]] = {}
+    read, incomplete = 0, 0
+    for foreign in interop.read_distillkit(folder):
+        read += 1
+        fits = by_tokens.get(_digest(foreign.input_ids), [])
+        for entry in fits or by_tokens.get(_digest(foreign.input_ids[:-1]), []):
+            sequence = sequences.get(entry.sequence_id)
+            assert sequence is not None, "it was read above"
+            row = interop.row_of(sequence, foreign, run.config.scoring.selection)
+            incomplete += row is None
+            if row is not None:
+                rows.setdefault(entry.shard, {})[entry.sequence_id] = row
+    if not rows:
+        raise CacheError(
+            f"none of the {read} sequences in {folder} has the tokens of one of the "
+            f"{len(missing)} sequences that the cache of {name} lacks ({incomplete} have them "
+            "without values at every position)"
+        )
+    for found in rows.values():
+        write_shard(cache.shard(digest_ids(found)), list(found.values()), run.fingerprint(name))
+    provenance = {"teacher": name, "imported_from": folder, "engines": []}
+    publish(cache, run.prepared.scoring_recipes[name], provenance)
+    imported = sum(map(len, rows.values()))
+    return f"{imported} of {read} sequences imported into {cache.shards_folder}"
+
+
+def collect_garbage(config: Config, dry_run: bool, unfinished: bool) -> str:
+    """Removes what nobody names below the config's root, or lists it."""
+    layout = layout_of(config)
+    garbage = find_garbage(layout, time.time(), unfinished)
+    text = describe_garbage(garbage)
+    if dry_run or not garbage:
+        return text
+    remove_garbage(layout, garbage)
+    return f"{text}\nremoved"
+
+
+def _pairs(run: RunCaches, teacher: str) -> Iterator[tuple[TokenSequence, SparseLogprobs]]:
+    reader, sequences = open_cache(run.caches[teacher]), SequenceReader(run.layout, run.entries)
+    for entry in run.entries:
+        row, sequence = reader.row(entry.sequence_id), sequences.get(entry.sequence_id)
+        if row is not None and sequence is not None:
+            yield sequence, row
+
+
+def _digest(input_ids: np.ndarray) -> str:
+    return digest_bytes(input_ids.astype("<i4").tobytes())

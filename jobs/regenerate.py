@@ -1,0 +1,201 @@
+"""`polystill cache regenerate`: scores what is stale, missing or corrupt.
+
+Outside of a job it first looks whether there is anything to do and starts no cluster if not; then
+it submits itself as a Ray job, which comes here again with `--inside-job` and does the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from jobs import distill
+from jobs.caches import RunCaches, open_run
+from jobs.score import fill_caches, provenance_of, scored_summary
+from jobs.stages import join_cluster, log_our_lines
+from jobs.submit import connect
+from pipeline import storage
+from pipeline.cache_index import missing_sequences, publish, quarantined
+from pipeline.config import Config
+from pipeline.datasets import DatasetEntry
+from pipeline.fingerprint import digest_json
+from pipeline.generations import begin_generation, current_generation, end_generation
+from pipeline.layout import CacheLayout
+from pipeline.regeneration import (
+    Damage,
+    check_whole,
+    find_damage,
+    lacking,
+    matching,
+    set_aside,
+    take_over,
+)
+
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a regeneration is asked for.
+
+    Attributes:
+        teacher: None means all.
+        where: conditions that a sequence must meet; see `pipeline/regeneration.py`.
+        force: score anew what has a row as well.
+    """
+
+    teacher: str | None = None
+    where: Mapping[str, str] = field(default_factory=dict)
+    force: bool = False
+
+    @property
+    def arguments(self) -> list[str]:
+        """As words of the command line."""
+        words = [] if self.teacher is None else ["--teacher", self.teacher]
+        for key, value in self.where.items():
+            words += ["--where", f"{key}={value}"]
+        return [*words, "--force"] if self.force else words
+
+
+@dataclass(frozen=True)
+class Work:
+    """What there is to do in one teacher's cache.
+
+    Attributes:
+        entries: sequences that are to have a row in `cache`.
+        source: generation that `cache` follows; None where it is mended in place.
+    """
+
+    cache: CacheLayout
+    entries: list[DatasetEntry]
+    source: CacheLayout | None = None
+
+
+def regenerate(config: Config, address: str | None, request: Request, say: Say) -> None:
+    """Scores what is stale, missing or corrupt as a Ray job; without any of it starts no cluster.
+
+    Raises:
+        DistillationError: the run has no sequences yet, the request names what does not exist, or
+            the job failed.
+    """
+    prepared = True
+    if distill.is_visible(config, address):
+        run = open_run(config)
+        prepared = run.is_current
+        lines = _open_work(run, request)
+        for line in lines:
+            say(line)
+        if not lines and prepared:
+            say("nothing to do: every sequence asked for has a row in a shard that can be read")
+            return
+    command = ["cache", "regenerate", "--inside-job", *request.arguments]
+    run_jobs(config, address, "regenerate", command, say, prepare=not prepared)
+
+
+def regenerate_inside_job(config: Config, request: Request, say: Say) -> None:
+    """What the job of `regenerate` does.
+
+    Raises:
+        CacheError: another forced regeneration is unfinished, or the new generation is not whole.
+        TeacherError: an engine cannot run.
+    """
+    log_our_lines()
+    run = open_run(config)
+    matching(run.entries, request.where)
+    work = {name: _begin(run, name, request, say) for name in run.chosen(request.teacher)}
+    join_cluster()
+    asked = {name: (each.cache, each.entries) for name, each in work.items()}
+    reports = fill_caches(config, run.layout, run.prepared, asked)
+    for name, each in work.items():
+        if each.source is not None:
+            check_whole(each.source, each.cache)
+        publish(
+            each.cache,
+            run.prepared.scoring_recipes[name],
+            provenance_of(config, name, reports[name])
+            | ({"follows_generation": each.source.generation} if each.source else {}),
+        )
+        if each.source is not None:
+            end_generation(each.cache)
+        say(scored_summary(name, reports[name], len(quarantined(each.cache))))
+        say(_who_uses(run, name, each))
+
+
+def run_jobs(
+    config: Config, address: str | None, name: str, command: list[str], say: Say, prepare: bool
+) -> None:
+    """Runs a cache command as a job; a config that has changed is prepared anew by a job before.
+
+    Args:
+        command: words of our command line, without the config.
+    """
+    if address is not None:
+        distill.check_shared_paths(config)
+    with distill.cluster(config, address) as url:
+        client = connect(url)
+        if prepare:
+            say("the config has changed since it was prepared")
+            distill.run_stage(client, address, config, "prepare", say)
+        # Equal commands share a name, so that a running one is attached to.
+        job = f"{name}-{digest_json(command)[:8]}"
+        distill.run_job(client, address, config, job, command, say)
+
+
+def _open_work(run: RunCaches, request: Request) -> list[str]:
+    """One line for each teacher that has something to do."""
+    chosen = matching(run.entries, request.where)
+    lines = []
+    for name in run.chosen(request.teacher):
+        cache = run.caches[name]
+        damage = find_damage(cache, run.fingerprint(name))
+        parts = [f"{len(damage.corrupt)} corrupt shards"] if damage.corrupt else []
+        parts += ["an index that is wrong"] if damage.index else []
+        if request.force:
+            parts.append(f"{len(chosen)} sequences to score anew")
+        elif not damage and (missing := missing_sequences(chosen, cache)):
+            parts.append(f"{len(missing)} sequences without a row")
+        lines += [f"{name}: {', '.join(parts)}"] if parts else []
+    return lines
+
+
+def _begin(run: RunCaches, name: str, request: Request, say: Say) -> Work:
+    """Sets corrupt shards aside and, by force, begins the next generation or goes on with it."""
+    chosen, cache = matching(run.entries, request.where), run.caches[name]
+    if request.force:
+        cache = CacheLayout(cache.folder, current_generation(cache.folder))
+    damage = find_damage(cache, run.fingerprint(name))
+    _mend(cache, damage, name, say)
+    entries = lacking(run.layout, cache, chosen, damage.lost)
+    if not request.force:
+        return Work(cache, entries)
+    if not storage.exists(cache.manifest):  # nothing that a new generation could follow
+        return Work(cache, entries)
+    asked = {"dataset": run.dataset, "where": dict(request.where)}
+    target = begin_generation(cache.folder, asked)
+    anew = {entry.sequence_id for entry in chosen}
+    taken = take_over(cache, target, anew, run.fingerprint(name))
+    say(
+        f"{name}: generation {target.generation} takes over {taken} shards of generation "
+        f"{cache.generation}"
+    )
+    others = [entry for entry in entries if entry.sequence_id not in anew]
+    return Work(target, [*chosen, *others], source=cache)
+
+
+def _mend(cache: CacheLayout, damage: Damage, name: str, say: Say) -> None:
+    for digest, reason in damage.corrupt.items():
+        say(f"{name}: shard {digest} is corrupt and set aside in {cache.aside}: {reason}")
+    if damage.index is not None:
+        say(f"{name}: {cache.index} is made anew: {damage.index}")
+    if damage:
+        set_aside(cache, damage)
+
+
+def _who_uses(run: RunCaches, name: str, work: Work) -> str:
+    used, written = run.caches[name].generation, work.cache.generation
+    if used == written:
+        return f"{name}: run {run.config.name} uses generation {written}"
+    return (
+        f"{name}: generation {written} is the current one; run {run.config.name} goes on with "
+        f"generation {used}, which it has pinned, and runs of other names use generation {written}"
+    )

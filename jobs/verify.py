@@ -1,0 +1,158 @@
+"""`polystill cache verify`: checks every shard and row, and scores some rows again.
+
+Checks alone read storage here; rows are scored again by a Ray job, which comes here again with
+`--inside-job`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+
+from jobs import distill
+from jobs.caches import RunCaches, open_run, verify
+from jobs.engines import pool_job
+from jobs.regenerate import run_jobs
+from jobs.score import longest_sequence
+from jobs.stages import join_cluster, log_our_lines
+from pipeline import storage
+from pipeline.cache_index import load_index
+from pipeline.cache_verify import CheckedCache
+from pipeline.config import Config
+from pipeline.errors import CacheError
+from teachers.dispatch import PoolReport
+from teachers.pool import run_pools
+from teachers.rescoring import TOLERANCE, RescoringTask, RowDifference
+
+Say = Callable[[str], object]
+
+
+def verify_rows(
+    config: Config, address: str | None, teacher: str | None, rescore: int, say: Say
+) -> None:
+    """Checks caches; with `rescore` scores so many rows of each teacher again, as a Ray job.
+
+    Raises:
+        CacheError: something is wrong; every problem was said before.
+    """
+    if rescore == 0 and distill.is_visible(config, address):
+        _say_checks(verify(open_run(config), teacher), say)
+        return
+    command = ["cache", "verify", "--inside-job", "--rescore", str(rescore)]
+    command += [] if teacher is None else ["--teacher", teacher]
+    prepare = False
+    if distill.is_visible(config, address):
+        run = open_run(config)
+        run.chosen(teacher)
+        prepare = not run.is_current
+    run_jobs(config, address, "verify", command, say, prepare)
+
+
+def verify_inside_job(config: Config, teacher: str | None, rescore: int, say: Say) -> None:
+    """What the job of `verify_rows` does.
+
+    Raises:
+        CacheError: something is wrong; every problem was said before.
+        TeacherError: an engine cannot run.
+    """
+    log_our_lines()
+    run = open_run(config)
+    _say_checks(verify(run, teacher), say)
+    if rescore:
+        join_cluster()
+        tasks = {name: _rows_to_rescore(run, name, rescore) for name in run.chosen(teacher)}
+        _say_differences(run_rescoring(run, tasks), say)
+
+
+def run_rescoring(
+    run: RunCaches, tasks: Mapping[str, Sequence[RescoringTask]]
+) -> dict[str, PoolReport]:
+    """Scores rows again on engines like those of the score stage."""
+    need = longest_sequence(run.entries) + 1
+    width = run.config.scoring.num_logprobs
+    return run_pools(
+        [
+            pool_job(
+                run.config,
+                name,
+                run.prepared,
+                work,
+                min_model_len=need,
+                num_logprobs=width,
+                unit="rows",
+            )
+            for name, work in tasks.items()
+        ]
+    )
+
+
+def _rows_to_rescore(run: RunCaches, name: str, count: int) -> list[RescoringTask]:
+    """Rows of the run's sequences drawn by the config's seed, one task a sequence shard."""
+    cache = run.caches[name]
+    scored = {i for entry in load_index(cache) for i in entry.sequence_ids}
+    known = [entry for entry in run.entries if entry.sequence_id in scored]
+    drawn = random.Random(run.config.seed).sample(known, min(count, len(known)))
+    groups: dict[str, list[str]] = {}
+    for entry in drawn:
+        groups.setdefault(entry.shard, []).append(entry.sequence_id)
+    return [
+        RescoringTask(cache, storage.join(run.layout.root, shard), tuple(identifiers))
+        for shard, identifiers in groups.items()
+    ]
+
+
+def _say_checks(found: Mapping[str, CheckedCache], say: Say) -> None:
+    for name, checked in found.items():
+        for problem in checked.problems:
+            say(f"{name}: {problem}")
+        say(
+            f"{name}: {checked.num_shards} shards, {checked.num_rows} rows checked, "
+            f"{checked.num_compared} of them against their tokens: "
+            f"{len(checked.problems) or 'no'} problems"
+        )
+    bad = sum(len(checked.problems) for checked in found.values())
+    if bad:
+        raise CacheError(
+            f"{bad} problems in the caches, listed above; `polystill cache regenerate CONFIG` sets "
+            "corrupt shards aside and scores their sequences again, with --force and --where also "
+            "rows that were written wrongly"
+        )
+
+
+def _say_differences(reports: Mapping[str, PoolReport], say: Say) -> None:
+    """Prints mean and largest differences, and every row beyond the tolerance.
+
+    Raises:
+        CacheError: a row is beyond it, or could not be scored again.
+    """
+    bad = 0
+    for name, report in reports.items():
+        rows: list[RowDifference] = [row for result in report.results for row in result]
+        if not rows:
+            say(f"{name}: no row to score again")
+            continue
+        dtype = report.engines[0]["dtype"]
+        tolerance = TOLERANCE[dtype]
+        wrong = [row for row in rows if not row.excess <= tolerance]
+        for row in wrong:
+            say(
+                f"{name}: sequence {row.sequence_id} differs by {row.gold_max:.4g} nats at a gold "
+                f"token and by {row.head_max:.4g} at an entry"
+            )
+        for label, error in report.quarantined:
+            say(f"{name}: {label}: {error}")
+        positions, entries = (
+            max(1, sum(row.num_positions for row in rows)),
+            max(1, sum(row.num_entries for row in rows)),
+        )
+        say(
+            f"{name}: {len(rows)} rows scored again; gold differs by "
+            f"{sum(row.gold_sum for row in rows) / positions:.2e} nats in the mean, "
+            f"{max(row.gold_max for row in rows):.2e} at most; entries by "
+            f"{sum(row.head_sum for row in rows) / entries:.2e} and "
+            f"{max(row.head_max for row in rows):.2e}; tolerance {tolerance} ({dtype}) and the "
+            f"rounding of float16: {len(wrong) or 'no'} rows beyond it"
+        )
+        bad += len(wrong) + len(report.quarantined)
+    if bad:
+        raise CacheError(f"{bad} rows are not what their teacher says now; they are listed above")

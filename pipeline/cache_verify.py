@@ -1,0 +1,200 @@
+"""Is a cache what it says? Checksums of its shards, and the invariants of every row.
+
+A shard's own checksum finds what was changed after it was written; the invariants find what was
+written wrongly, or changed by somebody who wrote a new checksum as well.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.cache import check_row, describe_shard, read_shard
+from pipeline.cache_index import read_index
+from pipeline.datasets import SequenceReader
+from pipeline.errors import CacheError, StorageError
+from pipeline.fingerprint import digest_ids
+from pipeline.layout import CacheLayout
+from pipeline.records import SparseLogprobs, TokenSequence
+
+HALF_STEP = 2.0**-10
+"""Largest difference, relative to their size, of two float16 that come from one float32 number or
+from its two neighbours.
+"""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong in a cache; `sequence_id` is None where the whole file is concerned."""
+
+    path: str
+    sequence_id: str | None
+    text: str
+
+    def __str__(self) -> str:
+        row = f", sequence {self.sequence_id}" if self.sequence_id else ""
+        return f"{self.path}{row}: {self.text}"
+
+
+@dataclass(frozen=True)
+class CheckedCache:
+    """What a pass over all shards of one generation found.
+
+    Attributes:
+        num_compared: rows whose sequence was at hand, so that their alignment was checked too.
+    """
+
+    problems: list[Problem]
+    num_shards: int
+    num_rows: int
+    num_compared: int
+
+
+def corrupt_shards(cache: CacheLayout, fingerprint: str) -> dict[str, str]:
+    """The shards that cannot be trusted, by digest, and why."""
+    found = {}
+    for info in storage.list_files(cache.shards_folder, ".parquet"):
+        digest = info.base_name.removesuffix(".parquet")
+        try:
+            _trusted_rows(cache, digest, fingerprint)
+        except (CacheError, StorageError) as error:
+            found[digest] = str(error)
+    return found
+
+
+def index_problem(cache: CacheLayout) -> str | None:
+    """Why the index cannot be used; None when it is right about every shard that it knows."""
+    try:
+        indexed = {entry.digest: entry for entry in read_index(cache)}
+    except StorageError as error:
+        return str(error)
+    for info in storage.list_files(cache.shards_folder, ".parquet"):
+        known = indexed.get(info.base_name.removesuffix(".parquet"))
+        if known is None:
+            continue
+        try:
+            described = describe_shard(cache.shard(known.digest), info.size)
+        except (CacheError, StorageError):
+            continue  # the shard's own problem
+        if known != described:
+            return f"describes shard {known.digest} otherwise than the shard itself"
+    return None
+
+
+def check_cache(
+    cache: CacheLayout,
+    fingerprint: str,
+    vocabulary: int,
+    sequences: SequenceReader,
+) -> CheckedCache:
+    """Checks every shard and row of a generation.
+
+    Args:
+        fingerprint: of the recipe that the shards must name.
+        vocabulary: ids must lie below it.
+        sequences: rows of others are checked without their tokens.
+    """
+    problems, counted, compared = [], Counter(), 0
+    files = storage.list_files(cache.shards_folder, ".parquet")
+    for info in files:
+        digest = info.base_name.removesuffix(".parquet")
+        path = cache.shard(digest)
+        try:
+            rows = _trusted_rows(cache, digest, fingerprint)
+        except (CacheError, StorageError) as error:
+            problems.append(Problem(path, None, str(error)))
+            continue
+        for row in rows:
+            sequence = sequences.get(row.sequence_id)
+            counted[row.sequence_id] += 1
+            compared += sequence is not None
+            problems += [
+                Problem(path, row.sequence_id, text)
+                for text in row_problems(row, vocabulary, sequence)
+            ]
+    if text := index_problem(cache):
+        problems.append(Problem(cache.index, None, text))
+    return CheckedCache(problems, len(files), counted.total(), compared)
+
+
+def row_problems(row: SparseLogprobs, vocabulary: int, sequence: TokenSequence | None) -> list[str]:
+    """What is wrong with a row, all of it; of arrays of wrong lengths only that is said.
+
+    Args:
+        sequence: that the row belongs to; None leaves the alignment unchecked.
+    """
+    try:
+        check_row(row)
+    except CacheError as error:
+        return [str(error).removeprefix(f"sequence {row.sequence_id}: ")]
+    problems = []
+    if len(row.token_ids) and int(row.token_ids.max()) >= vocabulary:
+        problems.append(f"token id {row.token_ids.max()} in a vocabulary of {vocabulary}")
+    if not ((row.tail_mass >= 0) & (row.tail_mass <= 1)).all():
+        problems.append("a tail mass is not between 0 and 1")
+    if (row.entropies < 0).any():
+        problems.append("an entropy is negative")
+    if (len(row.logprobs) and (row.logprobs > 0).any()) or (row.gold_logprobs > 0).any():
+        problems.append("a log-probability is above 0")
+    positions = np.repeat(np.arange(row.num_positions), row.num_entries)
+    pairs = positions.astype(np.int64) << 32 | row.token_ids.astype(np.int64)
+    if len(np.unique(pairs)) < len(pairs):
+        problems.append("a position holds a token id twice")
+    if sequence is None:
+        return problems
+    if row.num_positions != sequence.num_positions:
+        return [
+            *problems,
+            f"{row.num_positions} positions, its sequence has {sequence.num_positions}",
+        ]
+    return problems if len(row.counts) else problems + _gold_problems(row, sequence, positions)
+
+
+def _gold_problems(
+    row: SparseLogprobs, sequence: TokenSequence, positions: np.ndarray
+) -> list[str]:
+    """Head entries alone: a kept gold token has its own log-probability; one that was not kept is
+    no likelier than the last entry kept.
+    """
+    gold_P = row.gold_logprobs.astype(np.float64)
+    kept_N = row.logprobs.astype(np.float64)
+    is_gold_N = row.token_ids == sequence.gold_ids[positions].astype(np.uint32)
+    slack_N = HALF_STEP * np.maximum(np.abs(kept_N), 1.0)
+    wrong_N = is_gold_N & (np.abs(kept_N - gold_P[positions]) > slack_N)
+    problems = []
+    if wrong_N.any():
+        j = int(positions[np.argmax(wrong_N)])
+        entry = float(kept_N[np.argmax(wrong_N)])
+        problems.append(
+            f"position {j}: the gold token is kept with {entry:.4f}, but its log-probability is "
+            f"given as {gold_P[j]:.4f}"
+        )
+    holds_gold_P = np.bincount(positions, weights=is_gold_N, minlength=row.num_positions) > 0
+    last_N = np.cumsum(row.num_entries, dtype=np.int64) - 1
+    above_P = ~holds_gold_P & (gold_P > kept_N[last_N] + slack_N[last_N])
+    if above_P.any():
+        j = int(np.argmax(above_P))
+        problems.append(
+            f"position {j}: the gold token is not among the entries, but with {gold_P[j]:.4f} it "
+            f"is likelier than the last of them ({kept_N[last_N[j]]:.4f})"
+        )
+    return problems
+
+
+def _trusted_rows(cache: CacheLayout, digest: str, fingerprint: str) -> list[SparseLogprobs]:
+    """Reads a shard; its checksum, its recipe and its name must fit.
+
+    Raises:
+        CacheError, StorageError: they do not.
+    """
+    path = cache.shard(digest)
+    rows = read_shard(path)
+    made_by = storage.read_table(path, []).schema.metadata[b"polystill.fingerprint"].decode()
+    if made_by != fingerprint:
+        raise CacheError(f"{path} was made under the recipe {made_by}, not {fingerprint}")
+    if digest_ids(row.sequence_id for row in rows) != digest:
+        raise CacheError(f"{path} holds other sequences than its name says")
+    return rows

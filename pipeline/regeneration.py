@@ -1,0 +1,177 @@
+"""What a cache needs to be whole again, and the next generation that a forced regeneration fills.
+
+Without force a cache is mended in place: corrupt shards are set aside, and whatever has no row is
+missing. With force the chosen sequences are scored anew into the next generation, which takes over
+the rows of all others, so that it is whole when its manifest is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pipeline import storage
+from pipeline.cache import read_shard, write_shard
+from pipeline.cache_index import forget, load_index, missing_sequences, quarantined, read_index
+from pipeline.cache_verify import corrupt_shards, index_problem
+from pipeline.datasets import DatasetEntry, read_dataset
+from pipeline.errors import CacheError, ConfigError
+from pipeline.fingerprint import digest_ids
+from pipeline.layout import CacheLayout, Layout
+from pipeline.text import closest
+
+WHERE: Mapping[str, Callable[[DatasetEntry], Collection[str]]] = {
+    "domain": lambda entry: (entry.domain,),
+    "split": lambda entry: (entry.split,),
+    "generator": lambda entry: entry.generators,
+    "prompt_id": lambda entry: (entry.prompt_id,),
+    "sequence_id": lambda entry: (entry.sequence_id,),
+}
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is wrong in one generation of a cache.
+
+    Attributes:
+        corrupt: shards by digest, with the reason.
+        lost: the sequences that only these shards held, as far as the index knows them.
+        index: why the index cannot be used; None when it can.
+    """
+
+    corrupt: dict[str, str] = field(default_factory=dict)
+    lost: frozenset[str] = frozenset()
+    index: str | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.corrupt) or self.index is not None
+
+
+def parse_where(texts: Sequence[str]) -> dict[str, str]:
+    """Conditions `field=value`, all of which must hold.
+
+    Raises:
+        ConfigError: a field is unknown, or a text is of another form.
+    """
+    where = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not value:
+            raise ConfigError(f"--where {text!r} is not of the form field=value")
+        if name not in WHERE:
+            raise ConfigError(f"--where knows no field {name!r}; {closest(name, WHERE)}")
+        where[name] = value
+    return where
+
+
+def matching(entries: Iterable[DatasetEntry], where: Mapping[str, str]) -> list[DatasetEntry]:
+    """The sequences for which all conditions hold.
+
+    Raises:
+        ConfigError: no sequence has such a value.
+    """
+    found = list(entries)
+    for name, value in where.items():
+        values = {known for entry in found for known in WHERE[name](entry)}
+        found = [entry for entry in found if value in WHERE[name](entry)]
+        if not found:
+            raise ConfigError(f"no sequence has {name}={value}; {closest(value, values)}")
+    return found
+
+
+def find_damage(cache: CacheLayout, fingerprint: str) -> Damage:
+    """Reads every shard of a generation and its index."""
+    corrupt, index = corrupt_shards(cache, fingerprint), index_problem(cache)
+    if not corrupt or index is not None:
+        return Damage(corrupt, frozenset(), index)
+    indexed = read_index(cache)
+    held = {i for entry in indexed if entry.digest not in corrupt for i in entry.sequence_ids}
+    lost = {i for entry in indexed if entry.digest in corrupt for i in entry.sequence_ids}
+    return Damage(corrupt, frozenset(lost - held), None)
+
+
+def set_aside(cache: CacheLayout, damage: Damage) -> None:
+    """Moves corrupt shards out of the generation; what they held is missing from now on."""
+    if damage.index is not None:
+        storage.remove(cache.index)
+    for digest in damage.corrupt:
+        storage.move(cache.shard(digest), storage.join(cache.aside, f"{digest}.parquet"))
+    forget(cache, damage.corrupt)
+
+
+def entries_of(layout: Layout, sequence_ids: Collection[str]) -> list[DatasetEntry]:
+    """The entries of sequences in whatever dataset below the root names them; each once."""
+    found: dict[str, DatasetEntry] = {}
+    for info in storage.list_files(layout.datasets_folder, ".parquet"):
+        if len(found) == len(sequence_ids):
+            break
+        for entry in read_dataset(layout, info.base_name.removesuffix(".parquet")):
+            if entry.sequence_id in sequence_ids:
+                found.setdefault(entry.sequence_id, entry)
+    return list(found.values())
+
+
+def lacking(
+    layout: Layout, cache: CacheLayout, entries: Sequence[DatasetEntry], lost: Collection[str]
+) -> list[DatasetEntry]:
+    """The sequences to score: those of `entries` without a row, and lost ones of other runs.
+
+    Args:
+        lost: of the shards that were set aside.
+    """
+    elsewhere = set(lost) - {entry.sequence_id for entry in entries}
+    others = entries_of(layout, elsewhere) if elsewhere else []
+    return missing_sequences([*entries, *others], cache)
+
+
+def take_over(
+    source: CacheLayout, target: CacheLayout, anew: Collection[str], fingerprint: str
+) -> int:
+    """Gives the next generation all rows and quarantine records but those of sequences scored anew.
+
+    A shard that holds none of these keeps its name: a hard link locally, a copy in an object store.
+    Of the others the remaining rows become a shard of their own. Doing it again is harmless.
+
+    Returns:
+        Shards taken over.
+
+    Raises:
+        CacheError, StorageError: a shard of the source is corrupt.
+    """
+    taken = 0
+    for entry in load_index(source):
+        kept = [identifier for identifier in entry.sequence_ids if identifier not in anew]
+        if not kept:
+            continue
+        path = target.shard(digest_ids(kept))
+        taken += 1
+        if storage.exists(path):
+            continue
+        if len(kept) == len(entry.sequence_ids):
+            storage.link_or_copy(source.shard(entry.digest), path)
+        else:
+            rows = {row.sequence_id: row for row in read_shard(source.shard(entry.digest))}
+            write_shard(path, [rows[identifier] for identifier in kept], fingerprint)
+    for identifier, error in quarantined(source).items():
+        if identifier not in anew:
+            storage.write_json(
+                storage.join(target.quarantine, f"{identifier}.json"),
+                {"sequence_id": identifier, "error": error},
+            )
+    return taken
+
+
+def check_whole(source: CacheLayout, target: CacheLayout) -> None:
+    """Checks that a generation has all that the one before it has.
+
+    Raises:
+        CacheError: a sequence is neither scored nor quarantined.
+    """
+    had = {identifier for entry in load_index(source) for identifier in entry.sequence_ids}
+    has = {identifier for entry in load_index(target) for identifier in entry.sequence_ids}
+    lacking = had - has - quarantined(target).keys()
+    if lacking:
+        raise CacheError(
+            f"{target.shards_folder} lacks {len(lacking)} of the {len(had)} sequences of "
+            f"generation {source.generation}, which stays the current one; the same command goes on"
+        )

@@ -1,0 +1,168 @@
+"""A run with sequences and caches made on the spot, and teachers that need no engine."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jobs.plan import layout_of
+from jobs.score import score
+from pipeline import storage
+from pipeline.config import Config
+from pipeline.datasets import DatasetEntry, write_dataset, write_sequences
+from pipeline.fingerprint import digest_bytes, sequence_id
+from pipeline.layout import Layout
+from pipeline.loading import load_config
+from pipeline.prepared import Prepared, preparation_key
+from pipeline.recipes import scoring_recipe
+from pipeline.records import TokenSequence
+from teachers.dispatch import PoolReport
+from teachers.engine import CapturedRows
+from tests.support.command_line import QUICKSTART
+
+VOCABULARY, WIDTH = 20, 16
+TOKENIZER = "tokenizer"
+
+
+@dataclass
+class FakeTeacher:
+    """Scores by a hash of the tokens so far; `salt` makes another model of it."""
+
+    salt: str
+
+    async def score(self, input_ids: list[int], first_index: int) -> CapturedRows:
+        """The engine's contract, of numbers that mean nothing but always come out the same."""
+        rows = [self._row(input_ids[:i]) for i in range(first_index, len(input_ids))]
+        logprobs_PV = np.array(rows, dtype=np.float32)
+        order_PK = np.argsort(-logprobs_PV, axis=1, kind="stable")[:, :WIDTH]
+        gold = np.array(input_ids[first_index:])
+        return CapturedRows(
+            order_PK.astype(np.int32),
+            np.take_along_axis(logprobs_PV, order_PK, axis=1),
+            logprobs_PV[np.arange(len(gold)), gold],
+        )
+
+    def _row(self, before: list[int]) -> np.ndarray:
+        seed = int(digest_bytes(self.salt.encode(), bytes(before))[:8], 16)
+        logits = np.random.default_rng(seed).normal(0, 3, VOCABULARY)
+        return logits - np.log(np.exp(logits).sum())
+
+
+@dataclass
+class FakePools:
+    """Stands for `run_pools`: runs every task at once, and keeps what each teacher scored.
+
+    Attributes:
+        salts: by teacher; changing one changes its numbers.
+        fails: raised instead of the second task, as if the job had been killed there.
+    """
+
+    salts: dict[str, str] = field(default_factory=dict)
+    fails: Exception | None = None
+    scored: list[tuple[str, str]] = field(default_factory=list)
+
+    def __call__(self, jobs: Sequence[Any]) -> dict[str, PoolReport]:
+        reports = {}
+        for job in jobs:
+            teacher = FakeTeacher(self.salts.get(job.name, job.name))
+            report = PoolReport()
+            for number, task in enumerate(job.tasks):
+                if self.fails is not None and number == 1:
+                    raise self.fails
+                report.results.append(asyncio.run(task.run(teacher)))
+                self.scored += [(job.name, identifier) for identifier in task.sequence_ids]
+            report.engines = [{"dtype": "float32"}] if job.tasks else []
+            reports[job.name] = report
+        return reports
+
+
+@dataclass
+class FabricatedRun:
+    """A run below `root` whose prompts, answers and identities exist only in its records."""
+
+    root: Path
+    name: str = "quickstart"
+    overrides: list[str] = field(default_factory=list)
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of the command line."""
+        own = [f"storage.root={self.root}", f"name={self.name}", "scoring.num_logprobs=16"]
+        return [str(QUICKSTART / "config.yaml"), *own, *self.overrides]
+
+    @property
+    def config(self) -> Config:
+        path, *overrides = self.arguments
+        return load_config(path, overrides)
+
+    @property
+    def layout(self) -> Layout:
+        return layout_of(self.config)
+
+    def prepare(self) -> Prepared:
+        """Writes what prepare would."""
+        config = self.config
+        recipes = {
+            name: scoring_recipe(config, name, {"weights": name}, TOKENIZER)
+            for name in config.teachers
+        }
+        prepared = Prepared(
+            preparation_key(config), "p", {}, 4, TOKENIZER, 1, recipes, {}, {"model": "student"}
+        )
+        storage.write_json(self.layout.prepared, asdict(prepared))
+        return prepared
+
+    def write_answers(self, first: int, last: int) -> list[DatasetEntry]:
+        """One shard of the sequences `first` to `last` for each domain, added to the dataset."""
+        entries = self.entries()
+        for domain in ("arithmetic", "words"):
+            sequences = [make_sequence(domain, number) for number in range(first, last)]
+            shard = write_sequences(self.layout, domain, sequences)
+            entries += [
+                DatasetEntry(
+                    s.sequence_id,
+                    s.prompt_id,
+                    domain,
+                    "train",
+                    s.generators,
+                    shard,
+                    len(s.input_ids),
+                    s.num_positions,
+                )
+                for s in sequences
+            ]
+        record = {"key": "none", "dataset": write_dataset(self.layout, entries)}
+        storage.write_json(self.layout.stage_record("synthesize"), record)
+        return entries
+
+    def entries(self) -> list[DatasetEntry]:
+        """What the dataset holds so far."""
+        from pipeline.datasets import read_dataset
+
+        path = Path(self.layout.stage_record("synthesize"))
+        if not path.exists():
+            return []
+        return read_dataset(self.layout, json.loads(path.read_text())["dataset"])
+
+    def score(self) -> None:
+        """The score stage, with the pools that stand in for its engines."""
+        digest = storage.read_json(self.layout.stage_record("synthesize"))["dataset"]
+        score(self.config, self.layout, self.prepare(), digest)
+
+    def shards(self, teacher: str, generation: int = 1) -> dict[str, tuple[int, int]]:
+        """Modification time in ns and inode of every shard, by name."""
+        found = self.root.glob(f"caches/{teacher}-*/g{generation}/*.parquet")
+        return {p.stem: (p.stat().st_mtime_ns, p.stat().st_ino) for p in sorted(found)}
+
+
+def make_sequence(domain: str, number: int) -> TokenSequence:
+    """A sequence of 8 to 12 tokens; the first 4 are its prompt."""
+    rng = np.random.default_rng([len(domain), number])
+    ids = rng.integers(4, VOCABULARY, 8 + number % 5).astype(np.int32)
+    spans = ((4, len(ids)),)
+    identifier = sequence_id(ids, spans, TOKENIZER)
+    return TokenSequence(identifier, ids, spans, f"{domain}-{number}", domain, (domain,), "stop")
