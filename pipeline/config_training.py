@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config_base import Count, Fraction, Positive, Resources, Section
 
@@ -32,23 +32,112 @@ class StudentConfig(Section):
     """Engine arguments of vLLM when the exported student is evaluated, verbatim."""
 
 
-class ForwardKL(Section):
-    """KL(teacher || student) on the kept entries and one bucket for the tail."""
+class LossSection(Section):
+    """What all losses share."""
 
-    type: Literal["forward_kl"]
     weight: Positive
     """Factor in the sum of losses."""
 
+    @property
+    def name(self) -> str:
+        """Under which it is logged: its type, and the parameters that are given or have no default.
 
-class CrossEntropy(Section):
+        Example: `skew_kl_alpha_0.1_direction_reverse_temperature_2`.
+        """
+        fields = type(self).model_fields
+        chosen = {
+            key: value
+            for key, value in self
+            if key not in ("type", "weight") and value != fields[key].default
+        }
+        parts = [
+            f"{key}_{value:g}" if isinstance(value, float) else f"{key}_{value}"
+            for key, value in chosen.items()
+        ]
+        return "_".join([self.model_dump()["type"], *parts])
+
+
+class TeacherLoss(LossSection):
+    """A loss against the teachers' targets."""
+
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Of teachers and student; tempers the kept ids and the tail bucket, times its square."""
+
+
+class ForwardKL(TeacherLoss):
+    """KL(teachers || student): the student covers all that the teachers may say."""
+
+    type: Literal["forward_kl"]
+
+
+class ReverseKL(TeacherLoss):
+    """KL(student || teachers): the student keeps to what the teachers find likely."""
+
+    type: Literal["reverse_kl"]
+    min_tail: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    """A smaller tail of the teachers counts as this: a stored 0 may be rounding, and KL to an
+    outcome of probability 0 is infinite. The share of such positions is logged."""
+
+
+class JensenShannon(TeacherLoss):
+    """beta KL(teachers || m) + (1 - beta) KL(student || m), where m is beta parts teachers and
+    1 - beta parts student.
+    """
+
+    type: Literal["jensen_shannon"]
+    beta: float
+    """Between 0 and 1."""
+
+    @field_validator("beta")
+    @classmethod
+    def _inside(cls, beta: float) -> float:
+        if not 0 < beta < 1:
+            raise ValueError(
+                f"beta ({beta:g}) must lie between 0 and 1, both excluded: at either end this "
+                "divergence is 0 for every student; forward_kl and reverse_kl are what others call "
+                "its ends"
+            )
+        return beta
+
+
+class SkewKL(TeacherLoss):
+    """KL to a mixture of both: forward KL(teachers || alpha teachers + (1 - alpha) student),
+    reverse KL(student || alpha student + (1 - alpha) teachers).
+    """
+
+    type: Literal["skew_kl"]
+    alpha: float
+    """Share of the first distribution in the mixture, between 0 and 1."""
+    direction: Literal["forward", "reverse"]
+    """`forward` from teachers to student, `reverse` the other way."""
+
+    @field_validator("alpha")
+    @classmethod
+    def _inside(cls, alpha: float) -> float:
+        if not 0 < alpha < 1:
+            raise ValueError(
+                f"alpha ({alpha:g}) must lie between 0 and 1, both excluded: at 0 this is "
+                "forward_kl or reverse_kl, at 1 it is 0 for every student"
+            )
+        return alpha
+
+
+class TotalVariation(TeacherLoss):
+    """Half the sum of absolute differences of probabilities."""
+
+    type: Literal["total_variation"]
+
+
+class CrossEntropy(LossSection):
     """Cross-entropy with the tokens of the text."""
 
     type: Literal["cross_entropy"]
-    weight: Positive
-    """Factor in the sum of losses."""
 
 
-Loss = Annotated[ForwardKL | CrossEntropy, Field(discriminator="type")]
+Loss = Annotated[
+    ForwardKL | ReverseKL | JensenShannon | SkewKL | TotalVariation | CrossEntropy,
+    Field(discriminator="type"),
+]
 
 OWNED_DEEPSPEED_KEYS = {
     "train_batch_size": "training.sequences_per_step sets the batch",
@@ -71,7 +160,7 @@ class TrainingConfig(Section):
     """How the student is trained."""
 
     losses: Annotated[list[Loss], Field(min_length=1)]
-    """Summed with their weights; each is logged apart."""
+    """Summed with their weights; each is logged apart, under its name."""
     steps: Count
     """Optimizer steps."""
     sequences_per_step: Count
@@ -108,6 +197,15 @@ class TrainingConfig(Section):
     """Restarts by Ray Train from the newest checkpoint after a worker died; -1 for no limit."""
     cost_per_hour: Annotated[float, Field(ge=0)] = 0.0
     """Price of the hardware of one worker."""
+
+    @field_validator("losses")
+    @classmethod
+    def _each_once(cls, losses: list[Loss]) -> list[Loss]:
+        names = [loss.name for loss in losses]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{twice} stand twice in the list: add up their weights")
+        return losses
 
     @model_validator(mode="after")
     def _owned_keys(self) -> TrainingConfig:

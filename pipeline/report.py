@@ -34,9 +34,10 @@ PLOT_STYLE: dict[RcKeyType, Any] = {
 CURVES = {
     "Own objective: training (line), hold-out (dots)": {"train/loss": "-", "holdout/loss": "o"},
     "Hold-out cross-entropy, nats/token": {"holdout/cross_entropy": "o-"},
-    "Hold-out forward KL, nats/token": {"holdout/forward_kl": "o-"},
 }
-"""Titles of the panels; each model's own objective differs, the other two panels compare."""
+"""Titles of the first panels; each model's own objective differs, cross-entropy compares."""
+LOSS_FORMS = ("o-", "s--", "^:", "D-.", "v-")
+NO_LOSSES = re.compile(r"holdout/(loss|cross_entropy|union_error_bound|.*_floored)")
 
 
 def wilson_interval(rate: float, trials: int) -> tuple[float, float]:
@@ -236,6 +237,16 @@ def _resources(student: dict[str, Any], other: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
+def _loss_panel(report: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Title and series of the hold-out losses against the teachers."""
+    lines = (line for curve in report["curves"].values() for line in curve)
+    keys = dict.fromkeys(key for line in lines for key in line if key.startswith("holdout/"))
+    shown = [key for key in keys if not NO_LOSSES.fullmatch(key)]
+    title = f"Hold-out {shown[0].partition('/')[2]}" if len(shown) == 1 else "Hold-out losses"
+    forms = (LOSS_FORMS[index % len(LOSS_FORMS)] for index in range(len(shown)))
+    return {f"{title}, nats/token": dict(zip(shown, forms, strict=True))}
+
+
 def _curves(report: dict[str, Any]) -> str:
     """The training curves as one SVG element without namespaces; long ones are thinned to means."""
     import matplotlib as mpl
@@ -243,14 +254,18 @@ def _curves(report: dict[str, Any]) -> str:
 
     with mpl.rc_context(PLOT_STYLE):
         figure, file = Figure(figsize=(11, 2.9), layout="constrained"), io.StringIO()
-        for panel, (title, series) in zip(figure.subplots(1, 3), CURVES.items(), strict=True):
+        panels = CURVES | _loss_panel(report)
+        for panel, (title, series) in zip(figure.subplots(1, 3), panels.items(), strict=True):
             for role, lines in report["curves"].items():
                 for key, form in series.items():
                     points = np.array([(line["step"], line[key]) for line in lines if key in line])
                     if len(points):
                         thin = np.array_split(points, min(len(points), CURVE_POINTS))
                         steps, values = np.transpose([part.mean(axis=0) for part in thin])
-                        panel.plot(steps, values, form, color=ROLE_COLOURS[role], markersize=3.5)
+                        style = {"color": ROLE_COLOURS[role], "markersize": 3.5}
+                        panel.plot(steps, values, form, label=key.partition("/")[2], **style)
+            if title not in CURVES and len(series) > 1:
+                panel.legend(fontsize=7, frameon=False)
             panel.set(title=title, xlabel="step")
             panel.grid()
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))

@@ -50,13 +50,11 @@ class StudentEngine:
         self.device = self.deepspeed.device
 
     def accumulate(self, batch: MicroBatch, factor: float) -> torch.Tensor:
-        """Adds the gradients of `factor` times the total loss; returns total, forward_kl and
-        cross_entropy.
-        """
+        """Adds the gradients of `factor` times the total loss; gives the figures of `LossSums`."""
         self.deepspeed.train()
-        total, forward_kl, cross_entropy = self.deepspeed(batch)
+        total, figures_F = self.deepspeed(batch)
         self.deepspeed.backward(total * factor)
-        return torch.stack([total.detach(), forward_kl, cross_entropy])
+        return figures_F
 
     def step(self, learning_rate: float) -> None:
         """Averages the gradients over the workers, clips them and updates the weights."""
@@ -65,7 +63,7 @@ class StudentEngine:
         self.deepspeed.step()
 
     @torch.no_grad()
-    def evaluate(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def evaluate(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """The fields of `PositionFigures`."""
         self.deepspeed.eval()
         return self.deepspeed(batch)

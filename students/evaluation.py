@@ -21,8 +21,9 @@ from pipeline.cache_index import CacheReader
 from pipeline.datasets import DatasetEntry
 from pipeline.records import SparseLogprobs
 from students.dataset import Example, Examples
+from students.divergences import LossTerm
 from students.losses import position_figures
-from students.model import body_hidden_states, load_model, output_head
+from students.model import body_hidden_states, load_model, logit_softcap, output_head
 from students.packing import pack, plan_micro_batches, refuse_long_sequences
 
 MASS_FLOOR = 1e-4
@@ -30,6 +31,8 @@ MASS_FLOOR = 1e-4
 least this much.
 """
 ID_RANGE = 2**24
+KL_TO_MIXTURE = (LossTerm(name="forward_kl", type="forward_kl", weight=1.0),)
+"""Of every student, whatever it was trained on."""
 
 
 @dataclass
@@ -81,7 +84,7 @@ def holdout_numbers(
         TrainingError: a sequence is longer than the budget.
     """
     model = load_model(model_folder, trust_remote_code, device)
-    head = output_head(model)
+    head, softcap = output_head(model), logit_softcap(model)
     sums: dict[str, _Sums] = {}
     refuse_long_sequences(
         [(entry.sequence_id, entry.num_tokens) for entry in entries], tokens_per_micro_batch
@@ -95,13 +98,12 @@ def holdout_numbers(
             hidden_PH = body_hidden_states(model, batch.input_ids, batch.position_ids)[
                 batch.logit_indices
             ]
-            figures = position_figures(hidden_PH, head.weight, head.bias, batch.targets)
+            weights = (head.weight, head.bias)
+            found = position_figures(hidden_PH, *weights, batch.targets, KL_TO_MIXTURE, softcap)
             mixture = np.concatenate([mixture_argmax(example) for example in packed])
-            numbers = (-figures.gold_logprobs, figures.forward_kl)
-            loss, kl = (values.double().cpu().numpy() for values in numbers)
-            sums.setdefault(domain, _Sums()).add(
-                loss, kl, figures.argmax_ids.cpu().numpy() == mixture
-            )
+            loss, kl = found.figures.double().cpu().numpy()
+            agrees = found.argmax_ids.cpu().numpy() == mixture
+            sums.setdefault(domain, _Sums()).add(loss, kl, agrees)
     return _with_total(sums, bounded=False)
 
 

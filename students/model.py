@@ -15,20 +15,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.config_training import StudentConfig
 from pipeline.errors import TrainingError
-from students.losses import LossWeights, distillation_loss, position_figures
+from students.divergences import LossTerm
+from students.losses import distillation_loss, position_figures
 from students.packing import MicroBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """Largest difference of two ways to the same logits, relative to the largest logit."""
 HEAD_SETTINGS = {
-    "final_logit_softcapping": (None, 0, 0.0),
     "logit_scale": (None, 1, 1.0),
     "logits_scaling": (None, 1, 1.0),
     "lm_head_multiplier": (None, 1, 1.0),
 }
-"""Settings of the head in Hugging Face configs, with the values under which logits are plainly head
-times hidden.
+"""Settings of the head in Hugging Face configs that the losses do not follow, with the values under
+which they do nothing. Soft-capped logits are followed.
 """
 
 
@@ -63,7 +63,8 @@ def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
 
 
 def refuse_head_settings(settings: dict) -> None:
-    """Refuses architectures whose logits are more than LM head times hidden state.
+    """Refuses architectures whose logits are more than LM head times hidden state, soft-capped or
+    not.
 
     Raises:
         TrainingError: naming the setting.
@@ -80,12 +81,13 @@ def refuse_head_settings(settings: dict) -> None:
 class StudentModule(nn.Module):
     """A causal language model with its losses; `model` is what is exported."""
 
-    def __init__(self, model: PreTrainedModel, weights: LossWeights) -> None:
+    def __init__(self, model: PreTrainedModel, terms: tuple[LossTerm, ...]) -> None:
         super().__init__()
         self.model = model
-        self.weights = weights
+        self.terms = terms
+        self.softcap = logit_softcap(model)
 
-    def forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """The fields of `LossSums` in training mode, of `PositionFigures` in evaluation mode.
 
         A plain tuple, since ZeRO-3 hangs the gather for the backward pass on output tensors and
@@ -96,11 +98,12 @@ class StudentModule(nn.Module):
         # read here and not kept: ZeRO-3 gathers a parameter that is read inside the forward of this
         # module
         head = output_head(self.model)
+        arguments = (hidden_PH, head.weight, head.bias, batch.targets, self.terms)
         if self.training:
-            sums = distillation_loss(hidden_PH, head.weight, head.bias, batch.targets, self.weights)
-            return sums.total, sums.forward_kl, sums.cross_entropy
-        figures = position_figures(hidden_PH, head.weight, head.bias, batch.targets)
-        return figures.gold_logprobs, figures.forward_kl, figures.argmax_ids
+            sums = distillation_loss(*arguments, softcap=self.softcap)
+            return sums.total, sums.figures
+        found = position_figures(*arguments, softcap=self.softcap)
+        return found.figures, found.argmax_ids
 
 
 def output_head(model: PreTrainedModel) -> nn.Linear:
@@ -116,6 +119,11 @@ def output_head(model: PreTrainedModel) -> nn.Linear:
             "this architecture is not supported"
         )
     return head
+
+
+def logit_softcap(model: PreTrainedModel) -> float | None:
+    """The bound of a model whose logits are `softcap tanh(logits / softcap)`."""
+    return model.config.to_dict().get("final_logit_softcapping") or None
 
 
 def load_model(
@@ -144,8 +152,8 @@ def body_hidden_states(
 
 @torch.no_grad()
 def check_architecture(model: PreTrainedModel) -> None:
-    """Checks on a few tokens that head times hidden gives the model's logits and that packing
-    isolates sequences.
+    """Checks on a few tokens that head times hidden, soft-capped if the model says so, gives the
+    model's logits and that packing isolates sequences.
 
     Raises:
         TrainingError: with the difference found.
@@ -159,7 +167,9 @@ def check_architecture(model: PreTrainedModel) -> None:
     )
     places = torch.cat([torch.arange(len(ids), device=model.device) for ids in (first, second)])
     hidden_TH = body_hidden_states(model, torch.cat([first, second])[None], places[None])
-    packed = head(hidden_TH)
+    packed, softcap = head(hidden_TH), logit_softcap(model)
+    if softcap is not None:
+        packed = softcap * torch.tanh(packed / softcap)
     difference = ((packed - alone).abs().amax(dim=1) / alone.abs().max()).float().cpu()
     model.train(was_training)
     tolerance = LOGIT_TOLERANCE[model.dtype]

@@ -19,7 +19,7 @@ import torch
 
 from pipeline.errors import TrainingError
 from students.dataset import Example
-from students.losses import Targets
+from students.outcomes import Targets
 
 NOTHING = Example(
     input_ids=np.zeros(1, np.int32),

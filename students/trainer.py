@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,9 +24,11 @@ from pipeline.errors import TrainingError
 from pipeline.training import TrainingJob
 from students.batches import StepBatch, TrainingData
 from students.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from students.divergences import LossTerm
 from students.engine import StudentEngine
-from students.losses import LossWeights
+from students.losses import weighted_total
 from students.model import StudentModule, build_student, check_architecture, output_head
+from students.outcomes import figure_names
 from students.progress import MetricsLog, read_metrics
 
 
@@ -44,7 +47,7 @@ def train(job: TrainingJob, device: torch.device) -> None:
         torch.nn.Module.to(model, device)
     check_architecture(model)
     data = TrainingData(job, output_head(model).out_features, device)
-    engine = StudentEngine(StudentModule(model, loss_weights(job)), job)
+    engine = StudentEngine(StudentModule(model, loss_terms(job)), job)
     state = load_checkpoint(engine.deepspeed, job) or TrainingState(step=0, tokens=0, seconds=0.0)
     metrics = MetricsLog(job.folder, state.step) if dist.get_rank() == 0 else None
     started -= state.seconds
@@ -60,13 +63,13 @@ def train(job: TrainingJob, device: torch.device) -> None:
         logs = state.step == 1 or is_due(state.step, training.log_every_steps, training)
         if not (logs or evaluates or saves):
             continue
-        values = mean_losses(sums, batch.num_positions, job, "train")
+        values = mean_losses(sums, batch.num_positions, engine.module.terms, "train")
         values["train/grad_norm"] = engine.gradient_norm()
         refuse_divergence(values, state.step)  # before a checkpoint keeps such weights
         values["train/learning_rate"] = rate
         values["train/tokens_per_second"] = window_tokens / (now - window_started)
         if evaluates:
-            values |= holdout_losses(engine, data, job)
+            values |= holdout_losses(engine, data)
         if metrics is not None:
             metrics.write(state.step, values)
         if saves:
@@ -94,35 +97,37 @@ def learning_rate(training: TrainingConfig, step: int) -> float:
 
 
 def train_step(engine: StudentEngine, batch: StepBatch, rate: float) -> torch.Tensor:
-    """One optimizer step; returns this rank's sums of total, forward_kl and cross_entropy."""
+    """One optimizer step; returns this rank's sums of the figures."""
     factor = dist.get_world_size() / batch.num_positions
-    sums = torch.zeros(3, device=engine.device)
+    sums_F = torch.zeros(len(figure_names(engine.module.terms)), device=engine.device)
     for micro_batch in batch.micro_batches:
-        sums += engine.accumulate(micro_batch, factor)
+        sums_F += engine.accumulate(micro_batch, factor)
     engine.step(rate)
-    return sums
+    return sums_F
 
 
-def holdout_losses(engine: StudentEngine, data: TrainingData, job: TrainingJob) -> dict[str, float]:
+def holdout_losses(engine: StudentEngine, data: TrainingData) -> dict[str, float]:
     """The losses on the hold-out sequences; empty without any."""
     if not data.holdout:
         return {}
-    weights, sums = engine.module.weights, torch.zeros(3, device=engine.device)
+    terms = engine.module.terms
+    sums_F = torch.zeros(len(figure_names(terms)), device=engine.device)
     for micro_batch in data.holdout_batches():
-        gold_logprobs, forward_kl, _ = engine.evaluate(micro_batch)
-        kl, ce = forward_kl.sum(), -gold_logprobs.sum()
-        sums += torch.stack([weights.forward_kl * kl + weights.cross_entropy * ce, kl, ce])
-    return mean_losses(sums, sum(entry.num_positions for entry in data.holdout), job, "holdout")
+        figures_FP, _ = engine.evaluate(micro_batch)
+        sums_F += figures_FP.sum(dim=1)
+    num_positions = sum(entry.num_positions for entry in data.holdout)
+    return mean_losses(sums_F, num_positions, terms, "holdout")
 
 
 def mean_losses(
-    sums: torch.Tensor, num_positions: int, job: TrainingJob, prefix: str
+    sums_F: torch.Tensor, num_positions: int, terms: Sequence[LossTerm], prefix: str
 ) -> dict[str, float]:
-    """Nats per position over all ranks, by slash name."""
-    dist.all_reduce(sums)
-    total, forward_kl, cross_entropy = (sums / num_positions).tolist()
-    values = {f"{prefix}/loss": total, f"{prefix}/cross_entropy": cross_entropy}
-    return values | ({f"{prefix}/forward_kl": forward_kl} if job.uses_teachers else {})
+    """The weighted loss and every figure, per position over all ranks, by slash name."""
+    dist.all_reduce(sums_F)
+    means_F = sums_F / num_positions
+    values = dict(zip(figure_names(terms), means_F.tolist(), strict=True))
+    values = {"loss": weighted_total(means_F, terms).item()} | values
+    return {f"{prefix}/{name}": value for name, value in values.items()}
 
 
 def refuse_divergence(values: dict[str, float], step: int) -> None:
@@ -139,12 +144,9 @@ def refuse_divergence(values: dict[str, float], step: int) -> None:
         )
 
 
-def loss_weights(job: TrainingJob) -> LossWeights:
-    """The weights of the job's losses; a loss named twice counts twice."""
-    weights = {"forward_kl": 0.0, "cross_entropy": 0.0}
-    for loss in job.losses:
-        weights[loss.type] += loss.weight
-    return LossWeights(**weights)
+def loss_terms(job: TrainingJob) -> tuple[LossTerm, ...]:
+    """The job's losses, as the student computes them."""
+    return tuple(LossTerm(name=loss.name, **loss.model_dump()) for loss in job.losses)
 
 
 def finish(
@@ -155,7 +157,7 @@ def finish(
     """
     weights = engine.full_weights()
     entries, batch = data.probe()
-    gold_logprobs = engine.evaluate(batch)[0].tolist()
+    gold_logprobs = (-engine.evaluate(batch)[0][0]).tolist()
     peak = torch.tensor([peak_memory_gib()], device=engine.device)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     if dist.get_rank() == 0:

@@ -444,8 +444,9 @@ def test_resume_on_other_workers_at_stage_0_and_refusals(run, reference, materia
         train_student(changed)
     for difference in (
         f"dataset_digest: {dataset_digest!r} -> {other[1]!r}",
-        "losses: [{'type': 'forward_kl', 'weight': 1.0}, {'type': 'cross_entropy', 'weight': 0.5}]"
-        " -> [{'type': 'cross_entropy', 'weight': 1.0}]",
+        "losses: [{'weight': 1.0, 'temperature': 1.0, 'type': 'forward_kl'}, "
+        "{'weight': 0.5, 'type': 'cross_entropy'}]"
+        " -> [{'weight': 1.0, 'type': 'cross_entropy'}]",
         "training.weight_decay: 0.1 -> 0.2",
         "zero_optimization.stage: 0 -> 1",
         "workers: 1 -> 2",
@@ -500,6 +501,29 @@ def test_twin_needs_no_cache_and_missing_caches_are_named(run, material):
     assert curve(twin)[3] < curve(twin)[1]
     with pytest.raises(TrainingError, match="second"):
         train_student(make_job(material, "lacking", caches={"first": material[2]["first"]}))
+
+
+def test_a_list_of_losses_is_mixed_and_logged_apart(run, material):
+    losses = [
+        {"type": "reverse_kl", "weight": 0.5, "temperature": 2.0},
+        {"type": "jensen_shannon", "weight": 2.0, "beta": 0.5, "temperature": 2.0},
+        {"type": "cross_entropy", "weight": 0.25},
+    ]
+    job = run(make_job(material, "mixed", losses=losses, workers=2, zero_stage=3))
+    lines = read_metrics(job.folder)
+    weights = {
+        "reverse_kl_temperature_2": 0.5,
+        "jensen_shannon_temperature_2_beta_0.5": 2.0,
+        "cross_entropy": 0.25,
+    }
+    for prefix, line in [("train", lines[0]), ("train", lines[-1]), ("holdout", lines[-1])]:
+        total = sum(weight * line[f"{prefix}/{name}"] for name, weight in weights.items())
+        assert line[f"{prefix}/loss"] == pytest.approx(total, rel=1e-5)
+        # in `words` two teachers of five kept ids each, in `sums` one
+        assert 0 < line[f"{prefix}/union_error_bound"] < 0.5
+        assert line[f"{prefix}/reverse_kl_temperature_2_floored"] == 0
+    for name in weights:
+        assert lines[-1][f"train/{name}"] < lines[0][f"train/{name}"]
 
 
 def test_long_sequences_are_listed(run, material):

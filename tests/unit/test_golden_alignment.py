@@ -21,7 +21,7 @@ from pipeline.fingerprint import digest_ids
 from pipeline.layout import Layout
 from pipeline.records import TokenSequence
 from students.dataset import open_examples
-from students.losses import LossWeights
+from students.divergences import LossTerm
 from students.model import StudentModule
 from students.packing import pack
 from teachers.prompt_topk import PromptTopK
@@ -204,7 +204,9 @@ def expected_loss(model, shift_logits=0, shift_rows=0, shift_gold=0):
 
 
 def found_loss(model, rows):
-    module = StudentModule(model, LossWeights(KL_WEIGHT, CE_WEIGHT))
+    weights = {"forward_kl": KL_WEIGHT, "cross_entropy": CE_WEIGHT}
+    terms = tuple(LossTerm(name, name, weight) for name, weight in weights.items())
+    module = StudentModule(model, terms)
     return sum(module(row)[0].item() for row in rows)
 
 

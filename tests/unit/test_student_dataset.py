@@ -15,7 +15,9 @@ from pipeline.layout import Layout
 from pipeline.records import SparseLogprobs, TokenSequence
 from students.batches import SHUFFLE_WINDOW_SHARDS, DataOrder
 from students.dataset import Example, Examples
-from students.losses import LossWeights, distillation_loss
+from students.divergences import LossTerm
+from students.losses import distillation_loss
+from students.outcomes import figure_names
 from students.packing import NOTHING, pack, plan_micro_batches, refuse_long_sequences
 
 SHARDS = st.lists(st.integers(0, 60), min_size=1, max_size=120).map(
@@ -23,6 +25,11 @@ SHARDS = st.lists(st.integers(0, 60), min_size=1, max_size=120).map(
 )
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=60)
 DIGEST = "d" * 32
+TERMS = (
+    LossTerm("forward_kl", "forward_kl", 1.0),
+    LossTerm("cross_entropy", "cross_entropy", 1.0),
+    LossTerm("jensen_shannon", "jensen_shannon", 1.0, temperature=2.0),
+)
 
 
 @given(shards=SHARDS, seed=st.integers(0, 2**32), epoch=st.integers(0, 5))
@@ -156,12 +163,11 @@ def test_packing_in_any_way_gives_the_same_sums(seed, count, budget, world_size)
     head = torch.from_numpy(generator.normal(size=(11, 6)).astype(np.float32))
 
     def sums(rows):
-        found, positions = torch.zeros(2, dtype=torch.float64), 0
+        found, positions = torch.zeros(len(figure_names(TERMS)), dtype=torch.float64), 0
         for row in rows:
             batch = pack([examples[i] for i in row])
             hidden = table[batch.input_ids[0], batch.position_ids[0]][batch.logit_indices]
-            loss = distillation_loss(hidden, head, None, batch.targets, LossWeights(1.0, 1.0))
-            found += torch.stack([loss.forward_kl, loss.cross_entropy]).double()
+            found += distillation_loss(hidden, head, None, batch.targets, TERMS).figures.double()
             positions += len(batch.logit_indices)
         assert positions == sum(len(e.gold_ids) for e in examples)
         return found
@@ -179,9 +185,7 @@ def test_an_empty_row_weighs_nothing():
     assert len(batch.logit_indices) == len(batch.targets.gold_ids) == 0
     hidden = torch.randn(1, 6, requires_grad=True)
     head = torch.randn(11, 6, requires_grad=True)
-    loss = distillation_loss(
-        hidden[batch.logit_indices], head, None, batch.targets, LossWeights(1.0, 1.0)
-    )
+    loss = distillation_loss(hidden[batch.logit_indices], head, None, batch.targets, TERMS)
     loss.total.backward()
     assert loss.total.item() == 0
     assert not hidden.grad.any() and not head.grad.any()
