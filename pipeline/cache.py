@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, CorruptFileError, CorruptShardError
 from pipeline.fingerprint import digest_bytes, digest_ids
 from pipeline.records import SparseLogprobs
 
@@ -43,6 +43,7 @@ DTYPES = {
     "entropies": "<f2",
 }
 METADATA_KEYS = {
+    "polystill.schema_version",
     "polystill.num_rows",
     "polystill.checksum",
     "polystill.fingerprint",
@@ -57,6 +58,7 @@ class ShardEntry:
 
     Attributes:
         digest: of the sequence ids; the file's name.
+        positions: of each sequence.
         num_bytes: of the file.
         checksum: of the decoded payload.
         kept_mass: mean probability inside the kept entries, over positions.
@@ -66,6 +68,7 @@ class ShardEntry:
 
     digest: str
     sequence_ids: tuple[str, ...]
+    positions: tuple[int, ...]
     num_positions: int
     num_entries: int
     num_bytes: int
@@ -101,41 +104,60 @@ def write_shard(path: str, rows: Sequence[SparseLogprobs], fingerprint: str) -> 
         {"sequence_id": identifiers, **columns}, schema=CACHE_SCHEMA.with_metadata(metadata)
     )
     num_bytes = storage.write_table(path, table, use_dictionary=False, write_statistics=False)
-    return _shard_entry(identifiers, quality, num_bytes)
+    positions = [row.num_positions for row in rows]
+    return _shard_entry(identifiers, positions, quality, num_bytes)
 
 
 def read_shard(path: str) -> list[SparseLogprobs]:
     """Reads a shard and checks its schema version, row count and payload checksum.
 
     Raises:
-        CacheError: the shard is incomplete or was changed after it was written.
-        StorageError: it is missing or not readable as Parquet.
+        CorruptShardError: the shard is incomplete or was changed after it was written.
+        CacheError: it has another schema version.
+        StorageError: it is missing or cannot be read.
     """
-    table = storage.read_table(path)
-    metadata = _metadata(path, table)
-    if not table.schema.equals(CACHE_SCHEMA):
-        raise CacheError(f"{path} is corrupt: its columns are {table.schema.names}")
-    columns = {name: table.column(name).combine_chunks().to_pylist() for name in DTYPES}
-    if table.num_rows != int(metadata["polystill.num_rows"]):
-        raise CacheError(
-            f"{path} holds {table.num_rows} rows, its header says {metadata['polystill.num_rows']}"
-        )
-    identifiers = table.column("sequence_id").to_pylist()
-    if _checksum(identifiers, columns) != metadata["polystill.checksum"]:
-        raise CacheError(f"{path} fails its checksum: the payload was changed after it was written")
+    identifiers, columns, _ = _read_columns(path)
     return [_decode(identifier, columns, i) for i, identifier in enumerate(identifiers)]
 
 
 def describe_shard(path: str, num_bytes: int) -> ShardEntry:
-    """The index entry of a shard, read from its ids and metadata alone.
+    """The index entry of a shard, which is checked as in `read_shard`.
 
     Raises:
-        CacheError: the shard has another schema version.
-        StorageError: it is missing or not readable as Parquet.
+        CorruptShardError, CacheError, StorageError: as `read_shard`.
     """
-    table = storage.read_table(path, ["sequence_id"])
-    quality = json.loads(_metadata(path, table)["polystill.quality"])
-    return _shard_entry(table.column("sequence_id").to_pylist(), quality, num_bytes)
+    identifiers, columns, metadata = _read_columns(path)
+    positions = [len(cell) for cell in columns["num_entries"]]
+    try:
+        return _shard_entry(
+            identifiers, positions, json.loads(metadata["polystill.quality"]), num_bytes
+        )
+    except (ValueError, TypeError) as error:
+        raise CorruptShardError(path, f"its quality figures are unreadable: {error}") from error
+
+
+def _read_columns(path: str) -> tuple[list[str], dict[str, list[bytes]], dict[str, str]]:
+    try:
+        table = storage.read_table(path)
+    except CorruptFileError as error:
+        raise CorruptShardError(
+            path, f"it is no complete Parquet file ({error.__cause__})"
+        ) from error
+    metadata = _metadata(path, table)
+    if not table.schema.equals(CACHE_SCHEMA):
+        raise CorruptShardError(path, f"its columns are {table.schema.names}")
+    if str(table.num_rows) != metadata["polystill.num_rows"]:
+        raise CorruptShardError(
+            path,
+            f"it holds {table.num_rows} rows, its header says {metadata['polystill.num_rows']}",
+        )
+    columns = {name: table.column(name).combine_chunks().to_pylist() for name in DTYPES}
+    identifiers = table.column("sequence_id").to_pylist()
+    if _checksum(identifiers, columns) != metadata["polystill.checksum"]:
+        raise CorruptShardError(
+            path, "it fails its checksum: the payload was changed after it was written"
+        )
+    return identifiers, columns, metadata
 
 
 def check_row(row: SparseLogprobs) -> None:
@@ -218,10 +240,13 @@ def _describe(rows: Sequence[SparseLogprobs], checksum: str) -> dict[str, float 
     }
 
 
-def _shard_entry(sequence_ids: list[str], quality: dict, num_bytes: int) -> ShardEntry:
+def _shard_entry(
+    sequence_ids: list[str], positions: list[int], quality: dict, num_bytes: int
+) -> ShardEntry:
     return ShardEntry(
         digest=digest_ids(sequence_ids),
         sequence_ids=tuple(sequence_ids),
+        positions=tuple(positions),
         num_bytes=num_bytes,
         **quality,
     )
@@ -232,12 +257,12 @@ def _metadata(path: str, table: pa.Table) -> dict[str, str]:
         table.validate(full=True)
         metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-        raise CacheError(f"{path} is corrupt: {error}") from error
-    version = metadata.get("polystill.schema_version")
+        raise CorruptShardError(path, str(error)) from error
+    if missing := METADATA_KEYS - metadata.keys():
+        raise CorruptShardError(path, f"its metadata lacks {sorted(missing)}")
+    version = metadata["polystill.schema_version"]
     if version != str(SCHEMA_VERSION):
         raise CacheError(
             f"{path} has cache schema version {version}, this program reads {SCHEMA_VERSION}"
         )
-    if missing := METADATA_KEYS - metadata.keys():
-        raise CacheError(f"{path} is corrupt: its metadata lacks {sorted(missing)}")
     return metadata
