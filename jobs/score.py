@@ -9,11 +9,11 @@ from typing import Any
 from jobs.engines import engine_cost, pool_job
 from jobs.plan import score_key
 from pipeline import storage
-from pipeline.cache_index import publish, quarantined
+from pipeline.cache_index import is_published, publish, quarantined
 from pipeline.config import Config
 from pipeline.datasets import DatasetEntry, read_dataset, write_dataset
 from pipeline.fingerprint import digest_json
-from pipeline.layout import Layout
+from pipeline.layout import CacheLayout, Layout
 from pipeline.prepared import Prepared
 from pipeline.targets import required_teachers
 from teachers.dispatch import PoolReport
@@ -84,16 +84,23 @@ def _pools(config: Config, layout: Layout, prepared: Prepared, entries: list[Dat
 def _publish(
     config: Config, layout: Layout, prepared: Prepared, reports: dict[str, PoolReport]
 ) -> None:
-    """Writes index and manifest of every cache that has changed or has none yet."""
+    """Writes index and manifest of every cache that has changed or whose index lacks a shard."""
     for name, cache in prepared.caches(layout).items():
         engines = reports[name].engines
-        if engines or not storage.exists(cache.manifest):
+        if engines or not is_published(cache):
             provenance = {
-                "engines": engines,
+                "engines": engines or _earlier_engines(cache),
                 "teacher": name,
                 "model": config.teachers[name].model,
             }
             publish(cache, prepared.scoring_recipes[name], provenance)
+
+
+def _earlier_engines(cache: CacheLayout) -> list[dict[str, Any]]:
+    """Those that the manifest names, where a job was killed before it could name its own."""
+    if not storage.exists(cache.manifest):
+        return []
+    return storage.read_json(cache.manifest)["provenance"]["engines"]
 
 
 def _summary(name: str, report: PoolReport, num_quarantined: int) -> str:
