@@ -60,7 +60,7 @@ class ShardEntry:
         digest: of the sequence ids; the file's name.
         positions: of each sequence.
         num_bytes: of the file.
-        checksum: of the decoded payload.
+        checksum: of the decoded payload and of what its metadata says about it.
         kept_mass: mean probability inside the kept entries, over positions.
         kept_mass_p01: its 1st percentile.
         gold_logprob: mean log-probability of the gold tokens in nats.
@@ -87,10 +87,11 @@ def write_shard(path: str, rows: Sequence[SparseLogprobs], fingerprint: str) -> 
     """
     columns = {name: [_encode(row, name) for row in rows] for name in DTYPES}
     identifiers = [row.sequence_id for row in rows]
-    checksum = _checksum(identifiers, columns)
     for row in rows:
         check_row(row)
-    quality = _describe(rows, checksum)
+    quality = _describe(rows)
+    figures = json.dumps(quality)
+    checksum = _checksum(identifiers, columns, fingerprint, figures)
     metadata = {
         "polystill.schema_version": str(SCHEMA_VERSION),
         "polystill.alignment": ALIGNMENT,
@@ -98,14 +99,14 @@ def write_shard(path: str, rows: Sequence[SparseLogprobs], fingerprint: str) -> 
         "polystill.num_rows": str(len(rows)),
         "polystill.checksum": checksum,
         "polystill.fingerprint": fingerprint,
-        "polystill.quality": json.dumps(quality),
+        "polystill.quality": figures,
     }
     table = pa.table(
         {"sequence_id": identifiers, **columns}, schema=CACHE_SCHEMA.with_metadata(metadata)
     )
     num_bytes = storage.write_table(path, table, use_dictionary=False, write_statistics=False)
     positions = [row.num_positions for row in rows]
-    return _shard_entry(identifiers, positions, quality, num_bytes)
+    return _shard_entry(identifiers, positions, quality, checksum, num_bytes)
 
 
 def read_shard(path: str) -> list[SparseLogprobs]:
@@ -128,12 +129,8 @@ def describe_shard(path: str, num_bytes: int) -> ShardEntry:
     """
     identifiers, columns, metadata = _read_columns(path)
     positions = [len(cell) for cell in columns["num_entries"]]
-    try:
-        return _shard_entry(
-            identifiers, positions, json.loads(metadata["polystill.quality"]), num_bytes
-        )
-    except (ValueError, TypeError) as error:
-        raise CorruptShardError(path, f"its quality figures are unreadable: {error}") from error
+    quality = json.loads(metadata["polystill.quality"])
+    return _shard_entry(identifiers, positions, quality, metadata["polystill.checksum"], num_bytes)
 
 
 def _read_columns(path: str) -> tuple[list[str], dict[str, list[bytes]], dict[str, str]]:
@@ -153,10 +150,10 @@ def _read_columns(path: str) -> tuple[list[str], dict[str, list[bytes]], dict[st
         )
     columns = {name: table.column(name).combine_chunks().to_pylist() for name in DTYPES}
     identifiers = table.column("sequence_id").to_pylist()
-    if _checksum(identifiers, columns) != metadata["polystill.checksum"]:
-        raise CorruptShardError(
-            path, "it fails its checksum: the payload was changed after it was written"
-        )
+    described = metadata["polystill.fingerprint"], metadata["polystill.quality"]
+    if _checksum(identifiers, columns, *described) != metadata["polystill.checksum"]:
+        reason = "it fails its checksum: its content was changed after it was written"
+        raise CorruptShardError(path, reason)
     return identifiers, columns, metadata
 
 
@@ -221,19 +218,21 @@ def _decode(sequence_id: str, columns: dict[str, list[bytes]], i: int) -> Sparse
     )
 
 
-def _checksum(identifiers: list[str], columns: dict[str, list[bytes]]) -> str:
+def _checksum(identifiers: list[str], columns: dict[str, list[bytes]], *described: str) -> str:
+    """Hash of the decoded payload and of what the metadata says about it."""
     return digest_bytes(
-        digest_ids(identifiers).encode(), *(cell for name in DTYPES for cell in columns[name])
+        digest_ids(identifiers).encode(),
+        *(cell for name in DTYPES for cell in columns[name]),
+        *(text.encode() for text in described),
     )
 
 
-def _describe(rows: Sequence[SparseLogprobs], checksum: str) -> dict[str, float | int | str]:
+def _describe(rows: Sequence[SparseLogprobs]) -> dict[str, float | int]:
     kept = 1 - np.concatenate([row.tail_mass for row in rows]).astype(np.float64)
     gold = np.concatenate([row.gold_logprobs for row in rows]).astype(np.float64)
     return {
         "num_positions": len(kept),
         "num_entries": sum(len(row.token_ids) for row in rows),
-        "checksum": checksum,
         "kept_mass": float(kept.mean()),
         "kept_mass_p01": float(np.quantile(kept, 0.01)),
         "gold_logprob": float(gold.mean()),
@@ -241,13 +240,14 @@ def _describe(rows: Sequence[SparseLogprobs], checksum: str) -> dict[str, float 
 
 
 def _shard_entry(
-    sequence_ids: list[str], positions: list[int], quality: dict, num_bytes: int
+    sequence_ids: list[str], positions: list[int], quality: dict, checksum: str, num_bytes: int
 ) -> ShardEntry:
     return ShardEntry(
         digest=digest_ids(sequence_ids),
         sequence_ids=tuple(sequence_ids),
         positions=tuple(positions),
         num_bytes=num_bytes,
+        checksum=checksum,
         **quality,
     )
 

@@ -67,7 +67,7 @@ def test_identical_arrays_give_identical_bytes(tmp_path: Path) -> None:
 def test_a_flipped_byte_is_found_or_harmless(tmp_path: Path) -> None:
     path = tmp_path / "shard.parquet"
     rows = [make_row(f"s{i}", 50, i) for i in range(4)]
-    write_shard(str(path), rows, "f")
+    entry = write_shard(str(path), rows, "f")
     whole, found = path.read_bytes(), 0
     offsets = range(4, len(whole), 61)
     for offset in offsets:
@@ -75,7 +75,7 @@ def test_a_flipped_byte_is_found_or_harmless(tmp_path: Path) -> None:
         try:
             for written, read in zip(rows, read_shard(str(path)), strict=True):
                 assert_same(written, read)
-            describe_shard(str(path), len(whole))
+            assert describe_shard(str(path), len(whole)) == entry
         except (CacheError, StorageError):
             found += 1
     assert found > 0.5 * len(offsets)
