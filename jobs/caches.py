@@ -189,7 +189,9 @@ def import_distillkit(run: RunCaches, teacher: str, folder: str) -> str:
         for entry in fits or by_tokens.get(_digest(foreign.input_ids[:-1]), []):
             sequence = sequences.get(entry.sequence_id)
             assert sequence is not None, "it was read above"
-            row = interop.row_of(sequence, foreign, run.config.scoring.selection)
+            row = interop.row_of(
+                sequence, foreign, run.config.scoring.selection, run.fingerprint(name)
+            )
             incomplete += row is None
             if row is not None:
                 rows.setdefault(entry.shard, {})[entry.sequence_id] = row

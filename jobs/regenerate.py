@@ -112,7 +112,7 @@ def regenerate_inside_job(config: Config, request: Request, say: Say) -> None:
         publish(
             each.cache,
             run.prepared.scoring_recipes[name],
-            provenance_of(config, name, reports[name])
+            provenance_of(config, name, reports[name], each.cache)
             | ({"follows_generation": each.source.generation} if each.source else {}),
         )
         if each.source is not None:

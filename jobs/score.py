@@ -10,7 +10,7 @@ from typing import Any
 from jobs.engines import engine_cost, pool_job
 from jobs.plan import score_key
 from pipeline import storage
-from pipeline.cache_index import publish, quarantined
+from pipeline.cache_index import is_published, publish, quarantined
 from pipeline.config import Config
 from pipeline.datasets import DatasetEntry, read_dataset, write_dataset
 from pipeline.fingerprint import digest_json
@@ -39,8 +39,8 @@ def score(config: Config, layout: Layout, prepared: Prepared, dataset: str) -> d
     reports = fill_caches(config, layout, prepared, work)
     seconds = time.monotonic() - started
     for name, cache in caches.items():
-        if reports[name].engines or not storage.exists(cache.manifest):
-            provenance = provenance_of(config, name, reports[name])
+        if reports[name].engines or not is_published(cache):
+            provenance = provenance_of(config, name, reports[name], cache)
             publish(cache, prepared.scoring_recipes[name], provenance)
     refused = {name: quarantined(cache) for name, cache in caches.items()}
     covered = [entry for entry in entries if is_covered(config, entry, refused)]
@@ -105,9 +105,19 @@ def longest_sequence(entries: Sequence[DatasetEntry]) -> int:
     return max((entry.num_tokens for entry in entries), default=1)
 
 
-def provenance_of(config: Config, name: str, report: PoolReport) -> dict[str, Any]:
+def provenance_of(
+    config: Config, name: str, report: PoolReport, cache: CacheLayout
+) -> dict[str, Any]:
     """What the manifest keeps of how rows came to be."""
-    return {"engines": report.engines, "teacher": name, "model": config.teachers[name].model}
+    engines = report.engines or _earlier_engines(cache)
+    return {"engines": engines, "teacher": name, "model": config.teachers[name].model}
+
+
+def _earlier_engines(cache: CacheLayout) -> list[dict[str, Any]]:
+    """Those that the manifest names, where a job was killed before it could name its own."""
+    if not storage.exists(cache.manifest):
+        return []
+    return storage.read_json(cache.manifest)["provenance"]["engines"]
 
 
 def scored_summary(name: str, report: PoolReport, num_quarantined: int) -> str:

@@ -22,7 +22,7 @@ from xxhash import xxh3_128
 
 from pipeline import storage
 from pipeline.cache_checks import check_row
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, CorruptFileError, CorruptShardError
 from pipeline.fingerprint import digest_ids
 from pipeline.records import SparseLogprobs
 from pipeline.selection import draw_variance
@@ -52,6 +52,7 @@ DTYPES = {
     "entropies": "<f2",
 }
 METADATA_KEYS = {
+    "polystill.schema_version",
     "polystill.num_rows",
     "polystill.checksum",
     "polystill.fingerprint",
@@ -90,8 +91,9 @@ class ShardEntry:
 
     Attributes:
         digest: of the sequence ids; the file's name.
+        positions: of each sequence.
         num_bytes: of the file.
-        checksum: of the decoded payload.
+        checksum: of the decoded payload and of what its metadata says about it.
         kept_mass: mean over positions of the probability inside the kept entries; with draws,
             inside the captured ones.
         kept_mass_p01: its 1st percentile.
@@ -102,6 +104,7 @@ class ShardEntry:
 
     digest: str
     sequence_ids: tuple[str, ...]
+    positions: tuple[int, ...]
     num_positions: int
     num_entries: int
     num_bytes: int
@@ -126,9 +129,10 @@ def write_shard(path: str, rows: Sequence[SparseLogprobs], fingerprint: str) -> 
         raise CacheError(f"{path}: rows of several selections cannot share a shard")
     columns = _encode(rows)
     identifiers = [row.sequence_id for row in rows]
-    renormalised = any(row.renormalised for row in rows)
-    checksum = _checksum(identifiers, columns, renormalised)
-    quality = _describe(rows, checksum)
+    renormalised = json.dumps(any(row.renormalised for row in rows))
+    quality = _describe(rows)
+    figures = json.dumps(quality)
+    checksum = _checksum(identifiers, columns, fingerprint, figures, renormalised)
     metadata = {
         "polystill.schema_version": str(SCHEMA_VERSION),
         "polystill.alignment": ALIGNMENT,
@@ -136,56 +140,70 @@ def write_shard(path: str, rows: Sequence[SparseLogprobs], fingerprint: str) -> 
         "polystill.num_rows": str(len(rows)),
         "polystill.checksum": checksum,
         "polystill.fingerprint": fingerprint,
-        "polystill.quality": json.dumps(quality),
-        "polystill.renormalised": json.dumps(renormalised),
+        "polystill.quality": figures,
+        "polystill.renormalised": renormalised,
     }
     cells = {name: column.to_arrow() for name, column in columns.items()}
     table = pa.table(
         {"sequence_id": identifiers, **cells}, schema=CACHE_SCHEMA.with_metadata(metadata)
     )
     num_bytes = storage.write_table(path, table, use_dictionary=False, write_statistics=False)
-    return _shard_entry(identifiers, quality, num_bytes)
+    positions = [row.num_positions for row in rows]
+    return _shard_entry(identifiers, positions, quality, checksum, num_bytes)
 
 
 def read_shard(path: str) -> list[SparseLogprobs]:
     """Reads a shard and checks its schema version, row count and payload checksum.
 
     Raises:
-        CacheError: the shard is incomplete or was changed after it was written.
-        StorageError: it is missing or not readable as Parquet.
+        CorruptShardError: the shard is incomplete or was changed after it was written.
+        CacheError: it has another schema version.
+        StorageError: it is missing or cannot be read.
     """
-    table = storage.read_table(path)
+    identifiers, columns, metadata = _read_columns(path)
+    return _decode(identifiers, columns, metadata["polystill.renormalised"] == "true")
+
+
+def describe_shard(path: str, num_bytes: int) -> ShardEntry:
+    """The index entry of a shard, which is checked as in `read_shard`.
+
+    Raises:
+        CorruptShardError, CacheError, StorageError: as `read_shard`.
+    """
+    identifiers, columns, metadata = _read_columns(path)
+    positions = np.diff(columns["num_entries"].starts).tolist()
+    quality = json.loads(metadata["polystill.quality"])
+    return _shard_entry(identifiers, positions, quality, metadata["polystill.checksum"], num_bytes)
+
+
+def _read_columns(path: str) -> tuple[list[str], dict[str, _Column], dict[str, str]]:
+    try:
+        table = storage.read_table(path)
+    except CorruptFileError as error:
+        raise CorruptShardError(
+            path, f"it is no complete Parquet file ({error.__cause__})"
+        ) from error
     metadata = _metadata(path, table)
     if not table.schema.equals(CACHE_SCHEMA):
-        raise CacheError(f"{path} is corrupt: its columns are {table.schema.names}")
-    if table.num_rows != int(metadata["polystill.num_rows"]):
-        raise CacheError(
-            f"{path} holds {table.num_rows} rows, its header says {metadata['polystill.num_rows']}"
+        raise CorruptShardError(path, f"its columns are {table.schema.names}")
+    if str(table.num_rows) != metadata["polystill.num_rows"]:
+        raise CorruptShardError(
+            path,
+            f"it holds {table.num_rows} rows, its header says {metadata['polystill.num_rows']}",
         )
-    identifiers = table.column("sequence_id").to_pylist()
-    renormalised = metadata["polystill.renormalised"] == "true"
     try:
         columns = {
             name: _Column.of_arrow(table.column(name).combine_chunks(), dtype)
             for name, dtype in DTYPES.items()
         }
     except ValueError as error:
-        raise CacheError(f"{path} is corrupt: {error}") from error
-    if _checksum(identifiers, columns, renormalised) != metadata["polystill.checksum"]:
-        raise CacheError(f"{path} fails its checksum: the payload was changed after it was written")
-    return _decode(identifiers, columns, renormalised)
-
-
-def describe_shard(path: str, num_bytes: int) -> ShardEntry:
-    """The index entry of a shard, read from its ids and metadata alone.
-
-    Raises:
-        CacheError: the shard has another schema version.
-        StorageError: it is missing or not readable as Parquet.
-    """
-    table = storage.read_table(path, ["sequence_id"])
-    quality = json.loads(_metadata(path, table)["polystill.quality"])
-    return _shard_entry(table.column("sequence_id").to_pylist(), quality, num_bytes)
+        raise CorruptShardError(path, str(error)) from error
+    identifiers = table.column("sequence_id").to_pylist()
+    described = [metadata[f"polystill.{key}"] for key in ("fingerprint", "quality", "renormalised")]
+    if _checksum(identifiers, columns, *described) != metadata["polystill.checksum"]:
+        reason = "it fails its checksum: its content was changed after it was written"
+        raise CorruptShardError(path, reason)
+    return identifiers, columns, metadata
 
 
 def _encode(rows: Sequence[SparseLogprobs]) -> dict[str, _Column]:
@@ -224,22 +242,26 @@ def _decode(
     ]
 
 
-def _checksum(identifiers: list[str], columns: dict[str, _Column], renormalised: bool) -> str:
-    """XXH3 of the payload: BLAKE2b would take longer than all else that reading does."""
-    hasher = xxh3_128(f"{digest_ids(identifiers)} {renormalised}".encode())
+def _checksum(identifiers: list[str], columns: dict[str, _Column], *described: str) -> str:
+    """XXH3 of the payload and of what the metadata says about it.
+
+    BLAKE2b would take longer than all else that reading does.
+    """
+    hasher = xxh3_128(digest_ids(identifiers).encode())
+    for text in described:
+        hasher.update(f"{len(text)}:{text}".encode())
     for column in columns.values():
         hasher.update(column.starts.astype("<i8").tobytes())
         hasher.update(column.values.data)
     return hasher.hexdigest()
 
 
-def _describe(rows: Sequence[SparseLogprobs], checksum: str) -> dict[str, float | int | str | None]:
+def _describe(rows: Sequence[SparseLogprobs]) -> dict[str, float | int | None]:
     kept = 1 - np.concatenate([row.tail_mass for row in rows]).astype(np.float64)
     gold = np.concatenate([row.gold_logprobs for row in rows]).astype(np.float64)
     return {
         "num_positions": len(kept),
         "num_entries": sum(len(row.token_ids) for row in rows),
-        "checksum": checksum,
         "kept_mass": float(kept.mean()),
         "kept_mass_p01": float(np.quantile(kept, 0.01)),
         "gold_logprob": float(gold.mean()),
@@ -251,11 +273,15 @@ def _describe(rows: Sequence[SparseLogprobs], checksum: str) -> dict[str, float 
     }
 
 
-def _shard_entry(sequence_ids: list[str], quality: dict, num_bytes: int) -> ShardEntry:
+def _shard_entry(
+    sequence_ids: list[str], positions: list[int], quality: dict, checksum: str, num_bytes: int
+) -> ShardEntry:
     return ShardEntry(
         digest=digest_ids(sequence_ids),
         sequence_ids=tuple(sequence_ids),
+        positions=tuple(positions),
         num_bytes=num_bytes,
+        checksum=checksum,
         **quality,
     )
 
@@ -265,12 +291,12 @@ def _metadata(path: str, table: pa.Table) -> dict[str, str]:
         table.validate(full=True)
         metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-        raise CacheError(f"{path} is corrupt: {error}") from error
-    version = metadata.get("polystill.schema_version")
+        raise CorruptShardError(path, str(error)) from error
+    if missing := METADATA_KEYS - metadata.keys():
+        raise CorruptShardError(path, f"its metadata lacks {sorted(missing)}")
+    version = metadata["polystill.schema_version"]
     if version != str(SCHEMA_VERSION):
         raise CacheError(
             f"{path} has cache schema version {version}, this program reads {SCHEMA_VERSION}"
         )
-    if missing := METADATA_KEYS - metadata.keys():
-        raise CacheError(f"{path} is corrupt: its metadata lacks {sorted(missing)}")
     return metadata

@@ -1,13 +1,19 @@
 """A teacher's cache as a whole: its index, its manifest, and random access to its rows.
 
 Index and manifest are derived from the shards and can be rebuilt at any time: whoever opens a cache
-lists the shard files and trusts the index only for those that it finds. Nobody needs a lock, since
-all writers of one shard write the same thing.
+lists the shard files and trusts the index only for those that it finds with the size that it names;
+a shard that the index does not know is read whole and checked. Nobody needs a lock, since all
+writers of one shard write the same thing.
+
+Shards may overlap: two jobs at once may group the sequences that they both lack differently, and
+halves of a shard may meet the whole. Every sequence then counts once and has one row, that of the
+first shard in name order that holds it; all such rows are right, for they share a recipe.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections import OrderedDict
 from collections.abc import Container, Iterable
 from dataclasses import asdict
@@ -19,10 +25,12 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.cache import ShardEntry, describe_shard, read_shard
 from pipeline.datasets import DatasetEntry
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, CorruptFileError, CorruptShardError
 from pipeline.generations import current_generation
 from pipeline.layout import CacheLayout
 from pipeline.records import SparseLogprobs
+
+logger = logging.getLogger(__name__)
 
 DECODED_SHARDS_KEPT = 64
 
@@ -31,17 +39,19 @@ def load_index(cache: CacheLayout) -> list[ShardEntry]:
     """The entries of a generation's complete shards, in name order; those without one are read.
 
     Raises:
+        CorruptShardError: a shard has another size than its index entry says, or has no entry and
+            does not pass its checks.
         StorageError: a shard without an index entry cannot be read.
     """
     known = {entry.digest: entry for entry in read_index(cache)}
-    found = {
-        info.base_name.removesuffix(".parquet"): info
-        for info in storage.list_files(cache.shards_folder, ".parquet")
-    }
-    return [
-        known[digest] if digest in known else describe_shard(cache.shard(digest), info.size)
-        for digest, info in found.items()
-    ]
+    entries = []
+    for digest, num_bytes in _shard_files(cache).items():
+        entry = known.get(digest) or describe_shard(cache.shard(digest), num_bytes)
+        if entry.num_bytes != num_bytes:
+            reason = f"it has {num_bytes} bytes, the index says {entry.num_bytes}"
+            raise CorruptShardError(cache.shard(digest), reason)
+        entries.append(entry)
+    return entries
 
 
 def publish(
@@ -50,18 +60,31 @@ def publish(
     """Writes index and manifest from the shards that exist; returns the manifest.
 
     The manifest names the newest complete generation: one older than that gets its index alone.
+    Several jobs may publish one cache at once: each looks again after it has written, so that the
+    last one to write has seen every shard.
+
+    Raises:
+        CorruptShardError: as `load_index`.
     """
-    entries = load_index(cache)
-    _write_index(cache, entries)
-    manifest = {
-        "recipe": recipe,
-        "generation": cache.generation,
-        "provenance": provenance,
-        "totals": totals(entries),
-    }
-    if cache.generation >= current_generation(cache.folder):
-        storage.write_json(cache.manifest, manifest)
-    return manifest
+    while True:
+        entries = load_index(cache)
+        _write_index(cache, entries)
+        manifest = {
+            "recipe": recipe,
+            "generation": cache.generation,
+            "provenance": provenance,
+            "totals": totals(entries),
+        }
+        if cache.generation >= current_generation(cache.folder):
+            storage.write_json(cache.manifest, manifest)
+        if is_published(cache):
+            return manifest
+
+
+def is_published(cache: CacheLayout) -> bool:
+    """Whether there is a manifest, and the index has exactly the shards that exist."""
+    indexed = [entry.digest for entry in read_index(cache)]
+    return storage.exists(cache.manifest) and indexed == list(_shard_files(cache))
 
 
 def forget(cache: CacheLayout, digests: Container[str]) -> None:
@@ -71,40 +94,50 @@ def forget(cache: CacheLayout, digests: Container[str]) -> None:
 
 
 def totals(entries: list[ShardEntry]) -> dict[str, float]:
-    """Sums over shards; qualities are means over positions, `kept_mass_p01` the worst shard's."""
-    positions = np.array([entry.num_positions for entry in entries], dtype=np.float64)
-    num_positions, num_bytes = int(positions.sum()), sum(entry.num_bytes for entry in entries)
-    if num_positions == 0:
-        return {
-            "num_shards": len(entries),
-            "num_sequences": 0,
-            "num_positions": 0,
-            "num_bytes": num_bytes,
-        }
-    kept_mass = float(positions @ [entry.kept_mass for entry in entries]) / num_positions
-    return {
+    """Sums over sequences, each counted once, where its row is read; bytes are those of all shards.
+
+    Qualities are means over positions, a shard's mean standing for each of its sequences;
+    `kept_mass_p01` is the worst shard's.
+    """
+    counted: dict[str, int] = {}
+    weights = np.zeros(len(entries))
+    for i, entry in enumerate(entries):
+        for identifier, num_positions in zip(entry.sequence_ids, entry.positions, strict=True):
+            if identifier not in counted:
+                counted[identifier] = num_positions
+                weights[i] += num_positions
+    num_positions = int(weights.sum())
+    num_bytes = sum(entry.num_bytes for entry in entries)
+    sizes: dict[str, float] = {
         "num_shards": len(entries),
-        "num_sequences": len({i for entry in entries for i in entry.sequence_ids}),
+        "num_sequences": len(counted),
         "num_positions": num_positions,
         "num_bytes": num_bytes,
+    }
+    if num_positions == 0:
+        return sizes
+    weights /= num_positions
+    kept_mass = float(weights @ [entry.kept_mass for entry in entries])
+    return sizes | {
         "bytes_per_token": num_bytes / num_positions,
-        "entries_per_position": sum(entry.num_entries for entry in entries) / num_positions,
+        "entries_per_position": float(
+            weights @ [entry.num_entries / entry.num_positions for entry in entries]
+        ),
         "kept_mass": kept_mass,
         "kept_mass_p01": min(entry.kept_mass_p01 for entry in entries),
-        **_losses(entries, positions, kept_mass),
-        "gold_logprob": float(positions @ [entry.gold_logprob for entry in entries])
-        / num_positions,
+        **_losses(entries, weights, kept_mass),
+        "gold_logprob": float(weights @ [entry.gold_logprob for entry in entries]),
     }
 
 
-def _losses(entries: list[ShardEntry], positions: np.ndarray, kept_mass: float) -> dict[str, float]:
+def _losses(entries: list[ShardEntry], weights: np.ndarray, kept_mass: float) -> dict[str, float]:
     """What the selection costs: nats of the mass in buckets, or mass and variance of the draws."""
     variances = [entry.draw_variance for entry in entries]
     if None in variances:
         return {"tail_nats": float(-np.log(kept_mass))}
     return {
         "lost_mass": 1 - kept_mass,
-        "draw_variance": float(positions @ np.array(variances) / positions.sum()),
+        "draw_variance": float(weights @ np.array(variances)),
     }
 
 
@@ -180,6 +213,7 @@ _INDEX_SCHEMA = pa.schema(
     [
         ("digest", pa.string()),
         ("sequence_ids", pa.list_(pa.string())),
+        ("positions", pa.list_(pa.int64())),
         ("num_positions", pa.int64()),
         ("num_entries", pa.int64()),
         ("num_bytes", pa.int64()),
@@ -193,17 +227,34 @@ _INDEX_SCHEMA = pa.schema(
 
 
 def _write_index(cache: CacheLayout, entries: list[ShardEntry]) -> None:
-    rows = [asdict(entry) | {"sequence_ids": list(entry.sequence_ids)} for entry in entries]
+    lists = ("sequence_ids", "positions")
+    rows = [
+        asdict(entry) | {name: list(getattr(entry, name)) for name in lists} for entry in entries
+    ]
     storage.write_table(cache.index, pa.Table.from_pylist(rows, schema=_INDEX_SCHEMA))
 
 
-def read_index(cache: CacheLayout) -> list[ShardEntry]:
-    """The index as it was written, whether or not its shards still exist; empty without one.
+def _shard_files(cache: CacheLayout) -> dict[str, int]:
+    """Digest and bytes of every shard that exists, in name order."""
+    files = storage.list_files(cache.shards_folder, ".parquet")
+    return {info.base_name.removesuffix(".parquet"): info.size for info in files}
 
-    Raises:
-        StorageError: it cannot be read.
+
+def read_index(cache: CacheLayout) -> list[ShardEntry]:
+    """The index as it was written, whether or not its shards still exist.
+
+    Empty when there is none, or none that can be used: it can be made again.
     """
     if not storage.exists(cache.index):
         return []
-    rows = storage.read_table(cache.index).to_pylist()
-    return [ShardEntry(**row | {"sequence_ids": tuple(row["sequence_ids"])}) for row in rows]
+    try:
+        table = storage.read_table(cache.index)
+    except CorruptFileError as error:
+        logger.warning("%s; it is made again from the shards", error)
+        return []
+    if not table.schema.equals(_INDEX_SCHEMA):
+        return []
+    lists = ("sequence_ids", "positions")
+    return [
+        ShardEntry(**row | {name: tuple(row[name]) for name in lists}) for row in table.to_pylist()
+    ]

@@ -192,7 +192,7 @@ def _trusted_rows(cache: CacheLayout, digest: str, fingerprint: str) -> list[Spa
     """
     path = cache.shard(digest)
     rows = read_shard(path)
-    made_by = storage.read_table(path, []).schema.metadata[b"polystill.fingerprint"].decode()
+    made_by = storage.read_table(path).schema.metadata[b"polystill.fingerprint"].decode()
     if made_by != fingerprint:
         raise CacheError(f"{path} was made under the recipe {made_by}, not {fingerprint}")
     if digest_ids(row.sequence_id for row in rows) != digest:

@@ -17,8 +17,31 @@ class StorageError(DistillationError):
     """Reading or writing storage failed: a full disk, a missing path, a permission."""
 
 
+class StoreUnreachableError(StorageError):
+    """An object store did not answer, or broke off; a later try may succeed."""
+
+
+class CorruptFileError(StorageError):
+    """A file is there and is not what was written: truncated, or some of its bits have changed."""
+
+
 class CacheError(DistillationError):
     """A cache shard, index or manifest is missing, corrupt or does not fit the request."""
+
+
+class CorruptShardError(CacheError):
+    """A cache shard is truncated or was changed after it was written."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return (
+            f"the cache shard {self.path} is corrupt: {self.reason}. `polystill cache regenerate "
+            "CONFIG` sets it aside and scores its sequences again; `polystill cache verify CONFIG` "
+            "looks for others."
+        )
 
 
 class VocabularyMismatchError(DistillationError):

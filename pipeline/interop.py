@@ -146,8 +146,8 @@ def read_distillkit(folder: str) -> Iterator[ForeignSequence]:
     if not files:
         raise CacheError(f"{folder} holds no Parquet file")
     for info in files:
-        table = storage.read_table(storage.join(folder, info.base_name), DISTILLKIT_SCHEMA.names)
-        for i, row in enumerate(table.to_pylist()):
+        table = storage.read_table(storage.join(folder, info.base_name))
+        for i, row in enumerate(table.select(DISTILLKIT_SCHEMA.names).to_pylist()):
             try:
                 yield _foreign_sequence(row, config)
             except ValueError as error:
@@ -157,7 +157,7 @@ def read_distillkit(folder: str) -> Iterator[ForeignSequence]:
 
 
 def row_of(
-    sequence: TokenSequence, foreign: ForeignSequence, rule: Selection
+    sequence: TokenSequence, foreign: ForeignSequence, rule: Selection, teacher: str
 ) -> SparseLogprobs | None:
     """The cache row that a foreign sequence of the same tokens gives, by the run's own selection.
 
@@ -181,7 +181,7 @@ def row_of(
     gold_P = np.where(
         is_gold_PK.any(axis=1), np.where(is_gold_PK, logprobs_PK, -np.inf).max(axis=1), at_most_P
     )
-    return select(sequence.sequence_id, token_ids_PK, logprobs_PK, gold_P, rule)
+    return select(sequence.sequence_id, token_ids_PK, logprobs_PK, gold_P, rule, teacher=teacher)
 
 
 def pack_bits(values_PK: np.ndarray, num_bits: int) -> np.ndarray:

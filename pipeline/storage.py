@@ -1,32 +1,52 @@
 """Files on a local disk, NFS or an object store behind one small interface (`pyarrow.fs`).
 
 Existence means complete: a local file is written under a temporary name, synced and renamed; an
-object is one put.
+object is one put, and above 10 MB the parts of an upload that shows nothing until it is completed.
+
+`pyarrow` itself tries a request to an object store again for about six seconds. What lasts longer
+is tried again here, a few times and ever later, and then told.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
+import logging
 import os
+import re
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from pipeline.errors import StorageError
+from pipeline.errors import CorruptFileError, StorageError, StoreUnreachableError
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+PAUSES_SECONDS = (2.0, 8.0)
+# What an object store says that no second try changes.
+LASTING = re.compile(
+    "ACCESS_DENIED|NO_SUCH_BUCKET|INVALID|SIGNATURE|VALIDATION|EXPIRED|PERMISSION_DENIED"
+    "|UNAUTHENTICATED|NOT_FOUND"
+)
 
 
 def _open(uri: str) -> tuple[fs.FileSystem, str]:
     if "://" not in uri:
         return fs.LocalFileSystem(), uri
+    # Without this, pyarrow uploads even the smallest object in three requests.
+    options = "?allow_delayed_open=true" if uri.startswith("s3://") else ""
     try:
-        filesystem, path = fs.FileSystem.from_uri(uri)
+        filesystem, path = fs.FileSystem.from_uri(uri + options)
     except (pa.ArrowInvalid, OSError) as error:
         raise StorageError(
             f"cannot reach {uri}: {error}. Check its scheme (s3://, gs://), its bucket and the "
@@ -47,9 +67,29 @@ def _explained(action: str, uri: str) -> Iterator[None]:
                 f"cannot {action} {uri}: the disk is full. Everything finished so far is kept; "
                 "free some space and run the same command again."
             ) from error
-        raise StorageError(f"cannot {action} {uri}: {error}") from error
+        is_object = "://" in uri and not uri.startswith("file://")
+        passing = is_object and error.errno is None and not LASTING.search(str(error))
+        kind = StoreUnreachableError if passing else StorageError
+        raise kind(f"cannot {action} {uri}: {error}") from error
 
 
+def _patient(ask: Callable[P, T]) -> Callable[P, T]:
+    """Tries again, after a while, what an object store did not answer."""
+
+    @functools.wraps(ask)
+    def ask_again(*args: P.args, **kwargs: P.kwargs) -> T:
+        for pause in PAUSES_SECONDS:
+            try:
+                return ask(*args, **kwargs)
+            except StoreUnreachableError as error:
+                logger.warning("%s; tried again in %g s", error, pause)
+                time.sleep(pause)
+        return ask(*args, **kwargs)
+
+    return ask_again
+
+
+@_patient
 def write_bytes(uri: str, data: bytes | memoryview | pa.Buffer) -> None:
     """Writes a whole file so that it either exists completely or not at all.
 
@@ -61,8 +101,10 @@ def write_bytes(uri: str, data: bytes | memoryview | pa.Buffer) -> None:
         if isinstance(filesystem, fs.LocalFileSystem):
             _write_local(path, data)
         else:
-            with filesystem.open_output_stream(path) as stream:
-                stream.write(data)
+            # Not a context manager, which would complete the object after a failed write.
+            stream = filesystem.open_output_stream(path)
+            stream.write(data)
+            stream.close()
 
 
 def _write_local(path: str, data: bytes | memoryview | pa.Buffer) -> None:
@@ -140,16 +182,27 @@ def read_bytes(uri: str) -> bytes:
     Raises:
         StorageError: it does not exist or cannot be read.
     """
+    return _read(uri).to_pybytes()
+
+
+@_patient
+def _read(uri: str) -> pa.Buffer:
+    """The content of a file, by one request after that for its size."""
     filesystem, path = _open(uri)
-    with _explained("read", uri), filesystem.open_input_stream(path) as stream:
-        return stream.read()
+    with _explained("read", uri), filesystem.open_input_file(path) as file:
+        return file.read_buffer()
 
 
 def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
+    return _info(uri).type != fs.FileType.NotFound
+
+
+@_patient
+def _info(uri: str) -> fs.FileInfo:
     filesystem, path = _open(uri)
     with _explained("look for", uri):
-        return filesystem.get_file_info(path).type != fs.FileType.NotFound
+        return filesystem.get_file_info(path)
 
 
 def list_files(uri: str, suffix: str = "") -> list[fs.FileInfo]:
@@ -175,6 +228,7 @@ def list_folders(uri: str) -> list[str]:
     return sorted(i.base_name for i in _found_in(uri) if i.type == fs.FileType.Directory)
 
 
+@_patient
 def _found_in(uri: str, recursive: bool = False) -> list[fs.FileInfo]:
     filesystem, path = _open(uri)
     with _explained("list", uri):
@@ -184,9 +238,7 @@ def _found_in(uri: str, recursive: bool = False) -> list[fs.FileInfo]:
 
 def file_states(uri: str) -> list[tuple[str, int, int]]:
     """`(path, bytes, modification time in ns)` of a file or of all below a folder, if it exists."""
-    filesystem, path = _open(uri)
-    with _explained("look for", uri):
-        info = filesystem.get_file_info(path)
+    info = _info(uri)
     infos = [info] if info.type == fs.FileType.File else _found_in(uri, recursive=True)
     return sorted((i.path, i.size, i.mtime_ns) for i in infos if i.type == fs.FileType.File)
 
@@ -225,22 +277,20 @@ def write_table(uri: str, table: pa.Table, **options: Any) -> int:
     return buffer.size
 
 
-def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
+def read_table(uri: str) -> pa.Table:
     """Reads a Parquet file, checking page checksums.
 
     Raises:
-        StorageError: it is missing, truncated or fails its checksums.
+        CorruptFileError: it is truncated or fails its checksums.
+        StorageError: it is missing or cannot be read.
     """
-    filesystem, path = _open(uri)
-    with _explained("read", uri):
-        try:
-            return pq.ParquetFile(
-                path, filesystem=filesystem, page_checksum_verification=True
-            ).read(columns)
-        except pa.ArrowInvalid as error:
-            raise StorageError(
-                f"cannot read {uri}: it is not a complete Parquet file: {error}"
-            ) from error
+    source = pa.BufferReader(_read(uri))
+    try:
+        return pq.ParquetFile(source, page_checksum_verification=True).read()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise CorruptFileError(
+            f"cannot read {uri}: it is not a complete Parquet file: {error}"
+        ) from error
 
 
 def join(root: str, *parts: str) -> str:

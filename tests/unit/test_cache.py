@@ -1,19 +1,22 @@
 """The cache: round trips, atomic shards, corruption found, index and manifest rebuilt."""
 
 import errno
+import itertools
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import storage
-from pipeline.cache import describe_shard, read_shard, write_shard
-from pipeline.cache_index import CacheReader, load_index, publish
+from pipeline.cache import ShardEntry, describe_shard, read_shard, write_shard
+from pipeline.cache_index import CacheReader, is_published, load_index, publish
 from pipeline.config_targets import TopP
-from pipeline.errors import CacheError, StorageError
+from pipeline.errors import CacheError, CorruptShardError, StorageError
 from pipeline.fingerprint import digest_ids
 from pipeline.layout import CacheLayout
 from pipeline.records import SparseLogprobs
@@ -66,7 +69,7 @@ def test_identical_arrays_give_identical_bytes(tmp_path: Path) -> None:
 def test_a_flipped_byte_is_found_or_harmless(tmp_path: Path) -> None:
     path = tmp_path / "shard.parquet"
     rows = [make_row(f"s{i}", 50, i) for i in range(4)]
-    write_shard(str(path), rows, "f")
+    entry = write_shard(str(path), rows, "f")
     whole, found = path.read_bytes(), 0
     offsets = range(4, len(whole), 61)
     for offset in offsets:
@@ -74,6 +77,7 @@ def test_a_flipped_byte_is_found_or_harmless(tmp_path: Path) -> None:
         try:
             for written, read in zip(rows, read_shard(str(path)), strict=True):
                 assert_same(written, read)
+            assert describe_shard(str(path), len(whole)) == entry
         except (CacheError, StorageError):
             found += 1
     assert found > 0.5 * len(offsets)
@@ -83,7 +87,10 @@ def test_a_truncated_shard_is_found(tmp_path: Path) -> None:
     path = tmp_path / "shard.parquet"
     write_shard(str(path), [make_row("s", 50, 1)], "f")
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(StorageError, match="not a complete Parquet file"):
+    with pytest.raises(
+        CorruptShardError,
+        match=r"shard\.parquet is corrupt.*no complete Parquet.*polystill cache regenerate",
+    ):
         read_shard(str(path))
 
 
@@ -142,11 +149,94 @@ def test_the_index_is_rebuilt_from_shards(tmp_path: Path) -> None:
     assert reader.row("unknown") is None
 
 
-def test_a_sequence_in_two_shards_is_one_row(tmp_path: Path) -> None:
+def write_group(cache: CacheLayout, group: list[str]) -> ShardEntry:
+    """A shard of rows that depend on their sequence alone, 10 positions and more."""
+    rows = [make_row(i, 10 + ord(i) % 7, ord(i)) for i in group]
+    return write_shard(cache.shard(digest_ids(group)), rows, "f")
+
+
+@pytest.mark.parametrize(
+    "groups", [[["a", "b"], ["a"]], [["a", "b", "c"], ["b", "d"], ["a", "c"]], [["c"], ["c", "a"]]]
+)
+def test_a_sequence_in_several_shards_counts_once(groups: list[list[str]], tmp_path: Path) -> None:
+    cache, apart = (CacheLayout(str(tmp_path / name), 1) for name in ("teacher-a", "teacher-b"))
+    for group in groups:
+        write_group(cache, group)
+    everyone = sorted({identifier for group in groups for identifier in group})
+    for identifier in everyone:
+        write_group(apart, [identifier])
+    found, expected = (publish(each, {}, {})["totals"] for each in (cache, apart))
+    for name in ("num_sequences", "num_positions"):
+        assert found[name] == expected[name], name
+    assert found["num_shards"] == len(groups)
+    assert 0 < found["kept_mass"] <= 1
+    reader = CacheReader(cache)
+    for identifier in everyone:
+        row = make_row(identifier, 10 + ord(identifier) % 7, ord(identifier))
+        assert_same(reader.row(identifier), row)
+
+
+def test_a_shard_of_another_size_than_the_index_says_is_corrupt(tmp_path: Path) -> None:
     cache = CacheLayout(str(tmp_path / "teacher-abc"), 1)
-    for group in (["a", "b"], ["a"]):
-        write_shard(cache.shard(digest_ids(group)), [make_row(i, 10, ord(i)) for i in group], "f")
-    assert publish(cache, {}, {})["totals"]["num_sequences"] == 2
+    for group in (["a", "b"], ["c"]):
+        write_group(cache, group)
+    publish(cache, {}, {})
+    path = Path(cache.shard(digest_ids(["c"])))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CorruptShardError, match="the index says") as caught:
+        load_index(cache)
+    assert caught.value.path == str(path)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_a_changed_shard_does_not_enter_the_index(tmp_path: Path) -> None:
+    cache = CacheLayout(str(tmp_path / "teacher-abc"), 1)
+    write_group(cache, ["a", "b"])
+    path = Path(cache.shard(digest_ids(["a", "b"])))
+    table = pq.read_table(path)
+    cell = bytearray(table["logprobs"][0].as_py())
+    cell[0] ^= 1
+    changed = table.set_column(
+        table.schema.get_field_index("logprobs"),
+        "logprobs",
+        [[bytes(cell), table["logprobs"][1].as_py()]],
+    )
+    pq.write_table(changed, path)
+    with pytest.raises(CorruptShardError, match="checksum"):
+        publish(cache, {}, {})
+    assert not Path(cache.index).exists() and not Path(cache.manifest).exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b"PAR1 no index PAR1"])
+def test_a_broken_index_is_made_again(damage: bytes, tmp_path: Path) -> None:
+    cache = CacheLayout(str(tmp_path / "teacher-abc"), 1)
+    write_group(cache, ["a", "b"])
+    publish(cache, {}, {})
+    written = load_index(cache)
+    Path(cache.index).write_bytes(damage)
+    assert not is_published(cache)
+    assert load_index(cache) == written
+    publish(cache, {}, {})
+    assert is_published(cache)
+
+
+def test_whoever_publishes_last_has_seen_every_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another job writes a shard while this one writes its index, which is older then."""
+    cache = CacheLayout(str(tmp_path / "teacher-abc"), 1)
+    write_group(cache, ["a"])
+    write_json, late = storage.write_json, iter([["b"], ["c"]])
+
+    def write_and_be_overtaken(uri: str, value: object) -> None:
+        write_json(uri, value)
+        for group in itertools.islice(late, 1):
+            write_group(cache, group)
+
+    monkeypatch.setattr(storage, "write_json", write_and_be_overtaken)
+    assert publish(cache, {}, {})["totals"]["num_sequences"] == 3
+    assert is_published(cache)
+    assert storage.read_json(cache.manifest)["totals"]["num_shards"] == 3
 
 
 def test_a_deleted_shard_is_missing_whatever_the_index_says(tmp_path: Path) -> None:

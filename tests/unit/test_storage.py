@@ -48,3 +48,80 @@ def test_a_store_that_refuses_is_named(bucket: str, monkeypatch: pytest.MonkeyPa
     for ask in (storage.exists, storage.list_files, storage.list_folders, storage.file_states):
         with pytest.raises(StorageError, match=r"s3://bucket/: AWS Error ACCESS_DENIED"):
             ask(bucket)
+
+
+class Failing:
+    """A file system that breaks off, so many times, and remembers what was done to its streams."""
+
+    def __init__(self, failures: int, message: str) -> None:
+        self.failures, self.message = failures, message
+        self.done: list[str] = []
+
+    def _answer(self, name: str) -> None:
+        self.done.append(name)
+        if self.failures:
+            self.failures -= 1
+            raise OSError(self.message)
+
+    def open_output_stream(self, path: str) -> "Failing":
+        return self
+
+    def write(self, data: bytes) -> None:
+        self._answer("write")
+
+    def close(self) -> None:
+        self.done.append("close")
+
+    def get_file_info(self, path: str) -> fs.FileInfo:
+        self._answer("look")
+        return fs.FileInfo(path, fs.FileType.File)
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    return waited
+
+
+DROPPED = "AWS Error NETWORK_CONNECTION during PutObject operation"
+
+
+def test_a_dropped_connection_is_tried_again_and_a_failed_write_is_never_completed(
+    pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Failing(2, DROPPED)
+    monkeypatch.setattr(storage, "_open", lambda uri: (store, uri))
+    storage.write_bytes("s3://bucket/x", b"x")
+    assert store.done == ["write", "write", "write", "close"]
+    assert pauses == list(storage.PAUSES_SECONDS)
+    store.failures = 1
+    assert storage.exists("s3://bucket/x")
+
+
+def test_tries_are_bounded_and_the_message_names_the_object(
+    pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Failing(99, DROPPED)
+    monkeypatch.setattr(storage, "_open", lambda uri: (store, uri))
+    with pytest.raises(StorageError, match="cannot write s3://bucket/x: AWS Error NETWORK"):
+        storage.write_bytes("s3://bucket/x", b"x")
+    assert store.done == ["write"] * (1 + len(storage.PAUSES_SECONDS))
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("s3://bucket/x", "AWS Error ACCESS_DENIED during HeadObject operation"),
+        ("s3://bucket/x", "AWS Error NO_SUCH_BUCKET during PutObject operation"),
+        ("/local/x", "whatever"),
+    ],
+)
+def test_what_waiting_does_not_mend_is_told_at_once(
+    uri: str, message: str, pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Failing(1, message)
+    monkeypatch.setattr(storage, "_open", lambda uri: (store, uri))
+    with pytest.raises(StorageError, match=message):
+        storage.exists(uri)
+    assert pauses == [] and store.done == ["look"]
