@@ -48,13 +48,16 @@ from pipeline.config_targets import HeadAndSampled, Sampled, Selection, TopK, To
 from pipeline.records import CombinedTargets, SparseLogprobs
 from pipeline.selection import select
 from students.dataset import example_of
-from students.losses import LossWeights, Targets, distillation_loss
+from students.divergences import LossTerm
+from students.losses import distillation_loss
+from students.outcomes import Targets
 from students.packing import pack
 
 REFERENCE = "top_k 50"
 TIMED = "top_p 0.99, 64"
 BYTES_TO_REACH = 20
 FEWEST_DRAWS = 8
+FORWARD_KL = (LossTerm(name="forward_kl", type="forward_kl", weight=1.0),)
 
 
 def _top_k(most: int) -> TopK:
@@ -173,9 +176,7 @@ def _dense_gradient(batch: Batch) -> Tensor:
 
 
 def _gradient(batch: Batch, targets: Targets) -> Tensor:
-    loss = distillation_loss(
-        batch.hidden_PH, batch.head_VH, None, targets, LossWeights(forward_kl=1.0)
-    )
+    loss = distillation_loss(batch.hidden_PH, batch.head_VH, None, targets, FORWARD_KL)
     return _flat(torch.autograd.grad(loss.total, batch.parameters, retain_graph=True))
 
 

@@ -114,7 +114,7 @@ def _weights_by_domain(
     }
 
 
-def _renamed(numbers: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+def _renamed(numbers: dict[str, dict[str, float | None]]) -> dict[str, dict[str, float | None]]:
     return {
         domain: {
             "holdout_tokens": values["tokens"],

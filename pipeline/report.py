@@ -146,6 +146,7 @@ def render_html(report: dict[str, Any]) -> str:
         "domains": _domains(report),
         "colours": _colours(report),
         "curves_svg": _curves(report),
+        "drawn": any("draw_variance" in cache for cache in report["caches"].values()),
         "reasons": [*REASONS, *sorted(counted - {*REASONS, "generated_tokens", "seconds"})],
         "wilson": wilson_interval,
     }

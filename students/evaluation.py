@@ -5,6 +5,9 @@ All are averages over positions in nats, by domain and over `all`. KL is measure
 the teachers as in training: sum_m w_m KL(p_m || q), each teacher's kept ids apart and the rest in
 one bucket.
 
+Where rows hold draws, KL and agreement are None: KL is not linear in p, so that the draws' own lack
+of entropy would be added to it, and the likeliest token need not have been drawn.
+
 Legend: M teachers of positive weight, P positions, K entries.
 """
 
@@ -33,6 +36,7 @@ least this much.
 ID_RANGE = 2**24
 KL_TO_MIXTURE = (LossTerm(name="forward_kl", type="forward_kl", weight=1.0),)
 """Of every student, whatever it was trained on."""
+Means = dict[str, float | None]
 
 
 @dataclass
@@ -44,6 +48,13 @@ class _Sums:
     kl_to_mixture: float = 0.0
     agreement: float = 0.0
     bounded_mass: float = 0.0
+    has_estimates: bool = False
+
+    def add_estimated(self, loss: np.ndarray) -> None:
+        """Positions whose mixture is known by draws alone."""
+        self.tokens += len(loss)
+        self.loss += float(loss.sum())
+        self.has_estimates = True
 
     def add(
         self,
@@ -58,10 +69,13 @@ class _Sums:
         self.agreement += float(agrees.sum())
         self.bounded_mass += 0.0 if bounded is None else float(bounded.sum())
 
-    def means(self, *, bounded: bool) -> dict[str, float]:
-        names = ["loss", "kl_to_mixture", "agreement"] + (["bounded_mass"] if bounded else [])
-        means = {name: getattr(self, name) / self.tokens for name in names}
-        return {"tokens": float(self.tokens), **means}
+    def means(self, *, bounded: bool) -> Means:
+        names = ["kl_to_mixture", "agreement"] + (["bounded_mass"] if bounded else [])
+        means = {
+            name: None if self.has_estimates else getattr(self, name) / self.tokens
+            for name in names
+        }
+        return {"tokens": float(self.tokens), "loss": self.loss / self.tokens, **means}
 
 
 @torch.no_grad()
@@ -72,7 +86,7 @@ def holdout_numbers(
     tokens_per_micro_batch: int,
     device: str = "cpu",
     trust_remote_code: bool = False,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Means]:
     """A student's numbers on hold-out sequences, by domain and for `all`.
 
     Returns:
@@ -100,16 +114,19 @@ def holdout_numbers(
             ]
             weights = (head.weight, head.bias)
             found = position_figures(hidden_PH, *weights, batch.targets, KL_TO_MIXTURE, softcap)
-            mixture = np.concatenate([mixture_argmax(example) for example in packed])
             loss, kl = found.figures.double().cpu().numpy()
-            agrees = found.argmax_ids.cpu().numpy() == mixture
-            sums.setdefault(domain, _Sums()).add(loss, kl, agrees)
+            domain_sums = sums.setdefault(domain, _Sums())
+            if any(example.is_estimate for example in packed):
+                domain_sums.add_estimated(loss)
+                continue
+            mixture = np.concatenate([mixture_argmax(example) for example in packed])
+            domain_sums.add(loss, kl, found.argmax_ids.cpu().numpy() == mixture)
     return _with_total(sums, bounded=False)
 
 
 def teacher_holdout_numbers(
     entries: Sequence[DatasetEntry], examples: Examples, readers: dict[str, CacheReader]
-) -> dict[str, dict[str, dict[str, float]]]:
+) -> dict[str, dict[str, Means]]:
     """Each teacher's numbers on the sequences that it has scored, from cached numbers alone.
 
     What a teacher gives to an id that it has not kept is unknown but bounded, see
@@ -127,13 +144,15 @@ def teacher_holdout_numbers(
                 row = reader.row(entry.sequence_id)
                 if row is None:
                     continue
-                example = examples[entry]
+                example, loss = examples[entry], -row.gold_logprobs.astype(np.float64)
+                domain_sums = sums.setdefault(domain, _Sums())
+                if row.is_drawn or example.is_estimate:
+                    domain_sums.add_estimated(loss)
+                    continue
                 kl_P, bounded_P = bounded_divergence(example, row)
                 first = np.concatenate([[0], np.cumsum(row.num_entries, dtype=np.int64)[:-1]])
                 agrees_P = row.token_ids[first] == mixture_argmax(example)
-                sums.setdefault(domain, _Sums()).add(
-                    -row.gold_logprobs.astype(np.float64), kl_P, agrees_P, bounded_P
-                )
+                domain_sums.add(loss, kl_P, agrees_P, bounded_P)
         found[name] = _with_total(sums, bounded=True)
     return found
 
@@ -205,7 +224,7 @@ def _by_domain(entries: Sequence[DatasetEntry]) -> Iterator[tuple[str, list[Data
         yield domain, [entry for entry in entries if entry.domain == domain]
 
 
-def _with_total(sums: dict[str, _Sums], *, bounded: bool) -> dict[str, dict[str, float]]:
+def _with_total(sums: dict[str, _Sums], *, bounded: bool) -> dict[str, Means]:
     total = _Sums()
     for part in sums.values():
         for name, value in vars(part).items():

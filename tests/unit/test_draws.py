@@ -27,12 +27,14 @@ from pipeline.loading import load_config
 from pipeline.records import CombinedTargets, SparseLogprobs, TokenSequence
 from pipeline.selection import draw, draw_variance, probabilities, select
 from students.dataset import example_of
-from students.losses import LossWeights, distillation_loss
+from students.divergences import LossTerm
+from students.losses import distillation_loss
 from students.packing import pack
 
 ROOT = Path(__file__).resolve().parents[2]
 P, V, K = 5, 40, 12
 SIGMAS = 5
+FORWARD_KL = (LossTerm(name="forward_kl", type="forward_kl", weight=1.0),)
 
 
 def sampled(draws: int = 12, **options) -> Sampled:
@@ -120,9 +122,7 @@ def gradients(rows: list[SparseLogprobs]) -> np.ndarray:
     weights = np.ones((1, P), np.float32)
     examples = [example_of(CombinedTargets(SEQUENCE, (row,), weights)) for row in rows]
     logits = LOGITS.repeat(len(rows), 1).requires_grad_()
-    loss = distillation_loss(
-        logits, torch.eye(V), None, pack(examples).targets, LossWeights(forward_kl=1.0)
-    )
+    loss = distillation_loss(logits, torch.eye(V), None, pack(examples).targets, FORWARD_KL)
     (found,) = torch.autograd.grad(loss.total, logits)
     return found.double().reshape(len(rows), P, V).numpy()
 
@@ -342,7 +342,7 @@ def test_drawn_and_kept_teachers_share_a_mixture() -> None:
     example = example_of(CombinedTargets(SEQUENCE, (drawn, kept), weights))
     assert example.is_estimate and not example.tail_mass[0].any()
     np.testing.assert_array_equal(example.tail_mass[1], kept.tail_mass)
-    found = distillation_loss(*student, None, pack([example]).targets, LossWeights(forward_kl=1.0))
+    found = distillation_loss(*student, None, pack([example]).targets, FORWARD_KL)
     hidden, head = (s.detach().double().requires_grad_() for s in student)
     q = torch.softmax(hidden @ head.T, dim=-1)
     expected = torch.zeros((), dtype=torch.float64)

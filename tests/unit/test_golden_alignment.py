@@ -10,12 +10,13 @@ import asyncio
 import math
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.cache import read_shard
-from pipeline.config_targets import CombineConfig, GoldLikelihoodWeights, TopP
+from pipeline.config_targets import CombineConfig, GoldLikelihoodWeights, Sampled, TopP
 from pipeline.datasets import DatasetEntry, write_sequences
 from pipeline.fingerprint import digest_ids
 from pipeline.layout import Layout
@@ -29,6 +30,7 @@ from teachers.scoring import ScoringTask
 
 VOCABULARY, WIDTH = 8, 3
 KL_WEIGHT, CE_WEIGHT = 1.0, 0.5
+DRAWS = 5
 
 TOKENS = {
     "a": [1, 4, 2, 5, 3],
@@ -113,7 +115,10 @@ def written_sequence(name):
     )
 
 
-def packed_rows(root, packing, captured):
+KEPT = TopP(type="top_p", mass=0.8, max_entries=3)
+
+
+def packed_rows(root, packing, captured, selection=KEPT):
     """Every sequence through capture, selection, shards and combination, packed as asked."""
     layout = Layout(str(root), "run")
     shard = write_sequences(layout, "d", [written_sequence(name) for name in TOKENS])
@@ -126,14 +131,14 @@ def packed_rows(root, packing, captured):
             sequence_ids=scored,
             cache=caches[teacher],
             fingerprint="0" * 32,
-            selection=TopP(type="top_p", mass=0.8, max_entries=3),
+            selection=selection,
         )
         asyncio.run(task.run(FromTheTables(teacher, captured)))
         for row in read_shard(caches[teacher].shard(digest_ids(scored))):
             kept = [
                 captured[teacher, row.sequence_id][i - 1][1][1] for i in places(row.sequence_id)
             ]
-            assert row.num_entries.tolist() == kept
+            assert selection is not KEPT or row.num_entries.tolist() == kept
     weights = GoldLikelihoodWeights(type="gold_likelihood", temperature=1.0, per="token")
     entries = {
         name: DatasetEntry(
@@ -174,8 +179,11 @@ def model():
     return LlamaForCausalLM(config)
 
 
-def expected_loss(model, shift_logits=0, shift_rows=0, shift_gold=0):
-    """The definition in loops; a shift moves one of the three by so many tokens."""
+def expected_loss(model, shift_logits=0, shift_rows=0, shift_gold=0, drawn=None):
+    """The definition in loops; a shift moves one of the three by so many tokens.
+
+    With `drawn`, what the teachers' draws stand for takes the place of entries and tail.
+    """
     total = 0.0
     for name, tokens in TOKENS.items():
         with torch.no_grad():
@@ -189,8 +197,12 @@ def expected_loss(model, shift_logits=0, shift_rows=0, shift_gold=0):
                 if (teacher, name) in CAPTURED
             }
             likelihoods = sum(math.exp(own) for own, _, _ in rows.values())
-            for own, (logprobs, kept), ids in rows.values():
+            for teacher, (own, (logprobs, kept), ids) in rows.items():
                 weight = math.exp(own) / likelihoods
+                if drawn:
+                    for token, p in drawn[teacher, name, i].items():
+                        total += KL_WEIGHT * weight * p * math.log(p / q[token])
+                    continue
                 tail, outside, divergence = 1.0, 1.0, 0.0
                 for k in range(kept):
                     p = math.exp(logprobs[k])
@@ -224,6 +236,36 @@ def test_the_whole_path_gives_the_number_of_the_definition(tmp_path, model, pack
     assert sum(len(row.logit_indices) for row in rows) == 3 + 4 + 1
     # the cache keeps tails and weights in float16
     assert found_loss(model, rows) == pytest.approx(expected_loss(model), rel=5e-4)
+
+
+def drawn_in(root):
+    """What the shards say of every token, decoded by hand; draws lie among what was captured."""
+    found = {}
+    for teacher in ("near", "far"):
+        scored = tuple(name for name in TOKENS if (teacher, name) in CAPTURED)
+        shard = Layout(str(root), "run").cache(teacher, "0" * 32).shard(digest_ids(scored))
+        for row in pq.read_table(shard).to_pylist():
+            name, k = row["sequence_id"], 0
+            tails = np.frombuffer(row["tail_mass"], "<f2").tolist()
+            for i, tail, num_entries in zip(places(name), tails, row["num_entries"], strict=True):
+                _, (logprobs, _), ids = CAPTURED[teacher, name][i - 1]
+                assert tail == pytest.approx(1 - sum(map(math.exp, logprobs)), abs=1e-3)
+                tokens = np.frombuffer(row["token_ids_low"], "<u2")[k : k + num_entries].tolist()
+                counts = row["counts"][k : k + num_entries]
+                assert set(tokens) <= set(ids) and sum(counts) == DRAWS
+                shares = [(1 - tail) * count / DRAWS for count in counts]
+                found[teacher, name, i] = dict(zip(tokens, shares, strict=True))
+                k += num_entries
+    return found
+
+
+def test_draws_take_the_same_path(tmp_path, model):
+    rows = packed_rows(
+        tmp_path, [["c", "a"], ["b"]], CAPTURED, Sampled(type="sampled", num_draws=DRAWS)
+    )
+    drawn = drawn_in(tmp_path)
+    # only the teachers' weights are rounded: their log-likelihoods are kept in float16
+    assert found_loss(model, rows) == pytest.approx(expected_loss(model, drawn=drawn), rel=5e-4)
 
 
 @pytest.mark.parametrize("by", [-1, 1])

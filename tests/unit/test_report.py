@@ -496,3 +496,19 @@ def test_a_domain_without_holdout_sequences_has_a_page(report):
         model["domains"]["words"] |= {**empty, "holdout_tokens": 0}
     assert Page(render_html(report)).words.count("words") and text_summary(report)
     assert pooled(report["models"][0])["holdout_tokens"] == 2 * 4321
+
+
+def test_what_draws_cannot_tell_is_said_and_not_shown(report):
+    kept = Page(render_html(report)).words
+    assert "Variance of draws" not in kept and "hold draws" not in kept
+    for cache in report["caches"].values():
+        del cache["tail_nats"]
+        cache |= {"lost_mass": 0.0123, "draw_variance": 0.0456}
+    for model in report["models"]:
+        for figures in model["domains"].values():
+            figures |= {"kl_to_mixture": None, "kl_bounded_mass": None, "top1_agreement": None}
+    words = Page(render_html(report)).words
+    assert "Variance of draws" in words and "0.0456" in words
+    assert "KL to the mixture and agreement with it are not measured" in words
+    (line,) = [line for line in text_summary(report).splitlines() if line.startswith("KL to")]
+    assert line.split()[-4:] == ["—"] * 4
