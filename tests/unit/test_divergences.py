@@ -208,6 +208,17 @@ def test_what_the_union_misplaces_is_bounded_and_reported():
             assert float(bound[j]) == 0
 
 
+@pytest.mark.parametrize("name", AGAINST_TEACHERS)
+def test_the_ids_of_a_teacher_without_weight_refine_nothing(name):
+    student, two = make_student(), make_targets(2)
+    two.teacher_weights.copy_(torch.tensor([[1.0], [0.0]]))
+    one = Targets(
+        two.gold_ids, two.token_ids[:1], two.logprobs[:1], two.tail_mass[:1], torch.ones(1, P)
+    )
+    found, expected = (distillation_loss(*student, t, [term(name)]).total for t in (two, one))
+    assert_equal_losses(found, expected, student, **EXACT)
+
+
 def test_a_tail_that_is_too_small_for_reverse_kl_is_raised_and_counted():
     targets, student = make_targets(2, tail=False), make_student()
     targets.tail_mass[:, 1:] = 0.05
