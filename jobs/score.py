@@ -63,6 +63,7 @@ def is_covered(config: Config, entry: DatasetEntry, refused: dict[str, dict[str,
 
 def _pools(config: Config, layout: Layout, prepared: Prepared, entries: list[DatasetEntry]) -> list:
     need = max(entry.num_tokens for entry in entries) + 1
+    share_prefixes = len({entry.prompt_id for entry in entries}) < len(entries)
     pools = []
     for name, cache in prepared.caches(layout).items():
         fingerprint = digest_json(prepared.scoring_recipes[name])
@@ -76,6 +77,7 @@ def _pools(config: Config, layout: Layout, prepared: Prepared, entries: list[Dat
                 min_model_len=need,
                 num_logprobs=config.scoring.num_logprobs,
                 unit="sequences",
+                share_prefixes=share_prefixes,
             )
         )
     return pools
@@ -104,4 +106,13 @@ def _summary(name: str, report: PoolReport, num_quarantined: int) -> str:
         f"{name}: {positions} positions in {len(done)} new shards, "
         f"{size / max(positions, 1):.1f} bytes each"
     )
+    if report.engines:
+        line += f", captured by {' and '.join(sorted({e['capture'] for e in report.engines}))}"
+    if any(engine["prefix_sharing"] for engine in report.engines):
+        cached = sum(shard.num_cached_tokens for shard in done)
+        tokens = sum(shard.num_tokens for shard in done)
+        line += (
+            f", prefix sharing spared {cached / max(tokens, 1):.0%} of {tokens} tokens, "
+            f"{sum(shard.num_rescored for shard in done)} sequences were scored again"
+        )
     return f"{line}, {num_quarantined} sequences quarantined" if num_quarantined else line
