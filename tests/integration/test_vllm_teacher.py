@@ -230,6 +230,34 @@ def test_rows_that_the_prefix_cache_holds_back_are_scored_again(sharing: Running
     assert_same_rows(again, first)
 
 
+@pytest.mark.parametrize("fault", ["too much is cached", "preempted: rows are garbage"])
+def test_either_sign_of_incomplete_rows_is_enough(
+    sharing: Running, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    input_ids, first_index = sequence(60, seed=6), 40
+    (expected,) = scored(sharing, [(input_ids, first_index)])
+    finish, num_requests = sharing.teacher._finish, 0
+
+    async def faulty_at_first(*request: Any) -> Any:
+        nonlocal num_requests
+        num_requests += 1
+        parameters = sharing.teacher._scoring_parameters(flat=False, read_prefixes=False)
+        output = await finish(request[0], parameters)
+        if num_requests == 1 and fault == "too much is cached":
+            output.num_cached_tokens = first_index
+        elif num_requests == 1:
+            rows = output.prompt_logprobs
+            token_ids = rows.token_ids.copy()
+            token_ids[first_index - 1] = 7 * 10**8
+            output.prompt_logprobs = replace(rows, token_ids=token_ids)
+        return output
+
+    monkeypatch.setattr(sharing.teacher, "_finish", faulty_at_first)
+    (found,) = scored(sharing, [(input_ids, first_index)])
+    assert found.is_rescored and num_requests == 2
+    assert_same_rows([found], [expected])
+
+
 def test_an_engine_for_single_answers_keeps_no_prefixes(running: Running) -> None:
     input_ids = sequence(47, seed=5)
     for _ in range(2):
@@ -266,8 +294,9 @@ def test_memory_that_runs_out_at_start_names_the_knobs(
     monkeypatch.setattr(VllmTeacher, "_score_full_step", without_more_memory)
     large_steps = {"enforce_eager": True, "max_num_seqs": 256, "max_num_batched_tokens": 8192}
     starving = replace(spec(tiny_teacher_folder), vllm=large_steps)
-    with pytest.raises(EngineDiedError, match="176 sequences of 47 tokens with 8") as death:
-        asyncio.run(VllmTeacher.start(starving))
+    refused = pytest.raises(EngineDiedError, match="176 sequences of 47 tokens with 8")
+    with refused as death, started(starving):
+        pass
     for knob in (
         "gpu_memory_utilization (0.85)",
         "max_num_batched_tokens (8192)",
