@@ -95,6 +95,7 @@ def fill_caches(
                 min_model_len=longest_sequence(entries) + 1,
                 num_logprobs=config.scoring.num_logprobs,
                 unit="sequences",
+                share_prefixes=len({entry.prompt_id for entry in entries}) < len(entries),
             )
         )
     return run_pools(pools)
@@ -129,4 +130,13 @@ def scored_summary(name: str, report: PoolReport, num_quarantined: int) -> str:
         f"{name}: {positions} positions in {len(done)} new shards, "
         f"{size / max(positions, 1):.1f} bytes each"
     )
+    if report.engines:
+        line += f", captured by {' and '.join(sorted({e['capture'] for e in report.engines}))}"
+    if any(engine["prefix_sharing"] for engine in report.engines):
+        cached = sum(shard.num_cached_tokens for shard in done)
+        tokens = sum(shard.num_tokens for shard in done)
+        line += (
+            f", prefix sharing spared {cached / max(tokens, 1):.0%} of {tokens} tokens, "
+            f"{sum(shard.num_rescored for shard in done)} sequences were scored again"
+        )
     return f"{line}, {num_quarantined} sequences quarantined" if num_quarantined else line

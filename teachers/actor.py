@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from pipeline.config_base import Resources
+from teachers.canary import Canary
 from teachers.dispatch import ReplicaDied, Task
 from teachers.engine import EngineDiedError, EngineSpec
 
@@ -50,6 +51,10 @@ class TeacherActor:
 
         self._teacher = await VllmTeacher.start(self._spec)
         return self._teacher.describe()
+
+    async def canary(self) -> Canary | None:
+        """What the engine said of the canary; None when it only generates."""
+        return self._teacher.canary()
 
     async def run(self, task: Task) -> Any:
         """Runs a task beside the teacher."""
@@ -94,6 +99,10 @@ class RayReplica:
         description = await self._ask(self._actor.ready.remote())
         self._is_ready = True
         return description
+
+    async def canary(self) -> Canary | None:
+        """What the engine said of the canary; None when it only generates."""
+        return await self._ask(self._actor.canary.remote())
 
     async def run(self, task: Task) -> Any:
         """Runs a task.

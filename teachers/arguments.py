@@ -74,7 +74,7 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
     log-probabilities are not in vLLM's memory profile; `skip_tokenizer_init`, for token ids are the
     truth; `disable_log_stats`; `distributed_executor_backend` `uni` for one device and `mp` for
     several; `seed`. When scoring also `max_logprobs` the capture width, `logprobs_mode`
-    `raw_logprobs`, and no prefix caching, for every row is wanted.
+    `raw_logprobs`, and prefix caching where sequences share prompts.
 
     Raises:
         TeacherError: `vllm.max_model_len` is below the longest sequence + 1.
@@ -98,7 +98,7 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         defaults |= {
             "max_logprobs": spec.num_logprobs,
             "logprobs_mode": "raw_logprobs",
-            "enable_prefix_caching": False,
+            "enable_prefix_caching": spec.share_prefixes,
         }
     owned = {
         "model": spec.model,

@@ -6,6 +6,8 @@ What happens to a task that fails: it is tried once more; then it is cut in halv
 set aside. Items set aside are quarantined as soon as another task succeeds, for that shows that the
 item is at fault and not the engine. Tasks that were in flight when a replica died are suspects: its
 successor takes them alone, one after another, so that a second death names the culprit.
+
+Every engine, also one that replaces a dead one, must say the same of a canary as the first.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from pipeline.errors import ConfigError, DistillationError, StorageError, TeacherError
+from teachers.canary import Canary, refuse_difference
 
 if TYPE_CHECKING:
     from teachers.vllm_teacher import VllmTeacher
@@ -33,6 +36,7 @@ DEATHS_IN_A_ROW = 5
 ITEMS_SET_ASIDE_IN_A_ROW = 8
 NOT_THE_ITEMS_FAULT = (ConfigError, StorageError)
 WAITING_SECONDS = 60
+LOGGED = ("engine_version", "device", "dtype", "capture", "capture_reason", "prefix_sharing")
 
 Progress = Callable[[int, int, Any], None]
 
@@ -71,6 +75,7 @@ class Replica(Protocol):
 
     async def placed(self) -> None: ...
     async def ready(self) -> dict[str, Any]: ...
+    async def canary(self) -> Canary | None: ...
     async def run(self, task: Any) -> Any: ...
     async def peak_memory_bytes(self) -> int | None: ...
     async def stop(self) -> None: ...
@@ -124,6 +129,7 @@ class Dispatcher:
         self._finished = asyncio.Event()
         self._running: dict[Replica, dict[str, Any]] = {}
         self._set_aside: list[tuple[Any, str]] = []
+        self._first_canary: Canary | None = None
         self._deaths_in_a_row = 0
         self._report = PoolReport()
 
@@ -185,12 +191,23 @@ class Dispatcher:
     async def _start(self, replica: Replica) -> None:
         try:
             description = await replica.ready()
+            self._compare(await replica.canary())
         except (DistillationError, ReplicaDied):
             raise
         except Exception as error:
             raise ReplicaDied(f"the engine did not start: {error}") from error
+        shown = ", ".join(f"{k} {description[k]}" for k in LOGGED if k in description)
+        logger.info("%s: an engine is ready: %s", self._name, shown)
         self._running[replica] = description | {"peak_memory_bytes": None}
         self._report.engines.append(self._running[replica])
+
+    def _compare(self, canary: Canary | None) -> None:
+        """Refuses an engine that says something else than the first one, dead or alive."""
+        if canary is None:
+            return
+        if self._first_canary is None:
+            self._first_canary = canary
+        refuse_difference(self._name, self._first_canary, canary)
 
     async def _run_lanes(self, replica: Replica, suspects: deque[_Attempt]) -> None:
         in_flight: list[_Attempt] = []

@@ -31,6 +31,8 @@ class EngineSpec:
         trust_remote_code: run code that comes with the model.
         vllm: engine arguments of vLLM, verbatim.
         num_logprobs: capture width of `score`; 0 when the engine only generates.
+        share_prefixes: several sequences to score begin with one prompt; the engine then keeps its
+            prefix cache and computes a prompt once. `vllm: {enable_prefix_caching: …}` overrides.
         seed: of the engine; samples are seeded one by one in `generate`.
         eos_token_ids: tokens that end an answer, beside those of the model's own generation config.
     """
@@ -41,6 +43,7 @@ class EngineSpec:
     trust_remote_code: bool = False
     vllm: dict[str, Any] = field(default_factory=dict)
     num_logprobs: int = 0
+    share_prefixes: bool = False
     seed: int = 0
     eos_token_ids: tuple[int, ...] = ()
 
@@ -58,11 +61,15 @@ class CapturedRows:
         logprobs: float32[P, K], natural log, normalised over the full vocabulary, not increasing
             along K.
         gold_logprobs: float32[P], of the sequence's own token; `-inf` where the model masks it.
+        num_cached_tokens: tokens of the sequence that were not computed again.
+        is_rescored: rows that the prefix cache left incomplete were thrown away for these.
     """
 
     token_ids: np.ndarray
     logprobs: np.ndarray
     gold_logprobs: np.ndarray
+    num_cached_tokens: int = 0
+    is_rescored: bool = False
 
 
 @dataclass(frozen=True)

@@ -27,17 +27,23 @@ PARAMETERS = ["self", "prompt_logprobs_tensors"]
 MAX_LOGPROB = 1e-3  # rounding of the engine's normaliser may lift a certain token slightly above 0
 
 
+class BrokenRowsError(TeacherError):
+    """The engine returned rows that are not the distributions asked for."""
+
+
 @dataclass(frozen=True, eq=False)
 class PromptTopK:
     """Prompt log-probabilities of one request; stands in for vLLM's list of dictionaries.
 
-    Row `j` is the distribution over prompt token `j + 1`. Column 0 is that token itself, columns 1
-    to K are the most probable ones in descending order; the token itself may stand among them
-    again.
+    The last row is the distribution over the last prompt token, the one before it over the token
+    before, and so on. There are T - 1 rows, or fewer when a prefix came from the engine's cache;
+    some engines return T - 1 all the same and leave those of the prefix uninitialised. So rows are
+    counted from the end. Column 0 is the prompt's token itself, columns 1 to K are the most
+    probable ones in descending order; the token itself may stand among them again.
 
     Attributes:
-        token_ids: integer[T - 1, K + 1].
-        logprobs: float32[T - 1, K + 1].
+        token_ids: integer[R, K + 1].
+        logprobs: float32[R, K + 1].
     """
 
     token_ids: np.ndarray
@@ -60,14 +66,14 @@ class PromptTopK:
             width: K.
 
         Raises:
-            TeacherError: the shape is wrong, column 0 is not the sequence, a value is no
+            BrokenRowsError: there are too few rows, column 0 is not the sequence, a value is no
                 log-probability, or entries are not in descending order.
         """
-        num_rows, expected = len(input_ids) - first_index, (len(input_ids) - 1, width + 1)
+        num_rows = len(input_ids) - first_index
         token_ids, logprobs = self.token_ids[-num_rows:], self.logprobs[-num_rows:]
         problem = None
-        if self.token_ids.shape != expected or self.logprobs.shape != expected:
-            problem = f"rows have shape {self.logprobs.shape}, not {expected}"
+        if not token_ids.shape == logprobs.shape == (num_rows, width + 1):
+            problem = f"rows have shape {self.logprobs.shape}, wanted are {(num_rows, width + 1)}"
         elif not np.array_equal(token_ids[:, 0], input_ids[first_index:]):
             problem = "column 0 is not the sequence"
         elif np.isnan(logprobs).any() or logprobs.max() > MAX_LOGPROB:
@@ -75,7 +81,7 @@ class PromptTopK:
         elif (logprobs[:, 2:] > logprobs[:, 1:-1]).any():
             problem = "entries are not in descending order"
         if problem:
-            raise TeacherError(f"captured rows of {len(input_ids)} tokens are broken: {problem}")
+            raise BrokenRowsError(f"captured rows of {len(input_ids)} tokens are broken: {problem}")
         # Copies, so that the received message which the arrays view can be freed.
         return CapturedRows(
             token_ids=token_ids[:, 1:].astype(np.int32),

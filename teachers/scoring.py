@@ -32,10 +32,17 @@ SEQUENCES_IN_FLIGHT = 256
 
 @dataclass(frozen=True)
 class ScoredShard:
-    """What a finished task reports to the driver."""
+    """What a finished task reports to the driver.
+
+    Attributes:
+        num_cached_tokens: of `num_tokens`, those that came from the engine's prefix cache.
+        num_rescored: sequences that were scored again without it, for their rows were incomplete.
+    """
 
     entry: ShardEntry
     num_tokens: int
+    num_cached_tokens: int
+    num_rescored: int
     seconds: float
 
 
@@ -86,24 +93,30 @@ class ScoringTask:
             raise TeacherError(
                 f"{self.sequence_shard} lacks sequences {missing[:3]} ({len(missing)} in all)"
             )
+        sequences = siblings_together([held[identifier] for identifier in self.sequence_ids])
         slots = asyncio.Semaphore(SEQUENCES_IN_FLIGHT)
-        rows = await asyncio.gather(
-            *(self._score(teacher, held[i], slots) for i in self.sequence_ids)
-        )
+        scored = await asyncio.gather(*(self._score(teacher, each, slots) for each in sequences))
+        rows = {each.row.sequence_id: each.row for each in scored}
         path = self.cache.shard(digest_ids(self.sequence_ids))
-        entry = await asyncio.to_thread(write_shard, path, rows, self.fingerprint)
-        num_tokens = sum(len(held[identifier].input_ids) for identifier in self.sequence_ids)
-        return ScoredShard(entry, num_tokens, time.monotonic() - started)
+        in_order = [rows[identifier] for identifier in self.sequence_ids]
+        entry = await asyncio.to_thread(write_shard, path, in_order, self.fingerprint)
+        return ScoredShard(
+            entry,
+            num_tokens=sum(len(sequence.input_ids) for sequence in sequences),
+            num_cached_tokens=sum(each.num_cached_tokens for each in scored),
+            num_rescored=sum(each.is_rescored for each in scored),
+            seconds=time.monotonic() - started,
+        )
 
     async def _score(
         self, teacher: VllmTeacher, sequence: TokenSequence, slots: asyncio.Semaphore
-    ) -> SparseLogprobs:
+    ) -> _Scored:
         positions = sequence.position_indices
         first = int(positions[0])
         async with slots:
             captured = await teacher.score(sequence.input_ids.tolist(), first)
         rows = positions - first
-        return select(
+        kept = select(
             sequence.sequence_id,
             captured.token_ids[rows],
             captured.logprobs[rows],
@@ -111,6 +124,22 @@ class ScoringTask:
             self.selection,
             teacher=self.fingerprint,
         )
+        return _Scored(kept, captured.num_cached_tokens, captured.is_rescored)
+
+
+@dataclass(frozen=True)
+class _Scored:
+    row: SparseLogprobs
+    num_cached_tokens: int
+    is_rescored: bool
+
+
+def siblings_together(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
+    """Sequences of one prompt one after another, so that its prefix is still in the cache."""
+    groups: dict[str, list[TokenSequence]] = {}
+    for sequence in sequences:
+        groups.setdefault(sequence.prompt_id, []).append(sequence)
+    return [sequence for group in groups.values() for sequence in group]
 
 
 def plan_scoring(

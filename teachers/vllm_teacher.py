@@ -19,6 +19,7 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMError
 from vllm.inputs import tokens_input
+from vllm.logprobs import FlatLogprobs
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
@@ -29,12 +30,13 @@ from vllm.v1.engine.logprobs import LogprobsProcessor
 
 from pipeline.errors import ConfigError, TeacherError
 from teachers import arguments, hardware, prompt_topk
+from teachers.canary import CANARY_TOKENS, Canary, canary_ids, full_step
 from teachers.engine import CapturedRows, EngineDiedError, EngineSpec, GeneratedAnswer
-from teachers.prompt_topk import PromptTopK
+from teachers.prompt_topk import BrokenRowsError, PromptTopK
 
 logger = logging.getLogger(__name__)
 
-CANARY_TOKENS = 33
+CPU_BLOCK_SIZE = 32  # tokens; vLLM's own 128 would cache nothing of a short prompt
 FINISHED = ("stop", "length", "repetition")
 
 
@@ -83,23 +85,31 @@ class VllmTeacher:
         self._max_model_len = self._config.model_config.max_model_len
         self._vocabulary = self._config.model_config.get_vocab_size()
         self._width = min(spec.num_logprobs, self._vocabulary)
+        has_prefix_cache = self._config.cache_config.enable_prefix_caching
+        self._shares_prefixes = has_prefix_cache and self._width > 0
         self._request_numbers = itertools.count()
         # Requests wait here: enough for a busy engine, few enough to bound the memory of rows.
         self._slots = asyncio.Semaphore(2 * self._config.scheduler_config.max_num_seqs)
         self._restore: Callable[[], None] | None = None
         self._capture, self._capture_reason = "none", "the engine only generates"
+        self._canary: Canary | None = None
 
     @classmethod
     async def start(cls, spec: EngineSpec) -> VllmTeacher:
-        """Loads the model and chooses how rows are captured. Blocks the event loop while it loads.
+        """Loads the model, chooses how rows are captured and scores the largest step once.
+
+        Blocks the event loop while it loads.
 
         Raises:
             ConfigError: the `vllm:` block has an unknown or contradictory key.
             TeacherError: vLLM refuses the model or an argument, or the model's context is too
                 short.
+            EngineDiedError: the largest step kills the engine, most likely for want of memory.
         """
         check_engine_arguments(spec.vllm, spec.num_logprobs)
         chosen = arguments.engine_arguments(spec)
+        if chosen.get("enable_prefix_caching") and current_platform.is_cpu():
+            chosen.setdefault("block_size", CPU_BLOCK_SIZE)
         started = time.monotonic()
         try:
             config = AsyncEngineArgs(**chosen).create_engine_config()
@@ -113,6 +123,7 @@ class VllmTeacher:
             teacher._check([0], spec.min_model_len - 1)
             if spec.num_logprobs:
                 await teacher._choose_capture()
+                await teacher._score_full_step()
         except TeacherError:
             teacher.shutdown()
             raise
@@ -133,14 +144,17 @@ class VllmTeacher:
         assert self._width > 0, "an engine started with num_logprobs=0 cannot score"
         assert 1 <= first_index < len(input_ids), f"row {first_index} of {len(input_ids)} tokens"
         self._check(input_ids, 1)
-        output = await self._finish(input_ids, self._scoring_parameters(self._capture == "flat"))
-        if (output.num_cached_tokens or 0) > first_index - 1:
-            raise TeacherError(
-                f"{output.num_cached_tokens} tokens came from the prefix cache, which has no rows"
-            )
-        rows: Any = output.prompt_logprobs
-        rows = rows if isinstance(rows, PromptTopK) else PromptTopK.from_flat(rows)
-        return rows.rows(input_ids, first_index, self._width)
+        if not self._shares_prefixes:
+            return await self._captured(input_ids, first_index, read_prefixes=False)
+        try:
+            return await self._captured(input_ids, first_index, read_prefixes=True)
+        except BrokenRowsError:
+            captured = await self._captured(input_ids, first_index, read_prefixes=False)
+            return dataclasses.replace(captured, is_rescored=True)
+
+    def canary(self) -> Canary | None:
+        """What the engine said of the canary; None when it only generates."""
+        return self._canary
 
     async def generate(
         self, prompt_ids: list[int], sampling: dict[str, Any], num_samples: int
@@ -180,6 +194,7 @@ class VllmTeacher:
             "model_runner": "V2" if self._config.use_v2_model_runner else "V1",
             "capture": self._capture,
             "capture_reason": self._capture_reason,
+            "prefix_sharing": self._shares_prefixes,
             "dtype": str(model.dtype).removeprefix("torch."),
             "quantization": model.quantization,
             "max_model_len": self._max_model_len,
@@ -206,25 +221,69 @@ class VllmTeacher:
     async def _choose_capture(self) -> None:
         """Takes the arrays where a canary shows that they are what vLLM's public way returns."""
         length = min(CANARY_TOKENS, self._max_model_len - 1)
-        canary = [(7 * i + 3) % self._vocabulary for i in range(length)]
+        canary = canary_ids(length, self._vocabulary)
 
         async def request_flat() -> Any:
-            return (await self._finish(canary, self._scoring_parameters(True))).prompt_logprobs
+            parameters = self._scoring_parameters(flat=True, read_prefixes=False)
+            return (await self._finish(canary, parameters)).prompt_logprobs
 
         self._restore, reason = await prompt_topk.install_if_equal(LogprobsProcessor, request_flat)
         self._capture = "arrays" if self._restore else "flat"
         self._capture_reason = reason
-        await self.score(canary, 1)
+        rows = await self._captured(canary, 1, read_prefixes=False)
+        self._canary = Canary.of(rows, self.describe())
         level = logging.INFO if self._restore else logging.WARNING
         logger.log(level, "%s: capture by %s: %s", self._spec.model, self._capture, reason)
 
-    def _scoring_parameters(self, flat: bool) -> SamplingParams:
-        # vLLM skips its prefix cache only if prompt_logprobs reaches the constructor.
+    async def _score_full_step(self) -> None:
+        """Lets memory run out now or never: vLLM's profile knows no prompt log-probabilities."""
+        scheduler = self._config.scheduler_config
+        length = self._spec.min_model_len - 1
+        sequences = full_step(
+            length, self._vocabulary, scheduler.max_num_batched_tokens, scheduler.max_num_seqs
+        )
+        try:
+            await asyncio.gather(*(self.score(sequence, 1) for sequence in sequences))
+        except EngineDiedError as error:
+            raise EngineDiedError(
+                f"{self._spec.model}: the engine died of the largest step that scoring asks for, "
+                f"{len(sequences)} sequences of {length} tokens with {self._width} "
+                "log-probabilities each, most likely for want of memory (its log names the cause). "
+                "Lower vllm.gpu_memory_utilization "
+                f"({self._config.cache_config.gpu_memory_utilization}), "
+                f"vllm.max_num_batched_tokens ({scheduler.max_num_batched_tokens}), "
+                f"vllm.max_num_seqs ({scheduler.max_num_seqs}) or scoring.num_logprobs "
+                f"({self._spec.num_logprobs})"
+            ) from error
+
+    async def _captured(
+        self, input_ids: list[int], first_index: int, read_prefixes: bool
+    ) -> CapturedRows:
+        parameters = self._scoring_parameters(self._capture == "flat", read_prefixes)
+        output = await self._finish(input_ids, parameters)
+        num_cached = output.num_cached_tokens or 0
+        # After a preemption vLLM reports the first admission's number; then the rows tell.
+        if num_cached > first_index - 1:
+            raise BrokenRowsError(
+                f"{num_cached} tokens came from the prefix cache, which has no rows, and rows from "
+                f"token {first_index} on are wanted"
+            )
+        found: Any = output.prompt_logprobs
+        if isinstance(found, FlatLogprobs):
+            found = PromptTopK.from_flat(found)
+        if not isinstance(found, PromptTopK):
+            raise BrokenRowsError(f"the engine returned no rows for {len(input_ids)} tokens")
+        rows = found.rows(input_ids, first_index, self._width)
+        return dataclasses.replace(rows, num_cached_tokens=num_cached)
+
+    def _scoring_parameters(self, flat: bool, read_prefixes: bool) -> SamplingParams:
+        # Both must reach the constructor: assigned later, vLLM reads its prefix cache unasked.
         return SamplingParams(
             max_tokens=1,
             temperature=0,
             prompt_logprobs=self._width,
             flat_logprobs=flat,
+            skip_reading_prefix_cache=not read_prefixes,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import sys
 from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,7 +23,8 @@ from transformers import LlamaForCausalLM
 from pipeline.config_base import Resources
 from pipeline.errors import TeacherError
 from teachers.actor import CPU_ENV_VARS, ENGINE_ENV_VARS
-from teachers.engine import EngineSpec
+from teachers.canary import refuse_difference
+from teachers.engine import CapturedRows, EngineDiedError, EngineSpec
 from teachers.pool import PoolJob, run_pools
 
 if TYPE_CHECKING:
@@ -63,19 +66,33 @@ class Running:
         return self.loop.run_until_complete(request)
 
 
-@pytest.fixture(scope="module")
-def running(tiny_teacher_folder: Path) -> Iterator[Running]:
+@contextmanager
+def started(spec: EngineSpec) -> Iterator[Running]:
     with pytest.MonkeyPatch.context() as patch:
         for key, value in (ENGINE_ENV_VARS | CPU_ENV_VARS).items():
             patch.setenv(key, value)
         from teachers.vllm_teacher import VllmTeacher
 
         loop = asyncio.new_event_loop()
-        teacher = loop.run_until_complete(VllmTeacher.start(spec(tiny_teacher_folder)))
+        teacher = loop.run_until_complete(VllmTeacher.start(spec))
         yield Running(teacher, loop)
         teacher.shutdown()
         loop.run_until_complete(asyncio.sleep(0))
         loop.close()
+
+
+@pytest.fixture(scope="module")
+def running(tiny_teacher_folder: Path) -> Iterator[Running]:
+    with started(spec(tiny_teacher_folder)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def sharing(tiny_teacher_folder: Path) -> Iterator[Running]:
+    """An engine that computes a prompt once for all of its answers."""
+    longer = replace(spec(tiny_teacher_folder), min_model_len=128, share_prefixes=True)
+    with started(longer) as running:
+        yield running
 
 
 def sequence(length: int, seed: int) -> list[int]:
@@ -162,6 +179,131 @@ def test_context_that_cannot_hold_the_sequences_is_refused(tiny_teacher_folder: 
     too_long = replace(spec(tiny_teacher_folder), min_model_len=4096)
     with pytest.raises(TeacherError, match="4096"):
         asyncio.run(VllmTeacher.start(too_long))
+
+
+PROMPTS = [sequence(70, seed=1), sequence(101, seed=2), sequence(33, seed=3)]
+ANSWERED = [
+    (prompt + sequence(3 + 3 * i, seed=10 + i), len(prompt)) for prompt in PROMPTS for i in range(8)
+]
+
+
+def scored(running: Running, requests: list[tuple[list[int], int]]) -> list[CapturedRows]:
+    async def together() -> list[CapturedRows]:
+        return list(await asyncio.gather(*(running.teacher.score(*each) for each in requests)))
+
+    return running(together())
+
+
+def assert_same_rows(found: list[CapturedRows], expected: list[CapturedRows]) -> None:
+    """To the noise of float32 sums in another order; entries that tie within it may swap."""
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one.gold_logprobs, other.gold_logprobs, atol=1e-4)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+        assert (one.token_ids == other.token_ids).mean() > 0.99
+
+
+@pytest.mark.parametrize("capture", ["arrays", "flat"])
+def test_shared_prompts_are_computed_once_and_give_the_same_rows(
+    sharing: Running, monkeypatch: pytest.MonkeyPatch, capture: str
+) -> None:
+    assert sharing.teacher.describe()["prefix_sharing"] is True
+    monkeypatch.setattr(sharing.teacher, "_capture", capture)
+    monkeypatch.setattr(sharing.teacher, "_shares_prefixes", False)
+    apart = scored(sharing, ANSWERED)
+    assert {rows.num_cached_tokens for rows in apart} == {0}
+    sharing(sharing.teacher._engine.reset_prefix_cache())
+    monkeypatch.setattr(sharing.teacher, "_shares_prefixes", True)
+    shared = scored(sharing, ANSWERED)
+    assert_same_rows(shared, apart)
+    for prompt, start in zip(PROMPTS, range(0, len(ANSWERED), 8), strict=True):
+        whole_blocks = (len(prompt) - 1) // 32 * 32
+        cached = [rows.num_cached_tokens for rows in shared[start : start + 8]]
+        assert cached == [0] + [whole_blocks] * 7
+    assert not any(rows.is_rescored for rows in shared)
+
+
+def test_rows_that_the_prefix_cache_holds_back_are_scored_again(sharing: Running) -> None:
+    whole = [(ids, 1) for ids, _ in ANSWERED[:3]]
+    first = scored(sharing, whole)
+    again = scored(sharing, whole)
+    assert all(rows.is_rescored and rows.num_cached_tokens == 0 for rows in again)
+    assert_same_rows(again, first)
+
+
+@pytest.mark.parametrize("fault", ["too much is cached", "preempted: rows are garbage"])
+def test_either_sign_of_incomplete_rows_is_enough(
+    sharing: Running, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    input_ids, first_index = sequence(60, seed=6), 40
+    (expected,) = scored(sharing, [(input_ids, first_index)])
+    finish, num_requests = sharing.teacher._finish, 0
+
+    async def faulty_at_first(*request: Any) -> Any:
+        nonlocal num_requests
+        num_requests += 1
+        parameters = sharing.teacher._scoring_parameters(flat=False, read_prefixes=False)
+        output = await finish(request[0], parameters)
+        if num_requests == 1 and fault == "too much is cached":
+            output.num_cached_tokens = first_index
+        elif num_requests == 1:
+            rows = output.prompt_logprobs
+            token_ids = rows.token_ids.copy()
+            token_ids[first_index - 1] = 7 * 10**8
+            output.prompt_logprobs = replace(rows, token_ids=token_ids)
+        return output
+
+    monkeypatch.setattr(sharing.teacher, "_finish", faulty_at_first)
+    (found,) = scored(sharing, [(input_ids, first_index)])
+    assert found.is_rescored and num_requests == 2
+    assert_same_rows([found], [expected])
+
+
+def test_an_engine_for_single_answers_keeps_no_prefixes(running: Running) -> None:
+    input_ids = sequence(47, seed=5)
+    for _ in range(2):
+        rows = running(running.teacher.score(input_ids, 40))
+        assert (rows.num_cached_tokens, rows.is_rescored) == (0, False)
+    assert running.teacher.describe()["prefix_sharing"] is False
+
+
+def test_engines_of_one_model_say_the_same_of_the_canary(
+    running: Running, sharing: Running
+) -> None:
+    ours, other = running.teacher.canary(), sharing.teacher.canary()
+    assert ours is not None and other is not None
+    assert ours.gold_logprobs.shape == (32,)
+    refuse_difference("tiny", ours, other)
+    with pytest.raises(TeacherError, match="disagree"):
+        refuse_difference("tiny", ours, replace(other, gold_logprobs=other.gold_logprobs[::-1]))
+
+
+def test_memory_that_runs_out_at_start_names_the_knobs(
+    tiny_teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from teachers.vllm_teacher import VllmTeacher
+
+    score_full_step = VllmTeacher._score_full_step
+    before = set(psutil.Process().children(recursive=True))
+
+    async def without_more_memory(self: VllmTeacher) -> None:
+        for process in set(psutil.Process().children(recursive=True)) - before:
+            size = process.memory_info().vms
+            resource.prlimit(process.pid, resource.RLIMIT_AS, (size, size))
+        await score_full_step(self)
+
+    monkeypatch.setattr(VllmTeacher, "_score_full_step", without_more_memory)
+    large_steps = {"enforce_eager": True, "max_num_seqs": 256, "max_num_batched_tokens": 8192}
+    starving = replace(spec(tiny_teacher_folder), vllm=large_steps)
+    refused = pytest.raises(EngineDiedError, match="176 sequences of 47 tokens with 8")
+    with refused as death, started(starving):
+        pass
+    for knob in (
+        "gpu_memory_utilization (0.85)",
+        "max_num_batched_tokens (8192)",
+        "max_num_seqs (256)",
+        "num_logprobs (8)",
+    ):
+        assert knob in str(death.value)
 
 
 @dataclass(frozen=True)

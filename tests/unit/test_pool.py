@@ -7,12 +7,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.config_base import Resources
 from pipeline.errors import ClusterError, StorageError, TeacherError
 from teachers import dispatch
 from teachers.actor import engine_env_vars
+from teachers.canary import Canary
 from teachers.dispatch import TASKS_IN_FLIGHT, Dispatcher, PoolReport, ReplicaDied
 from teachers.pool import check_placement
 
@@ -51,6 +53,7 @@ class Cluster:
     deadly: set[int] = field(default_factory=set)
     deadly_once: set[int] = field(default_factory=set)
     failing_starts: int = 0
+    gold_logprobs: list[float] = field(default_factory=list)
     calls: Counter[tuple[int, ...]] = field(default_factory=Counter)
     room: int = 1000
     launched: int = 0
@@ -67,6 +70,7 @@ class Cluster:
 class FakeReplica:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
+        self._number = cluster.launched - 1
         self._death = asyncio.Event()
         self._stopped = False
 
@@ -78,6 +82,13 @@ class FakeReplica:
         if self._cluster.launched <= self._cluster.failing_starts:
             raise RuntimeError("no memory")
         return {"engine": "fake"}
+
+    async def canary(self) -> Canary | None:
+        if not self._cluster.gold_logprobs:
+            return None
+        gold = np.array([-1.0, self._cluster.gold_logprobs[self._number]], np.float32)
+        engine = {"engine_version": "1", "quantization": None, "dtype": "bfloat16"}
+        return Canary(engine | {"device": f"gpu {self._number}"}, gold, gold[:, None])
 
     async def run(self, task: NumbersTask) -> list[int]:
         cluster = self._cluster
@@ -184,6 +195,25 @@ def test_work_of_a_lost_replica_is_not_kept_from_the_others(
     report, quarantined, _ = run(cluster, [4] * 12, replicas=2)
     assert numbers(report) == list(range(48))
     assert (report.num_deaths, quarantined) == (1, [])
+
+
+def test_replicas_within_the_tolerance_share_the_work() -> None:
+    report, _, _ = run(Cluster(gold_logprobs=[-2.0, -2.0625]), [4] * 4, replicas=2)
+    assert numbers(report) == list(range(16))
+    assert len(report.engines) == 2
+
+
+def test_replicas_that_disagree_are_refused_with_both_values() -> None:
+    cluster = Cluster(gold_logprobs=[-2.0, -2.5])
+    with pytest.raises(TeacherError, match=r"-2\.00000 on gpu 0 and -2\.50000 on gpu 1") as refusal:
+        run(cluster, [4] * 4, replicas=2)
+    assert "0.25 nats apart on average, the tolerance for bfloat16 is 0.06" in str(refusal.value)
+
+
+def test_the_successor_of_a_dead_replica_is_compared_with_the_first() -> None:
+    cluster = Cluster(deadly_once={5}, gold_logprobs=[-2.0, -3.0])
+    with pytest.raises(TeacherError, match=r"-2\.00000 on gpu 0 and -3\.00000 on gpu 1"):
+        run(cluster, [4] * 4, replicas=1)
 
 
 def test_an_engine_that_never_starts_is_given_up() -> None:

@@ -1,0 +1,103 @@
+"""Canaries: what an engine scores before its first shard, and what is concluded from it.
+
+A short one proves the capture and is compared between the replicas of one teacher, for replicas
+that disagree would write two teachers into one cache. A full one asks for the largest step that
+scoring can cause: prompt log-probabilities are not in vLLM's memory profile, so an engine that has
+too little memory must fail here and not hours later.
+
+Axis names: P positions, K entries.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.errors import TeacherError
+from teachers.engine import CapturedRows
+
+CANARY_TOKENS = 33
+HEAD_ENTRIES = 8
+LOWEST_LOGPROB = -60.0  # of what a model masks; keeps differences finite
+MEAN_TOLERANCES = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 6e-2}
+"""Nats, mean over a canary's gold and head log-probabilities. bfloat16 stores a logit of 16 to
+2**-4, float16 to 2**-7; float32 leaves room for TF32 products. Kernels and devices differ by less;
+other weights, another quantisation or a broken device differ by more."""
+
+
+@dataclass(frozen=True)
+class Canary:
+    """What one engine says of the short canary.
+
+    Attributes:
+        engine: version, dtype, quantisation, device: which engine it is.
+        gold_logprobs: float32[P].
+        head_logprobs: float32[P, K], of the most probable entries, descending.
+    """
+
+    engine: dict[str, str | None]
+    gold_logprobs: np.ndarray
+    head_logprobs: np.ndarray
+
+    @classmethod
+    def of(cls, rows: CapturedRows, engine: dict[str, str | None]) -> Canary:
+        """The part of captured rows that is compared."""
+        return cls(engine, rows.gold_logprobs, rows.logprobs[:, :HEAD_ENTRIES])
+
+
+def canary_ids(length: int, vocabulary: int, number: int = 0) -> list[int]:
+    """Token ids of a canary; two numbers below the vocabulary share no prefix."""
+    return [(7 * i + 3 + number) % vocabulary for i in range(length)]
+
+
+def full_step(length: int, vocabulary: int, max_step_tokens: int, max_seqs: int) -> list[list[int]]:
+    """Sequences of the longest length, as many as fill one step of the engine and one more.
+
+    Args:
+        max_step_tokens: `max_num_batched_tokens`.
+        max_seqs: `max_num_seqs`.
+    """
+    count = min(max_seqs, math.ceil(max_step_tokens / length) + 1)
+    return [canary_ids(length, vocabulary, number) for number in range(count)]
+
+
+def refuse_difference(name: str, first: Canary, other: Canary) -> None:
+    """Compares a replica with the first one of its teacher.
+
+    Raises:
+        TeacherError: they run another version, dtype or quantisation, or their log-probabilities
+            are on average farther apart than the tolerance of the dtype.
+    """
+    for key in ("engine_version", "dtype", "quantization"):
+        if first.engine[key] != other.engine[key]:
+            raise TeacherError(
+                f"{name}: replicas differ in {key}: {first.engine[key]} and {other.engine[key]}; "
+                "one cache cannot hold both"
+            )
+    ours, theirs = _values(first), _values(other)
+    if ours.shape != theirs.shape:
+        raise TeacherError(
+            f"{name}: replicas return {ours.shape} and {theirs.shape} values of one canary"
+        )
+    difference = np.abs(ours - theirs)
+    tolerance = MEAN_TOLERANCES[str(first.engine["dtype"])]
+    mean = float(difference.mean())
+    if not mean <= tolerance:
+        position, column = np.unravel_index(int(difference.argmax()), difference.shape)
+        what = "gold token" if column == 0 else f"entry {column} of the head"
+        raise TeacherError(
+            f"{name}: replicas disagree on the same canary: log-probabilities are {mean:.4g} nats "
+            f"apart on average, the tolerance for {first.engine['dtype']} is {tolerance}. Farthest "
+            f"at position {position}, {what}: {ours[position, column]:.5f} on "
+            f"{first.engine['device']} and {theirs[position, column]:.5f} on "
+            f"{other.engine['device']}. Check that all nodes see the same model files and that "
+            "their devices are sound"
+        )
+
+
+def _values(canary: Canary) -> np.ndarray:
+    """float64[P, 1 + K]."""
+    both = np.concatenate([canary.gold_logprobs[:, None], canary.head_logprobs], axis=1)
+    return np.maximum(both.astype(np.float64), LOWEST_LOGPROB)

@@ -1,0 +1,68 @@
+"""What is concluded from canaries, and what they consist of."""
+
+import math
+
+import numpy as np
+import pytest
+
+from pipeline.errors import TeacherError
+from teachers.canary import HEAD_ENTRIES, MEAN_TOLERANCES, Canary, full_step, refuse_difference
+from teachers.engine import CapturedRows
+
+ENGINE = {"engine_version": "0.32.0", "dtype": "float32", "quantization": None, "device": "here"}
+
+
+def canary(shift: float = 0.0, **engine: str) -> Canary:
+    """32 positions of 16 entries; the shift moves one gold value."""
+    logprobs = -np.sort(np.random.default_rng(0).random((32, 16)).astype(np.float32)) - 1
+    gold = np.full(32, -3.0, np.float32)
+    gold[7] += shift
+    rows = CapturedRows(np.zeros((32, 16), np.int32), logprobs, gold)
+    return Canary.of(rows, ENGINE | engine)
+
+
+def test_only_the_head_travels() -> None:
+    assert canary().head_logprobs.shape == (32, HEAD_ENTRIES)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("dtype", MEAN_TOLERANCES)
+def test_the_mean_difference_decides(dtype: str, sign: int) -> None:
+    whole = MEAN_TOLERANCES[dtype] * 32 * (1 + HEAD_ENTRIES)  # on one of the values alone
+    refuse_difference("teacher", canary(dtype=dtype), canary(sign * 0.99 * whole, dtype=dtype))
+    with pytest.raises(TeacherError, match=r"position 7, gold token: -3\.00000 on here"):
+        refuse_difference("teacher", canary(dtype=dtype), canary(sign * 1.01 * whole, dtype=dtype))
+
+
+def test_a_value_that_is_no_number_is_refused() -> None:
+    with pytest.raises(TeacherError, match="nan"):
+        refuse_difference("teacher", canary(), canary(math.nan))
+
+
+def test_masked_tokens_agree_with_each_other_and_with_nothing_else() -> None:
+    refuse_difference("teacher", canary(-math.inf), canary(-math.inf))
+    with pytest.raises(TeacherError, match=r"-3\.00000 on here and -60\.00000 on here"):
+        refuse_difference("teacher", canary(), canary(-math.inf))
+
+
+@pytest.mark.parametrize("key", ["engine_version", "dtype", "quantization"])
+def test_other_kinds_of_engine_are_refused_with_both_names(key: str) -> None:
+    with pytest.raises(TeacherError, match=f"differ in {key}: {ENGINE[key]} and other"):
+        refuse_difference("teacher", canary(), canary(**{key: "other"}))
+
+
+def test_a_teacher_may_run_on_several_kinds_of_device() -> None:
+    refuse_difference("teacher", canary(), canary(device="there"))
+
+
+@pytest.mark.parametrize(
+    ("length", "max_step_tokens", "max_seqs", "count"),
+    [(100, 1000, 64, 11), (100, 950, 64, 11), (100, 1000, 4, 4), (5000, 1000, 64, 2)],
+)
+def test_the_full_step_overflows_one_step_and_no_more(
+    length: int, max_step_tokens: int, max_seqs: int, count: int
+) -> None:
+    sequences = full_step(length, 512, max_step_tokens, max_seqs)
+    assert [len(sequence) for sequence in sequences] == [length] * count
+    assert len({sequence[0] for sequence in sequences}) == count
+    assert all(0 <= token < 512 for sequence in sequences for token in sequence)
