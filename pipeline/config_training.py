@@ -77,7 +77,10 @@ class TrainingConfig(Section):
     sequences_per_step: Count
     """Global batch; the order of data does not depend on the number of workers."""
     tokens_per_micro_batch: Count
-    """Token budget of one packed micro-batch on one worker; a longer sequence is refused."""
+    """Token budget of one micro-batch on one worker; a longer sequence is refused."""
+    packing: bool = True
+    """Pack a micro-batch into one row, apart by position ids; else pad rows of one sequence each,
+    for architectures that cannot keep packed sequences apart. The numbers are the same."""
     learning_rate: Positive
     """Peak of the schedule."""
     warmup_steps: Annotated[int, Field(ge=0)]

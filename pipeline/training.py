@@ -24,6 +24,7 @@ NEUTRAL_TRAINING_KEYS = {
     "max_failures",
     "cost_per_hour",
     "tokens_per_micro_batch",
+    "packing",
     "losses",
 }
 """Training keys that may change between two starts; `losses` enters as those of the job."""

@@ -69,6 +69,7 @@ def holdout_numbers(
     tokens_per_micro_batch: int,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    packing: bool = True,
 ) -> dict[str, dict[str, float]]:
     """A student's numbers on hold-out sequences, by domain and for `all`.
 
@@ -88,15 +89,15 @@ def holdout_numbers(
     )
     for domain, members in _by_domain(entries):
         for row in plan_micro_batches(
-            [entry.num_tokens for entry in members], tokens_per_micro_batch, 1
+            [entry.num_tokens for entry in members], tokens_per_micro_batch, 1, not packing
         )[0]:
-            packed = [examples[members[i]] for i in row]
-            batch = pack(packed).to(torch.device(device))
+            together = [examples[members[i]] for i in row]
+            batch = pack(together, not packing).to(torch.device(device))
             hidden_PH = body_hidden_states(model, batch.input_ids, batch.position_ids)[
                 batch.logit_indices
             ]
             figures = position_figures(hidden_PH, head.weight, head.bias, batch.targets)
-            mixture = np.concatenate([mixture_argmax(example) for example in packed])
+            mixture = np.concatenate([mixture_argmax(example) for example in together])
             numbers = (-figures.gold_logprobs, figures.forward_kl)
             loss, kl = (values.double().cpu().numpy() for values in numbers)
             sums.setdefault(domain, _Sums()).add(

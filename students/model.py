@@ -130,22 +130,23 @@ def load_model(
 
 
 def body_hidden_states(
-    model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor
+    model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor | None
 ) -> torch.Tensor:
-    """[T, H]: last hidden states of one packed row.
+    """[R T, H]: last hidden states of one packed row, or of padded rows one after another.
 
-    transformers builds the block-diagonal mask from `position_ids`, but only without a cache of
-    keys and values: with `use_cache=True` packed sequences would see one another.
+    For a packed row transformers builds the block-diagonal mask from `position_ids`, but only
+    without a cache of keys and values: with `use_cache=True` its sequences would see one another.
     """
     body: nn.Module = model.base_model
-    output = body(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-    return output.last_hidden_state[0]
+    places = {} if position_ids is None else {"position_ids": position_ids}
+    output = body(input_ids=input_ids, use_cache=False, **places)
+    return output.last_hidden_state.flatten(0, 1)
 
 
 @torch.no_grad()
-def check_architecture(model: PreTrainedModel) -> None:
-    """Checks on a few tokens that head times hidden gives the model's logits and that packing
-    isolates sequences.
+def check_architecture(model: PreTrainedModel, packing: bool) -> None:
+    """Checks on a few tokens that head times hidden gives the model's logits and that sequences
+    that are computed together do not see one another.
 
     Raises:
         TrainingError: with the difference found.
@@ -157,10 +158,14 @@ def check_architecture(model: PreTrainedModel) -> None:
     alone = torch.cat(
         [model(input_ids=ids[None], use_cache=False).logits[0] for ids in (first, second)]
     )
-    places = torch.cat([torch.arange(len(ids), device=model.device) for ids in (first, second)])
-    hidden_TH = body_hidden_states(model, torch.cat([first, second])[None], places[None])
-    packed = head(hidden_TH)
-    difference = ((packed - alone).abs().amax(dim=1) / alone.abs().max()).float().cpu()
+    if packing:
+        places = torch.cat([torch.arange(len(ids), device=model.device) for ids in (first, second)])
+        hidden_TH = body_hidden_states(model, torch.cat([first, second])[None], places[None])
+    else:
+        rows = torch.stack([first, torch.nn.functional.pad(second, (0, 1))])
+        hidden_TH = body_hidden_states(model, rows, None)[:-1]
+    together = head(hidden_TH)
+    difference = ((together - alone).abs().amax(dim=1) / alone.abs().max()).float().cpu()
     model.train(was_training)
     tolerance = LOGIT_TOLERANCE[model.dtype]
     if difference.max() <= tolerance:
@@ -172,6 +177,7 @@ def check_architecture(model: PreTrainedModel) -> None:
             f"logits {place}: this architecture is not supported"
         )
     raise TrainingError(
-        f"{type(model).__name__} lets packed sequences see one another: logits differ {place} from "
-        "those of the sequence alone: this architecture is not supported"
+        f"{type(model).__name__} lets {'packed' if packing else 'padded'} sequences see one "
+        f"another: logits differ {place} from those of the sequence alone: "
+        + ("set training.packing: false" if packing else "this architecture is not supported")
     )

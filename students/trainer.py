@@ -42,7 +42,7 @@ def train(job: TrainingJob, device: torch.device) -> None:
     model = build_student(job.config.student, job.config.seed)
     if job.config.student.attn_implementation.startswith("flash"):
         torch.nn.Module.to(model, device)
-    check_architecture(model)
+    check_architecture(model, training.packing)
     data = TrainingData(job, output_head(model).out_features, device)
     engine = StudentEngine(StudentModule(model, loss_weights(job)), job)
     state = load_checkpoint(engine.deepspeed, job) or TrainingState(step=0, tokens=0, seconds=0.0)
