@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.config_base import Count, Fraction, Positive, Resources, Section
 
@@ -67,6 +67,28 @@ OWNED_DEEPSPEED_KEYS = {
 }
 
 
+IDENTITY = (
+    "seed",
+    "tokenizer",
+    "dataset_digest",
+    "caches",
+    "combine",
+    "start",
+    "student",
+    "losses",
+    "training",
+)
+"""What decides the trained weights: the keys of a training's identity."""
+
+
+def _named_exception(name: str) -> str:
+    if name.partition(".")[0] not in IDENTITY:
+        raise ValueError(f"{name!r} is no part of a training's identity: {', '.join(IDENTITY)}")
+    if "student.dtype".startswith(name):
+        raise ValueError(f"{name!r}: the optimizer's state depends on student.dtype")
+    return name
+
+
 class TrainingConfig(Section):
     """How the student is trained."""
 
@@ -111,12 +133,22 @@ class TrainingConfig(Section):
     """Restarts by Ray Train from the newest checkpoint after a worker died; -1 for no limit."""
     cost_per_hour: Annotated[float, Field(ge=0)] = 0.0
     """Price of the hardware of one worker."""
+    allow_resume_with: list[Annotated[str, AfterValidator(_named_exception)]] = Field(
+        default_factory=list
+    )
+    """What may differ from the checkpoint that training resumes from, as a refusal names it:
+    `caches`, `losses`, `training.learning_rate`; recorded in the summary and the model card."""
 
     @model_validator(mode="after")
     def _owned_keys(self) -> TrainingConfig:
         for key in self.deepspeed:
             if key in OWNED_DEEPSPEED_KEYS:
                 raise ValueError(f"deepspeed.{key} is not accepted: {OWNED_DEEPSPEED_KEYS[key]}")
+        if "load_universal" in self.deepspeed.get("checkpoint", {}):
+            raise ValueError(
+                "deepspeed.checkpoint.load_universal is not accepted: a checkpoint is loaded in "
+                "universal form where workers or stage ask for it"
+            )
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps ({self.warmup_steps}) must be less than steps ({self.steps})"

@@ -176,6 +176,7 @@ def model_card(job: TrainingJob) -> str:
         "final": summary["final"],
         "versions": {library: version(library) for library in LIBRARIES},
         "identity": summary["identity"],
+        "changes": summary["changes"],
     }
     # a provenance is read back by machines as well: one YAML block
     return (

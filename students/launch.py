@@ -26,7 +26,7 @@ from pipeline import storage
 from pipeline.errors import TrainingError
 from pipeline.fingerprint import differences
 from pipeline.training import TrainingJob
-from students.checkpoint import check_resume
+from students.checkpoint import prepare_resume
 from students.progress import FollowedMetrics, describe
 
 logger = logging.getLogger(__name__)
@@ -48,11 +48,11 @@ def train_student(job: TrainingJob) -> dict[str, Any]:
         )
     if storage.exists(job.summary_path):
         return _finished(job)
-    resumed, training = check_resume(job), job.config.training
+    resumed, training = prepare_resume(job), job.config.training
     logger.info(
         "%s: step %d of %d, workers: %d",
         job.student,
-        resumed[1].step if resumed else 0,
+        resumed.state.step if resumed else 0,
         training.steps,
         training.workers,
     )

@@ -37,7 +37,7 @@ from pipeline.layout import Layout
 from pipeline.records import SparseLogprobs, TokenSequence
 from pipeline.training import TrainingJob
 from students.batches import DataOrder
-from students.checkpoint import latest_complete
+from students.checkpoint import latest_complete, prepare_resume
 from students.dataset import open_examples
 from students.evaluation import holdout_numbers, teacher_holdout_numbers
 from students.export import export_student
@@ -48,6 +48,7 @@ from students.progress import read_metrics
 VOCABULARY, DOMAINS, TEACHERS = 64, ("sums", "words"), ("first", "second")
 LONGEST = 13
 STEPS = [1, 2, 3, 4, 5, 6]
+RESUMED_TOLERANCE = 2e-3
 pytestmark = [pytest.mark.timeout(300), pytest.mark.integration]
 
 
@@ -106,6 +107,7 @@ def run(cluster, tmp_path_factory):
         size = job.config.training.workers
         if size not in groups:
             groups[size] = [Worker.remote(n, size, str(folder / str(size))) for n in range(size)]
+        prepare_resume(job)
         ray.get([worker.train.remote(job, stop_before) for worker in groups[size]])
         return job
 
@@ -429,6 +431,36 @@ def test_resume_equals_the_unbroken_run(run, material, workers, zero_stage):
         assert curve(broken, name) == curve(whole, name), name
     for name, value in final_weights(broken).items():
         assert np.array_equal(value, final_weights(whole)[name]), name
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [(0, 0), (1, 1), (2, 2), (3, 3), (1, 2), (2, 1)],
+    ids=lambda stages: "z{}z{}".format(*stages),
+)
+def test_resume_on_other_workers_and_at_other_stages(run, reference, material, stages):
+    """From 2 workers on 1 and on 4, and from 1 on 2."""
+    old, new = stages
+    broken = {
+        workers: make_job(material, f"w{workers}z{old}z{new}", workers=workers, zero_stage=old)
+        for workers in (1, 2)
+    }
+    for job in broken.values():
+        with pytest.raises(InterruptedError):
+            run(job, stop_before=5)
+    for before, after in ((2, 1), (2, 4), (1, 2)):
+        name = f"w{before}w{after}z{old}z{new}"
+        job = make_job(material, name, workers=after, zero_stage=new)
+        shutil.copytree(broken[before].folder, job.folder)
+        run(job)
+        universal = Path(job.folder, "checkpoints", "step-00000004", "universal")
+        assert universal.exists() == (old > 0)
+        assert steps_of(job) == STEPS
+        for metric in ("train/loss", "train/grad_norm", "holdout/loss"):
+            expected = pytest.approx(curve(reference[0], metric), rel=RESUMED_TOLERANCE)
+            assert curve(job, metric) == expected, (name, metric)
+        for key, value in final_weights(job).items():
+            assert np.abs(value - final_weights(reference[0])[key]).max() < 5e-3, (name, key)
 
 
 def test_resume_on_other_workers_at_stage_0_and_refusals(run, reference, material):
