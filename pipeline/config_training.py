@@ -16,6 +16,9 @@ class StudentConfig(Section):
     """Folder or hub id; its tokenizer and chat template are those of the whole run."""
     initialization: Literal["pretrained", "random"]
     """Load weights, or start from the config alone."""
+    initial_weights: str | None = None
+    """Complete training checkpoint or exported folder whose weights a new training starts from, in
+    place of those of `initialization`; `polystill train CONFIG --from-checkpoint` sets it."""
     revision: str | None = None
     """Hub revision."""
     trust_remote_code: bool = False

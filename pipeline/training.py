@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pipeline import storage
@@ -32,7 +33,9 @@ NEUTRAL_TRAINING_KEYS = {
 """Training keys that may change between two starts; `losses` enters as those of the job, and
 `deepspeed` without its ZeRO stage.
 """
-NEUTRAL_STUDENT_KEYS = {"cost_per_hour", "vllm", "model", "revision"}
+NEUTRAL_STUDENT_KEYS = {"cost_per_hour", "vllm", "model", "revision", "initial_weights"}
+COMPLETE = "COMPLETE"
+"""The file that a checkpoint's folder gets last of all."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,11 @@ def training_jobs(
         )
         for label, terms in losses.items()
     ]
+
+
+def is_complete_checkpoint(folder: str) -> bool:
+    """Whether a local folder is a training checkpoint that was written to its end."""
+    return Path(folder, COMPLETE).is_file()
 
 
 def _without_stage(deepspeed: dict[str, Any]) -> dict[str, Any]:

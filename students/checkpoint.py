@@ -22,7 +22,7 @@ import torch.distributed as dist
 from pipeline import storage
 from pipeline.errors import TrainingError
 from pipeline.fingerprint import differences
-from pipeline.training import TrainingJob
+from pipeline.training import COMPLETE, TrainingJob
 from students.universal_checkpoint import (
     TAG,
     UNIVERSAL,
@@ -35,8 +35,6 @@ from students.universal_checkpoint import (
 
 if TYPE_CHECKING:
     from students.engine import StudentEngine
-
-COMPLETE = "COMPLETE"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.config_training import StudentConfig
 from pipeline.errors import TrainingError
+from students.initial_weights import load_initial_weights
 from students.losses import LossWeights, distillation_loss, position_figures
 from students.packing import MicroBatch
 
@@ -38,14 +39,14 @@ def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
 
     Raises:
         TrainingError: the architecture does not compute its logits as LM head times last hidden
-            state.
+            state, or the weights to start from do not fit it.
     """
     source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     options = {"dtype": DTYPES[config.dtype], "attn_implementation": config.attn_implementation}
     try:
         model_config = AutoConfig.from_pretrained(config.model, **source)
         refuse_head_settings(model_config.to_dict())
-        if config.initialization == "pretrained":
+        if config.initialization == "pretrained" and config.initial_weights is None:
             model = AutoModelForCausalLM.from_pretrained(config.model, **source, **options)
         else:
             with torch.random.fork_rng():
@@ -57,6 +58,8 @@ def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
                 ).to(options["dtype"])
     except (OSError, ImportError) as error:
         raise TrainingError(f"cannot load the student {config.model!r}: {error}") from error
+    if config.initial_weights is not None:
+        load_initial_weights(model, config.initial_weights, config.trust_remote_code)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
