@@ -52,7 +52,10 @@ from teachers.identity import student_identity
 VOCABULARY, DOMAINS, TEACHERS = 64, ("sums", "words"), ("first", "second")
 LONGEST = 13
 STEPS = [1, 2, 3, 4, 5, 6]
-RESUMED_TOLERANCE = 2e-3
+TOLERANCE, WEIGHTS_TOLERANCE = 1e-4, 2e-4
+"""Sums in another order, through six steps of Adam: losses were seen 3e-7 apart and weights, of a
+largest size of 1, 3e-5.
+"""
 TOKENS_FOR_ACCUMULATION = {1: 800, 2: 58}
 """Over all workers, so that every step of 8 sequences takes this many micro-batches on each."""
 pytestmark = [pytest.mark.timeout(300), pytest.mark.integration]
@@ -416,11 +419,11 @@ def test_workers_zero_stages_packing_and_accumulation_change_nothing(
             # float32 sums in another order: exact to rounding at first, then through Adam
             if 1 in expected:
                 assert found[1] == pytest.approx(expected[1], rel=1e-5), (name, metric)
-            assert found == pytest.approx(expected, rel=2e-3), (name, metric)
+            assert found == pytest.approx(expected, rel=TOLERANCE), (name, metric)
         weights, expected = final_weights(job), final_weights(reference[0])
         assert weights.keys() == expected.keys()
         for key, value in weights.items():
-            assert np.abs(value - expected[key]).max() < 5e-3, (name, key)
+            assert np.abs(value - expected[key]).max() < WEIGHTS_TOLERANCE, (name, key)
 
 
 @pytest.mark.parametrize(("workers", "zero_stage"), [(1, 0), (2, 2), (2, 3)])
@@ -475,10 +478,13 @@ def test_resume_on_other_workers_and_at_other_stages(run, reference, material, s
         assert old == 0 or not list(universal.parent.glob(".universal-*"))
         assert steps_of(job) == STEPS
         for metric in ("train/loss", "train/grad_norm", "holdout/loss"):
-            expected = pytest.approx(curve(reference[0], metric), rel=RESUMED_TOLERANCE)
+            expected = pytest.approx(curve(reference[0], metric), rel=TOLERANCE)
             assert curve(job, metric) == expected, (name, metric)
         for key, value in final_weights(job).items():
-            assert np.abs(value - final_weights(reference[0])[key]).max() < 5e-3, (name, key)
+            assert np.abs(value - final_weights(reference[0])[key]).max() < WEIGHTS_TOLERANCE, (
+                name,
+                key,
+            )
 
 
 def test_resume_of_another_training_is_refused(run, material):
@@ -502,29 +508,25 @@ def test_resume_of_another_training_is_refused(run, material):
         assert difference in str(refusal.value)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2, 3])
-def test_an_allowed_change_holds_after_the_resume(run, material, zero_stage, tmp_path):
+def test_an_allowed_change_holds_after_the_resume(run, material, tmp_path):
     """DeepSpeed would go on with the optimizer's settings that are in the checkpoint."""
-    options = {"zero_stage": zero_stage, "student_options": {"initialization": "random"}}
     weights = {}
-    for weight_decay in (0.1, 0.9):
-        changed = {"weight_decay": weight_decay, "allow_resume_with": ["training.weight_decay"]}
+    for zero_stage, weight_decay in ((0, 0.1), (0, 0.9), (2, 0.9), (3, 0.9)):
         name = f"decays{zero_stage}{weight_decay}"
         with pytest.raises(InterruptedError):
-            run(make_job(material, name, **options), stop_before=3)
-        job = run(make_job(material, name, **options, **changed))
+            run(make_job(material, name, zero_stage=zero_stage), stop_before=3)
+        changed = {"weight_decay": weight_decay, "allow_resume_with": ["training.weight_decay"]}
+        job = run(make_job(material, name, zero_stage=zero_stage, **changed))
         assert steps_of(job) == STEPS
-        weights[weight_decay] = final_weights(job)
+        weights[zero_stage, weight_decay] = final_weights(job)
+    for name, value in weights[0, 0.9].items():
+        if value.ndim == 2:
+            assert np.abs(value - weights[0, 0.1][name]).max() > 10 * WEIGHTS_TOLERANCE, name
+        for stage in (2, 3):
+            assert np.abs(value - weights[stage, 0.9][name]).max() < WEIGHTS_TOLERANCE, name
     export_student(job, str(tmp_path / "export"))
     card = (tmp_path / "export" / "README.md").read_text()
     assert "training.weight_decay: 0.1 -> 0.9" in card
-    norms = {
-        name: np.linalg.norm(weights[0.9][name]) / np.linalg.norm(value)
-        for name, value in weights[0.1].items()
-    }
-    # four more steps at up to 0.02 * (0.9 - 0.1) of decay, on matrices only
-    assert all(ratio < 0.98 for name, ratio in norms.items() if weights[0.1][name].ndim == 2)
-    assert all(ratio > 0.99 for name, ratio in norms.items() if weights[0.1][name].ndim == 1)
 
 
 def test_a_killed_worker_is_replaced_and_training_goes_on_exactly(
