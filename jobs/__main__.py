@@ -19,6 +19,7 @@ if len(_ROOTS) != 1 or None in _ROOTS:
     )
 
 import argparse  # noqa: E402
+import json  # noqa: E402
 
 from jobs import cache_commands  # noqa: E402
 from jobs.plan import STAGES  # noqa: E402
@@ -77,6 +78,21 @@ def _parser() -> argparse.ArgumentParser:
         "--detach", action="store_true", help="leave the run to the cluster; needs --address"
     )
 
+    train = _command(
+        commands, "train", _train, "run the stages up to the export of the trained student"
+    )
+    _config_arguments(train)
+    train.add_argument(
+        "--from-checkpoint",
+        metavar="PATH",
+        help="start from the weights of a complete checkpoint or of an exported student",
+    )
+    train.add_argument(
+        "--address",
+        metavar="URL",
+        help="job server of a cluster; without it a local head is started",
+    )
+
     submit = _command(commands, "submit", _submit, "submit one stage and follow it")
     submit.add_argument("stage", choices=STAGES)
     _config_arguments(submit)
@@ -119,10 +135,19 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         help="dotted overrides, e.g. training.steps=100",
     )
+    parser.add_argument(
+        "--allow",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="resume although this differs from the checkpoint, e.g. caches, losses, "
+        "training.learning_rate",
+    )
 
 
-def _load(options: argparse.Namespace) -> Config:
-    return load_config(options.config, options.overrides)
+def _load(options: argparse.Namespace, *overrides: str) -> Config:
+    allowed = [f"training.allow_resume_with={json.dumps(options.allow)}"] if options.allow else []
+    return load_config(options.config, [*options.overrides, *allowed, *overrides])
 
 
 def _say(line: str) -> None:
@@ -158,6 +183,17 @@ def _run(options: argparse.Namespace) -> None:
     )
     _say(f"submitted {identifier}")
     _say(f"follow it with: polystill logs {identifier} --address {options.address}")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from jobs import distill
+
+    overrides = []
+    if options.from_checkpoint is not None:
+        path = str(Path(options.from_checkpoint).resolve())
+        overrides = [f"student.initial_weights={json.dumps(path)}"]
+    config = _load(options, *overrides)
+    distill.run(config, options.address, _say, STAGES[: STAGES.index("export") + 1])
 
 
 def _submit(options: argparse.Namespace) -> None:

@@ -30,26 +30,29 @@ DETACHED = "run"
 Say = Callable[[str], object]
 
 
-def run(config: Config, address: str | None, say: Say) -> None:
+def run(config: Config, address: str | None, say: Say, stages: Sequence[str] = STAGES) -> None:
     """Runs every stage that has something to do, on a cluster or on a head of its own.
+
+    Args:
+        stages: all, or the first of them.
 
     Raises:
         DistillationError: a stage failed, the cluster cannot be reached, or the config cannot be
             honoured.
     """
-    say(f"run {config.name}: {' -> '.join(STAGES)}")
+    say(f"run {config.name}: {' -> '.join(stages)}")
     if address is not None:
         check_shared_paths(config)
     visible = is_visible(config, address)
-    plans = make_plan(config) if visible else []
+    plans = make_plan(config)[: len(stages)] if visible else []
     if plans and not any(plan.todo for plan in plans):
         say("nothing to do: every stage is complete")
-        say(where(config))
+        say(where(config, stages))
         return
     with cluster(config, address) as url:
         client = connect(url)
-        for number, stage in enumerate(STAGES, start=1):
-            say_stage = _prefixed(say, f"[{number}/{len(STAGES)} {stage}]")
+        for number, stage in enumerate(stages, start=1):
+            say_stage = _prefixed(say, f"[{number}/{len(stages)} {stage}]")
             plan = _plan_of(config, stage) if visible else None
             if plan is not None and plan.todo == 0:
                 say_stage(f"up to date ({plan.summary})")
@@ -57,7 +60,7 @@ def run(config: Config, address: str | None, say: Say) -> None:
             started = time.monotonic()
             run_stage(client, address, config, stage, say_stage)
             say_stage(f"done in {time.monotonic() - started:.0f} s")
-    say(where(config))
+    say(where(config, stages))
 
 
 def run_stage(
@@ -146,12 +149,11 @@ def check_shared_paths(config: Config) -> None:
             )
 
 
-def where(config: Config) -> str:
-    """Where the results of a run lie, one a line."""
+def where(config: Config, stages: Sequence[str]) -> str:
+    """Where the results of a run's stages lie, one a line."""
     layout = layout_of(config)
-    places = {
-        "report": layout.report_html,
-        "figures": layout.report_json,
+    report = {"report": layout.report_html, "figures": layout.report_json}
+    places = (report if stages[-1] == STAGES[-1] else {}) | {
         "caches": storage.join(layout.root, "caches"),
         "student": layout.export_folder("student"),
         "metrics": storage.join(layout.training_folder("student"), "metrics.jsonl"),

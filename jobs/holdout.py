@@ -83,8 +83,16 @@ def _figures(
     device = "cuda" if config.evaluation.resources.num_gpus else "cpu"
     for label in students:
         folder = layout.export_folder(label)
-        budget = config.training.tokens_per_micro_batch
-        numbers = holdout_numbers(folder, entries, examples, budget, device, trust)
+        training = config.training
+        numbers = holdout_numbers(
+            folder,
+            entries,
+            examples,
+            training.tokens_per_micro_batch,
+            device,
+            trust,
+            training.packing,
+        )
         found[label] = {
             "domains": _renamed(numbers),
             "gold_logprobs": gold_logprobs(folder, compared, trust, device),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pipeline.config_base import Count, Fraction, Positive, Resources, Section
 
@@ -16,6 +16,9 @@ class StudentConfig(Section):
     """Folder or hub id; its tokenizer and chat template are those of the whole run."""
     initialization: Literal["pretrained", "random"]
     """Load weights, or start from the config alone."""
+    initial_weights: str | None = None
+    """Complete training checkpoint or exported folder whose weights a new training starts from, in
+    place of those of `initialization`; `polystill train CONFIG --from-checkpoint` sets it."""
     revision: str | None = None
     """Hub revision."""
     trust_remote_code: bool = False
@@ -156,6 +159,28 @@ OWNED_DEEPSPEED_KEYS = {
 }
 
 
+IDENTITY = (
+    "seed",
+    "tokenizer",
+    "dataset_digest",
+    "caches",
+    "combine",
+    "start",
+    "student",
+    "losses",
+    "training",
+)
+"""What decides the trained weights: the keys of a training's identity."""
+
+
+def _named_exception(name: str) -> str:
+    if name.partition(".")[0] not in IDENTITY:
+        raise ValueError(f"{name!r} is no part of a training's identity: {', '.join(IDENTITY)}")
+    if "student.dtype".startswith(name):
+        raise ValueError(f"{name!r}: the optimizer's state depends on student.dtype")
+    return name
+
+
 class TrainingConfig(Section):
     """How the student is trained."""
 
@@ -166,7 +191,10 @@ class TrainingConfig(Section):
     sequences_per_step: Count
     """Global batch; the order of data does not depend on the number of workers."""
     tokens_per_micro_batch: Count
-    """Token budget of one packed micro-batch on one worker; a longer sequence is refused."""
+    """Token budget of one micro-batch on one worker; a longer sequence is refused."""
+    packing: bool = True
+    """Pack a micro-batch into one row, apart by position ids; else pad rows of one sequence each,
+    for architectures that cannot keep packed sequences apart. The numbers are the same."""
     learning_rate: Positive
     """Peak of the schedule."""
     warmup_steps: Annotated[int, Field(ge=0)]
@@ -197,6 +225,11 @@ class TrainingConfig(Section):
     """Restarts by Ray Train from the newest checkpoint after a worker died; -1 for no limit."""
     cost_per_hour: Annotated[float, Field(ge=0)] = 0.0
     """Price of the hardware of one worker."""
+    allow_resume_with: list[Annotated[str, AfterValidator(_named_exception)]] = Field(
+        default_factory=list
+    )
+    """What may differ from the checkpoint that training resumes from, as a refusal names it:
+    `caches`, `losses`, `training.learning_rate`; recorded in the summary and the model card."""
 
     @field_validator("losses")
     @classmethod
@@ -212,6 +245,11 @@ class TrainingConfig(Section):
         for key in self.deepspeed:
             if key in OWNED_DEEPSPEED_KEYS:
                 raise ValueError(f"deepspeed.{key} is not accepted: {OWNED_DEEPSPEED_KEYS[key]}")
+        if "load_universal" in self.deepspeed.get("checkpoint", {}):
+            raise ValueError(
+                "deepspeed.checkpoint.load_universal is not accepted: a checkpoint is loaded in "
+                "universal form where workers or stage ask for it"
+            )
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps ({self.warmup_steps}) must be less than steps ({self.steps})"

@@ -59,6 +59,9 @@ def absolute_paths(config: Config, folder: Path) -> Config:
     ]
     for source in values["prompts"]["sources"]:
         source["path"] = _absolute(source["path"], folder)
+    initial_weights = config.student.initial_weights
+    if initial_weights is not None:
+        values["student"]["initial_weights"] = _absolute(initial_weights, folder)
     for model in [*values["teachers"].values(), values["student"]]:
         if model["model"].startswith("."):
             model["model"] = _absolute(model["model"], folder)
@@ -74,6 +77,7 @@ def local_paths(config: Config) -> dict[str, str]:
     """Every local path of a config by the key that holds it."""
     paths = {"storage.root": config.storage.root, "student.model": config.student.model}
     paths["storage.models_root"] = config.storage.models_root or config.storage.root
+    paths["student.initial_weights"] = config.student.initial_weights or ""
     paths |= {f"teachers.{name}.model": teacher.model for name, teacher in config.teachers.items()}
     paths |= {
         f"prompts.sources.{i}.path": source.path for i, source in enumerate(config.prompts.sources)

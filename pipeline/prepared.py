@@ -67,6 +67,7 @@ def preparation_key(config: Config) -> str:
     models = {"student": config.student.model} | {
         name: t.model for name, t in config.teachers.items()
     }
+    models["initial weights"] = config.student.initial_weights or ""
     paths = [source.path for source in config.prompts.sources] + [
         m for m in models.values() if is_folder(m)
     ]

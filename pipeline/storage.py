@@ -20,6 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import pyarrow as pa
@@ -296,3 +297,13 @@ def read_table(uri: str) -> pa.Table:
 def join(root: str, *parts: str) -> str:
     """A path or URI below `root`."""
     return "/".join([root.rstrip("/"), *parts])
+
+
+def sync_folder(folder: Path) -> None:
+    """Has all below a local folder, and the folder itself, on disk when it returns."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

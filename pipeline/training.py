@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pipeline import storage
@@ -24,10 +25,17 @@ NEUTRAL_TRAINING_KEYS = {
     "max_failures",
     "cost_per_hour",
     "tokens_per_micro_batch",
+    "packing",
     "losses",
+    "allow_resume_with",
+    "deepspeed",
 }
-"""Training keys that may change between two starts; `losses` enters as those of the job."""
-NEUTRAL_STUDENT_KEYS = {"cost_per_hour", "vllm", "model", "revision"}
+"""Training keys that may change between two starts; `losses` enters as those of the job, and
+`deepspeed` without its ZeRO stage.
+"""
+NEUTRAL_STUDENT_KEYS = {"cost_per_hour", "vllm", "model", "revision", "initial_weights"}
+COMPLETE = "COMPLETE"
+"""The file that a checkpoint's folder gets last of all."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class TrainingJob:
         caches: by teacher; teachers that weigh nothing need none.
         cache_fingerprints: by teacher, of the recipe that filled its cache.
         start: identity of the model that the student starts from.
+        tokenizer: hash of the tokenizer of all sequences.
     """
 
     config: Config
@@ -50,6 +59,7 @@ class TrainingJob:
     caches: dict[str, CacheLayout]
     cache_fingerprints: dict[str, str]
     start: dict[str, str] = field(default_factory=dict)
+    tokenizer: str = ""
 
     @property
     def folder(self) -> str:
@@ -74,6 +84,7 @@ class TrainingJob:
         used = used_teachers(self.config) if self.uses_teachers else []
         return {
             "seed": self.config.seed,
+            "tokenizer": self.tokenizer,
             "dataset_digest": self.dataset_digest,
             "caches": {
                 name: {
@@ -91,7 +102,8 @@ class TrainingJob:
             "losses": [loss.model_dump(mode="json") for loss in self.losses],
             "training": {
                 k: v for k, v in config["training"].items() if k not in NEUTRAL_TRAINING_KEYS
-            },
+            }
+            | {"deepspeed": _without_stage(config["training"]["deepspeed"])},
         }
 
 
@@ -112,9 +124,22 @@ def training_jobs(
             caches=prepared.caches(layout),
             cache_fingerprints={n: digest_json(r) for n, r in prepared.scoring_recipes.items()},
             start=prepared.student,
+            tokenizer=prepared.tokenizer_hash,
         )
         for label, terms in losses.items()
     ]
+
+
+def is_complete_checkpoint(folder: str) -> bool:
+    """Whether a local folder is a training checkpoint that was written to its end."""
+    return Path(folder, COMPLETE).is_file()
+
+
+def _without_stage(deepspeed: dict[str, Any]) -> dict[str, Any]:
+    """The stages compute the same; whether a checkpoint loads at another is checked apart."""
+    zero = {k: v for k, v in deepspeed.get("zero_optimization", {}).items() if k != "stage"}
+    rest = {k: v for k, v in deepspeed.items() if k != "zero_optimization"}
+    return rest | ({"zero_optimization": zero} if zero else {})
 
 
 def used_teachers(config: Config) -> list[str]:

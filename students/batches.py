@@ -95,6 +95,7 @@ class TrainingData:
                 cache.
         """
         self._job, self._device = job, device
+        self._padded = not job.config.training.packing
         self._world_size, self._rank = dist.get_world_size(), dist.get_rank()
         entries = read_dataset(job.layout, job.dataset_digest)
         self.train = [entry for entry in entries if entry.split == "train"]
@@ -133,9 +134,10 @@ class TrainingData:
         return self._micro_batches(self.holdout, self._holdout_examples)
 
     def probe(self) -> tuple[list[DatasetEntry], MicroBatch]:
-        """The same few sequences on every rank, in one row."""
+        """The same few sequences on every rank, together."""
         entries = [*self.holdout, *self.train][:PROBE_SEQUENCES]
-        return entries, pack([self._holdout_examples[entry] for entry in entries]).to(self._device)
+        examples = [self._holdout_examples[entry] for entry in entries]
+        return entries, pack(examples, self._padded).to(self._device)
 
     def _step(self, step: int) -> StepBatch:
         batch = [self.train[i] for i in self._order.batch(step)]
@@ -148,6 +150,7 @@ class TrainingData:
 
     def _micro_batches(self, batch: list[DatasetEntry], examples: Examples) -> Iterator[MicroBatch]:
         budget = self._job.config.training.tokens_per_micro_batch
-        plan = plan_micro_batches([entry.num_tokens for entry in batch], budget, self._world_size)
-        for row in plan[self._rank]:
-            yield pack([examples[batch[i]] for i in row]).to(self._device)
+        lengths = [entry.num_tokens for entry in batch]
+        plan = plan_micro_batches(lengths, budget, self._world_size, self._padded)
+        for members in plan[self._rank]:
+            yield pack([examples[batch[i]] for i in members], self._padded).to(self._device)

@@ -4,16 +4,17 @@
 
 `COMPLETE` is written last and only after every other file is on disk: a checkpoint without it does
 not exist. A run resumes only from a checkpoint of the same training: same data, targets, student,
-losses and schedule.
+losses and schedule, but for what `training.allow_resume_with` names. Such changes are kept in
+
+    <training folder>/changes.json   [{"step": n, "differences": [...]}, ...]
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,13 +22,19 @@ import torch.distributed as dist
 from pipeline import storage
 from pipeline.errors import TrainingError
 from pipeline.fingerprint import differences
-from pipeline.training import TrainingJob
+from pipeline.training import COMPLETE, TrainingJob
+from students.universal_checkpoint import (
+    TAG,
+    UNIVERSAL,
+    Partitioning,
+    convert,
+    needs_conversion,
+    partitioning,
+    refused_changes,
+)
 
 if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
-
-COMPLETE = "COMPLETE"
-TAG = "zero"
+    from students.engine import StudentEngine
 
 
 @dataclass(frozen=True)
@@ -45,76 +52,130 @@ def latest_complete(folder: str) -> Path | None:
     return complete[-1] if complete else None
 
 
-def check_resume(job: TrainingJob) -> tuple[Path, TrainingState] | None:
-    """The newest complete checkpoint and its state, or None when training starts from nothing.
+@dataclass(frozen=True)
+class Resume:
+    """A checkpoint that fits a training.
+
+    Attributes:
+        universal: it is loaded in its universal form.
+        changes: differences from the training that wrote it, all of them allowed.
+    """
+
+    path: Path
+    state: TrainingState
+    universal: bool
+    changes: list[str]
+
+
+def check_resume(job: TrainingJob) -> Resume | None:
+    """The newest complete checkpoint, or None when training starts from nothing.
 
     Raises:
-        TrainingError: it belongs to another training, world size or ZeRO stage; all differences are
-            listed.
+        TrainingError: it belongs to another training, or DeepSpeed cannot load it at this ZeRO
+            stage; all differences are listed.
     """
     path = latest_complete(job.folder)
     if path is None:
         return None
-    state = storage.read_json(str(path / "state.json"))
-    found = differences(state["identity"], job.identity())
-    if state["zero_stage"] != job.zero_stage:
-        found.append(f"zero_optimization.stage: {state['zero_stage']} -> {job.zero_stage}")
-    workers = job.config.training.workers
-    if state["world_size"] != workers and job.zero_stage > 0:
-        found.append(
-            f"workers: {state['world_size']} -> {workers} (ZeRO stage {job.zero_stage} partitions "
-            "its state over the workers; only stage 0 resumes on another number of them)"
-        )
+    stored = storage.read_json(str(path / "state.json"))
+    old, new = Partitioning(**stored["partitioning"]), partitioning(job)
+    changes = differences(stored["identity"], job.identity())
+    allowed = [line for line in changes if _is_allowed(line, job)]
+    found = [line for line in changes if line not in allowed] + refused_changes(old, new)
     if found:
         raise TrainingError(
             f"checkpoint {path} does not fit this training (old -> new):\n  "
             + "\n  ".join(found)
             + "\nRestore these values, choose another `name` for the run, or remove "
-            f"{job.folder} to train from the start."
+            f"{job.folder} to train from the start. To go on with other data, targets, losses or "
+            "schedule, name what may differ: --allow NAME, or training.allow_resume_with."
         )
-    return path, TrainingState(**{field.name: state[field.name] for field in fields(TrainingState)})
+    state = TrainingState(**{field.name: stored[field.name] for field in fields(TrainingState)})
+    if state.step > job.config.training.steps:
+        raise TrainingError(
+            f"checkpoint {path} is beyond the last step, training.steps is "
+            f"{job.config.training.steps}: raise it"
+        )
+    return Resume(path, state, needs_conversion(old, new), allowed)
 
 
-def save_checkpoint(engine: DeepSpeedEngine, job: TrainingJob, state: TrainingState) -> None:
+def prepare_resume(job: TrainingJob) -> Resume | None:
+    """`check_resume`, and the universal form of the checkpoint where the workers need that; one
+    process calls it before the workers start.
+
+    Raises:
+        TrainingError: the checkpoint does not fit, or cannot be converted.
+    """
+    resume = check_resume(job)
+    if resume is not None and resume.universal:
+        convert(resume.path)
+    return resume
+
+
+def save_checkpoint(engine: StudentEngine, job: TrainingJob, state: TrainingState) -> None:
     """Writes a complete checkpoint and removes the oldest ones; all ranks call it."""
     path = Path(job.folder) / "checkpoints" / f"step-{state.step:08d}"
     rank = dist.get_rank()
     if rank == 0 and path.exists():
         shutil.rmtree(path)
     dist.barrier()
-    engine.save_checkpoint(str(path), tag=TAG, save_latest=False)
+    engine.deepspeed.save_checkpoint(str(path), tag=TAG, save_latest=False)
     torch.save(_rng_state(), path / f"rng-{rank}.pt")
     dist.barrier()
     if rank == 0:
-        layout = {"world_size": dist.get_world_size(), "zero_stage": job.zero_stage}
         storage.write_json(
-            str(path / "state.json"), {**asdict(state), **layout, "identity": job.identity()}
+            str(path / "state.json"),
+            {
+                **asdict(state),
+                "partitioning": asdict(partitioning(job)),
+                "identity": job.identity(),
+            },
         )
-        _sync(path)
+        storage.sync_folder(path)
         storage.write_bytes(str(path / COMPLETE), b"")
         _prune(job.folder, job.config.training.keep_checkpoints)
     dist.barrier()
 
 
-def load_checkpoint(engine: DeepSpeedEngine, job: TrainingJob) -> TrainingState | None:
-    """Restores engine and random state from the newest complete checkpoint, if there is one.
+def load_checkpoint(engine: StudentEngine, job: TrainingJob, resume: Resume) -> TrainingState:
+    """Restores engine and random state; all ranks call it.
 
     Raises:
-        TrainingError: the checkpoint belongs to another training, or DeepSpeed cannot load it.
+        TrainingError: DeepSpeed cannot load the checkpoint.
     """
-    found = check_resume(job)
-    if found is None:
-        return None
-    path, state = found
-    loaded, _ = engine.load_checkpoint(str(path), tag=TAG)
-    if loaded is None:
+    folder = resume.path / UNIVERSAL if resume.universal else resume.path
+    if not engine.load(folder, TAG):
         raise TrainingError(
-            f"DeepSpeed could not load {path}: remove that folder to resume from the one before it"
+            f"DeepSpeed could not load {folder}: remove {resume.path} to resume from the one "
+            "before it"
         )
-    random_state = path / f"rng-{dist.get_rank()}.pt"
+    random_state = resume.path / f"rng-{dist.get_rank()}.pt"
     if random_state.exists():  # a rank that the checkpoint did not have keeps its fresh seed
         _restore_rng(torch.load(random_state, weights_only=True))
-    return state
+    if dist.get_rank() == 0:
+        _keep_changes(job.folder, resume)
+    return resume.state
+
+
+def allowed_changes(folder: str) -> list[dict[str, Any]]:
+    """What changed in a training between its starts: the step and the differences, in order."""
+    path = Path(folder, "changes.json")
+    return storage.read_json(str(path)) if path.exists() else []
+
+
+def _keep_changes(folder: str, resume: Resume) -> None:
+    """Adds the changes of this start; those of starts whose steps were lost are dropped."""
+    before = allowed_changes(folder)
+    changes = [change for change in before if change["step"] < resume.state.step]
+    if resume.changes:
+        changes.append({"step": resume.state.step, "differences": resume.changes})
+    if changes != before:
+        storage.write_json(str(Path(folder, "changes.json")), changes)
+
+
+def _is_allowed(line: str, job: TrainingJob) -> bool:
+    key = line.partition(":")[0]
+    return any(f"{key}.".startswith(f"{name}.") for name in job.config.training.allow_resume_with)
 
 
 def _complete(folder: str) -> list[Path]:
@@ -132,15 +193,6 @@ def _prune(folder: str, keep: int) -> None:
         if path not in complete[-keep:] and int(path.name[5:]) < int(newest.name[5:]):
             (path / COMPLETE).unlink(missing_ok=True)
             shutil.rmtree(path)
-
-
-def _sync(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _rng_state() -> dict[str, torch.Tensor]:

@@ -4,6 +4,8 @@ gradient norm and the full weights.
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -25,11 +27,12 @@ class StudentEngine:
     any number of micro-batches, equal on all ranks, and `step` applies them.
     """
 
-    def __init__(self, module: StudentModule, job: TrainingJob) -> None:
+    def __init__(self, module: StudentModule, job: TrainingJob, universal: bool = False) -> None:
+        """`universal`: a checkpoint will be loaded in its universal form."""
         training, bf16 = job.config.training, job.config.student.dtype == "bfloat16"
         # DeepSpeed then steps the optimizer itself, without a gradient norm
         plain = job.zero_stage == 0 and not bf16
-        self.module = module
+        self.module, self._universal = module, universal
         self._optimizer = make_optimizer(module, training)
         self._norm: torch.Tensor | None = None
         if plain:
@@ -40,6 +43,10 @@ class StudentEngine:
             config={
                 "steps_per_print": None,
                 **training.deepspeed,
+                "checkpoint": {
+                    **training.deepspeed.get("checkpoint", {}),
+                    "load_universal": universal,
+                },
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
                 "managed_gradient_accumulation": False,
@@ -48,6 +55,26 @@ class StudentEngine:
             },
         )
         self.device = self.deepspeed.device
+
+    def load(self, folder: Path, tag: str) -> bool:
+        """Restores weights and optimizer state; whether DeepSpeed found them. All ranks call it.
+
+        The optimizer's settings stay those of the config: DeepSpeed takes them from the checkpoint,
+        and at stage 3 from a universal one those of its first parameter group for all.
+        """
+        groups = self._optimizer.param_groups
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=tag)
+        for group, values in zip(self._optimizer.param_groups, settings, strict=True):
+            group.update(values)
+        wrapper: Any = self.deepspeed.optimizer
+        if wrapper is not self._optimizer:
+            wrapper.clip_grad = self.deepspeed.gradient_clipping()
+        if self._universal:
+            # at stage 3 all groups get the same tensor, which each group's update would increment
+            for state in self._optimizer.state.values():
+                state["step"] = copy.deepcopy(state["step"])
+        return loaded is not None
 
     def accumulate(self, batch: MicroBatch, factor: float) -> torch.Tensor:
         """Adds the gradients of `factor` times the total loss; gives the figures of `LossSums`."""

@@ -86,6 +86,7 @@ def holdout_numbers(
     tokens_per_micro_batch: int,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    packing: bool = True,
 ) -> dict[str, Means]:
     """A student's numbers on hold-out sequences, by domain and for `all`.
 
@@ -105,10 +106,10 @@ def holdout_numbers(
     )
     for domain, members in _by_domain(entries):
         for row in plan_micro_batches(
-            [entry.num_tokens for entry in members], tokens_per_micro_batch, 1
+            [entry.num_tokens for entry in members], tokens_per_micro_batch, 1, not packing
         )[0]:
-            packed = [examples[members[i]] for i in row]
-            batch = pack(packed).to(torch.device(device))
+            together = [examples[members[i]] for i in row]
+            batch = pack(together, not packing).to(torch.device(device))
             hidden_PH = body_hidden_states(model, batch.input_ids, batch.position_ids)[
                 batch.logit_indices
             ]
@@ -116,10 +117,10 @@ def holdout_numbers(
             found = position_figures(hidden_PH, *weights, batch.targets, KL_TO_MIXTURE, softcap)
             loss, kl = found.figures.double().cpu().numpy()
             domain_sums = sums.setdefault(domain, _Sums())
-            if any(example.is_estimate for example in packed):
+            if any(example.is_estimate for example in together):
                 domain_sums.add_estimated(loss)
                 continue
-            mixture = np.concatenate([mixture_argmax(example) for example in packed])
+            mixture = np.concatenate([mixture_argmax(example) for example in together])
             domain_sums.add(loss, kl, found.argmax_ids.cpu().numpy() == mixture)
     return _with_total(sums, bounded=False)
 

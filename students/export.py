@@ -27,6 +27,7 @@ from pipeline.datasets import read_sequences
 from pipeline.errors import TrainingError
 from pipeline.loading import is_folder
 from pipeline.training import TrainingJob
+from students.initial_weights import fit_weights
 from students.model import DTYPES
 from students.reference import gold_logprobs
 
@@ -105,19 +106,13 @@ def trained_model(job: TrainingJob, source: str) -> PreTrainedModel:
     """The student with its trained weights, in its own dtype.
 
     Raises:
-        TrainingError: weights are missing or superfluous.
+        TrainingError: weights are missing or superfluous, or of another shape.
     """
     trust = job.config.student.trust_remote_code
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust, dtype=torch.float32)
-    missing, unexpected = model.load_state_dict(
-        load_file(Path(job.folder, "final", "weights.safetensors")), strict=False
-    )
-    own = {name for name, _ in model.named_parameters()}
-    if unexpected or own & set(missing):  # second names of tied weights are not stored
-        raise TrainingError(
-            f"final weights of {job.folder} lack {sorted(own & set(missing))} or add {unexpected}"
-        )
+    weights = Path(job.folder, "final", "weights.safetensors")
+    fit_weights(model, load_file(weights), str(weights))
     return model.to(DTYPES[job.config.student.dtype]).eval()
 
 
@@ -171,11 +166,13 @@ def model_card(job: TrainingJob) -> str:
             }
             for name, teacher in config.teachers.items()
         },
+        "initial_weights": config.student.initial_weights,
         "dataset": job.dataset_digest,
         "steps": summary["steps"],
         "final": summary["final"],
         "versions": {library: version(library) for library in LIBRARIES},
         "identity": summary["identity"],
+        "changes": summary["changes"],
     }
     # a provenance is read back by machines as well: one YAML block
     return (

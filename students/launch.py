@@ -19,14 +19,15 @@ from typing import Any
 
 import psutil
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.exceptions import RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from pipeline import storage
-from pipeline.errors import TrainingError
+from pipeline.errors import DistillationError, TrainingError
 from pipeline.fingerprint import differences
 from pipeline.training import TrainingJob
-from students.checkpoint import check_resume
+from students.checkpoint import prepare_resume
 from students.progress import FollowedMetrics, describe
 
 logger = logging.getLogger(__name__)
@@ -48,11 +49,11 @@ def train_student(job: TrainingJob) -> dict[str, Any]:
         )
     if storage.exists(job.summary_path):
         return _finished(job)
-    resumed, training = check_resume(job), job.config.training
+    resumed, training = prepare_resume(job), job.config.training
     logger.info(
         "%s: step %d of %d, workers: %d",
         job.student,
-        resumed[1].step if resumed else 0,
+        resumed.state.step if resumed else 0,
         training.steps,
         training.workers,
     )
@@ -62,11 +63,12 @@ def train_student(job: TrainingJob) -> dict[str, Any]:
     try:
         with FollowedMetrics(job):
             _trainer(job, scratch).fit()
-    except ray.train.TrainingFailedError as error:
-        raise TrainingError(
-            f"training {job.student} failed: {error}\nIts checkpoints are kept; run the same "
-            "command again to resume."
-        ) from error
+    except ray.train.ControllerError as error:
+        if isinstance(error.controller_failure, DistillationError):
+            raise error.controller_failure from error
+        raise _interrupted(job, error) from error
+    except (ray.train.TrainingFailedError, RayError) as error:
+        raise _interrupted(job, error) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     summary = storage.read_json(job.summary_path)
@@ -80,6 +82,24 @@ def train_student(job: TrainingJob) -> dict[str, Any]:
         job.folder,
     )
     return summary
+
+
+class StopAtOnce(UserCallback):
+    """Ends a run at an error that would come again: those for users, which Ray Train would
+    otherwise answer with `max_failures` restarts. What a callback raises ends the run.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for error in worker_exceptions.values():
+            if isinstance(error, DistillationError):
+                raise error
+
+
+def _interrupted(job: TrainingJob, error: Exception) -> TrainingError:
+    return TrainingError(
+        f"training {job.student} failed: {error}\nIts checkpoints are kept; run the same command "
+        "again to resume."
+    )
 
 
 def _trainer(job: TrainingJob, scratch: Path) -> TorchTrainer:
@@ -99,6 +119,7 @@ def _trainer(job: TrainingJob, scratch: Path) -> TorchTrainer:
             name=f"{job.student}-{uuid.uuid4().hex[:8]}",
             storage_path=str(scratch),
             failure_config=FailureConfig(max_failures=training.max_failures),
+            callbacks=[StopAtOnce()],
         ),
     )
 

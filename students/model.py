@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from pipeline.config_training import StudentConfig
 from pipeline.errors import TrainingError
 from students.divergences import LossTerm
+from students.initial_weights import load_initial_weights
 from students.losses import distillation_loss, position_figures
 from students.packing import MicroBatch
 
@@ -38,14 +39,14 @@ def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
 
     Raises:
         TrainingError: the architecture does not compute its logits as LM head times last hidden
-            state.
+            state, or the weights to start from do not fit it.
     """
     source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     options = {"dtype": DTYPES[config.dtype], "attn_implementation": config.attn_implementation}
     try:
         model_config = AutoConfig.from_pretrained(config.model, **source)
         refuse_head_settings(model_config.to_dict())
-        if config.initialization == "pretrained":
+        if config.initialization == "pretrained" and config.initial_weights is None:
             model = AutoModelForCausalLM.from_pretrained(config.model, **source, **options)
         else:
             with torch.random.fork_rng():
@@ -57,6 +58,8 @@ def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
                 ).to(options["dtype"])
     except (OSError, ImportError) as error:
         raise TrainingError(f"cannot load the student {config.model!r}: {error}") from error
+    if config.initial_weights is not None:
+        load_initial_weights(model, config.initial_weights, config.trust_remote_code)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -138,22 +141,23 @@ def load_model(
 
 
 def body_hidden_states(
-    model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor
+    model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor | None
 ) -> torch.Tensor:
-    """[T, H]: last hidden states of one packed row.
+    """[R T, H]: last hidden states of one packed row, or of padded rows one after another.
 
-    transformers builds the block-diagonal mask from `position_ids`, but only without a cache of
-    keys and values: with `use_cache=True` packed sequences would see one another.
+    For a packed row transformers builds the block-diagonal mask from `position_ids`, but only
+    without a cache of keys and values: with `use_cache=True` its sequences would see one another.
     """
     body: nn.Module = model.base_model
-    output = body(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-    return output.last_hidden_state[0]
+    places = {} if position_ids is None else {"position_ids": position_ids}
+    output = body(input_ids=input_ids, use_cache=False, **places)
+    return output.last_hidden_state.flatten(0, 1)
 
 
 @torch.no_grad()
-def check_architecture(model: PreTrainedModel) -> None:
+def check_architecture(model: PreTrainedModel, packing: bool) -> None:
     """Checks on a few tokens that head times hidden, soft-capped if the model says so, gives the
-    model's logits and that packing isolates sequences.
+    model's logits and that sequences that are computed together do not see one another.
 
     Raises:
         TrainingError: with the difference found.
@@ -165,12 +169,16 @@ def check_architecture(model: PreTrainedModel) -> None:
     alone = torch.cat(
         [model(input_ids=ids[None], use_cache=False).logits[0] for ids in (first, second)]
     )
-    places = torch.cat([torch.arange(len(ids), device=model.device) for ids in (first, second)])
-    hidden_TH = body_hidden_states(model, torch.cat([first, second])[None], places[None])
-    packed, softcap = head(hidden_TH), logit_softcap(model)
+    if packing:
+        places = torch.cat([torch.arange(len(ids), device=model.device) for ids in (first, second)])
+        hidden_TH = body_hidden_states(model, torch.cat([first, second])[None], places[None])
+    else:
+        rows = torch.stack([first, torch.nn.functional.pad(second, (0, 1))])
+        hidden_TH = body_hidden_states(model, rows, None)[:-1]
+    together, softcap = head(hidden_TH), logit_softcap(model)
     if softcap is not None:
-        packed = softcap * torch.tanh(packed / softcap)
-    difference = ((packed - alone).abs().amax(dim=1) / alone.abs().max()).float().cpu()
+        together = softcap * torch.tanh(together / softcap)
+    difference = ((together - alone).abs().amax(dim=1) / alone.abs().max()).float().cpu()
     model.train(was_training)
     tolerance = LOGIT_TOLERANCE[model.dtype]
     if difference.max() <= tolerance:
@@ -182,6 +190,7 @@ def check_architecture(model: PreTrainedModel) -> None:
             f"logits {place}: this architecture is not supported"
         )
     raise TrainingError(
-        f"{type(model).__name__} lets packed sequences see one another: logits differ {place} from "
-        "those of the sequence alone: this architecture is not supported"
+        f"{type(model).__name__} lets {'packed' if packing else 'padded'} sequences see one "
+        f"another: logits differ {place} from those of the sequence alone: "
+        + ("set training.packing: false" if packing else "this architecture is not supported")
     )

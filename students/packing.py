@@ -1,11 +1,11 @@
-"""Several sequences in one row: which ones a rank computes together, and their tensors.
+"""Several sequences in one micro-batch: which ones a rank computes together, and their tensors.
 
-Packing decides only what is computed together, never what is summed: a micro-batch is a row of
-whole sequences within a token budget, ranks get equal numbers of rows, and an empty row weighs
-nothing.
+This decides only what is computed together, never what is summed: a micro-batch holds whole
+sequences within a token budget, packed into one row or padded in rows of their own, ranks get equal
+numbers of micro-batches, and an empty one weighs nothing.
 
-Legend: T tokens of a packed row, P its positions, K entries, M teachers (as many as any of its
-sequences has with a positive weight).
+Legend: R rows of a micro-batch, T tokens of a row, P positions, K entries, M teachers (as many as
+any of its sequences has with a positive weight).
 """
 
 from __future__ import annotations
@@ -30,21 +30,22 @@ NOTHING = Example(
     tail_mass=np.zeros((1, 0), np.float16),
     teacher_weights=np.zeros((1, 0), np.float32),
 )
-"""One token and no positions: ranks are padded with rows of it."""
+"""One token and no positions: ranks are padded with micro-batches of it."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Several sequences packed into one row; `position_ids` start again at 0 with each of them.
+    """Several sequences: packed into one row, or each in a row that is padded behind it.
 
     Attributes:
-        input_ids: int64[1, T].
-        position_ids: int64[1, T].
-        logit_indices: int64[P], into the packed row.
+        input_ids: int64[R, T].
+        position_ids: int64[1, T] of a packed row, from 0 again with each sequence; None for padded
+            rows. A causal model needs no mask for padding that lies behind.
+        logit_indices: int64[P], into the rows one after another.
     """
 
     input_ids: torch.Tensor
-    position_ids: torch.Tensor
+    position_ids: torch.Tensor | None
     logit_indices: torch.Tensor
     targets: Targets
 
@@ -55,18 +56,38 @@ class MicroBatch:
         }
         return MicroBatch(
             self.input_ids.to(device),
-            self.position_ids.to(device),
+            None if self.position_ids is None else self.position_ids.to(device),
             self.logit_indices.to(device),
             Targets(**moved),
         )
 
 
-def pack(examples: Sequence[Example]) -> MicroBatch:
-    """Packs sequences into one row. Without any, a row of one token and no positions, which weighs
-    nothing.
+def pack(examples: Sequence[Example], padded: bool = False) -> MicroBatch:
+    """Packs sequences into one row, or pads each in a row of its own. Without any, a row of one
+    token and no positions, which weighs nothing.
     """
     examples = examples or [NOTHING]
-    starts = np.cumsum([0] + [len(example.input_ids) for example in examples])
+    lengths = [len(example.input_ids) for example in examples]
+    if padded:
+        input_ids_RT = np.zeros((len(examples), max(lengths)), np.int64)
+        for row, example in zip(input_ids_RT, examples, strict=True):
+            row[: len(example.input_ids)] = example.input_ids
+        starts, position_ids = np.arange(len(examples)) * max(lengths), None
+    else:
+        input_ids_RT = np.concatenate([e.input_ids for e in examples]).astype(np.int64)[None]
+        starts = np.cumsum([0, *lengths[:-1]])
+        position_ids = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None]
+    indices = [e.logit_indices + start for e, start in zip(examples, starts, strict=True)]
+    return MicroBatch(
+        input_ids=torch.from_numpy(input_ids_RT),
+        position_ids=position_ids,
+        logit_indices=torch.from_numpy(np.concatenate(indices)),
+        targets=_targets(examples),
+    )
+
+
+def _targets(examples: Sequence[Example]) -> Targets:
+    """Of all positions, one sequence after another."""
     edges = np.cumsum([0] + [len(example.gold_ids) for example in examples])
     num_teachers = max(example.token_ids.shape[0] for example in examples)
     num_entries = max(example.token_ids.shape[2] for example in examples)
@@ -80,35 +101,25 @@ def pack(examples: Sequence[Example]) -> MicroBatch:
         logprobs_MPK[:m, start:stop, :k] = example.logprobs
         tail_MP[:m, start:stop] = example.tail_mass
         weights_MP[:m, start:stop] = example.teacher_weights
-    input_ids = np.concatenate([example.input_ids for example in examples]).astype(np.int64)
-    indices = [
-        example.logit_indices + start for example, start in zip(examples, starts[:-1], strict=True)
-    ]
-    return MicroBatch(
-        input_ids=torch.from_numpy(input_ids)[None],
-        position_ids=torch.from_numpy(
-            np.concatenate([np.arange(len(e.input_ids)) for e in examples])
-        )[None],
-        logit_indices=torch.from_numpy(np.concatenate(indices)),
-        targets=Targets(
-            gold_ids=torch.from_numpy(np.concatenate([example.gold_ids for example in examples])),
-            token_ids=torch.from_numpy(token_ids_MPK),
-            logprobs=torch.from_numpy(logprobs_MPK),
-            tail_mass=torch.from_numpy(tail_MP),
-            teacher_weights=torch.from_numpy(weights_MP),
-        ),
+    return Targets(
+        gold_ids=torch.from_numpy(np.concatenate([example.gold_ids for example in examples])),
+        token_ids=torch.from_numpy(token_ids_MPK),
+        logprobs=torch.from_numpy(logprobs_MPK),
+        tail_mass=torch.from_numpy(tail_MP),
+        teacher_weights=torch.from_numpy(weights_MP),
     )
 
 
 def plan_micro_batches(
-    lengths: Sequence[int], tokens_per_micro_batch: int, world_size: int
+    lengths: Sequence[int], tokens_per_micro_batch: int, world_size: int, padded: bool = False
 ) -> list[list[list[int]]]:
-    """Which sequences each rank packs together: for every rank an equal number of lists of indices
-    into `lengths`.
+    """Which sequences each rank computes together: for every rank an equal number of lists of
+    indices into `lengths`.
 
-    The number of rows is what first-fit decreasing needs, rounded up to the world size; sequences
-    are then spread over them evenly, longest first, so that ranks wait little for one another. A
-    row may stay empty.
+    The number of packed rows is what first-fit decreasing needs, rounded up to the world size;
+    sequences are then spread over them evenly, longest first, so that ranks wait little for one
+    another. Padded, sequences of like length come together, and padding counts in the budget. A
+    micro-batch may stay empty.
 
     Raises:
         TrainingError: a sequence is longer than the budget.
@@ -117,6 +128,9 @@ def plan_micro_batches(
         [(str(i), length) for i, length in enumerate(lengths)], tokens_per_micro_batch
     )
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    if padded:
+        groups = _padded_groups(order, lengths, tokens_per_micro_batch, world_size)
+        return [groups[rank::world_size] for rank in range(world_size)]
     rows = _first_fit(order, lengths, tokens_per_micro_batch)
     num_rows = -(-max(len(rows), 1) // world_size) * world_size
     spread = _spread(order, lengths, num_rows)
@@ -144,6 +158,28 @@ def refuse_long_sequences(lengths: Sequence[tuple[str, int]], tokens_per_micro_b
             f"({tokens_per_micro_batch}): {shown}. Raise it, or filter long "
             "sequences out of the dataset."
         )
+
+
+def _padded_groups(
+    order: list[int], lengths: Sequence[int], budget: int, world_size: int
+) -> list[list[int]]:
+    """A multiple of the world size of groups whose rows times longest row fit the budget, the most
+    expensive first.
+    """
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= budget:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    while not groups or len(groups) % world_size:
+        largest = max(range(len(groups)), key=lambda g: len(groups[g]), default=None)
+        if largest is None or len(groups[largest]) < 2:
+            groups.append([])
+            continue
+        group = groups.pop(largest)
+        groups += [group[: len(group) // 2], group[len(group) // 2 :]]
+    return sorted(groups, key=lambda group: -sum(lengths[i] for i in group))
 
 
 def _first_fit(order: list[int], lengths: Sequence[int], budget: int) -> list[list[int]]:

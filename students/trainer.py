@@ -23,7 +23,13 @@ from pipeline.config_training import TrainingConfig
 from pipeline.errors import TrainingError
 from pipeline.training import TrainingJob
 from students.batches import StepBatch, TrainingData
-from students.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from students.checkpoint import (
+    TrainingState,
+    allowed_changes,
+    check_resume,
+    load_checkpoint,
+    save_checkpoint,
+)
 from students.divergences import LossTerm
 from students.engine import StudentEngine
 from students.losses import weighted_total
@@ -45,10 +51,13 @@ def train(job: TrainingJob, device: torch.device) -> None:
     model = build_student(job.config.student, job.config.seed)
     if job.config.student.attn_implementation.startswith("flash"):
         torch.nn.Module.to(model, device)
-    check_architecture(model)
+    check_architecture(model, training.packing)
     data = TrainingData(job, output_head(model).out_features, device)
-    engine = StudentEngine(StudentModule(model, loss_terms(job)), job)
-    state = load_checkpoint(engine.deepspeed, job) or TrainingState(step=0, tokens=0, seconds=0.0)
+    state, resume = TrainingState(step=0, tokens=0, seconds=0.0), check_resume(job)
+    universal = resume is not None and resume.universal
+    engine = StudentEngine(StudentModule(model, loss_terms(job)), job, universal)
+    if resume is not None:
+        state = load_checkpoint(engine, job, resume)
     metrics = MetricsLog(job.folder, state.step) if dist.get_rank() == 0 else None
     started -= state.seconds
     window_started, window_tokens = time.monotonic(), 0
@@ -73,7 +82,7 @@ def train(job: TrainingJob, device: torch.device) -> None:
         if metrics is not None:
             metrics.write(state.step, values)
         if saves:
-            save_checkpoint(engine.deepspeed, job, state)
+            save_checkpoint(engine, job, state)
         window_started, window_tokens = time.monotonic(), 0
     if metrics is not None:
         metrics.close()
@@ -178,6 +187,7 @@ def finish(
             "world_size": dist.get_world_size(),
             "zero_stage": job.zero_stage,
             "identity": job.identity(),
+            "changes": allowed_changes(job.folder),
         }
         storage.write_json(job.summary_path, summary)
     dist.barrier()

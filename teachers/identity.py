@@ -21,6 +21,7 @@ from pipeline.errors import ConfigError
 from pipeline.fingerprint import digest_json
 from pipeline.layout import Layout
 from pipeline.loading import is_folder
+from pipeline.training import is_complete_checkpoint
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
 # The second names the tokens that end an answer; a model's own code counts as well.
@@ -52,10 +53,37 @@ def model_identity(model: TeacherConfig | StudentConfig, layout: Layout) -> dict
 
 
 def student_identity(student: StudentConfig, layout: Layout) -> dict[str, str]:
-    """What the student starts from: `model_identity`, or for a random start its config alone."""
+    """What the student starts from: `model_identity`, or for a random start its config alone; the
+    weights of an earlier training apart.
+
+    Raises:
+        ConfigError: the model or the weights are missing.
+    """
+    if student.initial_weights is not None:
+        random = student.model_copy(update={"initial_weights": None, "initialization": "random"})
+        return student_identity(random, layout) | _weights_identity(student.initial_weights, layout)
     if student.initialization == "pretrained" or not is_folder(student.model):
         return model_identity(student, layout)
     return {"config": digest_json(_file_hashes([Path(student.model, "config.json")], layout))}
+
+
+def _weights_identity(folder: str, layout: Layout) -> dict[str, str]:
+    """Of a complete checkpoint or of a model folder."""
+    if not is_complete_checkpoint(folder):
+        if not any(Path(folder).glob("*.safetensors")):
+            raise ConfigError(
+                f"student.initial_weights: {folder} is neither a complete checkpoint "
+                "(…/checkpoints/step-<n>) nor a model folder with safetensors"
+            )
+        files = [Path(folder, "config.json"), *sorted(Path(folder).glob("*.safetensors"))]
+        return {"initial_weights": digest_json(_file_hashes(files, layout))}
+    state = storage.read_json(storage.join(folder, "state.json"))
+    files = sorted(Path(folder, "zero").glob("*_states.pt"))
+    return {
+        "initial_weights": digest_json(_file_hashes(files, layout)),
+        "initial_step": str(state["step"]),
+        "initial_dataset": state["identity"]["dataset_digest"],
+    }
 
 
 def check_model(model: TeacherConfig | StudentConfig) -> None:

@@ -86,6 +86,19 @@ def test_plans_cover_each_sequence_once_within_the_budget_and_equally(lengths, e
     assert len(rows) <= 2 * -(-sum(lengths) // budget) + world_size
 
 
+@given(lengths=LENGTHS, extra=st.integers(0, 100), world_size=st.integers(1, 5))
+def test_padded_plans_count_padding_and_leave_a_rank_idle_only_without_work(
+    lengths, extra, world_size
+):
+    budget = max(lengths) + extra
+    plan = plan_micro_batches(lengths, budget, world_size, padded=True)
+    assert len({len(groups) for groups in plan}) == 1 and len(plan) == world_size
+    groups = [group for rank in plan for group in rank]
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    assert all(len(g) * max(lengths[i] for i in g) <= budget for g in groups if g)
+    assert groups.count([]) == 0 or max(map(len, groups)) == 1
+
+
 @given(lengths=LENGTHS, world_size=st.integers(1, 4))
 def test_a_plan_does_not_depend_on_the_world_but_for_padding(lengths, world_size):
     """All ranks together compute the same sequences: the global batch is not of the ranks."""
@@ -144,8 +157,9 @@ def example(generator, num_tokens, num_teachers=2, num_entries=3, vocabulary=11)
     count=st.integers(1, 9),
     budget=st.integers(12, 60),
     world_size=st.integers(1, 4),
+    padded=st.booleans(),
 )
-def test_packing_in_any_way_gives_the_same_sums(seed, count, budget, world_size):
+def test_packing_in_any_way_gives_the_same_sums(seed, count, budget, world_size, padded):
     """Hidden states are a function of token and place in the sequence, so that a row which mixed up
     its sequences, its places or its padding would sum to something else.
     """
@@ -162,21 +176,24 @@ def test_packing_in_any_way_gives_the_same_sums(seed, count, budget, world_size)
     table = torch.from_numpy(generator.normal(size=(11, 20, 6)).astype(np.float32))
     head = torch.from_numpy(generator.normal(size=(11, 6)).astype(np.float32))
 
-    def sums(rows):
+    def sums(rows, padded=False):
         found, positions = torch.zeros(len(figure_names(TERMS)), dtype=torch.float64), 0
         for row in rows:
-            batch = pack([examples[i] for i in row])
-            hidden = table[batch.input_ids[0], batch.position_ids[0]][batch.logit_indices]
+            batch = pack([examples[i] for i in row], padded)
+            assert (batch.position_ids is None) == padded
+            places = torch.arange(batch.input_ids.shape[1]) if padded else batch.position_ids
+            hidden = table[batch.input_ids, places].flatten(0, 1)[batch.logit_indices]
             found += distillation_loss(hidden, head, None, batch.targets, TERMS).figures.double()
             positions += len(batch.logit_indices)
         assert positions == sum(len(e.gold_ids) for e in examples)
         return found
 
-    plan = plan_micro_batches([len(e.input_ids) for e in examples], budget, world_size)
+    lengths = [len(e.input_ids) for e in examples]
+    plan = plan_micro_batches(lengths, budget, world_size, padded)
     apart = sums([[i] for i in range(count)])
     # float32 sums of up to 100 positions in another order
-    torch.testing.assert_close(sums([r for rank in plan for r in rank]), apart, rtol=1e-5, atol=0)
-    torch.testing.assert_close(sums([list(range(count))[::-1]]), apart, rtol=1e-5, atol=0)
+    for rows in ([r for rank in plan for r in rank], [list(range(count))[::-1]]):
+        torch.testing.assert_close(sums(rows, padded), apart, rtol=1e-5, atol=0)
 
 
 def test_an_empty_row_weighs_nothing():

@@ -1,0 +1,190 @@
+"""Which checkpoint a training resumes from, and which it refuses, without any training."""
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from jobs.__main__ import _load, main, parse
+from pipeline.config_training import IDENTITY
+from pipeline.errors import ConfigError, TrainingError
+from pipeline.layout import Layout
+from pipeline.loading import load_config
+from pipeline.training import TrainingJob
+from students.checkpoint import (
+    TrainingState,
+    allowed_changes,
+    check_resume,
+    load_checkpoint,
+    prepare_resume,
+    save_checkpoint,
+)
+
+CONFIG = Path(__file__).resolve().parents[2] / "examples/quickstart/config.yaml"
+WORKS = {(0, 0), (1, 1), (1, 2), (2, 1), (2, 2), (3, 3)}
+
+
+def job(tmp_path, stage=0, workers=1, tokenizer="one", overrides=()):
+    zero = f"training.deepspeed={{zero_optimization: {{stage: {stage}}}}}"
+    config = load_config(CONFIG, [zero, f"training.workers={workers}", *overrides])
+    layout = Layout(str(tmp_path), "run")
+    caches = {name: layout.cache(name, "f" * 32) for name in config.teachers}
+    return TrainingJob(
+        config=config,
+        layout=layout,
+        dataset_digest="d",
+        student="student",
+        losses=tuple(config.training.losses),
+        caches=caches,
+        cache_fingerprints=dict.fromkeys(caches, "f" * 32),
+        tokenizer=tokenizer,
+    )
+
+
+class Engine:
+    """Stands for DeepSpeed's: writes a file, which may fail."""
+
+    def __init__(self, fails=False):
+        self.fails, self.deepspeed = fails, SimpleNamespace(save_checkpoint=self.save)
+        self.loaded = []
+
+    def save(self, path, tag, save_latest):
+        Path(path, tag).mkdir(parents=True)
+        Path(path, tag, "state.pt").write_bytes(b"state")
+        if self.fails:
+            raise InterruptedError
+
+    def load(self, folder, tag):
+        self.loaded.append(folder)
+        return True
+
+
+@pytest.fixture(autouse=True, scope="module")
+def process_group(tmp_path_factory):
+    place = tmp_path_factory.mktemp("group") / "file"
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{place}", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def save(job, *steps, fails=False):
+    for step in steps:
+        save_checkpoint(Engine(fails), job, TrainingState(step, 10 * step, 1.0))
+
+
+def complete(job):
+    return sorted(path.parent.name for path in Path(job.folder).glob("checkpoints/*/COMPLETE"))
+
+
+def test_old_checkpoints_go_only_after_a_newer_one_is_complete(tmp_path):
+    training = job(tmp_path, overrides=["training.keep_checkpoints=2"])
+    save(training, 10, 20)
+    with pytest.raises(InterruptedError):
+        save(training, 30, fails=True)
+    assert Path(training.folder, "checkpoints/step-00000030/zero/state.pt").exists()
+    assert complete(training) == ["step-00000010", "step-00000020"]
+    assert check_resume(training).state == TrainingState(20, 200, 1.0)
+    save(training, 30)
+    assert complete(training) == ["step-00000020", "step-00000030"]
+    assert len(list(Path(training.folder, "checkpoints").iterdir())) == 2
+    assert check_resume(training).state.step == 30
+
+
+@pytest.mark.parametrize("stages", list(itertools.product(range(4), range(4))))
+def test_stages_and_workers_that_resume_and_how(tmp_path, stages):
+    old, new = stages
+    save(job(tmp_path, old, workers=2), 10)
+    for workers in (1, 2, 4):
+        wanted = job(tmp_path, new, workers)
+        if stages in WORKS:
+            assert check_resume(wanted).universal == (old > 0 and (old != new or workers != 2))
+            continue
+        at = {0: "0", 1: "1 or 2", 2: "1 or 2", 3: "3"}[old]
+        with pytest.raises(TrainingError, match=f"{old} -> {new} .* at stage {at} only"):
+            check_resume(wanted)
+
+
+def test_an_optimizer_on_the_cpu_does_not_take_over_another(tmp_path):
+    save(job(tmp_path, 2), 10)
+    offload = "training.deepspeed.zero_optimization.offload_optimizer={device: cpu}"
+    allow = "training.allow_resume_with=[training]"
+    with pytest.raises(TrainingError, match="offload_optimizer: None -> "):
+        check_resume(job(tmp_path, 2, overrides=[offload, allow]))
+
+
+def test_exceptions_are_named_one_by_one_and_recorded(tmp_path):
+    save(job(tmp_path), 10)
+    changes = ["training.learning_rate=0.5", "training.losses=[{type: cross_entropy, weight: 1}]"]
+    names = ["tokenizer", "losses", "combine", "caches", "training.learning_rate"]
+    for count in range(len(names)):
+        allowed = f"training.allow_resume_with={json.dumps(names[:count])}"
+        with pytest.raises(TrainingError) as refusal:
+            check_resume(job(tmp_path, tokenizer="other", overrides=[*changes, allowed]))
+        named = [name in str(refusal.value).split("\nRestore")[0] for name in names]
+        assert named == [False] * count + [True] * (len(names) - count)
+    allowed = f"training.allow_resume_with={json.dumps(names)}"
+    changed = job(tmp_path, tokenizer="other", overrides=[*changes, allowed])
+    resume, engine = check_resume(changed), Engine()
+    assert load_checkpoint(engine, changed, resume) == TrainingState(10, 100, 1.0)
+    assert engine.loaded == [resume.path]
+    (kept,) = allowed_changes(changed.folder)
+    assert kept == {"step": 10, "differences": resume.changes}
+    assert "tokenizer: 'one' -> 'other'" in resume.changes
+    save(changed, 20)
+    resume = check_resume(dataclasses.replace(changed, tokenizer="third"))
+    assert resume.changes == ["tokenizer: 'other' -> 'third'"]
+    load_checkpoint(engine, changed, resume)
+    load_checkpoint(engine, changed, check_resume(changed))
+    assert allowed_changes(changed.folder) == [kept]
+
+
+def test_an_exception_names_whole_words_of_the_identity(tmp_path):
+    assert sorted(job(tmp_path).identity()) == sorted(IDENTITY)
+    save(job(tmp_path), 10)
+    near = "training.allow_resume_with=[training.learning]"
+    with pytest.raises(TrainingError, match=r"training\.learning_rate: "):
+        check_resume(job(tmp_path, overrides=["training.learning_rate=0.5", near]))
+    for name, message in (("cache", "no part of"), ("student.dtype", "depends on student.dtype")):
+        with pytest.raises(ConfigError, match=message):
+            load_config(CONFIG, [f"training.allow_resume_with=[{name}]"])
+
+
+@pytest.mark.parametrize("command", ["run", "submit train --address http://localhost:8265"])
+def test_allow_travels_in_the_config(command):
+    first, *rest = command.split()
+    options = parse(
+        [first, *rest[:1], str(CONFIG), *rest[1:], "--allow", "caches", "--allow", "losses"]
+    )
+    assert _load(options).training.allow_resume_with == ["caches", "losses"]
+
+
+def test_train_starts_from_a_checkpoint_and_ends_with_the_export(monkeypatch, tmp_path):
+    called = []
+    monkeypatch.setattr("jobs.distill.run", lambda *arguments: called.append(arguments))
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(CONFIG), "--from-checkpoint", "old: 1", "name=again"]) == 0
+    ((config, address, _, stages),) = called
+    assert config.student.initial_weights == str(tmp_path / "old: 1")
+    assert (config.name, address) == ("again", None)
+    assert stages == ("prepare", "synthesize", "score", "train", "export")
+
+
+def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path):
+    save(job(tmp_path), 10)
+    fewer = ["training.steps=5", "training.warmup_steps=1", "training.allow_resume_with=[training]"]
+    with pytest.raises(TrainingError, match="beyond the last step"):
+        check_resume(job(tmp_path, overrides=fewer))
+
+
+def test_a_checkpoint_that_deepspeed_cannot_convert_is_named_and_left_alone(tmp_path):
+    save(job(tmp_path, 1, workers=2), 10)
+    with pytest.raises(TrainingError, match=r"could not convert .*step-00000010"):
+        prepare_resume(job(tmp_path, 1))
+    names = {path.name for path in check_resume(job(tmp_path, 1)).path.iterdir()}
+    assert names == {"zero", "rng-0.pt", "state.json", "COMPLETE"}
