@@ -24,7 +24,6 @@ from pipeline.records import TokenSequence
 from students.model import body_hidden_states, load_model, output_head
 
 VOCABULARY = 4096
-SYNTHETIC_VOCABULARY = 151_936
 CAPTURED = 256
 TOKENS = 1024
 """Of one gradient."""
@@ -123,7 +122,7 @@ def real_batches(models: Path, captured: list[Captured], count: int) -> Iterator
         )
 
 
-def synthetic_batches(count: int) -> Iterator[Batch]:
+def synthetic_batches(count: int, vocabulary: int) -> Iterator[Batch]:
     """Distributions as flat and as steep as text gives, over a large vocabulary.
 
     Zipf's law, shifted by a random model of few dimensions, at a temperature that differs from
@@ -131,9 +130,9 @@ def synthetic_batches(count: int) -> Iterator[Batch]:
     """
     hidden_size = 32
     generator = torch.Generator().manual_seed(0)
-    law_V = -torch.log(torch.arange(1, SYNTHETIC_VOCABULARY + 1).float())
-    law_V = law_V[torch.randperm(SYNTHETIC_VOCABULARY, generator=generator)]
-    head_VH = torch.randn(SYNTHETIC_VOCABULARY, hidden_size, generator=generator) / hidden_size**0.5
+    law_V = -torch.log(torch.arange(1, vocabulary + 1).float())
+    law_V = law_V[torch.randperm(vocabulary, generator=generator)]
+    head_VH = torch.randn(vocabulary, hidden_size, generator=generator) / hidden_size**0.5
     head_VH = torch.cat([head_VH, law_V[:, None]], dim=1)
     for number in range(count):
         hidden_PH = torch.randn(TOKENS, hidden_size, generator=generator) * 2.5

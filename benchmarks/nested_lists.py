@@ -1,7 +1,8 @@
 """What `benchmarks/cache.py` compares with: the same rows as Parquet lists of lists.
 
-One list of entries per position inside one list of positions per row, as a table library would have
-it; whole columns on both ways, and no Python loop over positions or entries.
+One list per position inside one list of positions per row. Of `numbers`, as a table library would
+have it, or of `bytes`, as projects that pack their entries have it (`list<list<uint8>>`): 3 of them
+an id and 2 a log-probability. Whole columns both ways, no Python loop over positions or entries.
 """
 
 from __future__ import annotations
@@ -17,20 +18,25 @@ from pipeline.records import SparseLogprobs
 PER_POSITION = ("gold_logprobs", "tail_mass", "entropies")
 
 
-def write_nested(path: str, rows: list[SparseLogprobs]) -> int:
+def write_nested(path: str, rows: list[SparseLogprobs], *, as_bytes: bool) -> int:
     """Writes head entries alone; returns the bytes of the file."""
     positions = pa.array(_edges([row.num_positions for row in rows]))
-    entries = pa.array(_edges(np.concatenate([row.num_entries for row in rows])))
+    entries = _edges(np.concatenate([row.num_entries for row in rows]))
+    token_ids = np.concatenate([row.token_ids for row in rows])
+    logprobs = np.concatenate([row.logprobs for row in rows])
+    sizes = (1, 1)
+    if as_bytes:
+        token_ids = token_ids.view(np.uint8).reshape(-1, 4)[:, :3].ravel()
+        logprobs, sizes = logprobs.view(np.uint8), (3, 2)
 
-    def per_entry(values: np.ndarray) -> pa.Array:
-        return pa.ListArray.from_arrays(
-            positions, pa.ListArray.from_arrays(entries, pa.array(values))
-        )
+    def per_entry(values: np.ndarray, size: int) -> pa.Array:
+        inner = pa.ListArray.from_arrays(pa.array(entries * size), pa.array(values))
+        return pa.ListArray.from_arrays(positions, inner)
 
     columns = {
         "sequence_id": pa.array([row.sequence_id for row in rows]),
-        "token_ids": per_entry(np.concatenate([row.token_ids for row in rows])),
-        "logprobs": per_entry(np.concatenate([row.logprobs for row in rows])),
+        "token_ids": per_entry(token_ids, sizes[0]),
+        "logprobs": per_entry(logprobs, sizes[1]),
     }
     for name in PER_POSITION:
         values = pa.array(np.concatenate([getattr(row, name) for row in rows]))
@@ -38,18 +44,21 @@ def write_nested(path: str, rows: list[SparseLogprobs]) -> int:
     return storage.write_table(path, pa.table(columns))
 
 
-def read_nested(path: str) -> list[SparseLogprobs]:
+def read_nested(path: str, *, as_bytes: bool) -> list[SparseLogprobs]:
     """Reads what `write_nested` wrote to the same records."""
     table = storage.read_table(path)
     columns = {name: table.column(name).combine_chunks() for name in table.column_names}
     starts = columns["token_ids"].offsets.to_numpy()
-    inner = columns["token_ids"].values
-    entry_starts = inner.offsets.to_numpy()
-    num_entries = np.diff(entry_starts).astype(np.uint8)
-    per_entry = {
-        name: columns[name].values.values.to_numpy(zero_copy_only=False)
+    token_ids, logprobs = (
+        columns[name].values.values.to_numpy(zero_copy_only=False)
         for name in ("token_ids", "logprobs")
-    }
+    )
+    edges = columns["logprobs"].values.offsets.to_numpy()
+    if as_bytes:
+        wide = np.zeros((len(token_ids) // 3, 4), np.uint8)
+        wide[:, :3] = token_ids.reshape(-1, 3)
+        token_ids, logprobs, edges = wide.view("<u4").ravel(), logprobs.view("<f2"), edges // 2
+    num_entries = np.diff(edges).astype(np.uint8)
     per_position = {
         name: columns[name].values.to_numpy(zero_copy_only=False) for name in PER_POSITION
     }
@@ -57,9 +66,10 @@ def read_nested(path: str) -> list[SparseLogprobs]:
         SparseLogprobs(
             sequence_id=identifier,
             num_entries=num_entries[first:last],
+            token_ids=token_ids[edges[first] : edges[last]],
+            logprobs=logprobs[edges[first] : edges[last]],
             counts=np.zeros(0, np.uint8),
-            **{n: v[entry_starts[first] : entry_starts[last]] for n, v in per_entry.items()},
-            **{n: v[first:last] for n, v in per_position.items()},
+            **{name: values[first:last] for name, values in per_position.items()},
         )
         for identifier, (first, last) in zip(
             columns["sequence_id"].to_pylist(), pairwise(starts.tolist()), strict=True
