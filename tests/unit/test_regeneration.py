@@ -12,6 +12,7 @@ from jobs.regenerate import Request, regenerate_inside_job
 from pipeline import storage
 from pipeline.cache import read_shard
 from pipeline.cache_index import CacheReader, load_index, read_index
+from pipeline.cache_verify import index_problem
 from pipeline.errors import CacheError, ConfigError, TeacherError
 from pipeline.generations import (
     begin_generation,
@@ -23,6 +24,7 @@ from pipeline.generations import (
 from pipeline.layout import CacheLayout
 from pipeline.regeneration import parse_where
 from pipeline.training import training_jobs
+from tests.support.caches import flip_bit
 from tests.support.command_line import file_times
 from tests.support.fabricated import FabricatedRun, FakePools
 
@@ -144,6 +146,16 @@ def test_a_corrupt_shard_is_set_aside_and_its_sequences_scored_again(
         name: times for name, times in shards.items() if name != bad
     }
     assert {entry.digest: entry for entry in load_index(cache)}[bad].num_bytes == len(whole)
+
+
+def test_the_index_describes_the_mended_shard_and_not_the_corrupt_one(
+    run: FabricatedRun, pools: FakePools
+) -> None:
+    cache = cache_of(run)
+    flip_bit(Path(cache.shard(next(iter(run.shards("words"))))))
+    pools.salts = {"words": "the same weights on another machine"}
+    redo(run)
+    assert len(pools.scored) == 4 and index_problem(cache) is None
 
 
 def test_a_corrupt_shard_of_another_run_is_mended_as_well(
