@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from jobs import distill
 from jobs.caches import RunCaches, open_run
 from jobs.score import fill_caches, provenance_of, scored_summary
-from jobs.stages import join_cluster, log_our_lines
+from jobs.stages import join_cluster, log_our_lines, run_stage
 from jobs.submit import connect
 from pipeline import storage
-from pipeline.cache_index import missing_sequences, publish, quarantined
+from pipeline.cache_index import is_published, missing_sequences, publish, quarantined
 from pipeline.config import Config
 from pipeline.datasets import DatasetEntry
 from pipeline.fingerprint import digest_json
@@ -30,6 +30,7 @@ from pipeline.regeneration import (
     set_aside,
     take_over,
 )
+from teachers.dispatch import PoolReport
 
 Say = Callable[[str], object]
 
@@ -78,18 +79,16 @@ def regenerate(config: Config, address: str | None, request: Request, say: Say) 
         DistillationError: the run has no sequences yet, the request names what does not exist, or
             the job failed.
     """
-    prepared = True
     if distill.is_visible(config, address):
         run = open_run(config)
-        prepared = run.is_current
         lines = _open_work(run, request)
         for line in lines:
             say(line)
-        if not lines and prepared:
+        if not lines and run.is_current:
             say("nothing to do: every sequence asked for has a row in a shard that can be read")
             return
     command = ["cache", "regenerate", "--inside-job", *request.arguments]
-    run_jobs(config, address, "regenerate", command, say, prepare=not prepared)
+    submit_job(config, address, "regenerate", command, say)
 
 
 def regenerate_inside_job(config: Config, request: Request, say: Say) -> None:
@@ -100,45 +99,43 @@ def regenerate_inside_job(config: Config, request: Request, say: Say) -> None:
         TeacherError: an engine cannot run.
     """
     log_our_lines()
-    run = open_run(config)
-    matching(run.entries, request.where)
+    run = prepared_run(config)
     work = {name: _begin(run, name, request, say) for name in run.chosen(request.teacher)}
     join_cluster()
     asked = {name: (each.cache, each.entries) for name, each in work.items()}
     reports = fill_caches(config, run.layout, run.prepared, asked)
     for name, each in work.items():
-        if each.source is not None:
-            check_whole(each.source, each.cache)
-        publish(
-            each.cache,
-            run.prepared.scoring_recipes[name],
-            provenance_of(config, name, reports[name], each.cache)
-            | ({"follows_generation": each.source.generation} if each.source else {}),
-        )
-        if each.source is not None:
-            end_generation(each.cache)
+        _publish(run, name, each, reports[name])
         say(scored_summary(name, reports[name], len(quarantined(each.cache))))
         say(_who_uses(run, name, each))
 
 
-def run_jobs(
-    config: Config, address: str | None, name: str, command: list[str], say: Say, prepare: bool
+def submit_job(
+    config: Config, address: str | None, name: str, command: list[str], say: Say
 ) -> None:
-    """Runs a cache command as a job; a config that has changed is prepared anew by a job before.
+    """Runs a cache command as a job, on a cluster or on a head of its own.
 
     Args:
         command: words of our command line, without the config.
+
+    Raises:
+        ClusterError: the job failed.
     """
     if address is not None:
         distill.check_shared_paths(config)
     with distill.cluster(config, address) as url:
-        client = connect(url)
-        if prepare:
-            say("the config has changed since it was prepared")
-            distill.run_stage(client, address, config, "prepare", say)
         # Equal commands share a name, so that a running one is attached to.
         job = f"{name}-{digest_json(command)[:8]}"
-        distill.run_job(client, address, config, job, command, say)
+        distill.run_job(connect(url), address, config, job, command, say)
+
+
+def prepared_run(config: Config) -> RunCaches:
+    """A run as its config is now: prepared anew, where that has changed."""
+    run = open_run(config)
+    if run.is_current:
+        return run
+    run_stage("prepare", config)
+    return open_run(config)
 
 
 def _open_work(run: RunCaches, request: Request) -> list[str]:
@@ -180,6 +177,20 @@ def _begin(run: RunCaches, name: str, request: Request, say: Say) -> Work:
     )
     others = [entry for entry in entries if entry.sequence_id not in anew]
     return Work(target, [*chosen, *others], source=cache)
+
+
+def _publish(run: RunCaches, name: str, work: Work, report: PoolReport) -> None:
+    """Writes index and manifest where rows have come or an index is gone; moves the manifest to a
+    new generation that is whole.
+    """
+    cache, recipe = work.cache, run.prepared.scoring_recipes[name]
+    provenance = provenance_of(run.config, name, report, cache)
+    if work.source is not None:
+        check_whole(work.source, cache)
+        publish(cache, recipe, provenance | {"follows_generation": work.source.generation})
+        end_generation(cache)
+    elif report.engines or not is_published(cache):
+        publish(cache, recipe, provenance)
 
 
 def _mend(cache: CacheLayout, damage: Damage, name: str, say: Say) -> None:

@@ -109,16 +109,13 @@ def longest_sequence(entries: Sequence[DatasetEntry]) -> int:
 def provenance_of(
     config: Config, name: str, report: PoolReport, cache: CacheLayout
 ) -> dict[str, Any]:
-    """What the manifest keeps of how rows came to be."""
-    engines = report.engines or _earlier_engines(cache)
-    return {"engines": engines, "teacher": name, "model": config.teachers[name].model}
+    """What the manifest keeps of how rows came to be.
 
-
-def _earlier_engines(cache: CacheLayout) -> list[dict[str, Any]]:
-    """Those that the manifest names, where a job was killed before it could name its own."""
-    if not storage.exists(cache.manifest):
-        return []
-    return storage.read_json(cache.manifest)["provenance"]["engines"]
+    That of the manifest before, where a job was killed before it could name its engines.
+    """
+    if not report.engines and storage.exists(cache.manifest):
+        return storage.read_json(cache.manifest)["provenance"]
+    return {"engines": report.engines, "teacher": name, "model": config.teachers[name].model}
 
 
 def scored_summary(name: str, report: PoolReport, num_quarantined: int) -> str:

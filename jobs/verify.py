@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from jobs import distill
 from jobs.caches import RunCaches, open_run, verify
 from jobs.engines import pool_job
-from jobs.regenerate import run_jobs
+from jobs.regenerate import prepared_run, submit_job
 from jobs.score import longest_sequence
 from jobs.stages import join_cluster, log_our_lines
 from pipeline import storage
@@ -40,12 +40,9 @@ def verify_rows(
         return
     command = ["cache", "verify", "--inside-job", "--rescore", str(rescore)]
     command += [] if teacher is None else ["--teacher", teacher]
-    prepare = False
     if distill.is_visible(config, address):
-        run = open_run(config)
-        run.chosen(teacher)
-        prepare = not run.is_current
-    run_jobs(config, address, "verify", command, say, prepare)
+        open_run(config).chosen(teacher)
+    submit_job(config, address, "verify", command, say)
 
 
 def verify_inside_job(config: Config, teacher: str | None, rescore: int, say: Say) -> None:
@@ -56,7 +53,7 @@ def verify_inside_job(config: Config, teacher: str | None, rescore: int, say: Sa
         TeacherError: an engine cannot run.
     """
     log_our_lines()
-    run = open_run(config)
+    run = prepared_run(config)
     _say_checks(verify(run, teacher), say)
     if rescore:
         join_cluster()

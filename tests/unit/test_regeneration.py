@@ -11,7 +11,8 @@ from jobs.caches import open_run
 from jobs.regenerate import Request, regenerate_inside_job
 from pipeline import storage
 from pipeline.cache import read_shard
-from pipeline.cache_index import CacheReader, load_index
+from pipeline.cache_index import CacheReader, load_index, read_index
+from pipeline.cache_verify import index_problem
 from pipeline.errors import CacheError, ConfigError, TeacherError
 from pipeline.generations import (
     begin_generation,
@@ -23,6 +24,8 @@ from pipeline.generations import (
 from pipeline.layout import CacheLayout
 from pipeline.regeneration import parse_where
 from pipeline.training import training_jobs
+from tests.support.caches import flip_bit
+from tests.support.command_line import file_times
 from tests.support.fabricated import FabricatedRun, FakePools
 
 FORCE = Request(force=True)
@@ -145,6 +148,16 @@ def test_a_corrupt_shard_is_set_aside_and_its_sequences_scored_again(
     assert {entry.digest: entry for entry in load_index(cache)}[bad].num_bytes == len(whole)
 
 
+def test_the_index_describes_the_mended_shard_and_not_the_corrupt_one(
+    run: FabricatedRun, pools: FakePools
+) -> None:
+    cache = cache_of(run)
+    flip_bit(Path(cache.shard(next(iter(run.shards("words"))))))
+    pools.salts = {"words": "the same weights on another machine"}
+    redo(run)
+    assert len(pools.scored) == 4 and index_problem(cache) is None
+
+
 def test_a_corrupt_shard_of_another_run_is_mended_as_well(
     run: FabricatedRun, pools: FakePools
 ) -> None:
@@ -172,9 +185,13 @@ def test_a_corrupt_index_is_made_anew(run: FabricatedRun, pools: FakePools) -> N
     cache = cache_of(run)
     expected = load_index(cache)
     Path(cache.index).write_bytes(b"PAR1 no more")
+    manifest, others = Path(cache.manifest).read_bytes(), cache_of(run, "arithmetic").folder
+    untouched = file_times(Path(others))
     said = redo(run)
     assert any("g1.index.parquet is made anew" in line for line in said)
-    assert pools.scored == [] and load_index(cache) == expected
+    assert pools.scored == [] and load_index(cache) == read_index(cache) == expected
+    assert Path(cache.manifest).read_bytes() == manifest
+    assert file_times(Path(others)) == untouched
 
 
 def test_force_writes_the_next_generation_and_keeps_the_old_one(
