@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 ANY_PYTHON := $(or $(shell command -v python3),$(shell command -v python3.11),$(PYTHON))
 
-.PHONY: help setup test quickstart lint lock clean
+.PHONY: help setup test faults quickstart lint lock clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -18,6 +18,9 @@ setup: ## make .venv from the lock, build DeepSpeed's CPU ops; at once when noth
 
 test: setup ## the whole test suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+faults: setup ## kill a scoring run 20 times at random moments, fill its disk: a table, ten minutes and more
+	$(BIN)/python -m pytest -m faults $(PYTEST_ARGS)
 
 quickstart: setup ## distil two small teachers into one student on this machine
 	$(BIN)/polystill run examples/quickstart/config.yaml

@@ -278,8 +278,8 @@ def write_table(uri: str, table: pa.Table, **options: Any) -> int:
     return buffer.size
 
 
-def read_table(uri: str) -> pa.Table:
-    """Reads a Parquet file, checking page checksums.
+def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
+    """Reads a Parquet file, or some of its columns, checking page checksums.
 
     Raises:
         CorruptFileError: it is truncated or fails its checksums.
@@ -287,7 +287,7 @@ def read_table(uri: str) -> pa.Table:
     """
     source = pa.BufferReader(_read(uri))
     try:
-        return pq.ParquetFile(source, page_checksum_verification=True).read()
+        return pq.ParquetFile(source, page_checksum_verification=True).read(columns)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise CorruptFileError(
             f"cannot read {uri}: it is not a complete Parquet file: {error}"

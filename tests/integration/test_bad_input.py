@@ -1,12 +1,8 @@
 """Mistakes of users: one clear message, exit code 1, and what was finished stays."""
 
 import json
-import os
-import resource
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +10,7 @@ import pytest
 
 from jobs.local_head import LocalHead
 from tests.support.command_line import QUICKSTART, file_times, polystill, token_environment
+from tests.support.disks import small_disk
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
 CONFIG = QUICKSTART / "config.yaml"
@@ -191,7 +188,7 @@ def test_detaching_without_a_cluster_is_refused(tmp_path: Path) -> None:
 def test_a_full_disk_is_told_and_what_is_finished_stays(tmp_path: Path) -> None:
     """First a few prompts are prepared, then the disk has no room left for the table of all."""
     few = ["prompts.sources.0.limit=8", "prompts.sources.1.limit=8"]
-    with small_disk(tmp_path / "disk") as disk:
+    with small_disk(tmp_path / "disk", mebibytes=1) as disk:
         root = disk.folder / "out"
         prepared = stage("prepare", root, *few)
         assert prepared.returncode == 0, prepared.stderr
@@ -203,52 +200,3 @@ def test_a_full_disk_is_told_and_what_is_finished_stays(tmp_path: Path) -> None:
         disk.free()
         again = stage("prepare", root)
         assert again.returncode == 0, again.stderr
-
-
-class SmallDisk:
-    """A folder without room for much.
-
-    A tmpfs of its own where this user may mount one. Elsewhere the kernel's limit on the size of a
-    file stands in: it, too, fails a write after the file was opened, with another error number.
-    """
-
-    FILE_LIMIT_BYTES = 2048
-
-    def __init__(self, folder: Path, mounted: bool) -> None:
-        self.folder, self._mounted = folder, mounted
-        self._limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        self.message_parts = ["cannot write", "the disk is full" if mounted else "File too large"]
-
-    def fill(self) -> None:
-        """Takes all room that is left."""
-        if not self._mounted:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (self.FILE_LIMIT_BYTES, self._limits[1]))
-            return
-        with (self.folder / "filler").open("wb", buffering=0) as filler:
-            try:
-                while filler.write(b"\0" * 4096):
-                    pass
-            except OSError:
-                os.fsync(filler.fileno())
-
-    def free(self) -> None:
-        """Gives the room back."""
-        if self._mounted:
-            (self.folder / "filler").unlink(missing_ok=True)
-        else:
-            resource.setrlimit(resource.RLIMIT_FSIZE, self._limits)
-
-
-@contextmanager
-def small_disk(folder: Path) -> Iterator[SmallDisk]:
-    """A disk of one MiB, gone with the context."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    mounted = shutil.which("mount") is not None and not subprocess.run(mount).returncode
-    disk = SmallDisk(folder, mounted)
-    try:
-        yield disk
-    finally:
-        disk.free()
-        if mounted:
-            subprocess.run(["umount", str(folder)], check=True)

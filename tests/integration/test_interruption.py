@@ -1,4 +1,7 @@
-"""A run that is killed twice ends like one that nobody disturbed, on heads that leave nothing."""
+"""A run that is killed ends like one that nobody disturbed, on heads that leave nothing.
+
+Kills while scoring are in `test_faults.py`.
+"""
 
 import json
 import re
@@ -53,15 +56,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Disturbed(Run):
-    """A run of three commands, two of which were killed.
+    """A run of two commands, the first of which was killed.
 
     Attributes:
-        shards_at_kill: files of the caches after the first kill, with their times.
-        metrics_at_kill: lines of the metrics after the second kill.
+        metrics_at_kill: lines of the metrics after the kill.
         checkpoint_at_kill: step of the newest complete checkpoint then.
     """
 
-    shards_at_kill: dict[str, tuple[int, int]]
     metrics_at_kill: list[dict[str, Any]]
     checkpoint_at_kill: int
 
@@ -108,21 +109,13 @@ def undisturbed(
 
 @pytest.fixture(scope="module")
 def disturbed(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Disturbed:
-    """The run on heads of its own: killed while it scores, killed while it trains, ended."""
-    root, logs = tmp_path_factory.mktemp("disturbed"), tmp_path_factory.mktemp("logs")
-    # One engine at a time: while the first teacher scores, the second has yet to start.
-    arguments = run_arguments(settings | {"cluster.local_num_cpus": 1}, root)
-    caches, student = root / "caches", root / "runs/quickstart/student"
+    """The run on heads of its own: killed while it trains, then ended."""
+    root = tmp_path_factory.mktemp("disturbed")
+    arguments = run_arguments(settings, root)
+    student = root / "runs/quickstart/student"
 
-    command = start_polystill(logs / "first", *arguments)
-    command.wait_until(
-        "two cache shards", lambda: sum(len(shards(root, name)) for name in TEACHERS) >= 2, 400
-    )
-    end_and_leave_nothing(command, signal.SIGKILL)
-    shards_at_kill = {name: times for name, times in file_times(caches).items() if "/g1/" in name}
-
-    command = start_polystill(logs / "second", *arguments)
-    command.wait_until("a checkpoint", lambda: bool(complete_checkpoints(student)), 400)
+    command = start_polystill(tmp_path_factory.mktemp("logs"), *arguments)
+    command.wait_until("a checkpoint", lambda: bool(complete_checkpoints(student)), 700)
     end_and_leave_nothing(command, signal.SIGKILL)
     metrics_at_kill = read_lines(student / "metrics.jsonl")
     checkpoint_at_kill = complete_checkpoints(student)[-1]
@@ -130,9 +123,7 @@ def disturbed(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 
     finished = polystill(*arguments, seconds=800)
     assert finished.returncode == 0, f"{finished.stdout}\n{finished.stderr}"
-    return Disturbed(
-        arguments, root, finished.stdout, shards_at_kill, metrics_at_kill, checkpoint_at_kill
-    )
+    return Disturbed(arguments, root, finished.stdout, metrics_at_kill, checkpoint_at_kill)
 
 
 def complete_checkpoints(student: Path) -> list[int]:
@@ -170,14 +161,6 @@ def test_every_stage_of_the_undisturbed_run_is_told(undisturbed: Run) -> None:
     found = re.findall(r"^\[(\d)/6 (\w+)\] done in \d+ s$", undisturbed.printed, re.MULTILINE)
     assert found == [(str(number), stage) for number, stage in enumerate(STAGES, start=1)]
     assert str(undisturbed.folder / "report.html") in undisturbed.printed
-
-
-def test_a_kill_while_scoring_keeps_the_shards_that_exist(disturbed: Disturbed) -> None:
-    all_shards = {name for name in file_times(disturbed.root / "caches") if "/g1/" in name}
-    assert 2 <= len(disturbed.shards_at_kill) < len(all_shards)
-    now = file_times(disturbed.root / "caches")
-    assert {name: now[name] for name in disturbed.shards_at_kill} == disturbed.shards_at_kill
-    assert [name for name in all_shards if not name.endswith(".parquet")] == []
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)

@@ -68,15 +68,17 @@ class RunningCommand:
         return self.stdout.read_text() + self.stderr.read_text()
 
 
-def start_polystill(folder: Path, *arguments: str | Path) -> RunningCommand:
-    """Starts one command whose output goes to files in `folder`."""
+def start_polystill(
+    folder: Path, *arguments: str | Path, env: Mapping[str, str] | None = None
+) -> RunningCommand:
+    """Starts one command whose output goes to files in `folder`; `env` is added."""
     folder.mkdir(parents=True, exist_ok=True)
     stdout, stderr = folder / "stdout", folder / "stderr"
     with stdout.open("wb") as out, stderr.open("wb") as err:
         process = subprocess.Popen(
             [*POLYSTILL, *map(str, arguments)],
             cwd=ROOT,
-            env=environment({}),
+            env=environment(env or {}),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,

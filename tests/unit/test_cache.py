@@ -207,13 +207,16 @@ def test_a_changed_shard_does_not_enter_the_index(tmp_path: Path) -> None:
     assert not Path(cache.index).exists() and not Path(cache.manifest).exists()
 
 
-@pytest.mark.parametrize("damage", [b"", b"PAR1 no index PAR1"])
-def test_a_broken_index_is_made_again(damage: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["empty", "garbage", "other columns"])
+def test_an_index_that_cannot_be_used_is_made_again(damage: str, tmp_path: Path) -> None:
     cache = CacheLayout(str(tmp_path / "teacher-abc"), 1)
     write_group(cache, ["a", "b"])
     publish(cache, {}, {})
     written = load_index(cache)
-    Path(cache.index).write_bytes(damage)
+    if damage == "other columns":
+        pq.write_table(pq.read_table(cache.index).drop_columns("positions"), cache.index)
+    else:
+        Path(cache.index).write_bytes(b"" if damage == "empty" else b"PAR1 no index PAR1")
     assert not is_published(cache)
     assert load_index(cache) == written
     publish(cache, {}, {})
