@@ -771,7 +771,7 @@ def test_old_weights_that_do_not_fit_are_refused(reference, material, tmp_path):
     with pytest.raises(TrainingError) as refusal:
         build_student(job.config.student, 0)
     assert "model.layers.2.mlp.up_proj.weight is missing" in str(refusal.value)
-    shapes = "model.layers.0.mlp.up_proj.weight has shape (48, 32), the student's (64, 32)"
+    shapes = "model.layers.0.mlp.gate_proj.weight has shape (48, 32), the student's (64, 32)"
     assert shapes in str(refusal.value)
     config.num_hidden_layers, config.intermediate_size, config.tie_word_embeddings = 2, 48, True
     config.save_pretrained(tmp_path / "wide")
