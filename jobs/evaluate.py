@@ -22,6 +22,7 @@ from pipeline.prepared import Prepared
 from pipeline.prompts import load_prompts
 from pipeline.records import Prompt, TokenSequence
 from pipeline.report import render_html, text_summary
+from pipeline.training import training_cost
 from teachers.answering import AnsweredPrompts, AnsweringTask
 from teachers.engine import EngineSpec
 from teachers.pool import PoolJob, PoolReport, run_pools
@@ -157,6 +158,7 @@ def _model(
         "weight_bytes": engine["weight_bytes"],
         "peak_memory_bytes": engine["peak_memory_bytes"],
         "tokens_per_second": speed,
+        "tokens_per_second_range": answered.tokens_per_second_range,
         "latency_seconds": answered.latency_seconds,
         "cost_per_hour": cost,
         "price_per_million_tokens": cost / (speed * 3600) * 1e6 if cost else None,
@@ -177,6 +179,8 @@ def _report(
         stage: read_record(layout, stage)
         for stage in ("prepare", "synthesize", "score", "train", "export")
     }
+    if "figures" in records["train"]:  # at today's price, as those of the models
+        records["train"]["cost"] = training_cost(config, records["train"]["figures"])
     refused = records["score"].get("quarantined", {})
     return {
         "run": {

@@ -118,6 +118,7 @@ def stage_key(config: Config, layout: Layout, prepared: Prepared, stage: str) ->
         parts += [prepared.prompts, prepared.scoring_recipes]
         costs = {name: teacher.cost_per_hour for name, teacher in config.teachers.items()}
         parts += [config.evaluation.model_dump(mode="json"), costs, config.student.cost_per_hour]
+        parts.append(config.training.cost_per_hour)
     return digest_json([stage, *parts])
 
 
@@ -165,8 +166,17 @@ def _outputs(config: Config, layout: Layout, stage: str) -> list[str]:
     if stage == "evaluate":
         return [layout.report_json, layout.report_html]
     if stage == "export":
-        return [storage.join(layout.export_folder(s), "config.json") for s in students_of(config)]
-    return [storage.join(layout.training_folder(s), "training.json") for s in students_of(config)]
+        made = read_record(layout, stage).get("figures", {})
+        return [
+            storage.join(layout.export_folder(student), name)
+            for student in students_of(config)
+            for name in made.get(student, {}).get("files", ["config.json"])
+        ]
+    return [
+        storage.join(layout.training_folder(student), name)
+        for student in students_of(config)
+        for name in ("training.json", "final/weights.safetensors")
+    ]
 
 
 def _plan_of_a_new_run(config: Config) -> list[StagePlan]:

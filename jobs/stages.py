@@ -25,7 +25,7 @@ from pipeline.errors import ConfigError
 from pipeline.layout import Layout
 from pipeline.loading import dump_config
 from pipeline.prepared import Prepared, load_prepared
-from pipeline.training import training_jobs
+from pipeline.training import training_cost, training_jobs
 
 Outcome = dict[str, Any]
 
@@ -42,11 +42,12 @@ def run_stage(stage: str, config: Config) -> None:
         print(f"up to date ({plan.summary})", flush=True)
         return
     log_our_lines()
-    storage.write_bytes(layout.resolved_config, dump_config(config).encode())
     started = time.time()
     if stage != "prepare":
         join_cluster()
     outcome = STAGES[stage](config, layout)
+    # A refused stage leaves the config that made what lies there.
+    storage.write_bytes(layout.resolved_config, dump_config(config).encode())
     _keep_record(layout, stage, {"seconds": time.time() - started, "started": started, **outcome})
     print(outcome["summary"], flush=True)
 
@@ -86,11 +87,10 @@ def _train(config: Config, layout: Layout) -> Outcome:
     figures = {
         job.student: train_student(job) for job in training_jobs(config, layout, prepared, dataset)
     }
-    hours = sum(found["seconds"] for found in figures.values()) / 3600
     return {
         "key": stage_key(config, layout, prepared, "train"),
         "figures": figures,
-        "cost": hours * config.training.workers * config.training.cost_per_hour,
+        "cost": training_cost(config, figures),
         "summary": "; ".join(
             f"{label}: {found['steps']} steps, {found['tokens'] / found['seconds']:.0f} tokens/s"
             for label, found in figures.items()

@@ -18,6 +18,8 @@ from pipeline.layout import CacheLayout, Layout
 from pipeline.loading import is_folder
 from pipeline.recipes import cache_layout
 
+NEUTRAL_TEACHER_KEYS = {"cost_per_hour", "replicas", "resources"}
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -76,8 +78,9 @@ def preparation_key(config: Config) -> str:
             config.model_dump(
                 mode="json",
                 include={"seed", "prompts", "teachers", "synthesis", "scoring", "combine"},
+                exclude={"teachers": {"__all__": NEUTRAL_TEACHER_KEYS}},
             ),
-            config.student.model_dump(mode="json"),
+            config.student.model_dump(mode="json", exclude={"cost_per_hour"}),
             [storage.file_states(path) for path in paths],
         ]
     )

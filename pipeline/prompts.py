@@ -113,10 +113,12 @@ def _numbered_rows(source: PromptSource) -> Iterator[tuple[str, Any]]:
 
 
 def _jsonl_rows(path: str) -> Iterator[tuple[str, Any]]:
+    content = storage.read_bytes(path)
     try:
-        text = storage.read_bytes(path).decode()
+        text = content.decode()
     except UnicodeDecodeError as error:
-        raise PromptError(f"{path}: not UTF-8 at byte {error.start}") from error
+        line = content.count(b"\n", 0, error.start) + 1
+        raise PromptError(f"{path}:{line}: not UTF-8 at byte {error.start} of the file") from error
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue

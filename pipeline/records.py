@@ -18,7 +18,6 @@ import numpy as np
 from pipeline.fingerprint import digest_json
 
 IGNORE_INDEX = -100
-SPLITS = ("train", "validation", "holdout")
 
 
 @dataclass(frozen=True)

@@ -233,9 +233,17 @@ def _resources(student: dict[str, Any], other: dict[str, Any]) -> str:
     ):
         if (ours := figure(student)) and (theirs := figure(other)):
             word = less if ours < theirs else more if ours > theirs else "equal"
+            if label != "parameters" and _rounds_overlap(student, other):
+                word = "level within the spread of the rounds"
             figures = f"{scaled(ours)} against {scaled(theirs)}"
             parts.append(f"{word}, {significant(ours / theirs)} times the {label} ({figures})")
     return "; ".join(parts)
+
+
+def _rounds_overlap(one: dict[str, Any], two: dict[str, Any]) -> bool:
+    """Whether some round of the slower model was as fast as one of the faster."""
+    (low, high), (other_low, other_high) = (m["tokens_per_second_range"] for m in (one, two))
+    return low <= other_high and other_low <= high
 
 
 def _loss_panel(report: dict[str, Any]) -> dict[str, dict[str, str]]:

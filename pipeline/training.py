@@ -152,3 +152,9 @@ def used_teachers(config: Config) -> list[str]:
         for name in required_teachers(config.combine, list(config.teachers), domain)
     }
     return [name for name in config.teachers if name in used]
+
+
+def training_cost(config: Config, figures: dict[str, dict[str, Any]]) -> float:
+    """Price of the trainings' workers, from the summaries' seconds over all their starts."""
+    hours = sum(found["seconds"] for found in figures.values()) / 3600
+    return hours * config.training.workers * config.training.cost_per_hour

@@ -80,8 +80,11 @@ def export_student(job: TrainingJob, folder: str) -> dict[str, Any]:
             f"on a token (tolerance {tolerance}): do not use it"
         )
     weights = sorted(target.glob("*.safetensors"))
+    for path in weights:
+        path.chmod(0o644)  # safetensors makes files for their owner alone
     return {
         "folder": str(target),
+        "files": sorted(path.name for path in target.iterdir() if path.is_file()),
         "num_parameters": model.num_parameters(),
         "num_bytes": sum(path.stat().st_size for path in weights),
         "dtype": job.config.student.dtype,
@@ -174,9 +177,13 @@ def model_card(job: TrainingJob) -> str:
         "identity": summary["identity"],
         "changes": summary["changes"],
     }
+    teachers = ", ".join(config.teachers)
+    made = f"distilled from {teachers}"
+    if job.student == "twin":
+        made = f"trained by cross-entropy alone on what the student distilled from {teachers} saw,"
     # a provenance is read back by machines as well: one YAML block
     return (
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {config.name}\n\n"
-        f"A causal language model distilled from {', '.join(config.teachers)} with polystill.\n\n"
+        f"A causal language model {made} with polystill.\n\n"
         f"## Provenance\n\n```yaml\n{yaml.safe_dump(provenance, sort_keys=False)}```\n"
     )

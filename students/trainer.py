@@ -173,6 +173,7 @@ def finish(
         folder = Path(job.folder, "final")
         folder.mkdir(parents=True, exist_ok=True)
         save_file(weights, folder / "weights.safetensors", metadata={"format": "pt"})
+        (folder / "weights.safetensors").chmod(0o644)  # safetensors makes it for its owner alone
         probe = {"shards": sorted({entry.shard for entry in entries}), "gold_logprobs": {}}
         for entry in entries:
             probe["gold_logprobs"][entry.sequence_id] = gold_logprobs[: entry.num_positions]

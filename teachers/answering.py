@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 WARM_UP_PROMPTS = 4
 PROMPTS_ASKED_ALONE = 8
-# A few short prompts are asked again until this much time is measured.
+# Speed is that of answers of one length, so that a model gains nothing by rambling or by brevity.
+SPEED_TOKENS = 64
+SPEED_ROUNDS = 3
 MEASURED_SECONDS = 3.0
 
 
@@ -41,8 +43,10 @@ class AnsweredPrompts:
             checked.
         num_checked: by domain.
         num_too_long: prompts that leave no room for an answer, and were not asked.
-        tokens_per_second: generated tokens with all prompts in flight, over at least 3 seconds.
-        latency_seconds: median time of one answer asked alone.
+        tokens_per_second: generated tokens with all prompts in flight, each answer of the same
+            length: median of at least 3 rounds.
+        tokens_per_second_range: lowest and highest round.
+        latency_seconds: median time of one such answer asked alone.
         gold_logprobs: of the sequences given for the comparison with the trained weights, by
             sequence id.
     """
@@ -51,6 +55,7 @@ class AnsweredPrompts:
     num_checked: dict[str, int]
     num_too_long: int
     tokens_per_second: float
+    tokens_per_second_range: tuple[float, float]
     latency_seconds: float
     gold_logprobs: dict[str, list[float]]
 
@@ -104,14 +109,8 @@ class AnsweringTask:
                 "max_tokens leaves of synthesis.max_sequence_tokens: lower the one or raise the "
                 "other"
             )
-        await asyncio.gather(*(self._ask(teacher, ids) for ids in asked[:WARM_UP_PROMPTS]))
-        alone = [(await self._ask(teacher, ids)).seconds for ids in asked[:PROMPTS_ASKED_ALONE]]
-        answers: list[GeneratedAnswer] = []
-        num_tokens, started = 0, time.monotonic()
-        while time.monotonic() - started < MEASURED_SECONDS:
-            answers = await asyncio.gather(*(self._ask(teacher, ids) for ids in asked))
-            num_tokens += sum(len(answer.token_ids) for answer in answers)
-        seconds = time.monotonic() - started
+        answers = await asyncio.gather(*(self._ask(teacher, ids) for ids in asked))
+        rates, latency = await self._speed(teacher, asked)
         texts = [answer_text(tokenizer, answer.token_ids) for answer in answers]
         verdicts = [
             self._verdict(prompt, text) for prompt, text in zip(prompts, texts, strict=True)
@@ -122,13 +121,35 @@ class AnsweringTask:
             correct=correct,
             num_checked=num_checked,
             num_too_long=len(rendered) - len(asked),
-            tokens_per_second=num_tokens / seconds,
-            latency_seconds=statistics.median(alone),
+            tokens_per_second=statistics.median(rates),
+            tokens_per_second_range=(min(rates), max(rates)),
+            latency_seconds=latency,
             gold_logprobs={s.sequence_id: await _gold(teacher, s) for s in self.compared},
         )
 
-    async def _ask(self, teacher: VllmTeacher, ids: list[int]) -> GeneratedAnswer:
-        return (await teacher.generate(ids, self.sampling | {"seed": self.seed}, 1))[0]
+    async def _speed(
+        self, teacher: VllmTeacher, asked: list[list[int]]
+    ) -> tuple[list[float], float]:
+        """Tokens per second of each round of all prompts, and the median seconds of one alone."""
+        length = min(SPEED_TOKENS, self.sampling["max_tokens"])
+        exactly = {"max_tokens": length, "min_tokens": length, "ignore_eos": True, "stop": None}
+        await asyncio.gather(*(self._ask(teacher, ids, exactly) for ids in asked[:WARM_UP_PROMPTS]))
+        spread = asked[:: max(1, len(asked) // PROMPTS_ASKED_ALONE)][:PROMPTS_ASKED_ALONE]
+        alone = [(await self._ask(teacher, ids, exactly)).seconds for ids in spread]
+        rates: list[float] = []
+        begun = time.monotonic()
+        while len(rates) < SPEED_ROUNDS or time.monotonic() - begun < MEASURED_SECONDS:
+            started = time.monotonic()
+            answers = await asyncio.gather(*(self._ask(teacher, ids, exactly) for ids in asked))
+            num_tokens = sum(len(answer.token_ids) for answer in answers)
+            rates.append(num_tokens / (time.monotonic() - started))
+        return rates, statistics.median(alone)
+
+    async def _ask(
+        self, teacher: VllmTeacher, ids: list[int], changes: dict[str, Any] | None = None
+    ) -> GeneratedAnswer:
+        sampling = self.sampling | {"seed": self.seed} | (changes or {})
+        return (await teacher.generate(ids, sampling, 1))[0]
 
     def _verdict(self, prompt: Prompt, text: str) -> bool | None:
         if self.checker is None or prompt.reference is None:

@@ -20,6 +20,7 @@ def test_a_domain_without_kept_holdout_answers_is_still_reported() -> None:
         num_checked={"arithmetic": 4, "words": 4},
         num_too_long=0,
         tokens_per_second=10.0,
+        tokens_per_second_range=(9.0, 11.0),
         latency_seconds=0.1,
         gold_logprobs={},
     )

@@ -46,6 +46,7 @@ def make_model(name, role, parameters, speed, price, *, exact_match, loss, kl):
         "weight_bytes": 4 * parameters,
         "peak_memory_bytes": None if role == "teacher" else 11 * parameters,
         "tokens_per_second": speed,
+        "tokens_per_second_range": (0.9 * speed, 1.1 * speed),
         "latency_seconds": 40 / speed,
         "cost_per_hour": 0.35 if price else 0.0,
         "price_per_million_tokens": price,
@@ -250,11 +251,20 @@ def test_student_gains_and_losses_against_each_teacher(report):
     assert "cheaper, 0.250 times the price per million tokens" in line
 
 
+def test_speeds_whose_rounds_overlap_are_not_ranked(report):
+    model_of(report, "student")["tokens_per_second_range"] = (300.0, 1_800.0)
+    line = line_about(report, "Against algebraist, in resources")
+    assert "level within the spread of the rounds, 4.00 times the tokens/s" in line
+    assert "level within the spread of the rounds, 0.250 times the price" in line
+    assert "faster" not in line and "cheaper" not in line and "smaller" in line
+
+
 def test_a_student_that_loses_is_said_to_lose(report):
     student = model_of(report, "student")
     student |= {
         "parameters": 16_246_912,
         "tokens_per_second": 205.0,
+        "tokens_per_second_range": (200.0, 210.0),
         "price_per_million_tokens": 0.48,
     }
     for figures in student["domains"].values():
