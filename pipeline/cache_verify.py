@@ -15,7 +15,7 @@ from pipeline import storage
 from pipeline.cache import check_row, describe_shard, read_shard
 from pipeline.cache_index import read_index
 from pipeline.datasets import SequenceReader
-from pipeline.errors import CacheError, StorageError
+from pipeline.errors import CacheError, CorruptFileError, StorageError
 from pipeline.fingerprint import digest_ids
 from pipeline.layout import CacheLayout
 from pipeline.records import SparseLogprobs, TokenSequence
@@ -60,7 +60,7 @@ def corrupt_shards(cache: CacheLayout, fingerprint: str) -> dict[str, str]:
         digest = info.base_name.removesuffix(".parquet")
         try:
             _trusted_rows(cache, digest, fingerprint)
-        except (CacheError, StorageError) as error:
+        except (CacheError, CorruptFileError) as error:  # not where the storage does not answer
             found[digest] = str(error)
     return found
 
@@ -77,7 +77,7 @@ def index_problem(cache: CacheLayout) -> str | None:
             continue
         try:
             described = describe_shard(cache.shard(known.digest), info.size)
-        except (CacheError, StorageError):
+        except (CacheError, CorruptFileError):
             continue  # the shard's own problem
         if known != described:
             return f"describes shard {known.digest} otherwise than the shard itself"

@@ -129,6 +129,7 @@ def _write_local(path: str, data: bytes | memoryview | pa.Buffer) -> None:
         os.close(descriptor)
 
 
+@_patient
 def link_or_copy(source: str, target: str) -> None:
     """Gives an immutable file a second name: a hard link locally, a copy in an object store.
 
@@ -162,6 +163,7 @@ def move(source: str, target: str) -> None:
         filesystem.move(_open(source)[1], path)
 
 
+@_patient
 def remove(uri: str) -> None:
     """Removes a file; one that is gone already is no error."""
     filesystem, path = _open(uri)
