@@ -16,7 +16,9 @@ README = (ROOT / "README.md").read_text()
 STAND_INS = {
     "CONFIG": str(ROOT / "examples/quickstart/config.yaml"),
     "DATA": str(ROOT / "tests/data/gsm8k"),
+    "FOLDER": "/tmp/folder",
     "HEAD": "localhost",
+    "PATH": str(ROOT / "examples/quickstart/student"),
     "SUBMISSION_ID": "run-score-abc-a1",
 }
 
