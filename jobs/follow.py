@@ -15,6 +15,11 @@ from pipeline.errors import ClusterError
 # What Ray's client raises when a connection drops or the server cannot answer now.
 DROPPED = (RuntimeError, OSError, aiohttp.ClientError)
 LONGEST_PAUSE_SECONDS = 30.0
+OUT_OF_MEMORY = re.compile(r"OutOfMemory|based on the killing policy|running low on memory")
+MEMORY_ADVICE = (
+    "Ray ended processes of it because the node ran out of memory: free some, or give the stage a "
+    "larger node."
+)
 # Ray's own two lines at the top of every job's log.
 PREAMBLE = re.compile(r"Running entrypoint for job |.*Runtime env is setting up\.$")
 
@@ -156,11 +161,14 @@ def failure_message(
         log = [str(error)]
     printed = [line for line in log if not PREAMBLE.match(line)]
     shown = printed[-lines:] or (info.message or "Ray gives no reason.").splitlines()[-lines:]
+    told = [*log, *(info.message or "").splitlines()]
+    why = [MEMORY_ADVICE] if any(OUT_OF_MEMORY.search(line) for line in told) else []
     code = "" if info.driver_exit_code is None else f" with exit code {info.driver_exit_code}"
     return "\n".join(
         [
             f"The job {submission_id} ended as {info.status}{code}. Its last lines:",
             *(f"  {line}" for line in shown),
+            *why,
             f"All of it: {show_all}",
         ]
     )

@@ -14,6 +14,7 @@ from pipeline.config_targets import selection_of
 from pipeline.datasets import DatasetEntry, read_dataset
 from pipeline.fingerprint import digest_json
 from pipeline.layout import Layout
+from pipeline.loading import check_model_folders
 from pipeline.prepared import Prepared, load_prepared
 from pipeline.prompts import load_prompts, read_prompts
 from pipeline.recipes import DATASET_GENERATOR
@@ -180,6 +181,7 @@ def _outputs(config: Config, layout: Layout, stage: str) -> list[str]:
 
 
 def _plan_of_a_new_run(config: Config) -> list[StagePlan]:
+    check_model_folders(config)
     prompts, counts = read_prompts(config.prompts)
     generators = {"domain_teacher": 1, "dataset": 1, "every_teacher": len(config.teachers)}
     given = config.synthesis.generator == DATASET_GENERATOR

@@ -73,6 +73,18 @@ def is_folder(model: str) -> bool:
     return model.startswith("/")
 
 
+def check_model_folders(config: Config) -> None:
+    """Checks that the model folders are there; hub ids are asked for by the prepare stage.
+
+    Raises:
+        ConfigError: one is missing.
+    """
+    models = {f"teachers.{name}.model": teacher.model for name, teacher in config.teachers.items()}
+    for key, model in {**models, "student.model": config.student.model}.items():
+        if is_folder(model) and not Path(model).is_dir():
+            raise ConfigError(f"{key}: the model folder {model} does not exist")
+
+
 def local_paths(config: Config) -> dict[str, str]:
     """Every local path of a config by the key that holds it."""
     paths = {"storage.root": config.storage.root, "student.model": config.student.model}

@@ -76,9 +76,17 @@ def test_a_failed_job_shows_its_last_lines_and_how_to_see_all(client, ray_head):
     assert f"{job} ended as FAILED with exit code 1" in message
     assert "no such teacher: qwen" in message
     assert "line 49\n" in message and "line 30\n" not in message
-    assert message.endswith("All of it: less job.log")
+    assert message.endswith("All of it: less job.log") and "memory" not in message
     # A failed attempt gives way to the next one.
     assert submit(client, "broken", "pass") == "tests-broken-0a1b-a2"
+
+
+def test_a_job_that_lost_processes_for_memory_says_so(client):
+    lines = "print('Ray killed 3 worker(s) based on the killing policy'); "
+    job = submit(client, "starved", f"{lines}[print(i) for i in range(50)]; raise SystemExit(1)")
+    follow(client, job, lambda line: None)
+    message = failure_message(client, job, "less job.log", lines=15)
+    assert "the node ran out of memory: free some" in message and "policy" not in message
 
 
 def test_a_running_job_is_attached_to_and_stopped_then_followed_by_a_new_attempt(client):

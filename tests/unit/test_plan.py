@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
-from jobs.plan import plan_score, score_key
+import pytest
+
+from jobs.plan import make_plan, plan_score, score_key
 from pipeline import storage
 from pipeline.datasets import DatasetEntry, write_dataset
+from pipeline.errors import ConfigError
 from pipeline.layout import Layout
 from pipeline.loading import load_config
-from pipeline.prepared import Prepared
+from pipeline.prepared import Prepared, preparation_key
 
 PREPARED = Prepared(
     key="key",
@@ -20,7 +23,8 @@ PREPARED = Prepared(
     synthesis_recipes={},
     student={},
 )
-CONFIG = load_config(Path(__file__).resolve().parents[2] / "examples/quickstart/config.yaml")
+QUICKSTART = Path(__file__).resolve().parents[2] / "examples/quickstart/config.yaml"
+CONFIG = load_config(QUICKSTART)
 
 
 def test_a_run_scores_though_nothing_is_missing_until_its_own_record_stands(tmp_path: Path) -> None:
@@ -36,3 +40,20 @@ def test_the_plan_of_scoring_bounds_the_bytes(tmp_path: Path) -> None:
     plan = plan_score(CONFIG, Layout(str(tmp_path), "run"), PREPARED, [entry])
     # A position takes 7 bytes, and 5 for each of at most 8 entries.
     assert plan.todo == 1 and "at most 47.0 MiB" in plan.summary
+
+
+def test_a_missing_model_folder_is_found_without_a_cluster(tmp_path: Path) -> None:
+    changes = [f"storage.root={tmp_path}", f"teachers.words.model={tmp_path}/nope"]
+    with pytest.raises(ConfigError, match=r"teachers.words.model: the model folder .*/nope does"):
+        make_plan(load_config(QUICKSTART, changes))
+
+
+def test_prices_and_placement_ask_for_no_new_preparation() -> None:
+    changes = [
+        "teachers.words.cost_per_hour=3",
+        "student.cost_per_hour=2",
+        "teachers.words.replicas=2",
+    ]
+    changed = load_config(QUICKSTART, changes)
+    assert preparation_key(changed) == preparation_key(CONFIG)
+    assert preparation_key(load_config(QUICKSTART, ["seed=3"])) != preparation_key(CONFIG)
