@@ -25,7 +25,7 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.cache import ShardEntry, describe_shard, read_shard
 from pipeline.datasets import DatasetEntry
-from pipeline.errors import CacheError, CorruptFileError, CorruptShardError
+from pipeline.errors import CacheError, CorruptFileError
 from pipeline.generations import current_generation
 from pipeline.layout import CacheLayout
 from pipeline.records import SparseLogprobs
@@ -36,20 +36,20 @@ DECODED_SHARDS_KEPT = 64
 
 
 def load_index(cache: CacheLayout) -> list[ShardEntry]:
-    """The entries of a generation's complete shards, in name order; those without one are read.
+    """The entries of a generation's complete shards, in name order.
+
+    A shard without an entry, or of another size than its entry says, is read and checked.
 
     Raises:
-        CorruptShardError: a shard has another size than its index entry says, or has no entry and
-            does not pass its checks.
-        StorageError: a shard without an index entry cannot be read.
+        CorruptShardError: such a shard does not pass its checks.
+        StorageError: it cannot be read.
     """
     known = {entry.digest: entry for entry in read_index(cache)}
     entries = []
     for digest, num_bytes in _shard_files(cache).items():
-        entry = known.get(digest) or describe_shard(cache.shard(digest), num_bytes)
-        if entry.num_bytes != num_bytes:
-            reason = f"it has {num_bytes} bytes, the index says {entry.num_bytes}"
-            raise CorruptShardError(cache.shard(digest), reason)
+        entry = known.get(digest)
+        if entry is None or entry.num_bytes != num_bytes:
+            entry = describe_shard(cache.shard(digest), num_bytes)
         entries.append(entry)
     return entries
 

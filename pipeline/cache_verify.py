@@ -67,11 +67,11 @@ def corrupt_shards(cache: CacheLayout, fingerprint: str) -> dict[str, str]:
 
 def index_problem(cache: CacheLayout) -> str | None:
     """Why the index cannot be used; None when it is right about every shard that it knows."""
-    try:
-        indexed = {entry.digest: entry for entry in read_index(cache)}
-    except StorageError as error:
-        return str(error)
-    for info in storage.list_files(cache.shards_folder, ".parquet"):
+    indexed = {entry.digest: entry for entry in read_index(cache)}
+    shards = storage.list_files(cache.shards_folder, ".parquet")
+    if shards and not indexed and storage.exists(cache.index):
+        return "it cannot be read"
+    for info in shards:
         known = indexed.get(info.base_name.removesuffix(".parquet"))
         if known is None:
             continue

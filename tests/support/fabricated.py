@@ -75,7 +75,8 @@ class FakePools:
                     raise self.fails
                 report.results.append(asyncio.run(task.run(teacher)))
                 self.scored += [(job.name, identifier) for identifier in task.sequence_ids]
-            report.engines = [{"dtype": "float32"}] if job.tasks else []
+            engine = {"dtype": "float32", "capture": "arrays", "prefix_sharing": False}
+            report.engines = [engine] if job.tasks else []
             reports[job.name] = report
         return reports
 

@@ -176,14 +176,14 @@ def test_a_sequence_in_several_shards_counts_once(groups: list[list[str]], tmp_p
         assert_same(reader.row(identifier), row)
 
 
-def test_a_shard_of_another_size_than_the_index_says_is_corrupt(tmp_path: Path) -> None:
+def test_a_shard_of_another_size_than_the_index_says_is_read_and_checked(tmp_path: Path) -> None:
     cache = CacheLayout(str(tmp_path / "teacher-abc"), 1)
     for group in (["a", "b"], ["c"]):
         write_group(cache, group)
     publish(cache, {}, {})
     path = Path(cache.shard(digest_ids(["c"])))
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CorruptShardError, match="the index says") as caught:
+    with pytest.raises(CorruptShardError, match="no complete Parquet file") as caught:
         load_index(cache)
     assert caught.value.path == str(path)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)

@@ -175,7 +175,7 @@ def test_a_folder_without_its_settings_is_refused(tmp_path: Path) -> None:
 def test_gold_outside_the_entries_is_the_most_that_it_can_be() -> None:
     sequence = make_sequence("words", 0)
     rows = len(sequence.input_ids) - 1
-    row = row_of(sequence, two_entries(rows, sequence.gold_ids), RULE)
+    row = row_of(sequence, two_entries(rows, sequence.gold_ids), RULE, "t")
     # two entries of 0.4: 0.2 is left, less than the last entry
     np.testing.assert_allclose(np.exp(row.gold_logprobs.astype(float)), 0.2, rtol=1e-3)
     np.testing.assert_allclose(row.tail_mass.astype(float), 0.2, rtol=1e-2)

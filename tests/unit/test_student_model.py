@@ -35,7 +35,7 @@ def gemma():
 
 def test_soft_capped_logits_are_those_of_the_model_in_values_and_gradients(gemma):
     assert logit_softcap(gemma) == 3.0
-    check_architecture(gemma)
+    check_architecture(gemma, packing=True)
     ids = torch.tensor([1, 5, 2, 9, 4, 3])
     generator = torch.Generator().manual_seed(1)
     teacher = torch.log_softmax(torch.randn(1, 4, VOCABULARY, generator=generator), -1)
