@@ -105,7 +105,7 @@ class TrainingData:
         used = self.train + self.holdout
         budget = job.config.training.tokens_per_micro_batch
         refuse_long_sequences([(entry.sequence_id, entry.num_tokens) for entry in used], budget)
-        combine = job.config.combine if job.uses_teachers else None
+        combine = job.combine if job.uses_teachers else None
         teachers = list(job.config.teachers)
         # apart, since a thread reads ahead in one while the other is used
         self._train_examples, self._holdout_examples = (

@@ -94,7 +94,8 @@ def _targets(examples: Sequence[Example]) -> Targets:
     shape = (num_teachers, int(edges[-1]), num_entries)
     precision = np.result_type(*(example.logprobs for example in examples))
     token_ids_MPK, logprobs_MPK = np.zeros(shape, np.int32), np.full(shape, -np.inf, precision)
-    tail_MP, weights_MP = np.zeros(shape[:2], np.float16), np.zeros(shape[:2], np.float32)
+    tail_MP = np.zeros(shape[:2], np.result_type(*(example.tail_mass for example in examples)))
+    weights_MP = np.zeros(shape[:2], np.float32)
     for example, start, stop in zip(examples, edges[:-1], edges[1:], strict=True):
         m, _, k = example.token_ids.shape
         token_ids_MPK[:m, start:stop, :k] = example.token_ids
