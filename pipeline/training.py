@@ -19,6 +19,7 @@ from pipeline.targets import required_teachers
 NEUTRAL_TRAINING_KEYS = {
     "workers",
     "resources",
+    "loader_processes",
     "log_every_steps",
     "evaluate_every_steps",
     "checkpoint_every_steps",

@@ -17,6 +17,7 @@ from pipeline.selection import select
 from students.dataset import example_of, example_of_product
 from students.divergences import LossTerm
 from students.losses import distillation_loss
+from students.micro_batch import MicroBatch
 from students.packing import pack
 from tests.support.loss_reference import reference_loss
 
@@ -152,8 +153,8 @@ def test_losses_against_a_product_follow_the_reference(temperature):
     weights = np.array([[0.75] * POSITIONS, [0.25] * POSITIONS], np.float32)
     combined = CombinedTargets(SEQUENCE, (row_of(dense(6), rule), row_of(dense(7), rule)), weights)
     product = product_of(combined, VOCABULARY, MIN_TAIL)
-    both = pack([example_of_product(SEQUENCE, product), example_of(combined)])
-    alone = pack([example_of_product(SEQUENCE, product)])
+    both = MicroBatch.of(pack([example_of_product(SEQUENCE, product), example_of(combined)]))
+    alone = MicroBatch.of(pack([example_of_product(SEQUENCE, product)]))
     hidden = torch.randn(2 * POSITIONS, 8, dtype=torch.float64)
     head = torch.randn(VOCABULARY, 8, dtype=torch.float64)
     terms = [
