@@ -47,21 +47,30 @@ class Targets:
 
 @dataclass(frozen=True)
 class KeptIds:
-    """The union of the teachers' kept ids in one chunk, in ascending order.
+    """The union of the teachers' kept ids in one chunk: in ascending order, or as one teacher has
+    them.
 
     Attributes:
-        ids_CU: int64; unused slots repeat the first id, or hold 0 where there is none.
+        ids_CU: int64; unused slots repeat the first used id, or hold 0 where there is none.
         used_CU: bool.
+        first_C1: int64, the first used slot, or 0.
+        any_C1: bool, whether there is one.
         logprobs_MCU: of each teacher on the union; -inf where it has not kept the id.
     """
 
     ids_CU: Tensor
     used_CU: Tensor
+    first_C1: Tensor
+    any_C1: Tensor
     logprobs_MCU: Tensor
 
     @classmethod
     def of(cls, token_ids_MCK: Tensor, logprobs_MCK: Tensor) -> KeptIds:
-        """By a sort of every position's ids, so that the teachers' order does not matter."""
+        """By a sort of every position's ids, so that the teachers' order does not matter; of one
+        teacher as they are.
+        """
+        if len(token_ids_MCK) == 1:
+            return cls._of_one(token_ids_MCK[0].long(), logprobs_MCK)
         num_teachers, num_positions, num_entries = token_ids_MCK.shape
         padded_MCK = token_ids_MCK.long().masked_fill_(logprobs_MCK == -torch.inf, UNUSED)
         sorted_CU, order_CU = padded_MCK.movedim(0, 1).flatten(1).sort(dim=1, stable=True)
@@ -79,7 +88,22 @@ class KeptIds:
         )
         logprobs_MCU = logprobs_MCK.new_full((num_teachers, *ids_CU.shape), -torch.inf)
         logprobs_MCU.scatter_(2, slots_MCK, logprobs_MCK)
-        return cls(torch.where(used_CU, ids_CU, first_C1), used_CU, logprobs_MCU)
+        return cls(
+            torch.where(used_CU, ids_CU, first_C1),
+            used_CU,
+            torch.zeros_like(first_C1),
+            used_CU[:, :1],
+            logprobs_MCU,
+        )
+
+    @classmethod
+    def _of_one(cls, token_ids_CK: Tensor, logprobs_1CK: Tensor) -> KeptIds:
+        used_CK = logprobs_1CK[0] > -torch.inf
+        first_C1 = used_CK.byte().argmax(dim=1, keepdim=True)
+        any_C1 = used_CK.gather(1, first_C1)
+        first_id_C1 = torch.where(any_C1, token_ids_CK.gather(1, first_C1), 0)
+        ids_CK = torch.where(used_CK, token_ids_CK, first_id_C1)
+        return cls(ids_CK, used_CK, first_C1, any_C1, logprobs_1CK)
 
 
 @dataclass(frozen=True)
@@ -107,8 +131,7 @@ class StudentChunk:
         kept_CU = gold_C.new_zeros((len(gold_C), 0))
         if kept is not None:
             kept_CU = logits_CV.gather(1, kept.ids_CU)
-            any_C1 = kept.used_CU[:, :1]
-            logits_CV.scatter_(1, kept.ids_CU, torch.where(any_C1, -torch.inf, kept_CU))
+            logits_CV.scatter_(1, kept.ids_CU, torch.where(kept.any_C1, -torch.inf, kept_CU))
             kept_CU = torch.where(kept.used_CU, kept_CU, -torch.inf)
         highest_C = logits_CV.amax(dim=1)
         shift_C = torch.where(highest_C > -torch.inf, highest_C, 0.0)
@@ -138,13 +161,18 @@ class OutcomeSets:
     def of_teachers(
         cls, targets: Targets, rows: slice, kept: KeptIds, student: StudentChunk
     ) -> OutcomeSets:
-        """One set for every teacher: its own kept ids and its own bucket."""
+        """One set for every teacher: its own kept ids and its own bucket. That of a single teacher
+        is all that lies outside the union.
+        """
         dtype = student.log_q_CU.dtype
-        is_kept_MCU = kept.logprobs_MCU > -torch.inf
-        others_MCU = torch.where(is_kept_MCU, -torch.inf, student.log_q_CU)
-        rest_MC1 = student.log_q_rest_C.expand(len(others_MCU), -1)[..., None]
-        log_q_tail_MC = torch.cat([others_MCU, rest_MC1], dim=-1).logsumexp(dim=-1)
-        log_q_MCU = torch.where(is_kept_MCU, student.log_q_CU, -torch.inf)
+        if len(kept.logprobs_MCU) == 1:
+            log_q_MCU, log_q_tail_MC = student.log_q_CU[None], student.log_q_rest_C[None]
+        else:
+            is_kept_MCU = kept.logprobs_MCU > -torch.inf
+            others_MCU = torch.where(is_kept_MCU, -torch.inf, student.log_q_CU)
+            rest_MC1 = student.log_q_rest_C.expand(len(others_MCU), -1)[..., None]
+            log_q_tail_MC = torch.cat([others_MCU, rest_MC1], dim=-1).logsumexp(dim=-1)
+            log_q_MCU = torch.where(is_kept_MCU, student.log_q_CU, -torch.inf)
         tail_MC = targets.tail_mass[:, rows].to(dtype)
         outcomes = _outcomes(kept.logprobs_MCU, tail_MC, log_q_MCU, log_q_tail_MC)
         weights_MC = targets.teacher_weights[:, rows].to(dtype)
@@ -276,9 +304,10 @@ def _write_gradient_(
     grad_CV = student.rest_CV.mul_(factor_C[:, None])
     if kept is not None:
         at_kept_CU -= total_C[:, None] * student.log_q_CU.exp()
-        at_kept_CU = torch.where(kept.used_CU, at_kept_CU, at_kept_CU[:, :1])
+        at_first_C1 = at_kept_CU.gather(1, kept.first_C1)
+        at_kept_CU = torch.where(kept.used_CU, at_kept_CU, at_first_C1)
         untouched_CU = grad_CV.gather(1, kept.ids_CU)
-        written_CU = torch.where(kept.used_CU[:, :1], at_kept_CU, untouched_CU)
+        written_CU = torch.where(kept.any_C1, at_kept_CU, untouched_CU)
         grad_CV.scatter_(1, kept.ids_CU, written_CU)
     if gold_weight:
         grad_CV.scatter_add_(
