@@ -13,9 +13,14 @@ from typing import Any
 import psutil
 import torch
 
+from pipeline.config import Config
+from pipeline.layout import Layout
+from pipeline.training import TrainingJob
 from teachers.hardware import cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
+MADE_UP = "0" * 32
+"""Fingerprint of caches that no teacher filled."""
 
 
 def machine() -> dict[str, Any]:
@@ -59,6 +64,50 @@ def write_json(path: Path, rows: Sequence[Mapping[str, Any]], ratios: Mapping[st
     """Writes the machine, the commit, the rows and the ratios that are promised."""
     document = {"machine": machine(), "commit": commit(), "rows": rows, "ratios": ratios}
     path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def made_up_job(
+    root: Path, teachers: Sequence[str], dataset: str, student: Mapping[str, Any], **training: Any
+) -> TrainingJob:
+    """A training whose models, prompts and recipes exist in name only; its teachers weigh by
+    token.
+    """
+    schedule = {
+        "losses": [{"type": "forward_kl", "weight": 1.0}],
+        "learning_rate": 1e-4,
+        "warmup_steps": 0,
+        "evaluate_every_steps": 1,
+        "checkpoint_every_steps": 1,
+    }
+    config = Config.model_validate(
+        {
+            "name": "benchmark",
+            "seed": 0,
+            "storage": {"root": str(root)},
+            "prompts": {"sources": [{"path": "made-up.jsonl"}]},
+            "teachers": {name: {"model": "made-up"} for name in teachers},
+            "synthesis": {"generator": "every_teacher"},
+            "scoring": {"num_logprobs": 64, "selection": {"type": "top_k", "max_entries": 64}},
+            "combine": {
+                "method": "mixture",
+                "weights": {"type": "gold_likelihood", "temperature": 1.0, "per": "token"},
+            },
+            "student": {"model": "made-up", "initialization": "random", **student},
+            "training": schedule | training,
+            "evaluation": {"sampling": {}},
+        }
+    )
+    layout = Layout(str(root), config.name)
+    caches = {name: layout.cache(name, MADE_UP) for name in teachers}
+    return TrainingJob(
+        config=config,
+        layout=layout,
+        dataset_digest=dataset,
+        student="student",
+        losses=tuple(config.training.losses),
+        caches=caches,
+        cache_fingerprints=dict.fromkeys(teachers, MADE_UP),
+    )
 
 
 def _shown(value: Any) -> str:

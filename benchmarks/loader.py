@@ -25,22 +25,18 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import machine, print_table, write_json
+from benchmarks.common import MADE_UP, machine, made_up_job, print_table, write_json
 from pipeline.cache import write_shard
-from pipeline.config import Config
 from pipeline.datasets import DatasetEntry, write_dataset, write_sequences
 from pipeline.fingerprint import digest_ids, sequence_id
 from pipeline.layout import CacheLayout, Layout
 from pipeline.records import SparseLogprobs, TokenSequence
-from pipeline.training import TrainingJob
 from students.batches import BatchSource, Share
 from students.loader import Loader
 
 VOCABULARY, PROMPT, ANSWER, ENTRIES, MOST_ENTRIES = 151_936, 64, 448, 16, 64
 TEACHERS = (1, 2, 4)
 SEQUENCES_PER_STEP, TOKENS_PER_MICRO_BATCH = 64, 8_192
-FINGERPRINT = "0" * 32
-"""A stand-in's."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ class Material:
 def make_material(folder: Path, size: Size, num_teachers: int) -> Material:
     generator = np.random.default_rng(0)
     layout = Layout(str(folder), "loader")
-    caches = {f"t{m}": layout.cache(f"t{m}", FINGERPRINT) for m in range(num_teachers)}
+    caches = {f"t{m}": layout.cache(f"t{m}", MADE_UP) for m in range(num_teachers)}
     entries = []
     for _ in range(size.shards):
         sequences = [make_sequence(generator) for _ in range(size.sequences_per_shard)]
@@ -82,7 +78,7 @@ def make_material(folder: Path, size: Size, num_teachers: int) -> Material:
         for cache in caches.values():
             rows = [make_row(generator, s.sequence_id) for s in sequences]
             path = cache.shard(digest_ids([s.sequence_id for s in sequences]))
-            write_shard(path, rows, FINGERPRINT)
+            write_shard(path, rows, MADE_UP)
     return Material(layout, entries, caches)
 
 
@@ -112,43 +108,15 @@ def make_row(generator: np.random.Generator, name: str) -> SparseLogprobs:
 
 
 def share_of(material: Material) -> Share:
-    """All of a training of one worker, in which the teachers weigh by token."""
-    weights = {"type": "gold_likelihood", "temperature": 1.0, "per": "token"}
-    config = Config.model_validate(
-        {
-            "name": "loader",
-            "seed": 0,
-            "storage": {"root": material.layout.root},
-            "prompts": {"sources": [{"path": "made-up.jsonl"}]},
-            "teachers": {name: {"model": "made-up"} for name in material.caches},
-            "synthesis": {"generator": "every_teacher"},
-            "scoring": {
-                "num_logprobs": MOST_ENTRIES,
-                "selection": {"type": "top_p", "mass": 0.999, "max_entries": MOST_ENTRIES},
-            },
-            "combine": {"method": "mixture", "weights": weights},
-            "student": {"model": "made-up", "initialization": "random"},
-            "training": {
-                "losses": [{"type": "forward_kl", "weight": 1.0}],
-                "steps": len(material.entries) // SEQUENCES_PER_STEP,
-                "sequences_per_step": SEQUENCES_PER_STEP,
-                "tokens_per_micro_batch": TOKENS_PER_MICRO_BATCH,
-                "learning_rate": 1e-3,
-                "warmup_steps": 0,
-                "evaluate_every_steps": 1,
-                "checkpoint_every_steps": 1,
-            },
-            "evaluation": {"sampling": {}},
-        }
-    )
-    job = TrainingJob(
-        config=config,
-        layout=material.layout,
-        dataset_digest=write_dataset(material.layout, material.entries),
-        student="student",
-        losses=tuple(config.training.losses),
-        caches=material.caches,
-        cache_fingerprints=dict.fromkeys(material.caches, FINGERPRINT),
+    """All of a training of one worker."""
+    job = made_up_job(
+        Path(material.layout.root),
+        list(material.caches),
+        write_dataset(material.layout, material.entries),
+        {},
+        steps=len(material.entries) // SEQUENCES_PER_STEP,
+        sequences_per_step=SEQUENCES_PER_STEP,
+        tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH,
     )
     return Share(job, VOCABULARY, rank=0, world_size=1)
 

@@ -26,11 +26,11 @@ from pipeline.training import COMPLETE, TrainingJob
 from students.universal_checkpoint import (
     TAG,
     UNIVERSAL,
-    Partitioning,
     convert,
     needs_conversion,
     partitioning,
     refused_changes,
+    stored_partitioning,
 )
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def check_resume(job: TrainingJob) -> Resume | None:
     if path is None:
         return None
     stored = storage.read_json(str(path / "state.json"))
-    old, new = Partitioning(**stored["partitioning"]), partitioning(job)
+    old, new = stored_partitioning(stored, path), partitioning(job)
     changes = differences(stored["identity"], job.identity())
     allowed = [line for line in changes if _is_allowed(line, job)]
     found = [line for line in changes if line not in allowed] + refused_changes(old, new)

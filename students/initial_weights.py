@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from pipeline import storage
 from pipeline.errors import TrainingError
 from pipeline.training import is_complete_checkpoint
-from students.universal_checkpoint import TAG, Partitioning
+from students.universal_checkpoint import TAG, stored_partitioning
 
 MODEL = "model."
 """Of the names in a checkpoint: `StudentModule` holds the model beside what only its losses need.
@@ -53,7 +53,7 @@ def checkpoint_weights(folder: Path) -> dict[str, torch.Tensor]:
     ZeRO's own files are read by DeepSpeed, which unpickles them.
     """
     stored = storage.read_json(str(folder / "state.json"))
-    if Partitioning(**stored["partitioning"]).stage == 0:
+    if stored_partitioning(stored, folder).stage == 0:
         path = folder / TAG / "mp_rank_00_model_states.pt"
         states = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         found: dict[str, torch.Tensor] = states["module"]

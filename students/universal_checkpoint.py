@@ -49,6 +49,22 @@ def partitioning(job: TrainingJob) -> Partitioning:
     return Partitioning(training.workers, training.deepspeed.get("zero_optimization", {}))
 
 
+def stored_partitioning(state: dict[str, Any], checkpoint: str | Path) -> Partitioning:
+    """Of the training that wrote a checkpoint, from its `state.json`.
+
+    Raises:
+        TrainingError: the checkpoint does not say.
+    """
+    if "partitioning" not in state:
+        raise TrainingError(
+            f"checkpoint {checkpoint} does not say on how many workers and at which ZeRO stage it "
+            "was written, so another version of this program made it and it cannot be read: remove "
+            "it to resume from the one before it or to train from the start, or go on with the "
+            "version that wrote it"
+        )
+    return Partitioning(**state["partitioning"])
+
+
 def refused_changes(old: Partitioning, new: Partitioning) -> list[str]:
     """What stands against loading a checkpoint of one partitioning into another, a line each."""
     lines = []

@@ -237,6 +237,43 @@ def test_the_same_command_again_does_nothing(finished: Finished) -> None:
     assert file_times(finished.root) == before
 
 
+def test_train_starts_from_a_checkpoint_and_ends_with_an_export(finished: Finished) -> None:
+    """Through every job up to the export, on the finished run's sequences and rows, with another
+    target: a product, by confidence.
+    """
+    before = {name: [p.name for p in shards(finished.root, name)] for name in TEACHERS}
+    checkpoint = finished.folder / f"student/checkpoints/step-{STEPS:08d}"
+    _, config, *overrides = finished.arguments
+    done = polystill(
+        "train",
+        config,
+        *overrides,
+        "name=again",
+        "evaluation.twin=false",
+        "training.steps=3",
+        "training.warmup_steps=0",
+        "training.learning_rate=1e-6",
+        "combine={method: product, weights: {type: confidence, temperature: 1, per: token}}",
+        "--from-checkpoint",
+        checkpoint,
+        seconds=600,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert re.findall(r"\[\d/5 (\w+)\] done", done.stdout)[-2:] == ["train", "export"]
+    assert "evaluate" not in done.stdout and str(finished.root / "runs/again") in done.stdout
+    assert {name: [p.name for p in shards(finished.root, name)] for name in TEACHERS} == before
+    folder = finished.root / "runs/again"
+    summary = json.loads((folder / "student/training.json").read_text())
+    assert summary["steps"] == 3 and summary["identity"]["combine"]["method"] == "product"
+    lines = (folder / "student/metrics.jsonl").read_text().splitlines()
+    first, last = json.loads(lines[0]), metrics(finished, "student")[-1]
+    # a rate this low moves nothing: the hold-out still is as likely as at the checkpoint's end
+    found = [json.loads(line) for line in lines if "holdout/cross_entropy" in line][-1]
+    assert found["holdout/cross_entropy"] == pytest.approx(last["holdout/cross_entropy"], rel=1e-3)
+    assert math.isfinite(first["train/forward_kl"]) and first["train/forward_kl"] > 0
+    assert load(folder / "export/student").num_parameters() > 0
+
+
 def test_a_lost_cache_shard_alone_is_made_again(finished: Finished) -> None:
     lost = shards(finished.root, "concise")[1]
     rows, before = cached_rows([lost]), file_times(finished.root)

@@ -23,6 +23,7 @@ from students.checkpoint import (
     prepare_resume,
     save_checkpoint,
 )
+from students.initial_weights import checkpoint_weights
 
 CONFIG = Path(__file__).resolve().parents[2] / "examples/quickstart/config.yaml"
 WORKS = {(0, 0), (1, 1), (1, 2), (2, 1), (2, 2), (3, 3)}
@@ -108,6 +109,30 @@ def test_stages_and_workers_that_resume_and_how(tmp_path, stages):
         at = {0: "0", 1: "1 or 2", 2: "1 or 2", 3: "3"}[old]
         with pytest.raises(TrainingError, match=f"{old} -> {new} .* at stage {at} only"):
             check_resume(wanted)
+
+
+def test_a_checkpoint_that_does_not_say_how_it_was_written_is_named(tmp_path):
+    training = job(tmp_path)
+    save(training, 10)
+    path = Path(training.folder, "checkpoints/step-00000010")
+    state = json.loads((path / "state.json").read_text())
+    del state["partitioning"]
+    (path / "state.json").write_text(json.dumps(state))
+    for read in (lambda: check_resume(training), lambda: checkpoint_weights(path)):
+        with pytest.raises(TrainingError, match=r"step-00000010 does not say .*: remove it to"):
+            read()
+
+
+def test_what_was_learned_is_compared(tmp_path):
+    """Weights that a new fit moved are another target, whatever the config says."""
+    learned = {"words": {"words": 0.75, "arithmetic": 0.25}}
+    combine = "combine={method: mixture, weights: {type: learned}}"
+    training = dataclasses.replace(job(tmp_path, overrides=[combine]), learned=learned)
+    save(training, 10)
+    assert check_resume(training).changes == []
+    moved = dataclasses.replace(training, learned={"words": {"words": 0.5, "arithmetic": 0.5}})
+    with pytest.raises(TrainingError, match=r"combine\.learned\.words\.words: 0\.75 -> 0\.5"):
+        check_resume(moved)
 
 
 def test_an_optimizer_on_the_cpu_does_not_take_over_another(tmp_path):
