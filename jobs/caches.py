@@ -154,7 +154,7 @@ def export(run: RunCaches, teacher: str, form: str, folder: str) -> str:
     if form == "parquet-long":
         written = interop.export_long(_pairs(run, name), folder)
     else:
-        most = max((int(row.num_entries.max()) for _, row in _pairs(run, name)), default=1)
+        most = interop.widest(_pairs(run, name))
         vocabulary = vocabulary_of(run.config, name)
         written = interop.export_distillkit(_pairs(run, name), folder, vocabulary, most)
     if not written:
