@@ -273,7 +273,7 @@ def test_rows_with_draws_survive_kills_and_are_what_the_teacher_says(
         assert prepared.returncode == 0, prepared.stderr
     there.finish(stores[0], tmp_path / "log")
     expected = assert_whole(there.material, stores[0], None)
-    assert all(len(row["counts"]) for row in expected.values())
+    assert sum(len(row["counts"]) for row in expected.values()) > NUM_SHARDS
     command = there.start(stores[1], tmp_path / "first")
     wait_for_shards(command, stores[1], 10)
     assert faults.kill(faults.engines(bench.me)) == 1
