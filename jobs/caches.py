@@ -213,8 +213,10 @@ def collect_garbage(config: Config, dry_run: bool, unfinished: bool) -> str:
     """Removes what nobody names below the config's root, or lists it."""
     layout = layout_of(config)
     garbage = find_garbage(layout, time.time(), unfinished)
+    if not garbage:
+        return f"nothing to remove below {layout.root}"
     text = describe_garbage(garbage)
-    if dry_run or not garbage:
+    if dry_run:
         return text
     remove_garbage(layout, garbage)
     return f"{text}\nremoved"
