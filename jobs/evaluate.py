@@ -215,6 +215,7 @@ def _report(
         "weights": figures["weights"],
         "renormalised_sequences": figures["renormalised_sequences"],
         "synthesis": records["synthesize"]["counts"],
+        "filters": records["synthesize"]["filters"] + records["score"]["filters"],
         "prompts": prepared.prompt_counts,
         "curves": {label: _curve(layout, label) for label in students_of(config)},
         "export_check": check,

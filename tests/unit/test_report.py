@@ -91,7 +91,7 @@ def make_counts(answers, wrong):
     return {
         "answers": answers,
         "kept": answers - wrong - 61,
-        "wrong": wrong,
+        "too_long": wrong,
         "truncated": 17,
         "empty": 2,
         "duplicate": 42,
@@ -149,6 +149,14 @@ def report():
         },
         "renormalised_sequences": 3,
         "synthesis": {"algebraist": make_counts(2_800, 744), "logician": make_counts(2_801, 655)},
+        "filters": [
+            {
+                "filter": "near_duplicate", "seen": 4_202, "dropped": 311,
+                "dropped_by_domain": {"logic": 311}, "examples": [f"like {HOSTILE}"],
+            },
+            {"filter": "checker", "seen": 3_891, "dropped": 0,
+             "dropped_by_domain": {}, "examples": []},
+        ],
         "prompts": {"read": 2_000, "duplicates": 31, "train": 1_369, "holdout": 600},
         "curves": {
             "student": make_curve(3.0, 0.07, 0.38, 0.08),
@@ -522,3 +530,11 @@ def test_what_draws_cannot_tell_is_said_and_not_shown(report):
     assert "KL to the mixture and agreement with it are not measured" in words
     (line,) = [line for line in text_summary(report).splitlines() if line.startswith("KL to")]
     assert line.split()[-4:] == ["—"] * 4
+
+
+def test_every_filter_is_shown_with_its_counts(report):
+    words = Page(render_html(report)).words
+    assert "Near duplicate 4,202 311 7.4 % logic 311; like <script>" in words
+    assert "Checker 3,891 0 0.0 %" in words
+    report["filters"] = []
+    assert "Share dropped" not in Page(render_html(report)).words
