@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def filter_scored(
     return _filtered(config, layout, prepared, entries, rules, digest)
 
 
-def mean_gold_logprobs(cache: CacheLayout, sequence_ids: Collection[str]) -> dict[str, float]:
+def mean_gold_logprobs(cache: CacheLayout, sequence_ids: AbstractSet[str]) -> dict[str, float]:
     """The mean log-probability in nats of each scored sequence's gold tokens.
 
     Raises:
@@ -60,7 +61,7 @@ def mean_gold_logprobs(cache: CacheLayout, sequence_ids: Collection[str]) -> dic
     """
     means: dict[str, float] = {}
     for entry in load_index(cache):
-        if means.keys() >= sequence_ids or not sequence_ids & set(entry.sequence_ids):
+        if sequence_ids.isdisjoint(entry.sequence_ids):
             continue
         table = storage.read_table(cache.shard(entry.digest), ["sequence_id", "gold_logprobs"])
         for row in table.to_pylist():

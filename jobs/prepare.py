@@ -34,16 +34,7 @@ def prepare(config: Config) -> Prepared:
             taken.
     """
     layout = layout_of(config)
-    _check_upstream_options(config)
-    prompts, counts = read_prompts(config.prompts)
-    _check_prompts(config, prompts)
-    before, after = (
-        [filter_identity(rule, config.prompts.checker) for rule in rules]
-        for rules in (
-            config.synthesis.filters_before_scoring,
-            config.synthesis.filters_after_scoring,
-        )
-    )
+    prompts, counts = check_inputs(config)
     for model in [*config.teachers.values(), config.student]:
         check_model(model)
     tokenizer_digest = check_vocabularies(config, prompts)
@@ -73,11 +64,32 @@ def prepare(config: Config) -> Prepared:
             for name, identity in identities.items()
             if config.synthesis.generator == "every_teacher" or config.teachers[name].domains
         },
-        filters_before_scoring=before,
-        filters_after_scoring=after,
+        filters_before_scoring=[
+            filter_identity(rule, config.prompts.checker)
+            for rule in config.synthesis.filters_before_scoring
+        ],
+        filters_after_scoring=[
+            filter_identity(rule, config.prompts.checker)
+            for rule in config.synthesis.filters_after_scoring
+        ],
     )
     save_prepared(layout, prepared)
     return prepared
+
+
+def check_inputs(config: Config) -> tuple[list[Prompt], dict[str, int]]:
+    """Checks upstream's options and the prompts, without a look at any model.
+
+    Returns:
+        The prompts and their counts.
+
+    Raises:
+        ConfigError, PromptError: what is wrong.
+    """
+    _check_upstream_options(config)
+    prompts, counts = read_prompts(config.prompts)
+    _check_prompts(config, prompts)
+    return prompts, counts
 
 
 def _check_upstream_options(config: Config) -> None:

@@ -6,7 +6,7 @@ import json
 import time
 from typing import Any
 
-from jobs.engines import engine_cost, pool_job
+from jobs.engines import engine_seconds, pool_job
 from jobs.filtering import filter_answers
 from jobs.plan import answers, synthesis_key
 from pipeline.config import Config
@@ -58,7 +58,7 @@ def synthesize(config: Config, layout: Layout, prepared: Prepared) -> dict[str, 
         "dataset": write_dataset(layout, kept),
         "counts": counts,
         "filters": filters,
-        "cost": engine_cost(config, reports, seconds),
+        "engine_seconds": engine_seconds(config, reports, seconds),
         "summary": f"{len(kept)} sequences (answers kept: {written}{dropped})",
     }
 

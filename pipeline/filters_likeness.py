@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from pipeline.config_synthesis import (
     Compared,
@@ -54,9 +55,10 @@ def near_duplicate(
         shingles = shingles_of(compared_text(candidate, rule.of), rule.shingle)
         sketch = MinHash(num_perm=NUM_PERMUTATIONS, seed=1)
         sketch.update_batch([shingle.encode() for shingle in shingles])
+        alike: list[Any] = index.query(sketch)
         likeness = {
             j: jaccard(shingles, shingles_of(compared_text(candidates[j], rule.of), rule.shingle))
-            for j in index.query(sketch)
+            for j in alike
             if _counts_as_other(candidate, candidates[j], rule.of)
         }
         nearest = max(likeness, key=lambda j: likeness[j], default=None)
