@@ -216,6 +216,7 @@ def _report(
         "learned_weights": learned_provenance(config.combine, layout),
         "renormalised_sequences": figures["renormalised_sequences"],
         "synthesis": records["synthesize"]["counts"],
+        "filters": records["synthesize"]["filters"] + records["score"]["filters"],
         "prompts": prepared.prompt_counts,
         "curves": {label: _curve(layout, label) for label in students_of(config)},
         "export_check": check,

@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.engines import engine_seconds, pool_job
+from jobs.filtering import filter_scored
 from jobs.plan import score_key
 from pipeline import storage
 from pipeline.cache_index import is_published, publish, quarantined
 from pipeline.config import Config
 from pipeline.config_targets import CombineConfig, LearnedWeights
 from pipeline.datasets import DatasetEntry, read_dataset, write_dataset
+from pipeline.filters import summary
 from pipeline.fingerprint import digest_json
 from pipeline.generations import pin_generations
 from pipeline.layout import CacheLayout, Layout
@@ -33,6 +35,7 @@ def score(config: Config, layout: Layout, prepared: Prepared, dataset: str) -> d
     Raises:
         TeacherError: an engine cannot run.
         ConfigError: weights are to be learned, and a domain has nothing to learn them from.
+        FilterError: the filters that need cached rows leave nothing of a split.
     """
     entries = read_dataset(layout, dataset)
     caches = prepared.caches(layout)
@@ -58,15 +61,16 @@ def score(config: Config, layout: Layout, prepared: Prepared, dataset: str) -> d
             "domain has quarantined them",
             len(entries) - len(covered),
         )
+    kept, filters = filter_scored(config, layout, prepared, covered)
+    told = [scored_summary(name, report, len(refused[name])) for name, report in reports.items()]
     return {
         "key": score_key(config, layout, prepared),
-        "dataset": write_dataset(layout, covered),
+        "dataset": write_dataset(layout, kept),
+        "filters": filters,
         "engines": {name: report.engines for name, report in reports.items()},
         "quarantined": {name: len(errors) for name, errors in refused.items()},
         "engine_seconds": engine_seconds(config, reports, seconds),
-        "summary": "; ".join(
-            scored_summary(name, report, len(refused[name])) for name, report in reports.items()
-        ),
+        "summary": "; ".join(told + ([f"dropped: {summary(filters)}"] if filters else [])),
     }
 
 

@@ -121,6 +121,10 @@ class Layout:
     def synthesis_folder(self, recipe: str) -> str:
         return join(self.root, "synthesis", recipe)
 
+    def rejected(self, digest: str, name: str) -> str:
+        """Answers that are not trained on, by who dropped them; for people."""
+        return join(self.root, "rejected", digest, f"{name}.parquet")
+
     @property
     def datasets_folder(self) -> str:
         return join(self.root, "datasets")
