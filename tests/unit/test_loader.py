@@ -74,14 +74,31 @@ def test_processes_change_nothing_in_any_batch(share, steps):
                 assert packed.token_ids.flags.writeable  # what torch shares it may write
 
 
-def test_all_ranks_together_hold_the_global_batch(share):
+def positions_of(packed_batches):
+    """Gold id, weights, tails and kept probabilities of every position, in a fixed order."""
+    found = []
+    for packed in packed_batches:
+        for j, gold in enumerate(packed.gold_ids.tolist()):
+            numbers = [a[:, j].tolist() for a in (packed.teacher_weights, packed.tail_mass)]
+            kept = packed.logprobs[:, j]
+            found.append((gold, numbers, kept[kept > -np.inf].tolist()))
+    return sorted(found)
+
+
+def test_all_ranks_together_hold_the_global_batch_with_the_same_weights(share):
+    """The same numbers to the bit, whoever computes them and whatever stands beside them."""
     whole = batches(dataclasses.replace(share, rank=0, world_size=1), range(3), 0)
     ranks = [batches(dataclasses.replace(share, rank=rank), range(3), 0) for rank in (0, 1)]
+    training = share.job.config.training.model_copy(update={"packing": False})
+    config = share.job.config.model_copy(update={"training": training})
+    padded = dataclasses.replace(share, rank=0, world_size=1)
+    padded = dataclasses.replace(padded, job=dataclasses.replace(share.job, config=config))
+    apart = batches(padded, range(3), 0)
     for step, batch in enumerate(whole):
-        gold = np.concatenate([packed.gold_ids for packed in batch.micro_batches])
-        parts = [p.gold_ids for rank in ranks for p in rank[step].micro_batches]
-        assert sorted(np.concatenate(parts)) == sorted(gold)
-        assert {rank[step].num_positions for rank in ranks} == {len(gold)}
+        expected = positions_of(batch.micro_batches)
+        assert positions_of([p for rank in ranks for p in rank[step].micro_batches]) == expected
+        assert positions_of(apart[step].micro_batches) == expected
+        assert {rank[step].num_positions for rank in ranks} == {len(expected)}
 
 
 def test_processes_die_with_a_trainer_that_is_killed(share, tmp_path):
