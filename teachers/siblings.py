@@ -44,9 +44,9 @@ class Siblings:
         rows = None
         try:
             rows = await teacher.score(input_ids.tolist(), first_index, earlier)
+            return rows
         finally:
             answer.rows.set_result(rows)
-        return rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,24 +71,29 @@ class Earlier:
             )
             if is_alike and (theirs := await answer.rows):
                 start = self.first_index - answer.first_index
-                stop = num_cached + 1 - answer.first_index
-                if found := _with_gold(theirs, start, stop, int(self.input_ids[num_cached])):
+                found = _slice(theirs, start, num_cached + 1 - answer.first_index)
+                gold = int(self.input_ids[num_cached])
+                if answer.input_ids[num_cached] == gold:
                     return found
+                if (of_gold := _with_last_gold(found, gold)) is not None:
+                    return of_gold
         return None
 
 
-def _with_gold(rows: CapturedRows, start: int, stop: int, gold: int) -> CapturedRows | None:
-    """A copy of some rows, the last one's gold token another; None where its log-probability is not
-    among those captured.
-    """
-    (place,) = np.nonzero(rows.token_ids[stop - 1] == gold)
-    if len(place) == 0:
-        return None
-    gold_logprobs = rows.gold_logprobs[start:stop].copy()
-    gold_logprobs[-1] = rows.logprobs[stop - 1, place[0]]
+def _slice(rows: CapturedRows, start: int, stop: int) -> CapturedRows:
     return replace(
         rows,
         token_ids=rows.token_ids[start:stop],
         logprobs=rows.logprobs[start:stop],
-        gold_logprobs=gold_logprobs,
+        gold_logprobs=rows.gold_logprobs[start:stop],
     )
+
+
+def _with_last_gold(rows: CapturedRows, gold: int) -> CapturedRows | None:
+    """The same, the last one's gold token another; None where that is not among its entries."""
+    (place,) = np.nonzero(rows.token_ids[-1] == gold)
+    if len(place) == 0:
+        return None
+    gold_logprobs = rows.gold_logprobs.copy()
+    gold_logprobs[-1] = rows.logprobs[-1, place[0]]
+    return replace(rows, gold_logprobs=gold_logprobs)

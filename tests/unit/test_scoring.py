@@ -146,8 +146,11 @@ def test_rows_of_a_cached_beginning_come_from_the_earlier_answer_that_has_it() -
 
 def test_a_gold_token_that_was_not_captured_is_not_made_up() -> None:
     teacher = Cached(num_cached=3)
-    asked(teacher, [[1, 2, 3, 4, 0], [1, 2, 3, 5, 0]])  # id 5 is outside the five captured
-    assert teacher.known == [None, None]
+    asked(teacher, [[1, 2, 3, 4, 0], [1, 2, 3, 5, 0], [1, 2, 3, 5, 1]])
+    # id 5 is outside the five captured: the second is scored again, and then knows its own
+    first, second, third = teacher.known
+    assert first is None and second is None and third is not None
+    np.testing.assert_array_equal(third.gold_logprobs, Cached.rows([1, 2, 3, 5], 2).gold_logprobs)
 
 
 def test_an_answer_that_is_too_short_or_fails_gives_no_rows() -> None:
