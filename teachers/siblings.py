@@ -60,9 +60,12 @@ class Earlier:
     async def rows(self, num_cached: int) -> CapturedRows | None:
         """The rows over the tokens at `first_index` to `num_cached`; None where no answer has them.
 
+        The gold token of the last one may be unknown to all answers; its log-probability is NaN.
+
         Args:
             num_cached: tokens that lie in the engine's cache; they decide these rows.
         """
+        gold, found = int(self.input_ids[num_cached]), None
         for answer in reversed(self.answers):
             is_alike = (
                 len(answer.input_ids) > num_cached
@@ -72,12 +75,9 @@ class Earlier:
             if is_alike and (theirs := await answer.rows):
                 start = self.first_index - answer.first_index
                 found = _slice(theirs, start, num_cached + 1 - answer.first_index)
-                gold = int(self.input_ids[num_cached])
                 if answer.input_ids[num_cached] == gold:
                     return found
-                if (of_gold := _with_last_gold(found, gold)) is not None:
-                    return of_gold
-        return None
+        return found and found.with_last_gold(_captured_logprob(found, gold))
 
 
 def _slice(rows: CapturedRows, start: int, stop: int) -> CapturedRows:
@@ -89,11 +89,7 @@ def _slice(rows: CapturedRows, start: int, stop: int) -> CapturedRows:
     )
 
 
-def _with_last_gold(rows: CapturedRows, gold: int) -> CapturedRows | None:
-    """The same, the last one's gold token another; None where that is not among its entries."""
-    (place,) = np.nonzero(rows.token_ids[-1] == gold)
-    if len(place) == 0:
-        return None
-    gold_logprobs = rows.gold_logprobs.copy()
-    gold_logprobs[-1] = rows.logprobs[-1, place[0]]
-    return replace(rows, gold_logprobs=gold_logprobs)
+def _captured_logprob(rows: CapturedRows, token: int) -> float:
+    """Of a token in the last row; NaN where it is not among the entries."""
+    (place,) = np.nonzero(rows.token_ids[-1] == token)
+    return float(rows.logprobs[-1, place[0]]) if len(place) else np.nan
