@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config import Config
+from pipeline.config_synthesis import Contamination, EvaluationFile
 from pipeline.errors import ConfigError
 
 
@@ -57,14 +58,20 @@ def absolute_paths(config: Config, folder: Path) -> Config:
     values["storage"]["shared_roots"] = [
         _absolute(root, folder) for root in values["storage"]["shared_roots"]
     ]
-    for source in values["prompts"]["sources"]:
+    files = [file for rule in values["synthesis"]["filters"] for file in rule.get("files", [])]
+    for source in [*values["prompts"]["sources"], *files]:
         source["path"] = _absolute(source["path"], folder)
     initial_weights = config.student.initial_weights
     if initial_weights is not None:
         values["student"]["initial_weights"] = _absolute(initial_weights, folder)
     for model in [*values["teachers"].values(), values["student"]]:
-        if model["model"].startswith("."):
+        if model["model"].startswith((".", "~")):
             model["model"] = _absolute(model["model"], folder)
+        elif not is_folder(model["model"]) and (folder / model["model"]).is_dir():
+            raise ConfigError(
+                f"model {model['model']!r} is both a hub id and a folder beside the config: write "
+                f"./{model['model']} for the folder"
+            )
     return Config.model_validate(values)
 
 
@@ -94,13 +101,24 @@ def local_paths(config: Config) -> dict[str, str]:
     paths |= {
         f"prompts.sources.{i}.path": source.path for i, source in enumerate(config.prompts.sources)
     }
+    paths |= {key: file.path for key, file in evaluation_files(config).items()}
     return {key: path for key, path in paths.items() if path.startswith("/")}
 
 
+def evaluation_files(config: Config) -> dict[str, EvaluationFile]:
+    """The evaluation files of all contamination filters by the key that holds their path."""
+    return {
+        f"synthesis.filters.{i}.files.{k}.path": file
+        for i, rule in enumerate(config.synthesis.filters)
+        if isinstance(rule, Contamination)
+        for k, file in enumerate(rule.files)
+    }
+
+
 def _absolute(path: str, folder: Path) -> str:
-    if "://" in path or path.startswith("/"):
+    if "://" in path:
         return path
-    return os.path.normpath(folder / path)
+    return os.path.normpath(folder / os.path.expanduser(path))
 
 
 def _unshared(value: Any) -> Any:
@@ -161,7 +179,14 @@ def _explain(item: Any) -> str:
     if item["type"] == "missing":
         return f"{place!r} is required"
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] != "value_error":  # our own messages name what they found
+        message += f", found {_short(item['input'])}"
     return f"{place}: {message}" if place else message
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _known_keys(location: list[Any]) -> set[str]:

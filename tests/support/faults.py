@@ -75,6 +75,7 @@ class Material:
             "prompts.checker": "null",
             "teachers": f"{{{TEACHER}: {teacher}}}",
             "synthesis.generator": "dataset",
+            "synthesis.filters": "[]",
             "synthesis.sampling": "{}",
             "synthesis.prompts_per_shard": PROMPTS_PER_SHARD,
             "combine.weights": f"{{type: static, teachers: {{{TEACHER}: 1.0}}}}",
