@@ -39,11 +39,12 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.common import print_table, write_json
+from pipeline.cache import read_shard
 from pipeline.config_targets import TopP
 from pipeline.datasets import write_sequences
 from pipeline.fingerprint import digest_json
-from pipeline.layout import Layout
-from pipeline.records import TokenSequence
+from pipeline.layout import CacheLayout, Layout
+from pipeline.records import SparseLogprobs, TokenSequence
 from teachers.actor import CPU_ENV_VARS, ENGINE_ENV_VARS
 from teachers.dispatch import TASKS_IN_FLIGHT
 from teachers.engine import EngineSpec
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
 WIDTHS = (20, 64, 256)
 ANSWERS = 8
+SIBLINGS_WIDTH = 64
 COMMON = 64  # tokens with which answers begin that are alike
 EXAMPLES = 4  # worked examples before a question that gets several answers
 NUM_SHARDS = 4
@@ -122,6 +124,27 @@ class Bench:
         await self.teacher._engine.reset_prefix_cache()
         return await self._score(sequences, width, share_prefixes=True)
 
+    def gold_difference(self, shards: list[ScoredShard], others: list[ScoredShard]) -> float:
+        """Mean difference, in nats, of the gold tokens' log-probabilities with prefix sharing from
+        those without, at `SIBLINGS_WIDTH`.
+        """
+        differences = []
+        for shared, apart in zip(shards, others, strict=True):
+            rows = zip(self._rows(shared, True), self._rows(apart, False), strict=True)
+            differences += [
+                np.abs(a.gold_logprobs.astype(np.float64) - b.gold_logprobs.astype(np.float64))
+                for a, b in rows
+            ]
+        return float(np.concatenate(differences).mean())
+
+    def _rows(self, shard: ScoredShard, share_prefixes: bool) -> list[SparseLogprobs]:
+        cache, _ = self._cache(SIBLINGS_WIDTH, share_prefixes)
+        return read_shard(cache.shard(shard.entry.digest))
+
+    def _cache(self, width: int, share_prefixes: bool) -> tuple[CacheLayout, str]:
+        fingerprint = digest_json([width, share_prefixes])
+        return Layout(str(self.folder), "benchmark").cache("teacher", fingerprint), fingerprint
+
     def _set(self, width: int, share_prefixes: bool) -> None:
         self.teacher._width, self.teacher._shares_prefixes = width, share_prefixes
 
@@ -142,13 +165,12 @@ class Bench:
         layout = Layout(str(self.folder), "benchmark")
         size = -(-len(sequences) // NUM_SHARDS)
         selection = TopP(type="top_p", mass=MASS, max_entries=min(width, MAX_ENTRIES))
-        fingerprint = digest_json([width, share_prefixes])
+        cache, fingerprint = self._cache(width, share_prefixes)
         tasks = []
         for start in range(0, len(sequences), size):
             group = sequences[start : start + size]
             shard = write_sequences(layout, "gsm8k", group)
             ids = tuple(each.sequence_id for each in group)
-            cache = layout.cache("teacher", fingerprint)
             tasks.append(ScoringTask(cache, fingerprint, f"{layout.root}/{shard}", ids, selection))
         slots = asyncio.Semaphore(TASKS_IN_FLIGHT)
 
@@ -167,8 +189,8 @@ async def measure(bench: Bench, size: Size) -> list[dict[str, Any]]:
         for name in ("dicts", "flat", "arrays", "stage"):
             ways.append((name, width, getattr(bench, name), bench.alone))
     for name, sequences in (("siblings", bench.siblings), ("alike", bench.alike)):
-        ways.append((name, 64, partial(bench.apart, sequences), sequences))
-        ways.append((f"{name} shared", 64, partial(bench.shared, sequences), sequences))
+        ways.append((name, SIBLINGS_WIDTH, partial(bench.apart, sequences), sequences))
+        ways.append((f"{name} shared", SIBLINGS_WIDTH, partial(bench.shared, sequences), sequences))
     rates: list[list[float]] = [[] for _ in ways]
     shards: list[list[ScoredShard]] = [[] for _ in ways]
     for turn in range(size.rounds):
@@ -181,6 +203,7 @@ async def measure(bench: Bench, size: Size) -> list[dict[str, Any]]:
             seconds = time.perf_counter() - started
             rates[i].append(sum(len(each.input_ids) for each in sequences) / seconds)
         print(f"round {turn + 1} of {size.rounds}", flush=True)
+    written = {name: found for (name, *_), found in zip(ways, shards, strict=True)}
     return [
         {
             "way": name,
@@ -188,13 +211,18 @@ async def measure(bench: Bench, size: Size) -> list[dict[str, Any]]:
             "sequences": len(sequences),
             "tokens": sum(len(each.input_ids) for each in sequences),
             "answer_tokens": sum(each.num_positions for each in sequences),
-            "cached_tokens": sum(shard.num_cached_tokens for shard in written),
-            "rescored": sum(shard.num_rescored for shard in written),
+            "cached_tokens": sum(shard.num_cached_tokens for shard in last),
+            "rescored": sum(shard.num_rescored for shard in last),
+            "gold_difference_nats": (
+                bench.gold_difference(last, written[name.removesuffix(" shared")])
+                if name.endswith(" shared")
+                else None
+            ),
             "tokens_per_second": statistics.median(found),
             "lowest": min(found),
             "highest": max(found),
         }
-        for (name, width, _, sequences), found, written in zip(ways, rates, shards, strict=True)
+        for (name, width, _, sequences), found, last in zip(ways, rates, shards, strict=True)
     ]
 
 

@@ -80,6 +80,12 @@ class CapturedRows:
             gold_logprobs=np.concatenate([self.gold_logprobs, rows.gold_logprobs]),
         )
 
+    def with_last_gold(self, logprob: float) -> CapturedRows:
+        """The same rows, where the last one's gold token has this log-probability."""
+        gold_logprobs = self.gold_logprobs.copy()
+        gold_logprobs[-1] = logprob
+        return replace(self, gold_logprobs=gold_logprobs)
+
 
 @dataclass(frozen=True)
 class GeneratedAnswer:

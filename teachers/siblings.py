@@ -44,9 +44,9 @@ class Siblings:
         rows = None
         try:
             rows = await teacher.score(input_ids.tolist(), first_index, earlier)
+            return rows
         finally:
             answer.rows.set_result(rows)
-        return rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +60,12 @@ class Earlier:
     async def rows(self, num_cached: int) -> CapturedRows | None:
         """The rows over the tokens at `first_index` to `num_cached`; None where no answer has them.
 
+        The gold token of the last one may be unknown to all answers; its log-probability is NaN.
+
         Args:
             num_cached: tokens that lie in the engine's cache; they decide these rows.
         """
+        gold, found = int(self.input_ids[num_cached]), None
         for answer in reversed(self.answers):
             is_alike = (
                 len(answer.input_ids) > num_cached
@@ -71,24 +74,22 @@ class Earlier:
             )
             if is_alike and (theirs := await answer.rows):
                 start = self.first_index - answer.first_index
-                stop = num_cached + 1 - answer.first_index
-                if found := _with_gold(theirs, start, stop, int(self.input_ids[num_cached])):
+                found = _slice(theirs, start, num_cached + 1 - answer.first_index)
+                if answer.input_ids[num_cached] == gold:
                     return found
-        return None
+        return found and found.with_last_gold(_captured_logprob(found, gold))
 
 
-def _with_gold(rows: CapturedRows, start: int, stop: int, gold: int) -> CapturedRows | None:
-    """A copy of some rows, the last one's gold token another; None where its log-probability is not
-    among those captured.
-    """
-    (place,) = np.nonzero(rows.token_ids[stop - 1] == gold)
-    if len(place) == 0:
-        return None
-    gold_logprobs = rows.gold_logprobs[start:stop].copy()
-    gold_logprobs[-1] = rows.logprobs[stop - 1, place[0]]
+def _slice(rows: CapturedRows, start: int, stop: int) -> CapturedRows:
     return replace(
         rows,
         token_ids=rows.token_ids[start:stop],
         logprobs=rows.logprobs[start:stop],
-        gold_logprobs=gold_logprobs,
+        gold_logprobs=rows.gold_logprobs[start:stop],
     )
+
+
+def _captured_logprob(rows: CapturedRows, token: int) -> float:
+    """Of a token in the last row; NaN where it is not among the entries."""
+    (place,) = np.nonzero(rows.token_ids[-1] == token)
+    return float(rows.logprobs[-1, place[0]]) if len(place) else np.nan

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import vllm
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -273,8 +274,24 @@ class VllmTeacher:
         if earlier and first_index <= num_cached < len(input_ids) - 1:
             known = await earlier.rows(num_cached)
             if known is not None:
+                if np.isnan(known.gold_logprobs[-1]):
+                    gold = await self._next_logprob(input_ids[: num_cached + 1])
+                    known = known.with_last_gold(gold)
                 return known.followed_by(self._rows(output, input_ids, num_cached + 1))
         return self._rows(output, input_ids, first_index)
+
+    async def _next_logprob(self, input_ids: list[int]) -> float:
+        """Of the last token given those before it, whatever the cache holds of these."""
+        *before, token = input_ids
+        parameters = SamplingParams(
+            max_tokens=1,
+            temperature=0,
+            logprob_token_ids=[token],
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        (position,) = (await self._finish(before, parameters)).outputs[0].logprobs or ()
+        return position[token].logprob
 
     async def _prompt_scored(self, input_ids: list[int], read_prefixes: bool) -> RequestOutput:
         parameters = self._scoring_parameters(self._capture == "flat", read_prefixes)

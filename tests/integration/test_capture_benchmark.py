@@ -51,6 +51,8 @@ def test_the_short_form_measures_every_way(tmp_path: Path) -> None:
         is_shared = row["way"].endswith("shared")
         assert (row["cached_tokens"] > 0.5 * row["tokens"]) == is_shared
         assert is_shared or row["cached_tokens"] == row["rescored"] == 0
+        # The engine computes in bfloat16; the canary's tolerance for it.
+        assert not is_shared or row["gold_difference_nats"] < 0.06
     # The rows of a common beginning are those of the answer before.
     assert shared["rescored"] < shared["sequences"] / 4
     assert alike["rescored"] < alike["sequences"] / 4

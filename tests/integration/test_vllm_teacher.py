@@ -231,26 +231,32 @@ def test_rows_that_the_prefix_cache_holds_back_are_scored_again(sharing: Running
     assert_same_rows(again, first)
 
 
-def test_answers_that_begin_alike_have_the_rows_of_the_first(
-    sharing: Running, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("prompt", "common"), [(PROMPTS[0], 40), (sequence(64, seed=4), 0), (sequence(60, seed=4), 4)]
+)
+def test_rows_inside_the_cached_prefix_are_those_of_an_earlier_answer(
+    sharing: Running, monkeypatch: pytest.MonkeyPatch, prompt: list[int], common: int
 ) -> None:
-    begin = sequence(40, seed=20)
-    answers = [PROMPTS[0] + begin + sequence(9 + i, seed=30 + i) for i in range(8)]
-    requests = [(ids, len(PROMPTS[0])) for ids in answers]
+    """Answers begin alike, or the prompt fills its blocks: its last row is over their first tokens,
+    few of which are among the captured.
+    """
+    begin = prompt + sequence(common, seed=20)
+    answers = [begin + sequence(9 + i, seed=30 + i) for i in range(8)]
+    requests = [(ids, len(prompt)) for ids in answers]
     with monkeypatch.context() as patch:
         patch.setattr(sharing.teacher, "_shares_prefixes", False)
         apart = scored(sharing, requests)
     sharing(sharing.teacher._engine.reset_prefix_cache())
 
     async def together() -> list[CapturedRows]:
-        siblings, start = Siblings(), len(PROMPTS[0])
-        each = [siblings.score(sharing.teacher, np.array(ids), start) for ids in answers]
+        siblings = Siblings()
+        each = [siblings.score(sharing.teacher, np.array(ids), len(prompt)) for ids in answers]
         return list(await asyncio.gather(*each))
 
     found = sharing(together())
     assert_same_rows(found, apart)
     assert not any(rows.is_rescored for rows in found)
-    assert [rows.num_cached_tokens for rows in found] == [0] + [(70 + 40) // 32 * 32] * 7
+    assert [rows.num_cached_tokens for rows in found] == [0] + [len(begin) // 32 * 32] * 7
 
 
 @pytest.mark.parametrize("fault", ["too much is cached", "preempted: rows are garbage"])

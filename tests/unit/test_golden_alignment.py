@@ -99,7 +99,7 @@ class FromTheTables:
     def __init__(self, name, captured):
         self.name, self.captured = name, captured
 
-    async def score(self, input_ids, first_index):
+    async def score(self, input_ids, first_index, earlier=None):
         sequence = next(n for n, tokens in TOKENS.items() if tokens == input_ids)
         rows = self.captured[self.name, sequence]
         gold = zip(input_ids[1:], rows, strict=True)

@@ -108,7 +108,8 @@ class Cached:
             await asyncio.sleep(0)
         if len(earlier.answers) == self.fails:
             raise RuntimeError("refused")
-        self.known.append(await earlier.rows(self.num_cached))
+        is_cached = first_index <= self.num_cached < len(input_ids) - 1
+        self.known.append(await earlier.rows(self.num_cached) if is_cached else None)
         return self.rows(input_ids, first_index)
 
     @staticmethod
@@ -146,8 +147,15 @@ def test_rows_of_a_cached_beginning_come_from_the_earlier_answer_that_has_it() -
 
 def test_a_gold_token_that_was_not_captured_is_not_made_up() -> None:
     teacher = Cached(num_cached=3)
-    asked(teacher, [[1, 2, 3, 4, 0], [1, 2, 3, 5, 0]])  # id 5 is outside the five captured
-    assert teacher.known == [None, None]
+    asked(teacher, [[1, 2, 3, 4, 0], [1, 2, 3, 5, 0], [1, 2, 3, 5, 1]])
+    # id 5 is outside the five captured; the third has it from the second
+    first, second, third = teacher.known
+    assert first is None and second is not None and third is not None
+    expected = Cached.rows([1, 2, 3, 5], 2)
+    assert np.isnan(second.gold_logprobs[-1])
+    np.testing.assert_array_equal(second.gold_logprobs[:-1], expected.gold_logprobs[:-1])
+    np.testing.assert_array_equal(second.logprobs, expected.logprobs)
+    np.testing.assert_array_equal(third.gold_logprobs, expected.gold_logprobs)
 
 
 def test_an_answer_that_is_too_short_or_fails_gives_no_rows() -> None:
