@@ -16,9 +16,10 @@ from jobs.synthesis_checks import (
     synthesis_recipes,
 )
 from pipeline.config import Config, TeacherConfig
-from pipeline.config_targets import ByDomainWeights
+from pipeline.config_targets import ByDomainWeights, LearnedWeights
 from pipeline.config_training import StudentConfig
 from pipeline.errors import ConfigError
+from pipeline.learned_weights import SPLIT as LEARNED_SPLIT
 from pipeline.prepared import Prepared, preparation_key, save_prepared
 from pipeline.prompts import read_prompts, write_prompts
 from pipeline.recipes import scoring_recipe
@@ -125,6 +126,13 @@ def _check_prompts(config: Config, prompts: Sequence[Prompt]) -> None:
     weights = config.combine.weights
     if isinstance(weights, ByDomainWeights) and (unnamed := domains - weights.domains.keys()):
         raise ConfigError(f"combine.weights.domains has no weights for {sorted(unnamed)}")
+    learnable = {prompt.domain for prompt in prompts if prompt.split == LEARNED_SPLIT}
+    if isinstance(weights, LearnedWeights) and (unknown := domains - learnable):
+        raise ConfigError(
+            f"combine.weights are learned on the {LEARNED_SPLIT} split, which has no prompt of "
+            f"{sorted(unknown)}: raise prompts.validation_fraction, or give a source `split: "
+            f"{LEARNED_SPLIT}`"
+        )
 
 
 def _check_vocabulary_sizes(config: Config) -> None:

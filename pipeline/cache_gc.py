@@ -86,8 +86,6 @@ def describe_garbage(garbage: Iterable[Garbage]) -> str:
         for (folder, reason), sizes in groups.items()
     ]
     total = sum(sum(sizes) for sizes in groups.values())
-    if not rows:
-        return "nothing to remove"
     return f"{table(['files', 'bytes', 'folder', 'why'], rows)}\n{total:,} bytes in all"
 
 

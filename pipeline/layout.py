@@ -90,6 +90,10 @@ class Layout:
         return join(self.run_folder, "stages", "score.caches.json")
 
     @property
+    def learned_weights(self) -> str:
+        return join(self.run_folder, "learned_weights.json")
+
+    @property
     def report_json(self) -> str:
         return join(self.run_folder, "report.json")
 

@@ -1,41 +1,39 @@
 """The batches of a training: the order of its data, cut into steps and into the rows of each rank.
 
-    entries -> order of the epoch -> global batch of a step -> micro-batches of each rank -> tensors
+    entries -> order of the epoch -> global batch of a step -> micro-batches of each rank
 
 The order is a pure function of (seed, epoch, dataset digest), and a global batch is a list of
-sequences: neither depends on the number of workers.
+sequences: neither depends on the number of workers. Loader processes run this: it needs no torch.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
 from pipeline.datasets import DatasetEntry, read_dataset
 from pipeline.errors import TrainingError
 from pipeline.fingerprint import digest_json
 from pipeline.training import TrainingJob
 from students.dataset import Examples, open_examples
-from students.packing import MicroBatch, pack, plan_micro_batches, refuse_long_sequences
+from students.packing import PackedBatch, pack, plan_micro_batches, refuse_long_sequences
 
 SHUFFLE_WINDOW_SHARDS = 32
 """Sequence shards whose sequences are shuffled together; fewer than a cache reader keeps decoded.
 """
-PROBE_SEQUENCES = 2
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
-class StepBatch:
+class StepBatch(Generic[Batch]):
     """One step, counted from 0: this rank's micro-batches, and the size of the global batch."""
 
     step: int
-    micro_batches: list[MicroBatch]
+    micro_batches: list[Batch]
     num_positions: int
     num_tokens: int
 
@@ -84,73 +82,70 @@ class DataOrder:
         return np.concatenate([self.epoch(int(e))[within[epochs == e]] for e in np.unique(epochs)])
 
 
-class TrainingData:
-    """The entries of a dataset as the micro-batches of this rank."""
+@dataclass(frozen=True)
+class Share:
+    """What a process makes of a training's batches: all that its rank computes.
 
-    def __init__(self, job: TrainingJob, vocabulary: int, device: torch.device) -> None:
+    Attributes:
+        vocabulary: rows of the student's head.
+    """
+
+    job: TrainingJob
+    vocabulary: int
+    rank: int
+    world_size: int
+
+
+class BatchSource:
+    """The sequences of a dataset as the packed micro-batches of one rank."""
+
+    def __init__(self, share: Share) -> None:
         """Reads the dataset and opens the caches that the losses need.
 
         Raises:
             TrainingError: nothing to train on, a sequence longer than the budget, or a missing
                 cache.
         """
-        self._job, self._device = job, device
-        self._padded = not job.config.training.packing
-        self._world_size, self._rank = dist.get_world_size(), dist.get_rank()
+        self._share, job = share, share.job
         entries = read_dataset(job.layout, job.dataset_digest)
         self.train = [entry for entry in entries if entry.split == "train"]
         self.holdout = [entry for entry in entries if entry.split == "holdout"]
         if not self.train:
             raise TrainingError(f"dataset {job.dataset_digest} has no sequences of split `train`")
-        used = self.train + self.holdout
-        budget = job.config.training.tokens_per_micro_batch
-        refuse_long_sequences([(entry.sequence_id, entry.num_tokens) for entry in used], budget)
-        combine = job.config.combine if job.uses_teachers else None
-        teachers = list(job.config.teachers)
-        # apart, since a thread reads ahead in one while the other is used
-        self._train_examples, self._holdout_examples = (
-            open_examples(job.layout, job.caches, teachers, combine, used, vocabulary)
-            for _ in range(2)
+        used, training = self.train + self.holdout, job.config.training
+        refuse_long_sequences(
+            [(entry.sequence_id, entry.num_tokens) for entry in used],
+            training.tokens_per_micro_batch,
         )
-        shards = [entry.shard for entry in self.train]
-        training = job.config.training
+        self.examples: Examples = open_examples(
+            job.layout,
+            job.caches,
+            list(job.config.teachers),
+            job.combine if job.uses_teachers else None,
+            used,
+            share.vocabulary,
+        )
         self._order = DataOrder(
-            shards, job.config.seed, job.dataset_digest, training.sequences_per_step
+            [entry.shard for entry in self.train],
+            job.config.seed,
+            job.dataset_digest,
+            training.sequences_per_step,
         )
 
-    def training_batches(self, start: int) -> Iterator[StepBatch]:
-        """The batches from a step on; reads one ahead."""
-        steps = range(start, self._job.config.training.steps)
-        with ThreadPoolExecutor(1) as reader:
-            ahead = [reader.submit(self._step, step) for step in steps[:1]]
-            for step in steps:
-                batch = ahead.pop().result()
-                if step + 1 in steps:
-                    ahead.append(reader.submit(self._step, step + 1))
-                yield batch
-
-    def holdout_batches(self) -> Iterator[MicroBatch]:
-        """The hold-out sequences of this rank, the same number of micro-batches on each."""
-        return self._micro_batches(self.holdout, self._holdout_examples)
-
-    def probe(self) -> tuple[list[DatasetEntry], MicroBatch]:
-        """The same few sequences on every rank, together."""
-        entries = [*self.holdout, *self.train][:PROBE_SEQUENCES]
-        examples = [self._holdout_examples[entry] for entry in entries]
-        return entries, pack(examples, self._padded).to(self._device)
-
-    def _step(self, step: int) -> StepBatch:
+    def step(self, step: int) -> StepBatch[PackedBatch]:
+        """The micro-batches of a step, counted from 0."""
         batch = [self.train[i] for i in self._order.batch(step)]
         return StepBatch(
             step,
-            list(self._micro_batches(batch, self._train_examples)),
+            list(self.micro_batches(batch)),
             sum(entry.num_positions for entry in batch),
             sum(entry.num_tokens for entry in batch),
         )
 
-    def _micro_batches(self, batch: list[DatasetEntry], examples: Examples) -> Iterator[MicroBatch]:
-        budget = self._job.config.training.tokens_per_micro_batch
-        lengths = [entry.num_tokens for entry in batch]
-        plan = plan_micro_batches(lengths, budget, self._world_size, self._padded)
-        for members in plan[self._rank]:
-            yield pack([examples[batch[i]] for i in members], self._padded).to(self._device)
+    def micro_batches(self, batch: Sequence[DatasetEntry]) -> Iterator[PackedBatch]:
+        """Those of this rank, of any sequences; their number is the same on all ranks."""
+        training, lengths = self._share.job.config.training, [entry.num_tokens for entry in batch]
+        padded, budget = not training.packing, training.tokens_per_micro_batch
+        plan = plan_micro_batches(lengths, budget, self._share.world_size, padded)
+        for members in plan[self._share.rank]:
+            yield pack([self.examples[batch[i]] for i in members], padded)

@@ -18,7 +18,7 @@ from pipeline.errors import TrainingError
 from students.divergences import LossTerm
 from students.initial_weights import load_initial_weights
 from students.losses import distillation_loss, position_figures
-from students.packing import MicroBatch
+from students.micro_batch import MicroBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}

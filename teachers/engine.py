@@ -7,7 +7,7 @@ tokens of a sequence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,15 @@ class CapturedRows:
     gold_logprobs: np.ndarray
     num_cached_tokens: int = 0
     is_rescored: bool = False
+
+    def followed_by(self, rows: CapturedRows) -> CapturedRows:
+        """These rows and then those of the tokens after them, which say what was computed."""
+        return replace(
+            rows,
+            token_ids=np.concatenate([self.token_ids, rows.token_ids]),
+            logprobs=np.concatenate([self.logprobs, rows.logprobs]),
+            gold_logprobs=np.concatenate([self.gold_logprobs, rows.gold_logprobs]),
+        )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from pipeline.fingerprint import digest_ids
 from pipeline.layout import CacheLayout
 from pipeline.records import SparseLogprobs, TokenSequence
 from pipeline.selection import select
+from teachers.siblings import Siblings
 
 if TYPE_CHECKING:
     from teachers.vllm_teacher import VllmTeacher
@@ -95,7 +97,10 @@ class ScoringTask:
             )
         sequences = siblings_together([held[identifier] for identifier in self.sequence_ids])
         slots = asyncio.Semaphore(SEQUENCES_IN_FLIGHT)
-        scored = await asyncio.gather(*(self._score(teacher, each, slots) for each in sequences))
+        families = defaultdict(Siblings)
+        scored = await asyncio.gather(
+            *(self._score(teacher, each, families[each.prompt_id], slots) for each in sequences)
+        )
         rows = {each.row.sequence_id: each.row for each in scored}
         path = self.cache.shard(digest_ids(self.sequence_ids))
         in_order = [rows[identifier] for identifier in self.sequence_ids]
@@ -109,12 +114,16 @@ class ScoringTask:
         )
 
     async def _score(
-        self, teacher: VllmTeacher, sequence: TokenSequence, slots: asyncio.Semaphore
+        self,
+        teacher: VllmTeacher,
+        sequence: TokenSequence,
+        siblings: Siblings,
+        slots: asyncio.Semaphore,
     ) -> _Scored:
         positions = sequence.position_indices
         first = int(positions[0])
         async with slots:
-            captured = await teacher.score(sequence.input_ids.tolist(), first)
+            captured = await siblings.score(teacher, sequence.input_ids, first)
         rows = positions - first
         kept = select(
             sequence.sequence_id,

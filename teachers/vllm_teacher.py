@@ -33,6 +33,7 @@ from teachers import arguments, hardware, prompt_topk
 from teachers.canary import CANARY_TOKENS, Canary, canary_ids, full_step
 from teachers.engine import CapturedRows, EngineDiedError, EngineSpec, GeneratedAnswer
 from teachers.prompt_topk import BrokenRowsError, PromptTopK
+from teachers.siblings import Earlier
 
 logger = logging.getLogger(__name__)
 
@@ -129,12 +130,15 @@ class VllmTeacher:
             raise
         return teacher
 
-    async def score(self, input_ids: list[int], first_index: int) -> CapturedRows:
+    async def score(
+        self, input_ids: list[int], first_index: int, earlier: Earlier | None = None
+    ) -> CapturedRows:
         """The distributions over the tokens at indices `first_index` to T - 1.
 
         Args:
             input_ids: the T tokens of the sequence.
             first_index: at least 1, for nothing stands before token 0.
+            earlier: answers to the same prompt, whose rows serve where the prefix cache has none.
 
         Raises:
             TeacherError: the sequence is longer than the engine accepts, a token is outside the
@@ -145,11 +149,11 @@ class VllmTeacher:
         assert 1 <= first_index < len(input_ids), f"row {first_index} of {len(input_ids)} tokens"
         self._check(input_ids, 1)
         if not self._shares_prefixes:
-            return await self._captured(input_ids, first_index, read_prefixes=False)
+            return await self._captured(input_ids, first_index)
         try:
-            return await self._captured(input_ids, first_index, read_prefixes=True)
+            return await self._captured_behind_prefix(input_ids, first_index, earlier)
         except BrokenRowsError:
-            captured = await self._captured(input_ids, first_index, read_prefixes=False)
+            captured = await self._captured(input_ids, first_index)
             return dataclasses.replace(captured, is_rescored=True)
 
     def canary(self) -> Canary | None:
@@ -230,7 +234,7 @@ class VllmTeacher:
         self._restore, reason = await prompt_topk.install_if_equal(LogprobsProcessor, request_flat)
         self._capture = "arrays" if self._restore else "flat"
         self._capture_reason = reason
-        rows = await self._captured(canary, 1, read_prefixes=False)
+        rows = await self._captured(canary, 1)
         self._canary = Canary.of(rows, self.describe())
         level = logging.INFO if self._restore else logging.WARNING
         logger.log(level, "%s: capture by %s: %s", self._spec.model, self._capture, reason)
@@ -256,14 +260,30 @@ class VllmTeacher:
                 f"({self._spec.num_logprobs})"
             ) from error
 
-    async def _captured(
-        self, input_ids: list[int], first_index: int, read_prefixes: bool
+    async def _captured(self, input_ids: list[int], first_index: int) -> CapturedRows:
+        output = await self._prompt_scored(input_ids, read_prefixes=False)
+        return self._rows(output, input_ids, first_index)
+
+    async def _captured_behind_prefix(
+        self, input_ids: list[int], first_index: int, earlier: Earlier | None
     ) -> CapturedRows:
+        """The rows behind the cached prefix; those inside of it come from an earlier answer."""
+        output = await self._prompt_scored(input_ids, read_prefixes=True)
+        num_cached = output.num_cached_tokens or 0
+        if earlier and first_index <= num_cached < len(input_ids) - 1:
+            known = await earlier.rows(num_cached)
+            if known is not None:
+                return known.followed_by(self._rows(output, input_ids, num_cached + 1))
+        return self._rows(output, input_ids, first_index)
+
+    async def _prompt_scored(self, input_ids: list[int], read_prefixes: bool) -> RequestOutput:
         parameters = self._scoring_parameters(self._capture == "flat", read_prefixes)
-        output = await self._finish(input_ids, parameters)
+        return await self._finish(input_ids, parameters)
+
+    def _rows(self, output: RequestOutput, input_ids: list[int], first_index: int) -> CapturedRows:
         num_cached = output.num_cached_tokens or 0
         # After a preemption vLLM reports the first admission's number; then the rows tell.
-        if num_cached > first_index - 1:
+        if num_cached >= first_index:
             raise BrokenRowsError(
                 f"{num_cached} tokens came from the prefix cache, which has no rows, and rows from "
                 f"token {first_index} on are wanted"

@@ -22,6 +22,7 @@ from pipeline.recipes import scoring_recipe
 from pipeline.records import TokenSequence
 from teachers.dispatch import PoolReport
 from teachers.engine import CapturedRows
+from teachers.siblings import Earlier
 from tests.support.command_line import QUICKSTART
 
 VOCABULARY, WIDTH = 20, 16
@@ -34,7 +35,9 @@ class FakeTeacher:
 
     salt: str
 
-    async def score(self, input_ids: list[int], first_index: int) -> CapturedRows:
+    async def score(
+        self, input_ids: list[int], first_index: int, earlier: Earlier | None = None
+    ) -> CapturedRows:
         """The engine's contract, of numbers that mean nothing but always come out the same."""
         rows = [self._row(input_ids[:i]) for i in range(first_index, len(input_ids))]
         logprobs_PV = np.array(rows, dtype=np.float32)

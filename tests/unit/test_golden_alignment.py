@@ -23,6 +23,7 @@ from pipeline.layout import Layout
 from pipeline.records import TokenSequence
 from students.dataset import open_examples
 from students.divergences import LossTerm
+from students.micro_batch import MicroBatch
 from students.model import StudentModule
 from students.packing import pack
 from teachers.prompt_topk import PromptTopK
@@ -154,7 +155,7 @@ def packed_rows(root, packing, captured, selection=KEPT):
         list(entries.values()),
         VOCABULARY,
     )
-    return [pack([examples[entries[name]] for name in row]) for row in packing]
+    return [MicroBatch.of(pack([examples[entries[name]] for name in row])) for row in packing]
 
 
 def places(name):

@@ -147,6 +147,9 @@ def report():
             "logic": {"algebraist": 0.11, "logician": 0.89},
             "words": {"algebraist": 0.45, "logician": 0.55},
         },
+        "combine": "mixture",
+        "product": {},
+        "learned_weights": None,
         "renormalised_sequences": 3,
         "synthesis": {"algebraist": make_counts(2_800, 744), "logician": make_counts(2_801, 655)},
         "filters": [
@@ -530,6 +533,19 @@ def test_what_draws_cannot_tell_is_said_and_not_shown(report):
     assert "KL to the mixture and agreement with it are not measured" in words
     (line,) = [line for line in text_summary(report).splitlines() if line.startswith("KL to")]
     assert line.split()[-4:] == ["—"] * 4
+
+
+def test_the_page_says_how_teachers_combine(report):
+    assert "Teachers combine by" not in render_html(report)
+    report |= {
+        "combine": "product",
+        "product": {"words": {"assumed_mass": 0.0123, "floored": 0.5}},
+        "learned_weights": {"split": "validation", "domains": {"words": {"positions": 1234}}},
+    }
+    html = " ".join(render_html(report).split())
+    assert "Teachers combine by product." in html
+    assert "In words, 1.2 % of the product's mass" in html and "in 50.0 % of positions" in html
+    assert "learned on the validation split: 1,234 positions of words." in html
 
 
 def test_every_filter_is_shown_with_its_counts(report):
