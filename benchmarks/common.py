@@ -86,7 +86,7 @@ def made_up_job(
             "storage": {"root": str(root)},
             "prompts": {"sources": [{"path": "made-up.jsonl"}]},
             "teachers": {name: {"model": "made-up"} for name in teachers},
-            "synthesis": {"generator": "every_teacher"},
+            "synthesis": {"recipes": [{"type": "dataset"}]},
             "scoring": {"num_logprobs": 64, "selection": {"type": "top_k", "max_entries": 64}},
             "combine": {
                 "method": "mixture",

@@ -2,38 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from jobs.engines import engine_seconds, pool_job
 from pipeline import storage
 from pipeline.cache_index import load_index
 from pipeline.checkers import find_checker
 from pipeline.config import Config
-from pipeline.config_synthesis import Filter, scoring_teacher
+from pipeline.config_synthesis import Filter, Judge, scoring_teacher
 from pipeline.datasets import DatasetEntry, read_sequences, write_dataset
 from pipeline.filters import run_filters
 from pipeline.fingerprint import digest_json
 from pipeline.layout import CacheLayout, Layout
 from pipeline.prepared import Prepared
+from pipeline.prompt_writing import fill, rubric_of
 from pipeline.prompts import load_prompts
-from pipeline.records import Candidate, Evidence
+from pipeline.recipes import judging_recipe
+from pipeline.records import Candidate, Evidence, Prompt
 from pipeline.synthesis_index import sample_counts
+from pipeline.synthesis_steps import all_prompts, walk
+from teachers.judging import JudgingTask, plan_judging, read_grades
+from teachers.pool import run_pools
 from teachers.synthesis import student_tokenizer
-from teachers.vocabulary import answer_text
+from teachers.vocabulary import answer_text, prompt_ids
 
-Filtered = tuple[list[DatasetEntry], list[dict[str, Any]]]
+
+@dataclass(frozen=True)
+class Filtered:
+    """What filters left.
+
+    Attributes:
+        counts: of each filter.
+        engine_seconds: of judges, by teacher.
+    """
+
+    entries: list[DatasetEntry]
+    counts: list[dict[str, Any]] = field(default_factory=list)
+    engine_seconds: Counter[str] = field(default_factory=Counter)
 
 
 def filter_answers(
     config: Config, layout: Layout, prepared: Prepared, entries: Sequence[DatasetEntry]
 ) -> Filtered:
-    """The entries that pass the filters before scoring, and what each filter did.
+    """Runs the filters before scoring.
 
     Raises:
         FilterError: nothing of a split that is needed is left.
+        TeacherError: a judge's engine cannot run.
     """
     rules = config.synthesis.filters_before_scoring
     digest = digest_json(prepared.filters_before_scoring)
@@ -43,10 +65,11 @@ def filter_answers(
 def filter_scored(
     config: Config, layout: Layout, prepared: Prepared, entries: Sequence[DatasetEntry]
 ) -> Filtered:
-    """The scored entries that pass the filters that need cached rows and those behind them.
+    """Runs the filters that need cached rows, and those behind them.
 
     Raises:
         FilterError: nothing of a split that is needed is left.
+        TeacherError: a judge's engine cannot run.
     """
     rules = config.synthesis.filters_after_scoring
     digest = digest_json([prepared.filters_after_scoring, prepared.scoring_recipes])
@@ -79,9 +102,43 @@ def _filtered(
     digest: str,
 ) -> Filtered:
     if not rules:
-        return list(entries), []
-    prompts = {prompt.prompt_id: prompt for prompt in load_prompts(layout, prepared.prompts)}
+        return Filtered(list(entries))
+    given = load_prompts(layout, prepared.prompts)
+    steps = list(walk(config, layout, prepared, given))
+    prompts = {prompt.prompt_id: prompt for prompt in all_prompts(steps, given)}
     samples = sample_counts(layout, prepared.synthesis_digests.values())
+    caches, ids = prepared.caches(layout), {entry.sequence_id for entry in entries}
+    teachers = {teacher for rule in rules if (teacher := scoring_teacher(rule)) is not None}
+    checker = config.prompts.checker
+    took: Counter[str] = Counter()
+    evidence = Evidence(
+        checker=None if checker is None else find_checker(checker),
+        holdout_prompts={
+            f"hold-out prompt {p.prompt_id}": p.words
+            for p in prompts.values()
+            if p.split == "holdout"
+        },
+        gold_logprobs={name: mean_gold_logprobs(caches[name], ids) for name in sorted(teachers)},
+        grade=lambda rule, asked: _grades(config, layout, prepared, prompts, took, rule, asked),
+    )
+    kept, counts = run_filters(
+        layout,
+        digest_json([write_dataset(layout, entries), digest]),
+        rules,
+        _candidates(config, layout, entries, prompts, samples),
+        evidence,
+    )
+    return Filtered([candidate.entry for candidate in kept], counts, took)
+
+
+def _candidates(
+    config: Config,
+    layout: Layout,
+    entries: Sequence[DatasetEntry],
+    prompts: Mapping[str, Prompt],
+    samples: Mapping[tuple[str, str], int],
+) -> list[Candidate]:
+    """The sequences with their text, in the order of the entries; each shard is read once."""
     tokenizer, _ = student_tokenizer(config.student)
     candidates: dict[int, Candidate] = {}
     by_shard: dict[str, list[int]] = {}
@@ -100,23 +157,51 @@ def _filtered(
                 reference=prompt.reference,
                 samples=sum(samples.get((g, entry.sequence_id), 1) for g in entry.generators),
             )
-    caches, ids = prepared.caches(layout), {entry.sequence_id for entry in entries}
-    teachers = {teacher for rule in rules if (teacher := scoring_teacher(rule)) is not None}
-    checker = config.prompts.checker
-    evidence = Evidence(
-        checker=None if checker is None else find_checker(checker),
-        holdout_prompts={
-            f"hold-out prompt {p.prompt_id}": p.words
-            for p in prompts.values()
-            if p.split == "holdout"
-        },
-        gold_logprobs={name: mean_gold_logprobs(caches[name], ids) for name in sorted(teachers)},
+    return [candidates[i] for i in range(len(entries))]
+
+
+def _grades(
+    config: Config,
+    layout: Layout,
+    prepared: Prepared,
+    prompts: Mapping[str, Prompt],
+    took: Counter[str],
+    rule: Judge,
+    candidates: Sequence[Candidate],
+) -> Mapping[str, int | None]:
+    """The grades of all candidates; those without one are graded now, and `took` says how long."""
+    name = rule.teacher
+    identity = prepared.scoring_recipes[name]["model"]
+    recipe = digest_json(judging_recipe(config, rule, identity, prepared.tokenizer_hash))
+    rubric, most = rubric_of(rule), config.teachers[name].vllm.get("max_model_len")
+    questions = [
+        (c.entry.sequence_id, _question(rubric, prompts[c.entry.prompt_id], c)) for c in candidates
+    ]
+    template = JudgingTask(
+        layout, recipe, (), config.student, most if isinstance(most, int) else None
     )
-    kept, counts = run_filters(
-        layout,
-        digest_json([write_dataset(layout, entries), digest]),
-        rules,
-        [candidates[i] for i in range(len(entries))],
-        evidence,
+    known = read_grades(layout, recipe)
+    tasks = plan_judging(template, questions, known, config.synthesis.prompts_per_shard)
+    tokenizer, _ = student_tokenizer(config.student)
+    sizes = (len(prompt_ids(tokenizer, asked)) for task in tasks for _, asked in task.questions)
+    need = max(sizes, default=1) + 1
+    job = pool_job(
+        config,
+        name,
+        prepared,
+        tasks,
+        min_model_len=min(need, template.max_model_len or need),
+        num_logprobs=0,
+        unit="answers",
     )
-    return [candidate.entry for candidate in kept], counts
+    started = time.monotonic()
+    took.update(engine_seconds(config, run_pools([job]), time.monotonic() - started))
+    return read_grades(layout, recipe)
+
+
+def _question(rubric: str, prompt: Prompt, candidate: Candidate) -> Prompt:
+    """The filled rubric, in chat form where the prompt has it."""
+    text = fill(rubric, prompt=candidate.prompt, answer=candidate.answer)
+    if prompt.messages is None:
+        return replace(prompt, text=text)
+    return replace(prompt, messages=({"role": "user", "content": text},))

@@ -10,6 +10,7 @@ from pipeline import storage
 from pipeline.cache import SCHEMA_VERSION
 from pipeline.cache_index import load_index, missing_sequences, totals
 from pipeline.config import Config
+from pipeline.config_recipes import Answering, Writing
 from pipeline.config_targets import selection_of
 from pipeline.datasets import DatasetEntry, read_dataset
 from pipeline.fingerprint import digest_json
@@ -17,8 +18,8 @@ from pipeline.layout import Layout
 from pipeline.loading import check_model_folders
 from pipeline.prepared import Prepared, load_prepared
 from pipeline.prompts import load_prompts, read_prompts
-from pipeline.recipes import DATASET_GENERATOR
 from pipeline.synthesis_index import new_prompts
+from pipeline.synthesis_steps import walk
 from pipeline.training import training_jobs
 
 STAGES = ("prepare", "synthesize", "score", "train", "export", "evaluate")
@@ -60,12 +61,8 @@ def make_plan(config: Config) -> list[StagePlan]:
     plans = [StagePlan("prepare", 0, _counts(prepared.prompt_counts))]
     prompts = load_prompts(layout, prepared.prompts)
     unanswered = {
-        generator: len(
-            new_prompts(
-                layout, digest, [p for p in prompts if answers(config, generator, p.domain)]
-            )
-        )
-        for generator, digest in prepared.synthesis_digests.items()
+        work.step.label: len(new_prompts(layout, work.digest, work.prompts))
+        for work in walk(config, layout, prepared, prompts)
     }
     digest = dataset_of(layout, prepared)
     todo = sum(unanswered.values()) or int(digest is None)
@@ -81,14 +78,6 @@ def make_plan(config: Config) -> list[StagePlan]:
         done = done and all(storage.exists(path) for path in _outputs(config, layout, stage))
         plans.append(StagePlan(stage, 0 if done else 1, "complete" if done else "to do"))
     return plans
-
-
-def answers(config: Config, generator: str, domain: str) -> bool:
-    """Whether a generator answers prompts of a domain."""
-    return (
-        config.synthesis.generator != "domain_teacher"
-        or domain in config.teachers[generator].domains
-    )
 
 
 def plan_score(
@@ -186,19 +175,23 @@ def _outputs(config: Config, layout: Layout, stage: str) -> list[str]:
 def _plan_of_a_new_run(config: Config) -> list[StagePlan]:
     check_model_folders(config)
     prompts, counts = read_prompts(config.prompts)
-    generators = {"domain_teacher": 1, "dataset": 1, "every_teacher": len(config.teachers)}
-    given = config.synthesis.generator == DATASET_GENERATOR
-    samples = 1 if given else config.synthesis.samples_per_prompt
-    num_answers = len(prompts) * generators[config.synthesis.generator] * samples
-    bound = config.synthesis.max_sequence_tokens
-    longest = bound if given else config.synthesis.sampling.get("max_tokens")
+    num_answers, longest = 0, 0
+    for recipe in config.synthesis.recipes:
+        samples, most = 1, config.synthesis.max_sequence_tokens
+        if isinstance(recipe, Answering):
+            samples, most = recipe.samples_per_prompt, recipe.sampling.get("max_tokens")
+            samples *= len(config.teachers) if recipe.by == "every_teacher" else 1
+        if not isinstance(recipe, Writing):
+            num_answers += len(prompts) * samples
+            longest = max(longest, most or 0)
+    steps = " -> ".join(recipe.type for recipe in config.synthesis.recipes)
     size = f"{num_answers} sequences for each of {len(config.teachers)} teachers"
     if longest:
         of_one = _cache_bytes(num_answers * longest, config.scoring.selection.max_entries)
         size += f"; caches at most {_mebibytes(of_one * len(config.teachers))}"
     summaries = {
         "prepare": _counts(counts),
-        "synthesize": f"{num_answers} answers by {config.synthesis.generator}",
+        "synthesize": f"{steps}: {num_answers} answers to the given prompts",
         "score": size,
         "train": f"{config.training.steps} steps of {', '.join(students_of(config))}",
     }

@@ -8,19 +8,21 @@ from functools import partial
 from transformers import AutoConfig
 
 from jobs.plan import layout_of
-from pipeline import storage
-from pipeline.checkers import find_checker
+from jobs.synthesis_checks import (
+    check_filters,
+    check_recipes,
+    check_sampling,
+    filter_identities,
+    synthesis_recipes,
+)
 from pipeline.config import Config, TeacherConfig
-from pipeline.config_synthesis import Balance
 from pipeline.config_targets import ByDomainWeights, LearnedWeights
 from pipeline.config_training import StudentConfig
 from pipeline.errors import ConfigError
-from pipeline.filters import filter_identity
 from pipeline.learned_weights import SPLIT as LEARNED_SPLIT
-from pipeline.loading import evaluation_files
 from pipeline.prepared import Prepared, preparation_key, save_prepared
 from pipeline.prompts import read_prompts, write_prompts
-from pipeline.recipes import DATASET_GENERATOR, dataset_recipe, scoring_recipe, synthesis_recipe
+from pipeline.recipes import scoring_recipe
 from pipeline.records import Prompt
 from teachers.identity import check_model, model_identity, student_identity
 from teachers.vllm_teacher import check_engine_arguments, check_sampling_parameters
@@ -58,21 +60,13 @@ def prepare(config: Config) -> Prepared:
             name: scoring_recipe(config, name, identity, tokenizer_digest)
             for name, identity in identities.items()
         },
-        synthesis_recipes={DATASET_GENERATOR: dataset_recipe(config, tokenizer_digest)}
-        if config.synthesis.generator == DATASET_GENERATOR
-        else {
-            name: synthesis_recipe(config, name, identity, tokenizer_digest)
-            for name, identity in identities.items()
-            if config.synthesis.generator == "every_teacher" or config.teachers[name].domains
-        },
-        filters_before_scoring=[
-            filter_identity(rule, config.prompts.checker)
-            for rule in config.synthesis.filters_before_scoring
-        ],
-        filters_after_scoring=[
-            filter_identity(rule, config.prompts.checker)
-            for rule in config.synthesis.filters_after_scoring
-        ],
+        synthesis_recipes=synthesis_recipes(config, identities, tokenizer_digest),
+        filters_before_scoring=filter_identities(
+            config, config.synthesis.filters_before_scoring, identities, tokenizer_digest
+        ),
+        filters_after_scoring=filter_identities(
+            config, config.synthesis.filters_after_scoring, identities, tokenizer_digest
+        ),
     )
     save_prepared(layout, prepared)
     return prepared
@@ -90,6 +84,8 @@ def check_inputs(config: Config) -> tuple[list[Prompt], dict[str, int]]:
     _check_upstream_options(config)
     prompts, counts = read_prompts(config.prompts)
     _check_prompts(config, prompts)
+    check_recipes(config, prompts)
+    check_filters(config, prompts)
     return prompts, counts
 
 
@@ -102,27 +98,19 @@ def _check_upstream_options(config: Config) -> None:
     }
     checks["student"] = partial(check_engine_arguments, config.student.vllm)
     checks["evaluation"] = partial(check_sampling_parameters, config.evaluation.sampling)
-    if config.synthesis.generator != DATASET_GENERATOR:
-        checks["synthesis"] = partial(
-            check_sampling_parameters,
-            config.synthesis.sampling,
-            config.synthesis.samples_per_prompt,
-        )
     most = config.synthesis.max_sequence_tokens
-    for place, sampling in (
-        ("synthesis", config.synthesis.sampling),
-        ("evaluation", config.evaluation.sampling),
-    ):
-        if most is not None and most <= sampling.get("max_tokens", 0):
-            raise ConfigError(
-                f"{place}.sampling.max_tokens ({sampling['max_tokens']}) leaves no room for a "
-                f"prompt in synthesis.max_sequence_tokens ({most})"
-            )
+    longest = config.evaluation.sampling.get("max_tokens", 0)
+    if most is not None and most <= longest:
+        raise ConfigError(
+            f"evaluation.sampling.max_tokens ({longest}) leaves no room for a prompt in "
+            f"synthesis.max_sequence_tokens ({most})"
+        )
     for place, check in checks.items():
         try:
             check()
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from error
+    check_sampling(config)
 
 
 def _check_prompts(config: Config, prompts: Sequence[Prompt]) -> None:
@@ -145,34 +133,6 @@ def _check_prompts(config: Config, prompts: Sequence[Prompt]) -> None:
             f"{sorted(unknown)}: raise prompts.validation_fraction, or give a source `split: "
             f"{LEARNED_SPLIT}`"
         )
-    if config.synthesis.generator == "domain_teacher":
-        owned = {domain for teacher in config.teachers.values() for domain in teacher.domains}
-        if unowned := domains - owned:
-            raise ConfigError(
-                f"generator domain_teacher: no teacher names {sorted(unowned)} in its `domains`; "
-                f"the teachers name {sorted(owned)}"
-            )
-    without = sum(prompt.reference is None for prompt in prompts)
-    if config.synthesis.generator == DATASET_GENERATOR and without:
-        raise ConfigError(
-            f"generator dataset takes references as answers; {without} of {len(prompts)} prompts "
-            "have none"
-        )
-    if config.prompts.checker and without == len(prompts):
-        raise ConfigError(
-            f"prompts.checker is {config.prompts.checker}, but no prompt has a reference"
-        )
-    if config.prompts.checker:
-        find_checker(config.prompts.checker)
-    for key, file in evaluation_files(config).items():
-        if not storage.exists(file.path):
-            raise ConfigError(f"{key}: {file.path} does not exist")
-    for rule in config.synthesis.filters:
-        if isinstance(rule, Balance) and rule.shares.keys() != domains:
-            raise ConfigError(
-                f"filter balance has shares of {sorted(rule.shares)}; the prompts' domains are "
-                f"{sorted(domains)}"
-            )
 
 
 def _check_vocabulary_sizes(config: Config) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.engines import engine_seconds, pool_job
-from jobs.filtering import filter_scored
+from jobs.filtering import Filtered, filter_scored
 from jobs.plan import score_key
 from pipeline import storage
 from pipeline.cache_index import is_published, publish, quarantined
@@ -61,17 +62,23 @@ def score(config: Config, layout: Layout, prepared: Prepared, dataset: str) -> d
             "domain has quarantined them",
             len(entries) - len(covered),
         )
-    kept, filters = filter_scored(config, layout, prepared, covered)
+    took = Counter(engine_seconds(config, reports, seconds))
+    filtered = filter_scored(config, layout, prepared, covered)
+    took.update(filtered.engine_seconds)
     told = [scored_summary(name, report, len(refused[name])) for name, report in reports.items()]
     return {
         "key": score_key(config, layout, prepared),
-        "dataset": write_dataset(layout, kept),
-        "filters": filters,
+        "dataset": write_dataset(layout, filtered.entries),
+        "filters": filtered.counts,
         "engines": {name: report.engines for name, report in reports.items()},
         "quarantined": {name: len(errors) for name, errors in refused.items()},
-        "engine_seconds": engine_seconds(config, reports, seconds),
-        "summary": "; ".join(told + ([f"dropped: {summary(filters)}"] if filters else [])),
+        "engine_seconds": dict(took),
+        "summary": "; ".join(told + _dropped(filtered)),
     }
+
+
+def _dropped(filtered: Filtered) -> list[str]:
+    return [f"dropped: {summary(filtered.counts)}"] if filtered.counts else []
 
 
 def is_covered(

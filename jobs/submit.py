@@ -21,7 +21,7 @@ from jobs.connection import job_server_address_inside_job as job_server_address_
 from pipeline.errors import ClusterError, ConfigError
 
 # Code, configs and templates; never results that somebody keeps inside a package's folder.
-UPLOADED_SUFFIXES = (".py", ".yaml", ".j2")
+UPLOADED_SUFFIXES = (".py", ".yaml", ".j2", ".txt")
 PACKAGES = ("pipeline", "teachers", "students", "jobs")
 # Metadata of our jobs; a run is found by these, since its name may hold the hyphens that separate a
 # submission id.

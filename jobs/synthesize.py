@@ -1,101 +1,163 @@
-"""The synthesize stage: answers of teachers, or given ones, and the dataset that follows."""
+"""The synthesize stage: written prompts, answers of teachers or given ones, and the dataset."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.engines import engine_seconds, pool_job
 from jobs.filtering import filter_answers
-from jobs.plan import answers, synthesis_key
+from jobs.plan import synthesis_key
 from pipeline.config import Config
+from pipeline.config_recipes import Answering, Complete, GivenAnswers, Writing
 from pipeline.datasets import write_dataset
 from pipeline.errors import TeacherError
 from pipeline.filters import summary
 from pipeline.layout import Layout
 from pipeline.prepared import Prepared
 from pipeline.prompts import load_prompts
-from pipeline.recipes import DATASET_GENERATOR
+from pipeline.recipes import sampling_of
+from pipeline.records import Prompt
 from pipeline.synthesis_index import answer_counts, build_dataset
-from teachers.dispatch import PoolReport
+from pipeline.synthesis_steps import Work, all_prompts, walk
 from teachers.pool import run_pools
-from teachers.synthesis import SynthesisTask, plan_synthesis
+from teachers.synthesis import SynthesisTask, plan_synthesis, student_tokenizer
+from teachers.vocabulary import prompt_ids
+from teachers.writing import WritingTask, plan_writing
 
 
 def synthesize(config: Config, layout: Layout, prepared: Prepared) -> dict[str, Any]:
-    """Has every unanswered prompt answered and writes the run's dataset.
+    """Has the recipes' missing prompts and answers written, and writes the run's dataset.
 
     Raises:
         TeacherError: no answer of the train or hold-out split was kept, or an engine cannot run.
         FilterError: the filters leave nothing of one of them.
     """
     prompts = load_prompts(layout, prepared.prompts)
-    tasks = {
-        generator: plan_synthesis(
-            _template(config, layout, generator, digest),
-            [prompt for prompt in prompts if answers(config, generator, prompt.domain)],
-            config.synthesis.prompts_per_shard,
-        )
-        for generator, digest in prepared.synthesis_digests.items()
-    }
-    started = time.monotonic()
-    reports = _write_answers(config, prepared, tasks)
-    seconds = time.monotonic() - started
-    entries = build_dataset(layout, prompts, list(prepared.synthesis_digests.values()))
-    counts = {
-        generator: answer_counts(layout, digest, prompts)
-        for generator, digest in prepared.synthesis_digests.items()
-    }
+    took: Counter[str] = Counter()
+    steps: list[Work] = []
+    for work in walk(config, layout, prepared, prompts):
+        steps.append(work)
+        if isinstance(work.step.recipe, Writing):
+            took.update(_write_prompts(config, layout, prepared, work))
+    answering = [work for work in steps if not isinstance(work.step.recipe, Writing)]
+    took.update(_write_answers(config, layout, prepared, answering))
+    asked = [(work.digest, work.prompts) for work in answering]
+    entries = build_dataset(layout, all_prompts(steps, prompts), asked)
+    counts = {w.step.label: answer_counts(layout, w.digest, w.prompts) for w in steps}
     _check_splits({entry.split for entry in entries}, counts)
     written = ", ".join(
         f"{name} {count['kept']:.0f}/{count['answers']:.0f}" for name, count in counts.items()
     )
-    kept, filters = filter_answers(config, layout, prepared, entries)
-    dropped = f"; dropped by filters: {summary(filters)}" if filters else ""
+    filtered = filter_answers(config, layout, prepared, entries)
+    took.update(filtered.engine_seconds)
+    dropped = f"; dropped by filters: {summary(filtered.counts)}" if filtered.counts else ""
     return {
         "key": synthesis_key(prepared),
-        "dataset": write_dataset(layout, kept),
+        "dataset": write_dataset(layout, filtered.entries),
         "counts": counts,
-        "filters": filters,
-        "engine_seconds": engine_seconds(config, reports, seconds),
-        "summary": f"{len(kept)} sequences (answers kept: {written}{dropped})",
+        "filters": filtered.counts,
+        "engine_seconds": dict(took),
+        "summary": f"{len(filtered.entries)} sequences (answers kept: {written}{dropped})",
     }
 
 
+def _write_prompts(
+    config: Config, layout: Layout, prepared: Prepared, work: Work
+) -> dict[str, float]:
+    """Has one teacher write the prompts that it has not written yet; returns engine seconds."""
+    name, recipe = work.step.generator, work.step.recipe
+    most = config.teachers[name].vllm.get("max_model_len")
+    template = WritingTask(
+        layout=layout,
+        generator=name,
+        recipe_digest=work.digest,
+        requests=(),
+        student=config.student,
+        sampling=sampling_of(recipe, name),
+        seed=config.seed,
+        max_model_len=most if isinstance(most, int) else None,
+    )
+    tasks = plan_writing(template, work.requests, config.synthesis.prompts_per_shard)
+    asked = [request.asked for task in tasks for request in task.requests]
+    need = _longest(config, asked) + template.sampling["max_tokens"]
+    job = pool_job(
+        config,
+        name,
+        prepared,
+        tasks,
+        min_model_len=min(need, template.max_model_len or need),
+        num_logprobs=0,
+        unit="requests",
+    )
+    started = time.monotonic()
+    return engine_seconds(config, run_pools([job]), time.monotonic() - started)
+
+
 def _write_answers(
-    config: Config, prepared: Prepared, tasks: dict[str, list[SynthesisTask]]
-) -> dict[str, PoolReport]:
-    if DATASET_GENERATOR in tasks:
-        for task in tasks[DATASET_GENERATOR]:
-            task.from_references()
-        return {}
-    need = prepared.longest_request(config, config.synthesis.sampling)
-    return run_pools(
+    config: Config, layout: Layout, prepared: Prepared, steps: Sequence[Work]
+) -> dict[str, float]:
+    """Has all teachers answer at once what they have not answered yet; returns engine seconds."""
+    tasks: dict[str, list[SynthesisTask]] = {}
+    for work in steps:
+        found = plan_synthesis(
+            _template(config, layout, work), work.prompts, config.synthesis.prompts_per_shard
+        )
+        if isinstance(work.step.recipe, GivenAnswers):
+            for task in found:
+                task.from_references()
+        else:
+            tasks.setdefault(work.step.generator, []).extend(found)
+    started = time.monotonic()
+    reports = run_pools(
         [
             pool_job(
-                config, name, prepared, work, min_model_len=need, num_logprobs=0, unit="prompts"
+                config,
+                name,
+                prepared,
+                found,
+                min_model_len=_longest_answer(config, found),
+                num_logprobs=0,
+                unit="prompts",
             )
-            for name, work in tasks.items()
+            for name, found in tasks.items()
         ]
     )
+    return engine_seconds(config, reports, time.monotonic() - started)
 
 
-def _template(config: Config, layout: Layout, generator: str, digest: str) -> SynthesisTask:
+def _template(config: Config, layout: Layout, work: Work) -> SynthesisTask:
+    recipe = work.step.recipe
     return SynthesisTask(
         layout=layout,
-        generator=generator,
-        recipe_digest=digest,
+        generator=work.step.generator,
+        recipe_digest=work.digest,
         prompts=(),
         student=config.student,
-        sampling=config.synthesis.sampling,
-        samples_per_prompt=config.synthesis.samples_per_prompt,
+        sampling=sampling_of(recipe, work.step.generator),
+        samples_per_prompt=recipe.samples_per_prompt if isinstance(recipe, Answering) else 1,
         max_sequence_tokens=config.synthesis.max_sequence_tokens,
         seed=config.seed,
+        finish_reasons=("stop", "length") if isinstance(recipe, Complete) else ("stop",),
     )
 
 
-def _check_splits(splits: set[str], counts: dict[str, dict[str, float]]) -> None:
+def _longest_answer(config: Config, tasks: Sequence[SynthesisTask]) -> int:
+    """Tokens that an engine must hold for every prompt that is not too long, with its answer."""
+    needs = [_longest(config, task.prompts) + task.sampling["max_tokens"] for task in tasks]
+    need = max(needs, default=1)
+    return min(need, config.synthesis.max_sequence_tokens or need)
+
+
+def _longest(config: Config, prompts: Sequence[Prompt]) -> int:
+    tokenizer, _ = student_tokenizer(config.student)
+    return max((len(prompt_ids(tokenizer, prompt)) for prompt in prompts), default=1)
+
+
+def _check_splits(splits: set[str], counts: Mapping[str, dict[str, float]]) -> None:
     for split in ("train", "holdout"):
         if split not in splits:
             raise TeacherError(

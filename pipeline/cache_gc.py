@@ -27,7 +27,15 @@ LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp$")
 """Names of unfinished writes (`pipeline/storage.py`)."""
 LEFTOVER_AGE_SECONDS = 3600
 """A younger unfinished write may still be going on."""
-WRITTEN_FOLDERS = ("caches", "sequences", "synthesis", "datasets", "prompts", "rejected")
+WRITTEN_FOLDERS = (
+    "caches",
+    "sequences",
+    "synthesis",
+    "datasets",
+    "prompts",
+    "rejected",
+    "judgements",
+)
 
 
 @dataclass(frozen=True)

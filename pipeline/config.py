@@ -13,7 +13,8 @@ from pydantic import Field, model_validator
 
 from pipeline.config_base import Count, Name, Resources, Section
 from pipeline.config_prompts import PromptsConfig
-from pipeline.config_synthesis import Checker, SynthesisConfig, scoring_teacher
+from pipeline.config_recipes import Answer, Answering, Complete, Writing
+from pipeline.config_synthesis import Checker, Judge, SynthesisConfig, scoring_teacher
 from pipeline.config_targets import (
     ByDomainWeights,
     CombineConfig,
@@ -168,7 +169,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _domain_teachers_are_unique(self) -> Config:
-        if self.synthesis.generator != "domain_teacher":
+        if not any(r.by == "domain_teacher" for r in self._answering):
             return self
         owner: dict[str, str] = {}
         for name, teacher in self.teachers.items():
@@ -176,9 +177,28 @@ class Config(Section):
                 if domain in owner:
                     raise ValueError(
                         f"domain {domain!r} is claimed by teachers {owner[domain]!r} and {name!r}; "
-                        "generator domain_teacher needs one teacher per domain"
+                        "a recipe by domain_teacher needs one teacher per domain"
                     )
                 owner[domain] = name
+        return self
+
+    @property
+    def _answering(self) -> list[Answer | Complete]:
+        return [recipe for recipe in self.synthesis.recipes if isinstance(recipe, Answering)]
+
+    @model_validator(mode="after")
+    def _recipes_name_teachers(self) -> Config:
+        for i, recipe in enumerate(self.synthesis.recipes):
+            named = [recipe.teacher] if isinstance(recipe, Writing) else []
+            if isinstance(recipe, Answering):
+                named = [recipe.by, *recipe.sampling_of]
+            known = {*self.teachers, "domain_teacher", "every_teacher"}
+            for name in named:
+                if name not in known:
+                    raise ValueError(
+                        f"synthesis.recipes.{i} ({recipe.type}) names the teacher {name!r}; "
+                        f"{closest(name, known)}"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -187,7 +207,7 @@ class Config(Section):
             place = f"synthesis.filters.{i} ({rule.type})"
             if isinstance(rule, Checker) and self.prompts.checker is None:
                 raise ValueError(f"{place} needs prompts.checker, which says how to compare")
-            teacher = scoring_teacher(rule)
+            teacher = rule.teacher if isinstance(rule, Judge) else scoring_teacher(rule)
             if teacher is not None and teacher not in self.teachers:
                 raise ValueError(
                     f"{place} names the teacher {teacher!r}; {closest(teacher, self.teachers)}"

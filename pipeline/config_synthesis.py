@@ -1,12 +1,13 @@
-"""Configuration of synthesis: who writes the answers, and which of them are kept."""
+"""Configuration of synthesis: the recipes, and the filters that decide what is trained on."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.config_base import Count, Fraction, Name, Positive, Section
+from pipeline.config_recipes import Answering, Recipe, Writing
 
 Script = Literal[
     "arabic", "armenian", "bengali", "cyrillic", "devanagari", "ethiopic", "georgian", "greek",
@@ -103,6 +104,18 @@ class Checker(Section):
     type: Literal["checker"]
 
 
+class Judge(Section):
+    """Drops answers that a teacher grades low by a rubric; it can write nothing but a grade."""
+
+    type: Literal["judge"]
+    teacher: Name
+    """Who grades; answers that are too long for it are dropped."""
+    min_grade: Annotated[int, Field(ge=2, le=5)]
+    """Lowest grade that is kept, of 1 to 5."""
+    rubric: str | None = None
+    """Text file with `{prompt}` and `{answer}` in it; pipeline/templates/judge.txt without one."""
+
+
 class Agreement(Section):
     """Keeps the answers to a prompt that most samples of all generators agree on."""
 
@@ -167,6 +180,7 @@ Filter = Annotated[
     | NearDuplicate
     | Contamination
     | Checker
+    | Judge
     | Agreement
     | BestOf
     | Balance
@@ -176,14 +190,10 @@ Filter = Annotated[
 
 
 class SynthesisConfig(Section):
-    """Who writes the answers, how, and which of them are kept."""
+    """Who writes prompts and answers, how, and which answers are kept."""
 
-    generator: Literal["domain_teacher", "every_teacher", "dataset"]
-    """The teacher of the prompt's domain, each teacher, or the given references as answers."""
-    samples_per_prompt: Count = 1
-    """Answers asked of each teacher for each prompt."""
-    sampling: dict[str, Any] = Field(default_factory=dict)
-    """vLLM SamplingParams, verbatim."""
+    recipes: Annotated[list[Recipe], Field(min_length=1)]
+    """Steps, in this order: those that write prompts hand them on, those that answer read them."""
     max_sequence_tokens: Count | None = None
     """Bound on prompt and answer together; longer ones are dropped and counted, never cut."""
     prompts_per_shard: Count = 1024
@@ -207,19 +217,36 @@ class SynthesisConfig(Section):
         return next(needing, len(self.filters))
 
     @model_validator(mode="after")
+    def _recipes_end_in_answers(self) -> SynthesisConfig:
+        for i, recipe in enumerate(self.recipes):
+            if recipe in self.recipes[:i]:
+                raise ValueError(f"recipes.{i} ({recipe.type}) stands there twice; leave one out")
+        if isinstance(self.recipes[-1], Writing):
+            raise ValueError(
+                f"the last recipe, {self.recipes[-1].type}, writes prompts that nobody answers: "
+                "put `answer`, `complete` or `dataset` behind it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _filters_do_something(self) -> SynthesisConfig:
         for i, rule in enumerate(self.filters):
             if rule in self.filters[:i]:
                 raise ValueError(f"filters.{i} ({rule.type}) stands there twice; leave one out")
-            alone = self.generator != "every_teacher" and self.samples_per_prompt == 1
-            given = self.generator == "dataset"
-            if isinstance(rule, Agreement | BestOf) and (alone or given):
+            if isinstance(rule, Agreement | BestOf) and not self._has_choice:
                 raise ValueError(
                     f"filters.{i} ({rule.type}) compares the answers to a prompt, and there is "
-                    f"one each: raise samples_per_prompt, take generator every_teacher, or leave "
-                    "the filter out"
+                    "one each: raise samples_per_prompt, let every_teacher answer, or leave the "
+                    "filter out"
                 )
         return self
+
+    @property
+    def _has_choice(self) -> bool:
+        """Whether a prompt can have several answers."""
+        asking = [recipe for recipe in self.recipes if isinstance(recipe, Answering)]
+        several = (r.samples_per_prompt > 1 or r.by == "every_teacher" for r in asking)
+        return len(asking) > 1 or any(several)
 
 
 def scoring_teacher(rule: Filter) -> str | None:

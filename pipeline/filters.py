@@ -18,7 +18,7 @@ from pipeline.config_synthesis import Contamination, Filter
 from pipeline.errors import FilterError
 from pipeline.filters_groups import agreement, balance, best_of
 from pipeline.filters_likeness import contamination, exact_duplicate, near_duplicate
-from pipeline.filters_text import alphabet, checker, length, perplexity, repetition
+from pipeline.filters_text import alphabet, checker, judge, length, perplexity, repetition
 from pipeline.fingerprint import digest_bytes
 from pipeline.layout import Layout
 from pipeline.records import Candidate, Evidence
@@ -35,6 +35,7 @@ FILTERS: dict[str, Callable[[Any, Sequence[Candidate], Evidence], dict[int, str]
     "near_duplicate": near_duplicate,
     "contamination": contamination,
     "checker": checker,
+    "judge": judge,
     "agreement": agreement,
     "best_of": best_of,
     "balance": balance,
@@ -79,8 +80,13 @@ def run_filters(
     return left, done
 
 
-def filter_identity(rule: Filter, checker_name: str | None) -> dict[str, Any]:
+def filter_identity(
+    rule: Filter, checker_name: str | None, judge_recipe: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What decides which answers a filter keeps, as a JSON value: contents instead of paths.
+
+    Args:
+        judge_recipe: of a judge.
 
     Raises:
         ConfigError: the checker does not exist.
@@ -95,6 +101,8 @@ def filter_identity(rule: Filter, checker_name: str | None) -> dict[str, Any]:
             [file.fields, digest_bytes(*map(read_bytes, _files_of(file.path)))]
             for file in rule.files
         ]
+    if judge_recipe is not None:
+        identity["rubric"] = judge_recipe
     return identity
 
 

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 
-from pipeline.config_synthesis import Alphabet, Checker, Length, Perplexity, Repetition
+from pipeline.config_synthesis import Alphabet, Checker, Judge, Length, Perplexity, Repetition
 from pipeline.records import Candidate, Evidence
 
 SHOWN_CHARACTERS = 120
@@ -67,6 +67,20 @@ def checker(rule: Checker, candidates: Sequence[Candidate], evidence: Evidence) 
         for i, candidate in enumerate(candidates)
         if candidate.reference is not None and not check(candidate.answer, candidate.reference)
     }
+
+
+def judge(rule: Judge, candidates: Sequence[Candidate], evidence: Evidence) -> dict[int, str]:
+    """Answers that the judge grades too low, or cannot grade."""
+    assert evidence.grade is not None, "the stages can ask a judge"
+    grades = evidence.grade(rule, candidates)
+    dropped = {}
+    for i, candidate in enumerate(candidates):
+        grade = grades[candidate.entry.sequence_id]
+        if grade is None:
+            dropped[i] = f"{rule.teacher} could not grade it"
+        elif grade < rule.min_grade:
+            dropped[i] = f"grade {grade} by {rule.teacher}"
+    return dropped
 
 
 def perplexity(

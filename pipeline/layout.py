@@ -125,6 +125,10 @@ class Layout:
         """Answers that are not trained on, by who dropped them; for people."""
         return join(self.root, "rejected", digest, f"{name}.parquet")
 
+    def judgements(self, recipe: str, name: str = "") -> str:
+        """The folder of a judge's grades, or a file in it."""
+        return join(self.root, "judgements", recipe, *([name] if name else []))
+
     @property
     def datasets_folder(self) -> str:
         return join(self.root, "datasets")

@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config import Config
-from pipeline.config_synthesis import Contamination, EvaluationFile
+from pipeline.config_recipes import Evolve, Paraphrase, SelfInstruct
+from pipeline.config_synthesis import Contamination, EvaluationFile, Judge
 from pipeline.errors import ConfigError
 
 
@@ -58,9 +59,16 @@ def absolute_paths(config: Config, folder: Path) -> Config:
     values["storage"]["shared_roots"] = [
         _absolute(root, folder) for root in values["storage"]["shared_roots"]
     ]
-    files = [file for rule in values["synthesis"]["filters"] for file in rule.get("files", [])]
+    rules, recipes = values["synthesis"]["filters"], values["synthesis"]["recipes"]
+    files = [file for rule in rules for file in rule.get("files", [])]
     for source in [*values["prompts"]["sources"], *files]:
         source["path"] = _absolute(source["path"], folder)
+    for holder, key in [*((r, "rubric") for r in rules), *((r, "template") for r in recipes)]:
+        if holder.get(key) is not None:
+            holder[key] = _absolute(holder[key], folder)
+    for recipe in recipes:
+        for way, path in recipe.get("templates", {}).items():
+            recipe["templates"][way] = _absolute(path, folder)
     initial_weights = config.student.initial_weights
     if initial_weights is not None:
         values["student"]["initial_weights"] = _absolute(initial_weights, folder)
@@ -102,6 +110,7 @@ def local_paths(config: Config) -> dict[str, str]:
         f"prompts.sources.{i}.path": source.path for i, source in enumerate(config.prompts.sources)
     }
     paths |= {key: file.path for key, file in evaluation_files(config).items()}
+    paths |= own_templates(config)
     return {key: path for key, path in paths.items() if path.startswith("/")}
 
 
@@ -113,6 +122,21 @@ def evaluation_files(config: Config) -> dict[str, EvaluationFile]:
         if isinstance(rule, Contamination)
         for k, file in enumerate(rule.files)
     }
+
+
+def own_templates(config: Config) -> dict[str, str]:
+    """The user's templates and rubrics by the key that holds their path."""
+    paths: dict[str, str | None] = {}
+    for i, recipe in enumerate(config.synthesis.recipes):
+        if isinstance(recipe, Evolve):
+            found = recipe.templates.items()
+            paths |= {f"synthesis.recipes.{i}.templates.{way}": path for way, path in found}
+        elif isinstance(recipe, Paraphrase | SelfInstruct):
+            paths[f"synthesis.recipes.{i}.template"] = recipe.template
+    for i, rule in enumerate(config.synthesis.filters):
+        if isinstance(rule, Judge):
+            paths[f"synthesis.filters.{i}.rubric"] = rule.rubric
+    return {key: path for key, path in paths.items() if path is not None}
 
 
 def _absolute(path: str, folder: Path) -> str:

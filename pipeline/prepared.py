@@ -15,7 +15,7 @@ from pipeline.config import Config
 from pipeline.fingerprint import digest_json
 from pipeline.generations import generation_in_use
 from pipeline.layout import CacheLayout, Layout
-from pipeline.loading import evaluation_files, is_folder
+from pipeline.loading import evaluation_files, is_folder, own_templates
 from pipeline.recipes import cache_layout
 
 NEUTRAL_TEACHER_KEYS = {"cost_per_hour", "replicas", "resources"}
@@ -30,7 +30,7 @@ class Prepared:
         prompt_counts: rows read, duplicates dropped, prompts of each split.
         longest_prompt: tokens of the longest prompt.
         scoring_recipes: by teacher.
-        synthesis_recipes: by generator.
+        synthesis_recipes: by the label of a step (`pipeline/synthesis_steps.py`).
         student: identity of the model that the student starts from.
         filters_before_scoring: identities; with those after scoring all filters of the config.
     """
@@ -61,10 +61,8 @@ class Prepared:
 
     @property
     def synthesis_digests(self) -> dict[str, str]:
-        """By generator, the digest that names its folder of records."""
-        return {
-            generator: digest_json(recipe) for generator, recipe in self.synthesis_recipes.items()
-        }
+        """By step, the digest that names its folder of records."""
+        return {label: digest_json(recipe) for label, recipe in self.synthesis_recipes.items()}
 
 
 def preparation_key(config: Config) -> str:
@@ -77,6 +75,7 @@ def preparation_key(config: Config) -> str:
         m for m in models.values() if is_folder(m)
     ]
     paths += [file.path for file in evaluation_files(config).values()]
+    paths += own_templates(config).values()
     return digest_json(
         [
             config.model_dump(

@@ -10,8 +10,11 @@ from typing import Any
 
 from pipeline.cache import SCHEMA_VERSION
 from pipeline.config import Config, TeacherConfig
-from pipeline.fingerprint import digest_json
+from pipeline.config_recipes import Answering, GivenAnswers, Recipe
+from pipeline.config_synthesis import Judge
+from pipeline.fingerprint import digest_bytes, digest_json
 from pipeline.layout import CacheLayout, Layout
+from pipeline.prompt_writing import rubric_of, templates_of
 
 SYNTHESIS_SCHEMA_VERSION = 2
 """Of the records of finished prompt shards."""
@@ -61,30 +64,71 @@ def scoring_recipe(
 
 
 def synthesis_recipe(
-    config: Config, teacher: str, identity: dict[str, str], tokenizer_hash: str
+    config: Config,
+    recipe: Recipe,
+    generator: str,
+    identity: dict[str, str],
+    tokenizer_hash: str,
 ) -> dict[str, Any]:
-    """The recipe that names the folder of a teacher's finished prompt shards."""
-    return {
-        "generator": teacher,
+    """The recipe that names the folder of a step's finished prompt shards.
+
+    Prompts, and with them system prompts and filled templates, are no part of it: records know them
+    by their content.
+
+    Args:
+        identity: of the teacher's model; unused for given answers.
+
+    Raises:
+        ConfigError: a template cannot be used.
+    """
+    common = {
+        "type": recipe.type,
+        "generator": generator,
+        "tokenizer": tokenizer_hash,
+        "schema_version": SYNTHESIS_SCHEMA_VERSION,
+    }
+    if isinstance(recipe, GivenAnswers):
+        return common | {"max_sequence_tokens": config.synthesis.max_sequence_tokens}
+    common |= {
         "model": identity,
-        "tokenizer": tokenizer_hash,
-        "sampling": config.synthesis.sampling,
-        "samples_per_prompt": config.synthesis.samples_per_prompt,
-        "max_sequence_tokens": config.synthesis.max_sequence_tokens,
-        "vllm": _engine(config.teachers[teacher]),
+        "sampling": sampling_of(recipe, generator),
+        "vllm": _engine(config.teachers[generator]),
         "seed": config.seed,
-        "schema_version": SYNTHESIS_SCHEMA_VERSION,
+    }
+    if isinstance(recipe, Answering):
+        return common | {
+            "samples_per_prompt": recipe.samples_per_prompt,
+            "max_sequence_tokens": config.synthesis.max_sequence_tokens,
+        }
+    texts = templates_of(recipe)
+    return common | {
+        "templates": {name: digest_bytes(text.encode()) for name, text in texts.items()}
     }
 
 
-def dataset_recipe(config: Config, tokenizer_hash: str) -> dict[str, Any]:
-    """The recipe of sequences made from given references."""
+def judging_recipe(
+    config: Config, rule: Judge, identity: dict[str, str], tokenizer_hash: str
+) -> dict[str, Any]:
+    """The recipe that names the folder of a judge's grades.
+
+    Raises:
+        ConfigError: the rubric cannot be used.
+    """
     return {
-        "generator": DATASET_GENERATOR,
+        "judge": identity,
         "tokenizer": tokenizer_hash,
-        "max_sequence_tokens": config.synthesis.max_sequence_tokens,
+        "rubric": digest_bytes(rubric_of(rule).encode()),
+        "vllm": _engine(config.teachers[rule.teacher]),
         "schema_version": SYNTHESIS_SCHEMA_VERSION,
     }
+
+
+def sampling_of(recipe: Recipe, generator: str) -> dict[str, Any]:
+    """The SamplingParams of a step."""
+    if isinstance(recipe, GivenAnswers):
+        return {}
+    own = recipe.sampling_of.get(generator, {}) if isinstance(recipe, Answering) else {}
+    return recipe.sampling | own
 
 
 def cache_layout(

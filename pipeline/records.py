@@ -10,7 +10,7 @@ before it, and `input_ids[i_j]` is the position's gold token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -183,6 +183,7 @@ class Evidence:
     Attributes:
         checker: of answer and reference; None when the run has none.
         holdout_prompts: the words of the hold-out prompts, by a name for people.
+        grade: asks a judge; returns grades of 1 to 5 by sequence id, None where it cannot grade.
         gold_logprobs: by teacher, the mean log-probability in nats of each scored sequence's gold
             tokens; of the teachers that a filter names.
     """
@@ -190,3 +191,4 @@ class Evidence:
     checker: Callable[[str, str], bool] | None = None
     holdout_prompts: Mapping[str, str] = field(default_factory=dict)
     gold_logprobs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    grade: Callable[[Any, Sequence[Candidate]], Mapping[str, int | None]] | None = None

@@ -1,20 +1,120 @@
 """What synthesis has finished, and the dataset that follows from it.
 
-`synthesis/<recipe>/<prompt shard digest>.json` maps a finished prompt shard to its sequence shard.
-New prompts are those that no record of the recipe knows, by id and content: a prompt whose text or
-reference has changed is asked again, and its old answers are left out.
+`synthesis/<recipe>/<prompt shard digest>.json` maps a finished prompt shard to its sequence shard,
+or holds the prompts that were written for it. New prompts are those that no record of the recipe
+knows, by id and content: a prompt whose text or reference has changed is asked again, and its old
+answers are left out.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pipeline import storage
-from pipeline.datasets import DatasetEntry, read_sequences
+from pipeline.datasets import DatasetEntry, read_sequences, write_sequences
+from pipeline.fingerprint import digest_ids
 from pipeline.layout import Layout
 from pipeline.records import Prompt, TokenSequence
+from pipeline.rejected import Rejected, write_rejected
+
+
+@dataclass
+class Outcome:
+    """What has become of the replies to a prompt shard.
+
+    Attributes:
+        kept: sequences by id.
+        samples: how often each of them was written.
+        written: new prompts by the id of the prompt that asked for them.
+        errors: of prompts that could not be asked, by id.
+    """
+
+    kept: dict[str, TokenSequence] = field(default_factory=dict)
+    samples: Counter[str] = field(default_factory=Counter)
+    written: dict[str, list[Prompt]] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    rejected: list[Rejected] = field(default_factory=list)
+    errors: dict[str, str] = field(default_factory=dict)
+    generated_tokens: int = 0
+    seconds: float = 0.0
+
+    def keep(self, sequence: TokenSequence) -> None:
+        """Counts an answer; equal ones are one sequence."""
+        known = sequence.sequence_id in self.kept
+        self.counts.update({"answers": 1, "duplicate" if known else "kept": 1})
+        self.samples[sequence.sequence_id] += 1
+        self.kept.setdefault(sequence.sequence_id, sequence)
+
+    def reject(
+        self,
+        prompt: Prompt,
+        generator: str,
+        reason: str,
+        detail: str,
+        answer: str | None = None,
+        num_answers: int = 1,
+    ) -> None:
+        """Counts a reply of no use, and keeps it for people to look at."""
+        self.counts.update({"answers": num_answers, reason: num_answers})
+        self.rejected.append(
+            Rejected(
+                reason=reason,
+                detail=detail,
+                prompt_id=prompt.prompt_id,
+                domain=prompt.domain,
+                split=prompt.split,
+                generators=(generator,),
+                prompt=prompt.words,
+                answer=answer,
+            )
+        )
+
+
+def shard_digest(prompts: Iterable[Prompt]) -> str:
+    """Names the record of a prompt shard."""
+    return digest_ids(prompt.digest for prompt in prompts)
+
+
+def write_record(
+    layout: Layout, recipe_digest: str, generator: str, prompts: Sequence[Prompt], outcome: Outcome
+) -> dict[str, Any]:
+    """Writes sequences and rejected replies of a prompt shard, then the record that names them."""
+    name, domain = shard_digest(prompts), prompts[0].domain
+    if outcome.rejected:
+        write_rejected(layout.rejected(recipe_digest, name), outcome.rejected)
+    kept = list(outcome.kept.values())
+    record = {
+        "generator": generator,
+        "domain": domain,
+        "prompts": {prompt.prompt_id: prompt.digest for prompt in prompts},
+        "shard": write_sequences(layout, domain, kept) if kept else None,
+        "samples": {name: count for name, count in outcome.samples.items() if count > 1},
+        "written": {name: [asdict(p) for p in found] for name, found in outcome.written.items()},
+        "counts": {name: count for name, count in outcome.counts.items() if count},
+        "generated_tokens": outcome.generated_tokens,
+        "seconds": outcome.seconds,
+        "errors": outcome.errors,
+    }
+    folder = layout.synthesis_folder(recipe_digest)
+    storage.write_json(storage.join(folder, f"{name}.json"), record)
+    return record
+
+
+def written_prompts(layout: Layout, recipe_digest: str, asked: Iterable[Prompt]) -> list[Prompt]:
+    """What a recipe wrote for the prompts that asked for it, in their order."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in read_records(layout, recipe_digest):
+        for name, prompts in record["written"].items():
+            found.setdefault(record["prompts"][name], prompts)
+    return [_prompt(values) for prompt in asked for values in found.get(prompt.digest, [])]
+
+
+def _prompt(values: dict[str, Any]) -> Prompt:
+    found = Prompt(**values)
+    return found if found.messages is None else replace(found, messages=tuple(found.messages))
 
 
 def read_records(layout: Layout, recipe_digest: str) -> list[dict[str, Any]]:
@@ -70,17 +170,20 @@ def sample_counts(layout: Layout, recipe_digests: Iterable[str]) -> dict[tuple[s
 
 
 def build_dataset(
-    layout: Layout, prompts: Sequence[Prompt], recipe_digests: Sequence[str]
+    layout: Layout, prompts: Sequence[Prompt], asked: Iterable[tuple[str, Sequence[Prompt]]]
 ) -> list[DatasetEntry]:
     """The sequences of a run's prompts in prompt order; equal answers are one entry.
 
     Where two runs at once answered a prompt under one recipe, one shard's answers count.
+
+    Args:
+        prompts: all of the run.
+        asked: the digest of each recipe that answers, and its prompts as it asked them.
     """
     by_prompt: dict[str, dict[str, DatasetEntry]] = {prompt.prompt_id: {} for prompt in prompts}
     splits = {prompt.prompt_id: prompt.split for prompt in prompts}
-    wanted = {(prompt.prompt_id, prompt.digest) for prompt in prompts}
-    for digest in recipe_digests:
-        open_prompts = set(wanted)
+    for digest, questions in asked:
+        open_prompts = {(prompt.prompt_id, prompt.digest) for prompt in questions}
         for record in read_records(layout, digest):
             found = open_prompts & record["prompts"].items()
             answered = {name for name, _ in found}

@@ -19,7 +19,7 @@ OWNED_ENGINE_ARGUMENTS = {
 }
 CAPTURED = "distributions are captured by scoring, not while an answer is written"
 OWNED_SAMPLING_PARAMETERS = {
-    "n": "synthesis.samples_per_prompt sets it",
+    "n": "samples_per_prompt sets it",
     "seed": "the config's seed sets it, another one for every prompt and sample",
     "logprobs": CAPTURED,
     "prompt_logprobs": CAPTURED,

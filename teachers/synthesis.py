@@ -13,21 +13,17 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from pipeline import storage
 from pipeline.config_training import StudentConfig
-from pipeline.datasets import write_sequences
-from pipeline.errors import ConfigError
-from pipeline.fingerprint import digest_bytes, digest_ids, sequence_id
+from pipeline.fingerprint import digest_bytes, sequence_id
 from pipeline.layout import Layout
 from pipeline.records import Prompt, TokenSequence
-from pipeline.rejected import Rejected, write_rejected
-from pipeline.synthesis_index import new_prompts
+from pipeline.synthesis_index import Outcome, new_prompts, shard_digest, write_record
 from teachers.vocabulary import answer_text, load_tokenizer, prompt_ids, tokenizer_hash
 
 if TYPE_CHECKING:
@@ -36,7 +32,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SynthesisTask:
-    """One prompt shard of one domain, answered by one generator under one recipe."""
+    """One prompt shard of one domain, answered by one generator under one recipe.
+
+    Attributes:
+        finish_reasons: how an answer may end; others are dropped as `truncated`.
+    """
 
     layout: Layout
     generator: str
@@ -47,23 +47,15 @@ class SynthesisTask:
     samples_per_prompt: int
     max_sequence_tokens: int | None
     seed: int
+    finish_reasons: tuple[str, ...] = ("stop",)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     @property
     def label(self) -> str:
-        return f"prompt shard {self._digest[:8]} ({self.prompts[0].domain}, {len(self)} prompts)"
-
-    @property
-    def _digest(self) -> str:
-        return digest_ids(prompt.digest for prompt in self.prompts)
-
-    @property
-    def _record(self) -> str:
-        return storage.join(
-            self.layout.synthesis_folder(self.recipe_digest), f"{self._digest}.json"
-        )
+        name = shard_digest(self.prompts)[:8]
+        return f"prompt shard {name} ({self.prompts[0].domain}, {len(self)} prompts)"
 
     def halves(self) -> tuple[SynthesisTask, SynthesisTask]:
         """The same work in two shards."""
@@ -74,10 +66,11 @@ class SynthesisTask:
 
     def quarantine(self, error: str) -> None:
         """Records that the prompts cannot be answered, so that they are not asked again."""
-        self._write_record(
-            _Outcome(counts=Counter(quarantined=len(self))),
-            0.0,
-            {p.prompt_id: error for p in self.prompts},
+        self._record(
+            Outcome(
+                counts=Counter(quarantined=len(self)),
+                errors={prompt.prompt_id: error for prompt in self.prompts},
+            )
         )
 
     async def run(self, teacher: VllmTeacher) -> dict[str, Any]:
@@ -99,39 +92,35 @@ class SynthesisTask:
                 for prompt, ids in fitting
             )
         )
-        outcome = _Outcome()
+        outcome, who = Outcome(), self.generator
         for prompt, ids in rendered:
             if len(ids) > room:
                 detail = f"a prompt of {len(ids)} tokens leaves no room for an answer"
-                self._reject(outcome, prompt, "too_long", detail, None, self.samples_per_prompt)
+                number = self.samples_per_prompt
+                outcome.reject(prompt, who, "too_long", detail, num_answers=number)
         for (prompt, ids), samples in zip(fitting, answers, strict=True):
             for sample in samples:
                 outcome.generated_tokens += len(sample.token_ids)
                 text = answer_text(tokenizer, sample.token_ids)
-                if sample.finish_reason != "stop":
-                    detail = f"{sample.finish_reason} after {len(sample.token_ids)} tokens"
-                    self._reject(outcome, prompt, "truncated", detail, text)
+                reason = sample.finish_reason
+                if reason not in self.finish_reasons:
+                    detail = f"{reason} after {len(sample.token_ids)} tokens"
+                    outcome.reject(prompt, who, "truncated", detail, text)
                 elif not text.strip():
-                    self._reject(outcome, prompt, "empty", "", text)
+                    outcome.reject(prompt, who, "empty", "", text)
                 else:
-                    answer, reason = sample.token_ids, sample.finish_reason
+                    answer = sample.token_ids
                     outcome.keep(self._sequence(prompt, ids, answer, reason, tokenizer_digest))
-        return self._write_record(outcome, time.monotonic() - started, {})
+        outcome.seconds = time.monotonic() - started
+        return self._record(outcome)
 
     def from_references(self) -> dict[str, Any]:
-        """Takes the given references as answers; needs no engine.
-
-        Raises:
-            ConfigError: a prompt has no reference.
-        """
+        """Takes the given references as answers; needs no engine."""
         started = time.monotonic()
         tokenizer, tokenizer_digest = student_tokenizer(self.student)
-        outcome = _Outcome()
+        outcome = Outcome()
         for prompt in self.prompts:
-            if prompt.reference is None:
-                raise ConfigError(
-                    f"generator `dataset` needs references; prompt {prompt.prompt_id} has none"
-                )
+            assert prompt.reference is not None, "prompts without one are not asked"
             answer = tokenizer(_separated(prompt), add_special_tokens=False)["input_ids"] + [
                 tokenizer.eos_token_id
             ]
@@ -139,34 +128,14 @@ class SynthesisTask:
             sequence = self._sequence(prompt, asked, answer, "dataset", tokenizer_digest)
             if len(sequence.input_ids) > self._most_tokens:
                 detail = f"{len(sequence.input_ids)} tokens"
-                self._reject(outcome, prompt, "too_long", detail, prompt.reference)
+                outcome.reject(prompt, self.generator, "too_long", detail, prompt.reference)
             else:
                 outcome.keep(sequence)
-        return self._write_record(outcome, time.monotonic() - started, {})
+        outcome.seconds = time.monotonic() - started
+        return self._record(outcome)
 
-    def _reject(
-        self,
-        outcome: _Outcome,
-        prompt: Prompt,
-        reason: str,
-        detail: str,
-        answer: str | None,
-        num_answers: int = 1,
-    ) -> None:
-        """Counts an answer that becomes no sequence, and keeps it for people to look at."""
-        outcome.counts.update({"answers": num_answers, reason: num_answers})
-        outcome.rejected.append(
-            Rejected(
-                reason=reason,
-                detail=detail,
-                prompt_id=prompt.prompt_id,
-                domain=prompt.domain,
-                split=prompt.split,
-                generators=(self.generator,),
-                prompt=prompt.words,
-                answer=answer,
-            )
-        )
+    def _record(self, outcome: Outcome) -> dict[str, Any]:
+        return write_record(self.layout, self.recipe_digest, self.generator, self.prompts, outcome)
 
     def _sequence(
         self,
@@ -197,50 +166,6 @@ class SynthesisTask:
             int(digest_bytes(prompt.prompt_id.encode(), self.generator.encode())[:7], 16)
             + self.seed
         )
-
-    def _write_record(
-        self, outcome: _Outcome, seconds: float, errors: dict[str, str]
-    ) -> dict[str, Any]:
-        """Writes shard and rejected answers, then the record that names them."""
-        kept, domain = list(outcome.kept.values()), self.prompts[0].domain
-        if outcome.rejected:
-            path = self.layout.rejected(self.recipe_digest, self._digest)
-            write_rejected(path, outcome.rejected)
-        record = {
-            "generator": self.generator,
-            "domain": domain,
-            "prompts": {prompt.prompt_id: prompt.digest for prompt in self.prompts},
-            "shard": write_sequences(self.layout, domain, kept) if kept else None,
-            "samples": {name: count for name, count in outcome.samples.items() if count > 1},
-            "counts": {name: count for name, count in outcome.counts.items() if count},
-            "generated_tokens": outcome.generated_tokens,
-            "seconds": seconds,
-            "errors": errors,
-        }
-        storage.write_json(self._record, record)
-        return record
-
-
-@dataclass
-class _Outcome:
-    """What has become of a prompt shard's answers so far.
-
-    Attributes:
-        samples: how often each sequence was written.
-    """
-
-    kept: dict[str, TokenSequence] = field(default_factory=dict)
-    samples: Counter[str] = field(default_factory=Counter)
-    counts: Counter[str] = field(default_factory=Counter)
-    rejected: list[Rejected] = field(default_factory=list)
-    generated_tokens: int = 0
-
-    def keep(self, sequence: TokenSequence) -> None:
-        """Counts an answer; equal ones are one sequence."""
-        known = sequence.sequence_id in self.kept
-        self.counts.update({"answers": 1, "duplicate" if known else "kept": 1})
-        self.samples[sequence.sequence_id] += 1
-        self.kept.setdefault(sequence.sequence_id, sequence)
 
 
 def plan_synthesis(

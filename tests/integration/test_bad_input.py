@@ -83,7 +83,10 @@ def test_a_config_that_does_not_exist_is_named(tmp_path: Path) -> None:
             "teachers.words.vllm.max_modle_len=64",
             ["teachers.words", "did you mean 'max_model_len'"],
         ),
-        ("synthesis.sampling.temprature=0.5", ["synthesis", "did you mean 'temperature'"]),
+        (
+            "synthesis.recipes.0.sampling.temprature=0.5",
+            ["synthesis.recipes (arithmetic)", "did you mean 'temperature'"],
+        ),
         ("evaluation.sampling.top_kk=3", ["evaluation", "top_kk", "did you mean 'top_k'"]),
     ],
 )
@@ -131,7 +134,7 @@ def test_no_answer_left_is_explained_and_the_prepared_run_stays(tmp_path: Path) 
     overrides = [
         one_source(long),
         "prompts.holdout_fraction=0.5",
-        "synthesis.generator=dataset",
+        "synthesis.recipes=[{type: dataset}]",
         "synthesis.max_sequence_tokens=30",
     ]
     prepared = stage("prepare", tmp_path / "out", *overrides)

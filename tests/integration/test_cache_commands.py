@@ -65,7 +65,7 @@ def scored(ray_head: LocalHead, tmp_path_factory: pytest.TempPathFactory) -> Sco
         f"storage.shared_roots=[{folder.parent}, {ROOT}]",
         f"prompts.sources.0.path={some_prompts('prompts.jsonl', 40, folder)}",
         f"prompts.sources.1.path={some_prompts('holdout.jsonl', 5, folder)}",
-        "synthesis.generator=dataset",
+        "synthesis.recipes=[{type: dataset}]",
         "synthesis.prompts_per_shard=20",
     ]
     run = Scored(root, ray_head, overrides)

@@ -246,7 +246,7 @@ def make_job(
             "storage": {"root": str(root)},
             "prompts": {"sources": [{"path": "unused.jsonl"}]},
             "teachers": {teacher: {"model": "unused"} for teacher in [*TEACHERS, "idle"]},
-            "synthesis": {"generator": "every_teacher"},
+            "synthesis": {"recipes": [{"type": "dataset"}]},
             "scoring": {"num_logprobs": 5, "selection": {"type": "top_k", "max_entries": 5}},
             "combine": {
                 "method": "mixture",

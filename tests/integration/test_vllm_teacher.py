@@ -162,6 +162,19 @@ def test_answers_end_properly_and_samples_differ(running: Running) -> None:
     assert [answer.token_ids for answer in again] == [answer.token_ids for answer in answers]
 
 
+def test_a_judge_can_write_nothing_but_the_allowed_tokens(running: Running) -> None:
+    """One token of the given ones, the likeliest, also where the model would rather stop."""
+    allowed = [7, 11, 13]
+    sampling = {"max_tokens": 1, "temperature": 0.0, "allowed_token_ids": allowed}
+    for prompt in ([3, 4, 5], [9, 8], [EOS, 20, 21, 22]):
+        ((answer,),) = [running(running.teacher.generate(prompt, sampling, 1))]
+        row = running(running.teacher.score([*prompt, allowed[0]], len(prompt)))
+        assert answer.token_ids[0] in allowed and len(answer.token_ids) == 1
+        others = [running(running.teacher.score([*prompt, i], len(prompt))) for i in allowed[1:]]
+        gold = [float(each.gold_logprobs[0]) for each in (row, *others)]
+        assert answer.token_ids[0] == allowed[gold.index(max(gold))]
+
+
 def test_description_and_memory(running: Running, tiny_teacher_folder: Path) -> None:
     described = running.teacher.describe()
     model = LlamaForCausalLM.from_pretrained(tiny_teacher_folder)

@@ -20,7 +20,7 @@ from pipeline.filters import filter_identity
 from pipeline.loading import load_config
 from pipeline.prepared import Prepared
 from pipeline.prompts import read_prompts, write_prompts
-from pipeline.recipes import DATASET_GENERATOR, dataset_recipe, scoring_recipe
+from pipeline.recipes import DATASET_GENERATOR, scoring_recipe, synthesis_recipe
 from tests.support import fabricated
 from tests.support.command_line import QUICKSTART
 from tests.support.fabricated import FakePools
@@ -38,7 +38,7 @@ def arguments(tmp_path: Path) -> list[str]:
     return [
         f"storage.root={tmp_path / 'out'}",
         *(f"prompts.sources.{i}.path={path}" for i, path in sources.items()),
-        "synthesis.generator=dataset",
+        "synthesis.recipes=[{type: dataset}]",
         "scoring.num_logprobs=16",
     ]
 
@@ -59,7 +59,11 @@ def prepared(config: Config) -> Prepared:
     return replace(
         found,
         prompts=write_prompts(layout, prompts),
-        synthesis_recipes={DATASET_GENERATOR: dataset_recipe(config, "hash")},
+        synthesis_recipes={
+            DATASET_GENERATOR: synthesis_recipe(
+                config, config.synthesis.recipes[0], DATASET_GENERATOR, {}, "hash"
+            )
+        },
     )
 
 

@@ -65,7 +65,7 @@ def test_prices_and_placement_ask_for_no_new_preparation() -> None:
     ("change", "message"),
     [
         ("teachers.words.vllm.max_num_seq=3", "max_num_seq"),
-        ("synthesis.sampling.temprature=1", "temprature"),
+        ("synthesis.recipes.0.sampling.temprature=1", "temprature"),
         ("teachers.words.domains=[poems]", r"no teacher names \['words'\]"),
     ],
 )

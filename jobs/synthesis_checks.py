@@ -1,0 +1,143 @@
+"""What prepare finds out about recipes and filters: are they possible, and what identifies them?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline import storage
+from pipeline.checkers import find_checker
+from pipeline.config import Config
+from pipeline.config_recipes import Answer, Answering, Complete, GivenAnswers, Writing
+from pipeline.config_synthesis import Balance, Filter, Judge
+from pipeline.errors import ConfigError
+from pipeline.filters import filter_identity
+from pipeline.loading import evaluation_files
+from pipeline.prompt_writing import make_requests, rubric_of
+from pipeline.recipes import judging_recipe, sampling_of, synthesis_recipe
+from pipeline.records import Prompt
+from pipeline.synthesis_steps import steps_of
+from teachers.judging import grade_tokens
+from teachers.vllm_teacher import check_sampling_parameters
+from teachers.vocabulary import load_tokenizer
+
+Identities = Mapping[str, dict[str, str]]
+
+
+def check_sampling(config: Config) -> None:
+    """Checks the SamplingParams of every step.
+
+    Raises:
+        ConfigError: vLLM refuses them, or they leave no room for a prompt.
+    """
+    most = config.synthesis.max_sequence_tokens
+    for step in steps_of(config):
+        if isinstance(step.recipe, GivenAnswers):
+            continue
+        place = f"synthesis.recipes ({step.label})"
+        sampling = sampling_of(step.recipe, step.generator)
+        answering = isinstance(step.recipe, Answering)
+        samples = step.recipe.samples_per_prompt if isinstance(step.recipe, Answering) else 1
+        try:
+            check_sampling_parameters(sampling, samples)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from error
+        if answering and most is not None and most <= sampling["max_tokens"]:
+            raise ConfigError(
+                f"{place}: sampling.max_tokens ({sampling['max_tokens']}) leaves no room for a "
+                f"prompt in synthesis.max_sequence_tokens ({most})"
+            )
+
+
+def check_recipes(config: Config, prompts: Sequence[Prompt]) -> None:
+    """Checks that every recipe has prompts to work on, and that templates can be used.
+
+    Raises:
+        ConfigError: one has not, or one cannot.
+    """
+    domains = {prompt.domain for prompt in prompts}
+    owned = {domain for teacher in config.teachers.values() for domain in teacher.domains}
+    raw = [prompt for prompt in prompts if prompt.text is not None]
+    for i, recipe in enumerate(config.synthesis.recipes):
+        place = f"synthesis.recipes.{i} ({recipe.type})"
+        if isinstance(recipe, Answering) and recipe.by == "domain_teacher" and domains - owned:
+            raise ConfigError(
+                f"{place} by domain_teacher: no teacher names {sorted(domains - owned)} in its "
+                f"`domains`; the teachers name {sorted(owned)}"
+            )
+        if isinstance(recipe, Complete) and not raw:
+            raise ConfigError(f"{place} continues raw `text`, and all prompts are chat `messages`")
+        if isinstance(recipe, Answer) and recipe.system_prompt is not None and raw:
+            raise ConfigError(
+                f"{place} has a system_prompt, and {len(raw)} prompts are raw `text`, which has no "
+                "place for one"
+            )
+        without = sum(prompt.reference is None for prompt in prompts)
+        if isinstance(recipe, GivenAnswers) and without:
+            raise ConfigError(
+                f"{place} takes references as answers; {without} of {len(prompts)} prompts have "
+                "none"
+            )
+        if isinstance(recipe, Writing) and not make_requests(recipe, prompts, config.seed):
+            raise ConfigError(f"{place} rewrites train prompts of one turn, and there is none")
+
+
+def check_filters(config: Config, prompts: Sequence[Prompt]) -> None:
+    """Checks what the filters need beside the answers.
+
+    Raises:
+        ConfigError: a checker, file, rubric or domain does not exist, or a grade is no token.
+    """
+    checker, domains = config.prompts.checker, {prompt.domain for prompt in prompts}
+    if checker and all(prompt.reference is None for prompt in prompts):
+        raise ConfigError(f"prompts.checker is {checker}, but no prompt has a reference")
+    if checker:
+        find_checker(checker)
+    for key, file in evaluation_files(config).items():
+        if not storage.exists(file.path):
+            raise ConfigError(f"{key}: {file.path} does not exist")
+    for rule in config.synthesis.filters:
+        if isinstance(rule, Balance) and rule.shares.keys() != domains:
+            raise ConfigError(
+                f"filter balance has shares of {sorted(rule.shares)}; the prompts' domains are "
+                f"{sorted(domains)}"
+            )
+        if isinstance(rule, Judge):
+            rubric_of(rule)
+            grade_tokens(load_tokenizer(config.student))
+
+
+def synthesis_recipes(
+    config: Config, identities: Identities, tokenizer_hash: str
+) -> dict[str, dict[str, Any]]:
+    """By step, what decides its answers or prompts.
+
+    Args:
+        identities: of the teachers' models.
+    """
+    return {
+        step.label: synthesis_recipe(
+            config, step.recipe, step.generator, identities.get(step.generator, {}), tokenizer_hash
+        )
+        for step in steps_of(config)
+    }
+
+
+def filter_identities(
+    config: Config, rules: Sequence[Filter], identities: Identities, tokenizer_hash: str
+) -> list[dict[str, Any]]:
+    """What decides which answers filters keep.
+
+    Args:
+        identities: of the teachers' models.
+    """
+    return [
+        filter_identity(
+            rule,
+            config.prompts.checker,
+            judging_recipe(config, rule, identities[rule.teacher], tokenizer_hash)
+            if isinstance(rule, Judge)
+            else None,
+        )
+        for rule in rules
+    ]

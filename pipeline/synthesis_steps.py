@@ -1,0 +1,133 @@
+"""The recipes of a config as steps: who does what with which prompts, from what is recorded so far.
+
+Recipes run in the config's order. Those that write prompts hand on a larger pool; those that answer
+read the pool as it is at their place. Nothing here asks a teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from pipeline.config import Config
+from pipeline.config_recipes import Answer, Answering, Complete, GivenAnswers, Recipe, Writing
+from pipeline.fingerprint import digest_json
+from pipeline.layout import Layout
+from pipeline.prepared import Prepared
+from pipeline.prompt_writing import Request, make_requests
+from pipeline.recipes import DATASET_GENERATOR
+from pipeline.records import Prompt
+from pipeline.synthesis_index import written_prompts
+
+
+@dataclass(frozen=True)
+class Step:
+    """One recipe for one generator.
+
+    Attributes:
+        label: names its recipe and its counts; the generator's name where that is unique.
+        generator: a teacher, or `dataset`.
+    """
+
+    label: str
+    recipe: Recipe
+    generator: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step asks.
+
+    Attributes:
+        digest: of the step's recipe.
+        prompts: as they are asked.
+        pool: all prompts that stand at the step's place.
+        requests: of a step that writes prompts, one for each of `prompts`.
+    """
+
+    step: Step
+    digest: str
+    prompts: list[Prompt]
+    pool: list[Prompt]
+    requests: list[Request]
+
+
+def steps_of(config: Config) -> list[Step]:
+    """The steps, in the order of the recipes and of the teachers."""
+    steps: list[Step] = []
+    for recipe in config.synthesis.recipes:
+        for generator in generators_of(config, recipe):
+            kind = "" if isinstance(recipe, Answer | GivenAnswers) else f"{recipe.type} by "
+            label = base = f"{kind}{generator}"
+            others, number = {step.label for step in steps}, 1
+            while label in others:
+                number += 1
+                label = f"{base} ({number})"
+            steps.append(Step(label, recipe, generator))
+    return steps
+
+
+def generators_of(config: Config, recipe: Recipe) -> list[str]:
+    """Who works on a recipe."""
+    if isinstance(recipe, GivenAnswers):
+        return [DATASET_GENERATOR]
+    if isinstance(recipe, Writing):
+        return [recipe.teacher]
+    if recipe.by == "every_teacher":
+        return list(config.teachers)
+    if recipe.by == "domain_teacher":
+        return [name for name, teacher in config.teachers.items() if teacher.domains]
+    return [recipe.by]
+
+
+def walk(
+    config: Config, layout: Layout, prepared: Prepared, prompts: Sequence[Prompt]
+) -> Iterator[Work]:
+    """The work of each step, in order.
+
+    Whoever wants the prompts that a step writes runs its work before asking for the next.
+
+    Raises:
+        ConfigError: a template cannot be used.
+    """
+    pool = list(prompts)
+    for step in steps_of(config):
+        digest = prepared.synthesis_digests[step.label]
+        if not isinstance(step.recipe, Writing):
+            asked = [_as_asked(step.recipe, p) for p in pool if _answers(config, step, p)]
+            yield Work(step, digest, asked, pool, [])
+            continue
+        requests = make_requests(step.recipe, pool, config.seed)
+        yield Work(step, digest, [request.asked for request in requests], pool, requests)
+        written = written_prompts(layout, digest, [request.asked for request in requests])
+        kept = [p for p in pool if step.recipe.keep_input or p.split != "train"]
+        known = {digest_json([prompt.messages, prompt.text]) for prompt in pool}
+        new = {p.prompt_id: p for p in written if p.prompt_id not in known}
+        pool = [*kept, *new.values()]
+
+
+def all_prompts(work: Sequence[Work], prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Those given and those written, each once."""
+    found = {prompt.prompt_id: prompt for prompt in prompts}
+    for each in work:
+        for prompt in each.pool:
+            found.setdefault(prompt.prompt_id, prompt)
+    return list(found.values())
+
+
+def _answers(config: Config, step: Step, prompt: Prompt) -> bool:
+    recipe = step.recipe
+    if isinstance(recipe, GivenAnswers):
+        return prompt.reference is not None
+    if isinstance(recipe, Complete) and prompt.text is None:
+        return False
+    assert isinstance(recipe, Answering), "prompts are written from requests"
+    return recipe.by != "domain_teacher" or prompt.domain in config.teachers[step.generator].domains
+
+
+def _as_asked(recipe: Recipe, prompt: Prompt) -> Prompt:
+    """The prompt with the recipe's system prompt, where it has none of its own."""
+    system = recipe.system_prompt if isinstance(recipe, Answer) else None
+    if system is None or prompt.messages is None or prompt.messages[0]["role"] == "system":
+        return prompt
+    return replace(prompt, messages=({"role": "system", "content": system}, *prompt.messages))

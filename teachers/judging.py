@@ -1,0 +1,141 @@
+"""A teacher grades answers: the engine may write nothing but one digit, so each grade parses.
+
+`judgements/<recipe>/<digest of the sequence ids>.json` holds the grades of a shard; a sequence is
+graded once under a recipe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
+
+from pipeline import storage
+from pipeline.config_training import StudentConfig
+from pipeline.errors import ConfigError
+from pipeline.fingerprint import digest_ids
+from pipeline.layout import Layout
+from pipeline.records import Prompt
+from teachers.synthesis import student_tokenizer
+from teachers.vocabulary import prompt_ids
+
+if TYPE_CHECKING:
+    from teachers.vllm_teacher import VllmTeacher
+
+GRADES = (1, 2, 3, 4, 5)
+
+
+@dataclass(frozen=True)
+class JudgingTask:
+    """A shard of answers for one judge.
+
+    Attributes:
+        questions: by sequence id, the rubric with prompt and answer filled in.
+        max_model_len: tokens that the engine holds, where the config says so; longer questions get
+            no grade.
+    """
+
+    layout: Layout
+    recipe_digest: str
+    questions: tuple[tuple[str, Prompt], ...]
+    student: StudentConfig
+    max_model_len: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    @property
+    def label(self) -> str:
+        return f"judgement shard ({len(self)} answers)"
+
+    def halves(self) -> tuple[JudgingTask, JudgingTask]:
+        """The same work in two shards."""
+        middle = len(self) // 2
+        first, second = self.questions[:middle], self.questions[middle:]
+        return replace(self, questions=first), replace(self, questions=second)
+
+    def quarantine(self, error: str) -> None:
+        """Records that the answers cannot be graded, so that nobody tries again."""
+        self._record({name: None for name, _ in self.questions})
+
+    async def run(self, teacher: VllmTeacher) -> int:
+        """Grades all answers.
+
+        Returns:
+            The number of grades.
+
+        Raises:
+            ConfigError: a grade is no single token.
+        """
+        tokenizer, _ = student_tokenizer(self.student)
+        grade_of = grade_tokens(tokenizer)
+        sampling = {"max_tokens": 1, "temperature": 0.0, "allowed_token_ids": sorted(grade_of)}
+        grades: dict[str, int | None] = {}
+        asked = {}
+        for name, question in self.questions:
+            ids = prompt_ids(tokenizer, question)
+            if len(ids) < (self.max_model_len or math.inf):
+                asked[name] = ids
+            else:
+                grades[name] = None
+        replies = await asyncio.gather(
+            *(teacher.generate(ids, sampling, 1) for ids in asked.values())
+        )
+        for name, (reply,) in zip(asked, replies, strict=True):
+            grades[name] = grade_of[reply.token_ids[0]]
+        self._record(grades)
+        return len(asked)
+
+    def _record(self, grades: dict[str, int | None]) -> None:
+        name = digest_ids(identifier for identifier, _ in self.questions)
+        storage.write_json(self.layout.judgements(self.recipe_digest, f"{name}.json"), grades)
+
+
+def grade_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, int]:
+    """The grade that each of the allowed tokens stands for.
+
+    Raises:
+        ConfigError: a digit is no single token of the tokenizer.
+    """
+    found: dict[int, int] = {}
+    for grade in GRADES:
+        ids = tokenizer(str(grade), add_special_tokens=False)["input_ids"]
+        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+            raise ConfigError(
+                f"the filter judge needs a tokenizer in which {str(grade)!r} is one token; "
+                f"{tokenizer.name_or_path} makes {ids} of it"
+            )
+        found[ids[0]] = grade
+    return found
+
+
+def read_grades(layout: Layout, recipe_digest: str) -> dict[str, int | None]:
+    """All grades under a recipe by sequence id; None of what could not be graded."""
+    grades: dict[str, int | None] = {}
+    folder = layout.judgements(recipe_digest)
+    for info in storage.list_files(folder, ".json"):
+        grades |= storage.read_json(storage.join(folder, info.base_name))
+    return grades
+
+
+def plan_judging(
+    template: JudgingTask,
+    questions: Sequence[tuple[str, Prompt]],
+    known: Collection[str],
+    answers_per_shard: int,
+) -> list[JudgingTask]:
+    """The answers without a grade, in shards.
+
+    Args:
+        template: a task whose questions are replaced.
+        known: sequences that have been judged.
+    """
+    new = [(name, question) for name, question in questions if name not in known]
+    return [
+        replace(template, questions=tuple(new[start : start + answers_per_shard]))
+        for start in range(0, len(new), answers_per_shard)
+    ]

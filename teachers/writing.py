@@ -1,0 +1,124 @@
+"""A teacher writes prompts: one shard of requests, asked, read and recorded."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config_training import StudentConfig
+from pipeline.fingerprint import digest_bytes
+from pipeline.layout import Layout
+from pipeline.prompt_writing import Request, new_prompt, read_reply
+from pipeline.synthesis_index import Outcome, new_prompts, shard_digest, write_record
+from teachers.synthesis import student_tokenizer
+from teachers.vocabulary import answer_text, prompt_ids
+
+if TYPE_CHECKING:
+    from teachers.vllm_teacher import VllmTeacher
+
+
+@dataclass(frozen=True)
+class WritingTask:
+    """Requests of one domain to one teacher under one recipe.
+
+    Attributes:
+        max_model_len: tokens that the engine holds, where the config says so; longer requests are
+            counted as `too_long` and not asked.
+    """
+
+    layout: Layout
+    generator: str
+    recipe_digest: str
+    requests: tuple[Request, ...]
+    student: StudentConfig
+    sampling: dict[str, Any]
+    seed: int
+    max_model_len: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    @property
+    def label(self) -> str:
+        name = shard_digest(request.asked for request in self.requests)[:8]
+        return f"request shard {name} ({len(self)} requests)"
+
+    def halves(self) -> tuple[WritingTask, WritingTask]:
+        """The same work in two shards."""
+        middle = len(self) // 2
+        first, second = self.requests[:middle], self.requests[middle:]
+        return replace(self, requests=first), replace(self, requests=second)
+
+    def quarantine(self, error: str) -> None:
+        """Records that the requests cannot be answered, so that they are not asked again."""
+        errors = {request.asked.prompt_id: error for request in self.requests}
+        self._record(Outcome(counts=Counter(quarantined=len(self)), errors=errors))
+
+    async def run(self, teacher: VllmTeacher) -> dict[str, Any]:
+        """Asks the teacher and records the prompts that it wrote.
+
+        Returns:
+            The record: replies by what became of them, prompts written, generated tokens, seconds.
+        """
+        started = time.monotonic()
+        tokenizer, _ = student_tokenizer(self.student)
+        room = (self.max_model_len or math.inf) - self.sampling["max_tokens"]
+        outcome = Outcome()
+        rendered = [(request, prompt_ids(tokenizer, request.asked)) for request in self.requests]
+        fitting = [(request, ids) for request, ids in rendered if len(ids) <= room]
+        for request, ids in rendered:
+            if len(ids) > room:
+                detail = f"a request of {len(ids)} tokens leaves no room for a reply"
+                outcome.reject(request.source, self.generator, "too_long", detail)
+        replies = await asyncio.gather(
+            *(
+                teacher.generate(ids, self.sampling | {"seed": self._seed(request)}, 1)
+                for request, ids in fitting
+            )
+        )
+        for (request, _), (answer,) in zip(fitting, replies, strict=True):
+            outcome.generated_tokens += len(answer.token_ids)
+            text = answer_text(tokenizer, answer.token_ids)
+            reply = read_reply(request, text, answer.finish_reason)
+            if reply.reason is not None:
+                outcome.reject(request.source, self.generator, reply.reason, reply.detail, text)
+                continue
+            outcome.counts.update({"answers": 1, "kept": 1, "prompts_written": len(reply.texts)})
+            found = [new_prompt(request.source, text) for text in reply.texts]
+            outcome.written[request.asked.prompt_id] = found
+        outcome.seconds = time.monotonic() - started
+        return self._record(outcome)
+
+    def _seed(self, request: Request) -> int:
+        name = request.asked.prompt_id.encode()
+        return int(digest_bytes(name, self.generator.encode())[:7], 16) + self.seed
+
+    def _record(self, outcome: Outcome) -> dict[str, Any]:
+        asked = [request.asked for request in self.requests]
+        return write_record(self.layout, self.recipe_digest, self.generator, asked, outcome)
+
+
+def plan_writing(
+    template: WritingTask, requests: Sequence[Request], requests_per_shard: int
+) -> list[WritingTask]:
+    """The requests that no record of the recipe knows yet, grouped by domain.
+
+    Args:
+        template: a task whose requests are replaced.
+    """
+    asked = [request.asked for request in requests]
+    new = {p.prompt_id for p in new_prompts(template.layout, template.recipe_digest, asked)}
+    groups: dict[str, list[Request]] = {}
+    for request in requests:
+        if request.asked.prompt_id in new:
+            groups.setdefault(request.asked.domain, []).append(request)
+    return [
+        replace(template, requests=tuple(group[start : start + requests_per_shard]))
+        for group in groups.values()
+        for start in range(0, len(group), requests_per_shard)
+    ]
