@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from pipeline.cache_index import CacheReader
+from pipeline.cache_index import CacheReader, open_cache
 from pipeline.config import Config
 from pipeline.datasets import DatasetEntry
 from pipeline.layout import CacheLayout, Layout
@@ -49,7 +49,7 @@ def renormalised_sequences(
     config: Config, entries: Sequence[DatasetEntry], caches: dict[str, CacheLayout]
 ) -> int:
     """Sequences that a teacher of positive weight lacks: the others' weights are scaled up."""
-    readers = {name: CacheReader(cache) for name, cache in caches.items()}
+    readers = {name: open_cache(cache) for name, cache in caches.items()}
     return sum(
         any(
             entry.sequence_id not in readers[name]
@@ -75,7 +75,7 @@ def _figures(
     vocabulary = vocabulary_size(layout.export_folder(students[0]), trust)
     teachers = list(config.teachers)
     examples = open_examples(layout, caches, teachers, config.combine, entries, vocabulary)
-    readers = {name: CacheReader(cache) for name, cache in caches.items()}
+    readers = {name: open_cache(cache) for name, cache in caches.items()}
     found: Json = {
         name: {"domains": _renamed(numbers)}
         for name, numbers in teacher_holdout_numbers(entries, examples, readers).items()

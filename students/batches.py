@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,7 +22,14 @@ from pipeline.errors import TrainingError
 from pipeline.fingerprint import digest_json
 from pipeline.training import TrainingJob
 from students.dataset import Examples, open_examples
-from students.packing import MicroBatch, pack, plan_micro_batches, refuse_long_sequences
+from students.features import TeacherStates
+from students.packing import (
+    MicroBatch,
+    pack,
+    plan_groups,
+    refuse_long_groups,
+    refuse_long_sequences,
+)
 
 SHUFFLE_WINDOW_SHARDS = 32
 """Sequence shards whose sequences are shuffled together; fewer than a cache reader keeps decoded.
@@ -105,6 +112,9 @@ class TrainingData:
         used = self.train + self.holdout
         budget = job.config.training.tokens_per_micro_batch
         refuse_long_sequences([(entry.sequence_id, entry.num_tokens) for entry in used], budget)
+        self._together = job.sequences_together
+        lengths = [entry.num_tokens for entry in used]
+        refuse_long_groups(lengths, budget, self._padded, self._together)
         combine = job.config.combine if job.uses_teachers else None
         teachers = list(job.config.teachers)
         # apart, since a thread reads ahead in one while the other is used
@@ -112,11 +122,19 @@ class TrainingData:
             open_examples(job.layout, job.caches, teachers, combine, used, vocabulary)
             for _ in range(2)
         )
+        self._train_states, self._holdout_states = (
+            TeacherStates(job.caches, job.feature_teachers, used) for _ in range(2)
+        )
         shards = [entry.shard for entry in self.train]
         training = job.config.training
         self._order = DataOrder(
             shards, job.config.seed, job.dataset_digest, training.sequences_per_step
         )
+
+    @property
+    def state_widths(self) -> dict[str, int]:
+        """By teacher whose hidden states a loss needs, their stored dimensions."""
+        return self._train_states.widths
 
     def training_batches(self, start: int) -> Iterator[StepBatch]:
         """The batches from a step on; reads one ahead."""
@@ -131,26 +149,33 @@ class TrainingData:
 
     def holdout_batches(self) -> Iterator[MicroBatch]:
         """The hold-out sequences of this rank, the same number of micro-batches on each."""
-        return self._micro_batches(self.holdout, self._holdout_examples)
+        return self._micro_batches(self.holdout, self._holdout_examples, self._holdout_states)
 
     def probe(self) -> tuple[list[DatasetEntry], MicroBatch]:
         """The same few sequences on every rank, together."""
         entries = [*self.holdout, *self.train][:PROBE_SEQUENCES]
         examples = [self._holdout_examples[entry] for entry in entries]
-        return entries, pack(examples, self._padded).to(self._device)
+        states = self._holdout_states.batch(entries, range(len(entries)))
+        batch = replace(pack(examples, self._padded), features=states)
+        return entries, batch.to(self._device)
 
     def _step(self, step: int) -> StepBatch:
         batch = [self.train[i] for i in self._order.batch(step)]
         return StepBatch(
             step,
-            list(self._micro_batches(batch, self._train_examples)),
+            list(self._micro_batches(batch, self._train_examples, self._train_states)),
             sum(entry.num_positions for entry in batch),
             sum(entry.num_tokens for entry in batch),
         )
 
-    def _micro_batches(self, batch: list[DatasetEntry], examples: Examples) -> Iterator[MicroBatch]:
+    def _micro_batches(
+        self, batch: list[DatasetEntry], examples: Examples, states: TeacherStates
+    ) -> Iterator[MicroBatch]:
         budget = self._job.config.training.tokens_per_micro_batch
         lengths = [entry.num_tokens for entry in batch]
-        plan = plan_micro_batches(lengths, budget, self._world_size, self._padded)
+        plan = plan_groups(lengths, budget, self._world_size, self._padded, self._together)
         for members in plan[self._rank]:
-            yield pack([examples[batch[i]] for i in members], self._padded).to(self._device)
+            packed = pack([examples[batch[i]] for i in members], self._padded)
+            groups = [i // self._together for i in members]
+            features = states.batch([batch[i] for i in members], groups)
+            yield replace(packed, features=features).to(self._device)

@@ -19,6 +19,7 @@ import torch
 
 from pipeline.errors import TrainingError
 from students.dataset import Example
+from students.features import FeatureBatch
 from students.outcomes import Targets
 
 NOTHING = Example(
@@ -42,12 +43,14 @@ class MicroBatch:
         position_ids: int64[1, T] of a packed row, from 0 again with each sequence; None for padded
             rows. A causal model needs no mask for padding that lies behind.
         logit_indices: int64[P], into the rows one after another.
+        features: the teachers' hidden states, where a loss needs them.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor | None
     logit_indices: torch.Tensor
     targets: Targets
+    features: FeatureBatch | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         moved = {
@@ -59,6 +62,7 @@ class MicroBatch:
             None if self.position_ids is None else self.position_ids.to(device),
             self.logit_indices.to(device),
             Targets(**moved),
+            None if self.features is None else self.features.to(device),
         )
 
 
@@ -139,6 +143,46 @@ def plan_micro_batches(
     rows += [[] for _ in range(num_rows - len(rows))]
     rows.sort(key=lambda row: -sum(lengths[i] for i in row))
     return [rows[rank::world_size] for rank in range(world_size)]
+
+
+def plan_groups(
+    lengths: Sequence[int],
+    tokens_per_micro_batch: int,
+    world_size: int,
+    padded: bool,
+    together: int,
+) -> list[list[list[int]]]:
+    """`plan_micro_batches` where every `together` sequences in a row stay in one micro-batch.
+
+    Raises:
+        TrainingError: such a group is longer than the budget.
+    """
+    groups = [list(range(len(lengths)))[i : i + together] for i in range(0, len(lengths), together)]
+    sizes = [group_size([lengths[i] for i in group], padded) for group in groups]
+    plan = plan_micro_batches(sizes, tokens_per_micro_batch, world_size, padded)
+    return [[[i for g in row for i in groups[g]] for row in rank] for rank in plan]
+
+
+def group_size(lengths: Sequence[int], padded: bool) -> int:
+    """What sequences that stay together take of the budget."""
+    return len(lengths) * max(lengths) if padded else sum(lengths)
+
+
+def refuse_long_groups(
+    lengths: Sequence[int], tokens_per_micro_batch: int, padded: bool, together: int
+) -> None:
+    """Any `together` sequences must fit a micro-batch, whatever the order of data puts together.
+
+    Raises:
+        TrainingError: the longest ones do not.
+    """
+    longest = group_size(sorted(lengths)[-together:], padded)
+    if longest > tokens_per_micro_batch:
+        raise TrainingError(
+            f"a relation loss keeps {together} sequences in one micro-batch; the longest ones take "
+            f"{longest} tokens, training.tokens_per_micro_batch is {tokens_per_micro_batch}: raise "
+            "it, or lower the loss's `sequences`"
+        )
 
 
 def refuse_long_sequences(lengths: Sequence[tuple[str, int]], tokens_per_micro_batch: int) -> None:

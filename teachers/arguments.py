@@ -17,6 +17,7 @@ OWNED_ENGINE_ARGUMENTS = {
     "revision": "the teacher's `revision` sets it",
     "trust_remote_code": "the teacher's `trust_remote_code` sets it",
 }
+STATE_CAPTURE_ARGUMENTS = ("speculative_config", "kv_transfer_config")
 CAPTURED = "distributions are captured by scoring, not while an answer is written"
 OWNED_SAMPLING_PARAMETERS = {
     "n": "synthesis.samples_per_prompt sets it",
@@ -64,6 +65,23 @@ def check_capture(block: dict[str, Any], num_logprobs: int) -> None:
     if mode != "raw_logprobs":
         raise ConfigError(
             f"vllm.logprobs_mode is {mode!r}; targets need raw_logprobs, at temperature 1"
+        )
+
+
+def check_hidden_states(block: dict[str, Any]) -> None:
+    """Checks that a `vllm:` block leaves room for the capture of hidden states.
+
+    Raises:
+        ConfigError: it sets what that capture needs, or an engine on several nodes, whose workers
+            would write states where nobody reads them.
+    """
+    for key in STATE_CAPTURE_ARGUMENTS:
+        if key in block:
+            raise ConfigError(f"vllm.{key} is not accepted: a loss needs hidden states, set by it")
+    if block.get("distributed_executor_backend") == "ray":
+        raise ConfigError(
+            "vllm.distributed_executor_backend is ray, but a loss needs hidden states, which are "
+            "captured within one node only"
         )
 
 

@@ -27,6 +27,11 @@ MEAN_TOLERANCES = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 6e-2}
 other weights, another quantisation or a broken device differ by more."""
 
 
+STATE_TOLERANCES = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+"""Largest difference of two captures of one hidden state, relative to the largest value: one was
+computed in another batch. A state that was never written, or another token's, differs more."""
+
+
 @dataclass(frozen=True)
 class Canary:
     """What one engine says of the short canary.
@@ -45,6 +50,21 @@ class Canary:
     def of(cls, rows: CapturedRows, engine: dict[str, str | None]) -> Canary:
         """The part of captured rows that is compared."""
         return cls(engine, rows.gold_logprobs, rows.logprobs[:, :HEAD_ENTRIES])
+
+
+def died_of(step: str, bounds: dict[str, float]) -> str:
+    """What is said of an engine that the full canary killed; `bounds` are what may be lowered."""
+    *others, last = (f"{name} ({value})" for name, value in bounds.items())
+    return (
+        f"the engine died of the largest step that scoring asks for, {step} log-probabilities "
+        "each, most likely for want of memory (its log names the cause). Lower "
+        f"{', '.join(others)} or {last}"
+    )
+
+
+def states_agree(one: np.ndarray, other: np.ndarray, dtype: str) -> bool:
+    """Whether two captures of the same hidden states differ by rounding alone."""
+    return bool(np.abs(one - other).max() <= STATE_TOLERANCES[dtype] * np.abs(one).max())
 
 
 def canary_ids(length: int, vocabulary: int, number: int = 0) -> list[int]:

@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from pipeline.cache_verify import row_problems
 from pipeline.errors import CacheError
 from pipeline.records import SparseLogprobs
 from teachers.dispatch import PoolReport
+from teachers.engine import EngineSpec
 from teachers.rescoring import RescoringTask, row_difference
 from tests.support.caches import flip_bit
 from tests.support.fabricated import (
@@ -182,9 +184,8 @@ def rescore(run: FabricatedRun, salt: str, name: str = "words") -> PoolReport:
         )
         for shard in sorted(shards)
     ]
-    (report,) = FakePools({"words": salt})(
-        [type("Job", (), {"name": name, "tasks": tasks})]
-    ).values()
+    job = SimpleNamespace(name=name, tasks=tasks, spec=EngineSpec(model="", min_model_len=1))
+    (report,) = FakePools({"words": salt})([job]).values()
     return report
 
 

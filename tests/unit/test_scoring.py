@@ -13,7 +13,7 @@ from pipeline.fingerprint import digest_ids
 from pipeline.layout import Layout
 from pipeline.records import TokenSequence
 from teachers.engine import CapturedRows
-from teachers.scoring import ScoredShard, ScoringTask, siblings_together
+from teachers.scoring import Output, ScoredShard, ScoringTask, siblings_together
 
 WIDTH = 4
 SPANS = {"one": ((3, 9),), "two": ((2, 4), (6, 10)), "last": ((11, 12),)}
@@ -25,7 +25,10 @@ class Recorder:
     def __init__(self) -> None:
         self.asked: list[int] = []
 
-    async def score(self, input_ids: list[int], first_index: int) -> CapturedRows:
+    async def score(
+        self, input_ids: list[int], first_index: int, *, distributions: bool, states: bool
+    ) -> CapturedRows:
+        assert distributions and not states
         self.asked.append(input_ids[0])
         is_rescored = len(self.asked) % 3 == 0
         await asyncio.sleep(0)
@@ -56,9 +59,8 @@ def scored(root: Path, sequences: list[TokenSequence]) -> tuple[Recorder, Scored
     shard = write_sequences(layout, "d", sequences)
     cache = layout.cache("t", "0" * 32)
     identifiers = tuple(each.sequence_id for each in sequences)
-    task = ScoringTask(
-        cache, "0" * 32, f"{root}/{shard}", identifiers, TopK(type="top_k", max_entries=2)
-    )
+    output = Output("t", cache, "0" * 32, TopK(type="top_k", max_entries=2))
+    task = ScoringTask(f"{root}/{shard}", identifiers, (output,))
     teacher = Recorder()
     report = asyncio.run(task.run(teacher))  # pyright: ignore[reportArgumentType]
     return teacher, report, read_shard(cache.shard(digest_ids(identifiers)))
@@ -66,7 +68,7 @@ def scored(root: Path, sequences: list[TokenSequence]) -> tuple[Recorder, Scored
 
 def test_rows_are_exactly_the_positions(tmp_path: Path, sequences: list[TokenSequence]) -> None:
     _, report, rows = scored(tmp_path, sequences)
-    assert report.entry.num_positions == sum(each.num_positions for each in sequences)
+    assert report.entries["t"].num_positions == sum(each.num_positions for each in sequences)
     for each, row in zip(sequences, rows, strict=True):
         assert row.sequence_id == each.sequence_id
         np.testing.assert_array_equal(-row.gold_logprobs, each.position_indices)
