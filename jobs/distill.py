@@ -19,7 +19,7 @@ from jobs.submit import build_upload, connect, job_logs, submit_stage
 from pipeline import storage
 from pipeline.config import Config
 from pipeline.config_base import Resources
-from pipeline.errors import ClusterError, ConfigError
+from pipeline.errors import ClusterError, ConfigError, StorageError
 from pipeline.fingerprint import digest_json
 from pipeline.loading import dump_config, local_paths
 
@@ -97,14 +97,24 @@ def run_job(
     identifier = submit(client, config, name, command)
     say(f"job {identifier}")
     status = follow(client, identifier, lambda line: PREAMBLE.match(line) or say(line))
+    show_all = f"polystill logs {identifier} --address {address}"
     if address is None:
-        kept = storage.join(layout_of(config).run_folder, "logs", f"{identifier}.log")
-        storage.write_bytes(kept, job_logs(client, identifier).encode())
-        show_all = f"less {kept}"
-    else:
-        show_all = f"polystill logs {identifier} --address {address}"
+        show_all = _keep_log(config, client, identifier)
     if status != JobStatus.SUCCEEDED:
         raise ClusterError(failure_message(client, identifier, show_all))
+
+
+def _keep_log(config: Config, client: JobSubmissionClient, identifier: str) -> str:
+    """Keeps the log of a job whose head is about to end; returns the command that shows it.
+
+    A job that failed because nothing can be written there must still say so.
+    """
+    kept = storage.join(layout_of(config).run_folder, "logs", f"{identifier}.log")
+    try:
+        storage.write_bytes(kept, job_logs(client, identifier).encode())
+    except StorageError as error:
+        return f"not kept: {error}"
+    return f"less {kept}"
 
 
 def submit(client: JobSubmissionClient, config: Config, stage: str, command: Sequence[str]) -> str:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from jobs.plan import layout_of, make_plan
+from jobs.plan import layout_of, make_plan, scored_dataset
 from pipeline.cache_status import stale_caches
 from pipeline.config import Config
 from pipeline.config_base import Resources
 from pipeline.prepared import load_prepared
+from pipeline.training import training_jobs
 
 
 def describe(config: Config) -> str:
     """The plan as lines for people; starts nothing.
 
     Raises:
-        PromptError: the prompts are bad.
+        ConfigError, PromptError: the prompts are bad, or an option is none of upstream's.
+        TrainingError: the run holds another training.
     """
     lines = ["# plan"]
     for plan in make_plan(config):
@@ -22,8 +24,24 @@ def describe(config: Config) -> str:
     prepared = load_prepared(config, layout)
     if prepared is not None:
         lines += [f"stale       {line}" for line in stale_caches(layout, prepared)]
+    _check(config)
     lines += ["# resources", *_resources(config)]
     return "\n".join(lines)
+
+
+def _check(config: Config) -> None:
+    """All that a stage would refuse and that can be seen from here. Engines are slow to import."""
+    layout = layout_of(config)
+    prepared = load_prepared(config, layout)
+    if prepared is None:
+        from jobs.prepare import check_inputs
+
+        check_inputs(config)
+    elif dataset := scored_dataset(config, layout, prepared):
+        from students.launch import check_training
+
+        for job in training_jobs(config, layout, prepared, dataset):
+            check_training(job)
 
 
 def _resources(config: Config) -> list[str]:

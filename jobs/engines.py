@@ -1,4 +1,4 @@
-"""What synthesize and score share: the engines of the teachers, their progress, their price."""
+"""What synthesize and score share: the engines of the teachers, their progress, their time."""
 
 from __future__ import annotations
 
@@ -62,14 +62,15 @@ def pool_job(
     )
 
 
-def engine_cost(config: Config, reports: dict[str, PoolReport], seconds: float) -> float:
-    """Price of the engines that ran, each as long as the whole stage: an upper bound."""
-    hours = seconds / 3600
-    return sum(
-        config.teachers[name].cost_per_hour * config.teachers[name].replicas * hours
+def engine_seconds(
+    config: Config, reports: dict[str, PoolReport], seconds: float
+) -> dict[str, float]:
+    """By model, the seconds of its engines, each as long as the whole stage: an upper bound."""
+    return {
+        name: config.teachers[name].replicas * seconds
         for name, report in reports.items()
         if report.engines
-    )
+    }
 
 
 def _progress(unit: str, name: str) -> Callable[[int, int, Any], None]:

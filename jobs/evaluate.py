@@ -22,7 +22,7 @@ from pipeline.prepared import Prepared
 from pipeline.prompts import load_prompts
 from pipeline.records import Prompt, TokenSequence
 from pipeline.report import render_html, text_summary
-from pipeline.training import training_cost
+from pipeline.training import stage_cost
 from teachers.answering import AnsweredPrompts, AnsweringTask
 from teachers.engine import EngineSpec
 from teachers.pool import PoolJob, PoolReport, run_pools
@@ -58,14 +58,13 @@ def evaluate(config: Config, layout: Layout, prepared: Prepared, dataset: str) -
     compared = _compared_sequences(layout, entries)
     figures = holdout_figures(config, layout, entries, compared, caches, students_of(config))
     figures["renormalised_sequences"] = renormalised_sequences(config, whole, caches)
-    models, cost, too_long = [], 0.0, 0
+    models, took, too_long = [], {}, 0
     for name in [*config.teachers, *students_of(config)]:
         begun = time.monotonic()
         answered, engine = _serve(config, layout, prepared, name, prompts, compared)
-        hours = (time.monotonic() - begun) / 3600
+        took[name] = time.monotonic() - begun
         too_long = answered.num_too_long  # the same for all: the student's tokenizer decides
         models.append(_model(config, name, answered, engine, figures[name]))
-        cost += hours * models[-1]["cost_per_hour"]
         if name not in config.teachers:
             figures[name]["engine_difference"] = _difference(
                 figures[name]["gold_logprobs"], answered.gold_logprobs
@@ -74,12 +73,12 @@ def evaluate(config: Config, layout: Layout, prepared: Prepared, dataset: str) -
     check = _export_check(config, layout, figures)
     report = _report(config, layout, prepared, dataset, models, figures, check)
     report["prompts"] = report["prompts"] | {"holdout_too_long_to_ask": too_long}
-    report["stages"].append(
-        {"stage": "evaluate", "seconds": time.time() - started, "cost": cost, "detail": ""}
-    )
+    own = {"seconds": time.time() - started, "engine_seconds": took}
+    cost = stage_cost(config, own)
+    report["stages"].append({"stage": "evaluate", "cost": cost, "detail": "", **own})
     storage.write_json(layout.report_json, report)
     storage.write_bytes(layout.report_html, render_html(report).encode())
-    return {"cost": cost, "summary": f"{text_summary(report)}\n{layout.report_html}"}
+    return {"engine_seconds": took, "summary": f"{text_summary(report)}\n{layout.report_html}"}
 
 
 def _serve(
@@ -179,8 +178,6 @@ def _report(
         stage: read_record(layout, stage)
         for stage in ("prepare", "synthesize", "score", "train", "export")
     }
-    if "figures" in records["train"]:  # at today's price, as those of the models
-        records["train"]["cost"] = training_cost(config, records["train"]["figures"])
     refused = records["score"].get("quarantined", {})
     return {
         "run": {
@@ -203,7 +200,7 @@ def _report(
             {
                 "stage": stage,
                 "seconds": record.get("seconds", 0.0),
-                "cost": record.get("cost"),
+                "cost": stage_cost(config, record),
                 "detail": record.get("summary", "no record"),
             }
             for stage, record in records.items()

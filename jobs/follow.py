@@ -20,6 +20,7 @@ MEMORY_ADVICE = (
     "Ray ended processes of it because the node ran out of memory: free some, or give the stage a "
     "larger node."
 )
+COMMAND_ERROR = "polystill: "
 # Ray's own two lines at the top of every job's log.
 PREAMBLE = re.compile(r"Running entrypoint for job |.*Runtime env is setting up\.$")
 
@@ -160,7 +161,10 @@ def failure_message(
     except ClusterError as error:
         log = [str(error)]
     printed = [line for line in log if not PREAMBLE.match(line)]
-    shown = printed[-lines:] or (info.message or "Ray gives no reason.").splitlines()[-lines:]
+    # What the command line says last is the whole reason; a traceback needs what stands before it.
+    starts = [i for i, line in enumerate(printed) if line.startswith(COMMAND_ERROR)]
+    reason = printed[starts[-1] :] if starts else printed
+    shown = (reason or (info.message or "Ray gives no reason.").splitlines())[-lines:]
     told = [*log, *(info.message or "").splitlines()]
     why = [MEMORY_ADVICE] if any(OUT_OF_MEMORY.search(line) for line in told) else []
     code = "" if info.driver_exit_code is None else f" with exit code {info.driver_exit_code}"

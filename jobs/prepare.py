@@ -30,9 +30,7 @@ def prepare(config: Config) -> Prepared:
             taken.
     """
     layout = layout_of(config)
-    _check_upstream_options(config)
-    prompts, counts = read_prompts(config.prompts)
-    _check_prompts(config, prompts)
+    prompts, counts = check_inputs(config)
     for model in [*config.teachers.values(), config.student]:
         check_model(model)
     tokenizer_digest = check_vocabularies(config, prompts)
@@ -63,6 +61,21 @@ def prepare(config: Config) -> Prepared:
     )
     save_prepared(layout, prepared)
     return prepared
+
+
+def check_inputs(config: Config) -> tuple[list[Prompt], dict[str, int]]:
+    """Checks upstream's options and the prompts, without a look at any model.
+
+    Returns:
+        The prompts and their counts.
+
+    Raises:
+        ConfigError, PromptError: what is wrong.
+    """
+    _check_upstream_options(config)
+    prompts, counts = read_prompts(config.prompts)
+    _check_prompts(config, prompts)
+    return prompts, counts
 
 
 def _check_upstream_options(config: Config) -> None:

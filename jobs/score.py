@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jobs.engines import engine_cost, pool_job
+from jobs.engines import engine_seconds, pool_job
 from jobs.plan import score_key
 from pipeline import storage
 from pipeline.cache_index import is_published, publish, quarantined
@@ -57,7 +57,7 @@ def score(config: Config, layout: Layout, prepared: Prepared, dataset: str) -> d
         "dataset": write_dataset(layout, covered),
         "engines": {name: report.engines for name, report in reports.items()},
         "quarantined": {name: len(errors) for name, errors in refused.items()},
-        "cost": engine_cost(config, reports, seconds),
+        "engine_seconds": engine_seconds(config, reports, seconds),
         "summary": "; ".join(
             scored_summary(name, reports[teacher_of(name)], len(refused[name])) for name in caches
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -25,13 +26,13 @@ from pipeline.errors import ConfigError
 from pipeline.layout import Layout
 from pipeline.loading import dump_config
 from pipeline.prepared import Prepared, load_prepared
-from pipeline.training import training_cost, training_jobs
+from pipeline.training import training_jobs
 
 Outcome = dict[str, Any]
 
 
 def run_stage(stage: str, config: Config) -> None:
-    """Runs one stage and keeps its record: what it did, how long it took, what that cost.
+    """Runs one stage and keeps its record: what it did, how long it and its engines took.
 
     Raises:
         DistillationError: what went wrong; everything finished before stays.
@@ -60,7 +61,7 @@ def _prepare(config: Config, layout: Layout) -> Outcome:
         print(line, flush=True)
     counts = ", ".join(f"{name} {count}" for name, count in prepared.prompt_counts.items())
     summary = f"prompts: {counts}; vocabularies agree"
-    return {"key": prepared.key, "cost": 0.0, "summary": summary}
+    return {"key": prepared.key, "summary": summary}
 
 
 def _synthesize(config: Config, layout: Layout) -> Outcome:
@@ -90,7 +91,8 @@ def _train(config: Config, layout: Layout) -> Outcome:
     return {
         "key": stage_key(config, layout, prepared, "train"),
         "figures": figures,
-        "cost": training_cost(config, figures),
+        # Of the summaries, which count all starts.
+        "worker_seconds": config.training.workers * sum(f["seconds"] for f in figures.values()),
         "summary": "; ".join(
             f"{label}: {found['steps']} steps, {found['tokens'] / found['seconds']:.0f} tokens/s"
             for label, found in figures.items()
@@ -109,7 +111,6 @@ def _export(config: Config, layout: Layout) -> Outcome:
     return {
         "key": stage_key(config, layout, prepared, "export"),
         "figures": figures,
-        "cost": 0.0,
         "summary": "; ".join(
             f"{found['folder']} (at most {found['largest_difference_nats']:.1e} nats from training)"
             for found in figures.values()
@@ -140,8 +141,10 @@ def _keep_record(layout: Layout, stage: str, record: Outcome) -> None:
     """Writes the record of a stage; what earlier runs of the same work took is added."""
     before = read_record(layout, stage)
     if before.get("key") == record["key"]:
-        for name in ("seconds", "cost"):
-            record[name] += before[name]
+        record["seconds"] += before["seconds"]
+        took = Counter(before.get("engine_seconds", {}))
+        took.update(record.get("engine_seconds", {}))
+        record["engine_seconds"] = dict(took)
     storage.write_json(layout.stage_record(stage), record)
 
 

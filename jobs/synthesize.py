@@ -6,7 +6,7 @@ import json
 import time
 from typing import Any
 
-from jobs.engines import engine_cost, pool_job
+from jobs.engines import engine_seconds, pool_job
 from jobs.plan import answers, synthesis_key
 from pipeline.config import Config
 from pipeline.datasets import write_dataset
@@ -52,7 +52,7 @@ def synthesize(config: Config, layout: Layout, prepared: Prepared) -> dict[str, 
         "key": synthesis_key(prepared),
         "dataset": write_dataset(layout, entries),
         "counts": counts,
-        "cost": engine_cost(config, reports, seconds),
+        "engine_seconds": engine_seconds(config, reports, seconds),
         "summary": f"{len(entries)} sequences (answers kept: {kept})",
     }
 

@@ -1,8 +1,8 @@
 """The configuration: YAML in, frozen pydantic models out, checked before hardware is asked for.
 
-The docstring under each field is its help. What changes results has no hidden default. Paths that
-begin with `.` are relative to the config file and become absolute when it is loaded; a model that
-begins with `.` or `/` is a folder, anything else a Hugging Face hub id.
+The docstring under each field is its help. What changes results has no hidden default. Paths are
+relative to the config file and become absolute when it is loaded; a model that begins with `.`, `~`
+or `/` is a folder, anything else a Hugging Face hub id.
 """
 
 from __future__ import annotations

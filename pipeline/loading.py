@@ -63,8 +63,13 @@ def absolute_paths(config: Config, folder: Path) -> Config:
     if initial_weights is not None:
         values["student"]["initial_weights"] = _absolute(initial_weights, folder)
     for model in [*values["teachers"].values(), values["student"]]:
-        if model["model"].startswith("."):
+        if model["model"].startswith((".", "~")):
             model["model"] = _absolute(model["model"], folder)
+        elif not is_folder(model["model"]) and (folder / model["model"]).is_dir():
+            raise ConfigError(
+                f"model {model['model']!r} is both a hub id and a folder beside the config: write "
+                f"./{model['model']} for the folder"
+            )
     return Config.model_validate(values)
 
 
@@ -98,9 +103,9 @@ def local_paths(config: Config) -> dict[str, str]:
 
 
 def _absolute(path: str, folder: Path) -> str:
-    if "://" in path or path.startswith("/"):
+    if "://" in path:
         return path
-    return os.path.normpath(folder / path)
+    return os.path.normpath(folder / os.path.expanduser(path))
 
 
 def _unshared(value: Any) -> Any:
@@ -161,7 +166,14 @@ def _explain(item: Any) -> str:
     if item["type"] == "missing":
         return f"{place!r} is required"
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] != "value_error":  # our own messages name what they found
+        message += f", found {_short(item['input'])}"
     return f"{place}: {message}" if place else message
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _known_keys(location: list[Any]) -> set[str]:

@@ -6,6 +6,7 @@ row stops the reading with file, line and reason; nothing is partly read.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections import Counter
@@ -23,6 +24,7 @@ from pipeline.layout import Layout
 from pipeline.records import Prompt
 
 FIELDS = ("messages", "text", "id", "domain", "reference")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 PROMPT_SCHEMA = pa.schema(
     [
@@ -48,8 +50,10 @@ def read_prompts(config: PromptsConfig) -> tuple[list[Prompt], dict[str, int]]:
     contents: dict[str, str] = {}
     counts: Counter[str] = Counter()
     for source in config.sources:
+        columns: set[str] = set()
         for place, row in _numbered_rows(source):
             prompt = _parse(place, row, source, config)
+            columns |= row.keys()
             content = digest_json([prompt.messages, prompt.text])
             counts["read"] += 1
             if content in contents:
@@ -62,6 +66,11 @@ def read_prompts(config: PromptsConfig) -> tuple[list[Prompt], dict[str, int]]:
                 )
             contents[content] = prompt.prompt_id
             kept[prompt.prompt_id], places[prompt.prompt_id] = prompt, place
+        if absent := sorted(set(source.fields.values()) - columns):
+            raise PromptError(
+                f"{source.path}: `fields` names {absent}, which no row has; the columns are "
+                f"{sorted(columns)}"
+            )
     counts.update(prompt.split for prompt in kept.values())
     return list(kept.values()), dict(counts)
 
@@ -145,6 +154,7 @@ def _dataset_rows(path: str) -> Iterator[tuple[str, Any]]:
 def _parse(place: str, row: Any, source: PromptSource, config: PromptsConfig) -> Prompt:
     if not isinstance(row, dict):
         raise PromptError(f"{place}: a row must be an object, found {type(row).__name__}")
+    _refuse_misspelt_columns(place, row, source)
     values = {name: row.get(source.fields.get(name, name)) for name in FIELDS}
     messages, text = values["messages"], values["text"]
     if (messages is None) == (text is None):
@@ -177,6 +187,19 @@ def _parse(place: str, row: Any, source: PromptSource, config: PromptsConfig) ->
     )
 
 
+def _refuse_misspelt_columns(place: str, row: dict[str, Any], source: PromptSource) -> None:
+    """Other columns are no error: data from elsewhere has many."""
+    columns = {name: source.fields.get(name, name) for name in FIELDS}
+    unused = [column for column in row if column not in columns.values()]
+    for name, column in columns.items():
+        close = difflib.get_close_matches(column, unused, n=1, cutoff=0.8)
+        if column not in row and close and len(column) > len("id"):
+            raise PromptError(
+                f"{place}: there is no {column!r}, but {close[0]!r}: rename it, or give the source "
+                f"`fields: {{{name}: {close[0]}}}`"
+            )
+
+
 def _text(place: str, name: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise PromptError(f"{place}: `{name}` must be a text that is not empty, found {value!r}")
@@ -197,7 +220,11 @@ def _messages(place: str, messages: Any, source: PromptSource) -> tuple[dict[str
             raise PromptError(
                 f"{place}: messages[{i}] must have exactly `role` and `content`, found {message!r}"
             )
-        _text(place, f"messages[{i}].role", message["role"])
+        if message["role"] not in ROLES:
+            raise PromptError(
+                f"{place}: messages[{i}].role must be one of {', '.join(ROLES)}, found "
+                f"{message['role']!r}"
+            )
         _text(place, f"messages[{i}].content", message["content"])
     if messages[-1]["role"] == "assistant":
         raise PromptError(

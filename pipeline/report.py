@@ -23,6 +23,7 @@ ROLE_COLOURS = {"student": "#0072B2", "twin": "#E69F00"}
 TEACHER_COLOURS = ("#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#A79AD8", "#B5A642")
 REASONS = ("answers", "kept", "wrong", "truncated", "empty", "duplicate")
 CURVE_POINTS = 300
+SMALL_NATS = 0.01
 PLOT_STYLE: dict[RcKeyType, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "polystill", "text.parse_math": False,
     "font.sans-serif": ["Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans"],
@@ -217,7 +218,8 @@ def _likelihood(student: dict[str, Any], other: dict[str, Any]) -> str:
         ours, theirs = pooled(student)[key], pooled(other)[key]
         if ours is None or theirs is None:
             continue
-        figures = f"{number(ours)} against {number(theirs)} nats/token"
+        show = number if max(ours, theirs) >= SMALL_NATS else significant
+        figures = f"{show(ours)} against {show(theirs)} nats/token"
         level = number(ours) == number(theirs)
         verdict = "level" if level else "better" if ours < theirs else "worse"
         parts.append(f"{label} {figures} ({verdict})")

@@ -169,7 +169,12 @@ def used_teachers(config: Config) -> list[str]:
     return [name for name in config.teachers if name in used]
 
 
-def training_cost(config: Config, figures: dict[str, dict[str, Any]]) -> float:
-    """Price of the trainings' workers, from the summaries' seconds over all their starts."""
-    hours = sum(found["seconds"] for found in figures.values()) / 3600
-    return hours * config.training.workers * config.training.cost_per_hour
+def stage_cost(config: Config, record: dict[str, Any]) -> float:
+    """Price of the engines and training workers of a stage's record, at the config's prices now."""
+    prices = {name: teacher.cost_per_hour for name, teacher in config.teachers.items()}
+    engines = sum(
+        seconds * prices.get(name, config.student.cost_per_hour)
+        for name, seconds in record.get("engine_seconds", {}).items()
+    )
+    workers = record.get("worker_seconds", 0.0) * config.training.cost_per_hour
+    return (engines + workers) / 3600

@@ -75,7 +75,7 @@ class _Sums:
             name: None if self.has_estimates else getattr(self, name) / self.tokens
             for name in names
         }
-        return {"tokens": float(self.tokens), "loss": self.loss / self.tokens, **means}
+        return {"tokens": self.tokens, "loss": self.loss / self.tokens, **means}
 
 
 @torch.no_grad()

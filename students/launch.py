@@ -27,7 +27,7 @@ from pipeline import storage
 from pipeline.errors import DistillationError, TrainingError
 from pipeline.fingerprint import differences
 from pipeline.training import TrainingJob
-from students.checkpoint import prepare_resume
+from students.checkpoint import check_resume, prepare_resume
 from students.progress import FollowedMetrics, describe
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,18 @@ def train_student(job: TrainingJob) -> dict[str, Any]:
         job.folder,
     )
     return summary
+
+
+def check_training(job: TrainingJob) -> None:
+    """Checks, starting nothing, that what lies in a training's folder belongs to it.
+
+    Raises:
+        TrainingError: it holds another training, or a checkpoint that does not fit.
+    """
+    if storage.exists(job.summary_path):
+        _finished(job)
+    else:
+        check_resume(job)
 
 
 class StopAtOnce(UserCallback):

@@ -81,6 +81,15 @@ def test_a_failed_job_shows_its_last_lines_and_how_to_see_all(client, ray_head):
     assert submit(client, "broken", "pass") == "tests-broken-0a1b-a2"
 
 
+def test_a_reason_for_users_is_shown_without_the_lines_before_it(client):
+    reason = "polystill: no such teacher: qwen\\nthe teachers are: llama"
+    job = submit(client, "refused", f"print('loading'); raise SystemExit('{reason}')")
+    follow(client, job, lambda line: None)
+    message = failure_message(client, job, "less job.log")
+    assert "  polystill: no such teacher: qwen\n  the teachers are: llama\n" in message
+    assert "loading" not in message
+
+
 def test_a_job_that_lost_processes_for_memory_says_so(client):
     lines = "print('Ray killed 3 worker(s) based on the killing policy'); "
     job = submit(client, "starved", f"{lines}[print(i) for i in range(50)]; raise SystemExit(1)")

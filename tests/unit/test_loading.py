@@ -36,6 +36,18 @@ def test_a_hub_id_is_left_alone() -> None:
     assert config.teachers["words"].model == "Qwen/Qwen3-8B"
 
 
+def test_a_folder_without_a_dot_is_not_taken_for_a_hub_id() -> None:
+    with pytest.raises(ConfigError, match=r"write \./teachers/words for the folder"):
+        load_config(QUICKSTART, ["teachers.words.model=teachers/words"])
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = load_config(QUICKSTART, ["storage.root=~/runs", "student.model=~/models/small"])
+    assert config.storage.root == "/home/somebody/runs"
+    assert config.student.model == "/home/somebody/models/small"
+
+
 def test_an_override_changes_one_place_of_a_yaml_anchor_alone() -> None:
     config = load_config(QUICKSTART, ["teachers.words.vllm.max_num_seqs=3"])
     assert config.teachers["words"].vllm["max_num_seqs"] == 3
@@ -62,7 +74,7 @@ def test_overrides_reach_lists_and_nested_keys() -> None:
         ("training.steps=[1", "the value is not valid YAML"),
         ("training.steps.x=3", "plain value"),
         ("training.losses.7.weight=3", "not an index"),
-        ("training.steps=many", "training.steps"),
+        ("training.steps=many", "unable to parse string as an integer, found 'many'"),
         ("scoring.num_logprobs=4", "exceeds num_logprobs"),
         ("scoring.selection.max_entries=300", "255"),
         ("training.deepspeed={train_batch_size: 8}", "training.sequences_per_step sets the batch"),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.dry_run import describe
 from jobs.plan import make_plan, plan_score, score_key
 from pipeline import storage
 from pipeline.datasets import DatasetEntry, write_dataset
@@ -11,6 +12,7 @@ from pipeline.errors import ConfigError
 from pipeline.layout import Layout
 from pipeline.loading import load_config
 from pipeline.prepared import Prepared, preparation_key
+from pipeline.training import stage_cost
 
 PREPARED = Prepared(
     key="key",
@@ -57,3 +59,26 @@ def test_prices_and_placement_ask_for_no_new_preparation() -> None:
     changed = load_config(QUICKSTART, changes)
     assert preparation_key(changed) == preparation_key(CONFIG)
     assert preparation_key(load_config(QUICKSTART, ["seed=3"])) != preparation_key(CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("teachers.words.vllm.max_num_seq=3", "max_num_seq"),
+        ("synthesis.sampling.temprature=1", "temprature"),
+        ("teachers.words.domains=[poems]", r"no teacher names \['words'\]"),
+    ],
+)
+def test_a_dry_run_refuses_what_prepare_would(change: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        describe(load_config(QUICKSTART, [f"storage.root={tmp_path}", change]))
+
+
+def test_engines_and_workers_are_priced_by_the_config_of_the_report() -> None:
+    changes = ["teachers.words.cost_per_hour=3", "student.cost_per_hour=1"]
+    changes += ["training.cost_per_hour=2", "teachers.arithmetic.cost_per_hour=0"]
+    config = load_config(QUICKSTART, changes)
+    engines = {"engine_seconds": {"words": 1200.0, "student": 1800.0, "arithmetic": 9.0}}
+    assert stage_cost(config, engines) == pytest.approx(1.0 + 0.5)
+    assert stage_cost(config, {"worker_seconds": 7200.0}) == pytest.approx(4.0)
+    assert stage_cost(config, {}) == 0

@@ -99,6 +99,9 @@ def test_fields_template_limit_and_given_split(tmp_path: Path) -> None:
         ({"messages": [{"role": "user"}], "domain": "d"}, "exactly `role` and `content`"),
         ({"messages": [{"role": "assistant", "content": "x"}], "domain": "d"}, "the assistant's"),
         ({"text": "x", "domain": "d", "reference": 5}, "`reference`"),
+        ({"text": "x", "domain": "d", "refrence": "5"}, "no 'reference', but 'refrence'"),
+        ({"text": "x", "domian": "d"}, "no 'domain', but 'domian'"),
+        ({"messages": [{"role": "usr", "content": "x"}], "domain": "d"}, "found 'usr'"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(row: object, message: str, tmp_path: Path) -> None:
@@ -106,6 +109,21 @@ def test_a_bad_row_is_named_by_file_and_line(row: object, message: str, tmp_path
     with pytest.raises(PromptError) as caught:
         read_prompts(config(PromptSource(path=path)))
     assert f"{path}:3: " in str(caught.value) and message in str(caught.value)
+
+
+def test_columns_that_are_not_ours_are_no_mistake(tmp_path: Path) -> None:
+    row = {"text": "x", "domain": "d", "reference": "5", "references": 7, "difficulty": "hard"}
+    prompts, _ = read_prompts(config(PromptSource(path=jsonl(tmp_path / "p.jsonl", row))))
+    assert prompts[0].reference == "5"
+
+
+def test_a_column_that_no_row_has_is_refused(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "p.jsonl", {"text": "x"}, {"text": "y", "label": "1"})
+    source = PromptSource(path=path, domain="d", fields={"reference": "label"})
+    assert [prompt.reference for prompt in read_prompts(config(source))[0]] == [None, "1"]
+    source = PromptSource(path=path, domain="d", fields={"reference": "solution"})
+    with pytest.raises(PromptError, match=r"p\.jsonl: `fields` names \['solution'\]"):
+        read_prompts(config(source))
 
 
 def test_one_id_for_two_prompts_is_refused(tmp_path: Path) -> None:
