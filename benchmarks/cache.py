@@ -53,6 +53,7 @@ from pipeline.selection import select
 from students.dataset import example_of
 from students.divergences import LossTerm
 from students.losses import distillation_loss
+from students.micro_batch import MicroBatch
 from students.outcomes import Targets
 from students.packing import pack
 
@@ -208,7 +209,7 @@ def _targets(captured: Iterable[Captured], rule: Selection, teacher: str) -> Tar
         )
         for one in captured
     ]
-    whole = pack(examples).targets
+    whole = MicroBatch.of(pack(examples)).targets
     return replace(
         whole,
         gold_ids=whole.gold_ids[:TOKENS],

@@ -10,7 +10,8 @@ grow with the vocabulary and hide what lies behind them; on a GPU measure a real
 Ways of capture: `bare` asks for no log-probabilities; `dicts` is what vLLM returns by default;
 `flat` and `arrays` are the two ways of `teachers/vllm_teacher.py`, to checked numpy rows; `stage`
 is the score stage's work with selection, encoding and Parquet. `siblings` is the stage on prompts
-with eight answers each, `siblings shared` the same with prefix sharing.
+with eight answers each, `siblings shared` the same with prefix sharing; the answers of `alike` and
+`alike shared` have their first 64 tokens in common as well.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
 
 WIDTHS = (20, 64, 256)
 ANSWERS = 8
+COMMON = 64  # tokens with which answers begin that are alike
 EXAMPLES = 4  # worked examples before a question that gets several answers
 NUM_SHARDS = 4
 MASS, MAX_ENTRIES = 0.99, 64
@@ -81,6 +85,7 @@ class Bench:
     folder: Path
     alone: list[TokenSequence]
     siblings: list[TokenSequence]
+    alike: list[TokenSequence]
 
     async def bare(self, width: int) -> None:
         """The forward pass alone."""
@@ -108,14 +113,14 @@ class Bench:
         """Arrays, selection, encoding and Parquet."""
         return await self._score(self.alone, width, share_prefixes=False)
 
-    async def siblings_apart(self, width: int) -> list[ScoredShard]:
+    async def apart(self, sequences: list[TokenSequence], width: int) -> list[ScoredShard]:
         """The stage on eight answers a prompt."""
-        return await self._score(self.siblings, width, share_prefixes=False)
+        return await self._score(sequences, width, share_prefixes=False)
 
-    async def siblings_shared(self, width: int) -> list[ScoredShard]:
+    async def shared(self, sequences: list[TokenSequence], width: int) -> list[ScoredShard]:
         """The same; a prompt is computed once."""
         await self.teacher._engine.reset_prefix_cache()
-        return await self._score(self.siblings, width, share_prefixes=True)
+        return await self._score(sequences, width, share_prefixes=True)
 
     def _set(self, width: int, share_prefixes: bool) -> None:
         self.teacher._width, self.teacher._shares_prefixes = width, share_prefixes
@@ -162,8 +167,9 @@ async def measure(bench: Bench, size: Size) -> list[dict[str, Any]]:
     for width in size.widths:
         for name in ("dicts", "flat", "arrays", "stage"):
             ways.append((name, width, getattr(bench, name), bench.alone))
-    ways.append(("siblings", 64, bench.siblings_apart, bench.siblings))
-    ways.append(("siblings shared", 64, bench.siblings_shared, bench.siblings))
+    for name, sequences in (("siblings", bench.siblings), ("alike", bench.alike)):
+        ways.append((name, 64, partial(bench.apart, sequences), sequences))
+        ways.append((f"{name} shared", 64, partial(bench.shared, sequences), sequences))
     rates: list[list[float]] = [[] for _ in ways]
     shards: list[list[ScoredShard]] = [[] for _ in ways]
     for turn in range(size.rounds):
@@ -200,6 +206,7 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
         "arrays_over_dicts_k64": rate["arrays", 64] / rate["dicts", 64],
         "stage_over_arrays_k64": rate["stage", 64] / rate["arrays", 64],
         "prefix_sharing_8": rate["siblings shared", 64] / rate["siblings", 64],
+        "prefix_sharing_8_alike": rate["alike shared", 64] / rate["alike", 64],
         "arrays_over_bare_k64": rate["arrays", 64] / rate["bare", None],
         "stage_over_bare_k64": rate["stage", 64] / rate["bare", None],
     }
@@ -233,35 +240,43 @@ def make_model(folder: Path, texts: Sequence[str], vocabulary: int) -> None:
 
 def sequences_of(
     rows: list[dict[str, str]], tokenizer: Any, size: Size
-) -> tuple[list[TokenSequence], list[TokenSequence]]:
-    """One answer to each prompt, and eight answers to each of some longer prompts.
+) -> tuple[list[TokenSequence], list[TokenSequence], list[TokenSequence]]:
+    """One answer to each prompt, eight answers to each of some longer prompts, and eight that begin
+    alike to the same prompts.
 
     The longer prompts begin with worked examples, other ones for each, so that nothing but the
     answers of one prompt share a prefix.
     """
     draw = random.Random(0)
     texts = [(f"Question: {row['question']}\nAnswer: ", row["answer"]) for row in rows]
+
+    def ids_of(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    def sequence(prompt: list[int], answer: list[int], prompt_id: str) -> TokenSequence:
+        return _sequence(prompt, [*answer, tokenizer.eos_token_id], prompt_id)
+
     alone = [
-        _sequence(tokenizer, prompt, answer, f"alone-{i}")
+        sequence(ids_of(prompt), ids_of(answer), f"alone-{i}")
         for i, (prompt, answer) in enumerate(draw.sample(texts, size.num_sequences))
     ]
-    siblings = []
+    siblings, alike = [], []
     for i in range(size.num_prompts):
         *examples, (question, _) = draw.sample(texts, EXAMPLES + 1)
-        prompt = "\n\n".join(a + b for a, b in examples) + "\n\n" + question
-        for _, answer in draw.sample(texts, ANSWERS):
-            siblings.append(_sequence(tokenizer, prompt, answer, f"siblings-{i}"))
-    return alone, siblings
+        prompt = ids_of("\n\n".join(a + b for a, b in examples) + "\n\n" + question)
+        answers = [ids_of(answer) for _, answer in draw.sample(texts, ANSWERS)]
+        common = [token for answer in answers for token in answer][:COMMON]
+        siblings += [sequence(prompt, answer, f"siblings-{i}") for answer in answers]
+        alike += [sequence(prompt, common + answer, f"alike-{i}") for answer in answers]
+    return alone, siblings, alike
 
 
-def _sequence(tokenizer: Any, prompt: str, answer: str, prompt_id: str) -> TokenSequence:
-    start = tokenizer(prompt, add_special_tokens=False).input_ids
-    ids = [*start, *tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    span = (len(start), len(ids))
+def _sequence(prompt: list[int], answer: list[int], prompt_id: str) -> TokenSequence:
+    ids = prompt + answer
     return TokenSequence(
         sequence_id=digest_json([prompt_id, ids]),
-        input_ids=torch.tensor(ids, dtype=torch.int32).numpy(),
-        loss_spans=(span,),
+        input_ids=np.array(ids, np.int32),
+        loss_spans=((len(prompt), len(ids)),),
         prompt_id=prompt_id,
         domain="gsm8k",
         generators=("dataset",),
@@ -283,10 +298,10 @@ async def run(data: Path, model: str | None, size: Size, vocabulary: int) -> lis
             make_model(
                 folder / "model", [f"{r['question']}\n{r['answer']}" for r in rows], vocabulary
             )
-        alone, siblings = sequences_of(rows, AutoTokenizer.from_pretrained(model), size)
+        texts = sequences_of(rows, AutoTokenizer.from_pretrained(model), size)
         spec = EngineSpec(
             model=model,
-            min_model_len=max(len(each.input_ids) for each in [*alone, *siblings]) + 1,
+            min_model_len=max(len(each.input_ids) for some in texts for each in some) + 1,
             # the dictionaries' texts need the tokenizer; the other ways do without it
             vllm={"enforce_eager": True, "skip_tokenizer_init": False},
             num_logprobs=max(WIDTHS),
@@ -294,7 +309,7 @@ async def run(data: Path, model: str | None, size: Size, vocabulary: int) -> lis
         )
         teacher = await VllmTeacher.start(spec)
         print(json.dumps(teacher.describe()), flush=True)
-        bench = Bench(teacher, folder, alone, siblings)
+        bench = Bench(teacher, folder, *texts)
         try:
             await bench.stage(64)  # the first calls allocate
             return await measure(bench, size)

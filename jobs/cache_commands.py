@@ -35,7 +35,7 @@ def add_to(
         command = add(name, action, text)
         _teacher(command, "of one teacher only")
         command.add_argument("--address", metavar="URL", help="job server of a cluster")
-        command.add_argument("--inside-job", action="store_true", help="what its Ray job does")
+        command.add_argument("--inside-job", action="store_true", help=argparse.SUPPRESS)
         if name == "verify":
             command.add_argument(
                 "--rescore", type=_count, default=0, metavar="N", help="score N rows again"
@@ -76,10 +76,9 @@ def _teacher(command: argparse.ArgumentParser, text: str, required: bool = False
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is below 0")
-    return value
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of rows")
+    return int(text)
 
 
 def _load(options: argparse.Namespace) -> Config:

@@ -167,7 +167,7 @@ def export(run: RunCaches, teacher: str, form: str, folder: str) -> str:
     if form == "parquet-long":
         written = interop.export_long(_pairs(run, name), folder)
     else:
-        most = max((int(row.num_entries.max()) for _, row in _pairs(run, name)), default=1)
+        most = interop.widest(_pairs(run, name))
         vocabulary = vocabulary_of(run.config, name)
         written = interop.export_distillkit(_pairs(run, name), folder, vocabulary, most)
     if not written:
@@ -226,8 +226,10 @@ def collect_garbage(config: Config, dry_run: bool, unfinished: bool) -> str:
     """Removes what nobody names below the config's root, or lists it."""
     layout = layout_of(config)
     garbage = find_garbage(layout, time.time(), unfinished)
+    if not garbage:
+        return f"nothing to remove below {layout.root}"
     text = describe_garbage(garbage)
-    if dry_run or not garbage:
+    if dry_run:
         return text
     remove_garbage(layout, garbage)
     return f"{text}\nremoved"

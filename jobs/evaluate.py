@@ -18,6 +18,7 @@ from pipeline.config_base import Resources
 from pipeline.datasets import DatasetEntry, read_dataset, read_sequences
 from pipeline.errors import TrainingError
 from pipeline.layout import Layout
+from pipeline.learned_weights import learned_provenance
 from pipeline.prepared import Prepared
 from pipeline.prompts import load_prompts
 from pipeline.records import Prompt, TokenSequence
@@ -57,7 +58,7 @@ def evaluate(config: Config, layout: Layout, prepared: Prepared, dataset: str) -
     prompts = _holdout_prompts(config, load_prompts(layout, prepared.prompts))
     compared = _compared_sequences(layout, entries)
     figures = holdout_figures(config, layout, entries, compared, caches, students_of(config))
-    figures["renormalised_sequences"] = renormalised_sequences(config, whole, caches)
+    figures["renormalised_sequences"] = renormalised_sequences(config, layout, whole, caches)
     models, took, too_long = [], {}, 0
     for name in [*config.teachers, *students_of(config)]:
         begun = time.monotonic()
@@ -209,9 +210,13 @@ def _report(
             name: {**found, "quarantined": refused.get(name, 0)}
             for name, found in cache_totals(layout, prepared).items()
         },
+        "combine": config.combine.method,
         "weights": figures["weights"],
+        "product": figures["product"],
+        "learned_weights": learned_provenance(config.combine, layout),
         "renormalised_sequences": figures["renormalised_sequences"],
         "synthesis": records["synthesize"]["counts"],
+        "filters": records["synthesize"]["filters"] + records["score"]["filters"],
         "prompts": prepared.prompt_counts,
         "curves": {label: _curve(layout, label) for label in students_of(config)},
         "export_check": check,

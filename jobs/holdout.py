@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import ray
 
 from pipeline.cache_index import CacheReader, open_cache
 from pipeline.config import Config
+from pipeline.config_targets import CombineConfig
 from pipeline.datasets import DatasetEntry
 from pipeline.layout import CacheLayout, Layout
+from pipeline.learned_weights import learned_weights, with_learned
+from pipeline.product import product_of
 from pipeline.records import TokenSequence
 from pipeline.targets import combine_targets, required_teachers
 
@@ -34,9 +38,10 @@ def holdout_figures(
         compared: sequences whose log-probabilities the serving engine must reproduce.
 
     Returns:
-        `weights`, the mean weight of each teacher by domain; and for each model `domains`, by
-        domain `holdout_tokens`, `holdout_loss`, `kl_to_mixture`, `kl_bounded_mass` and
-        `top1_agreement`; for each student also `gold_logprobs`.
+        `weights`, the mean weight of each teacher by domain; `product`, of a product of teachers by
+        domain the mean `assumed_mass` and the share of positions `floored`; and for each model
+        `domains`, by domain `holdout_tokens`, `holdout_loss`, `kl_to_mixture`, `kl_bounded_mass`
+        and `top1_agreement`; for each student also `gold_logprobs`.
     """
     resources = config.evaluation.resources
     task = ray.remote(_figures).options(
@@ -46,17 +51,26 @@ def holdout_figures(
 
 
 def renormalised_sequences(
-    config: Config, entries: Sequence[DatasetEntry], caches: dict[str, CacheLayout]
+    config: Config,
+    layout: Layout,
+    entries: Sequence[DatasetEntry],
+    caches: dict[str, CacheLayout],
 ) -> int:
     """Sequences that a teacher of positive weight lacks: the others' weights are scaled up."""
     readers = {name: open_cache(cache) for name, cache in caches.items()}
+    combine = combination(config, layout)
     return sum(
         any(
             entry.sequence_id not in readers[name]
-            for name in required_teachers(config.combine, list(readers), entry.domain)
+            for name in required_teachers(combine, list(readers), entry.domain)
         )
         for entry in entries
     )
+
+
+def combination(config: Config, layout: Layout) -> CombineConfig:
+    """How the teachers of a run combine, with weights that can be looked up."""
+    return with_learned(config.combine, learned_weights(config.combine, layout))
 
 
 def _figures(
@@ -73,8 +87,8 @@ def _figures(
 
     trust = config.student.trust_remote_code
     vocabulary = vocabulary_size(layout.export_folder(students[0]), trust)
-    teachers = list(config.teachers)
-    examples = open_examples(layout, caches, teachers, config.combine, entries, vocabulary)
+    teachers, combine = list(config.teachers), combination(config, layout)
+    examples = open_examples(layout, caches, teachers, combine, entries, vocabulary)
     readers = {name: open_cache(cache) for name, cache in caches.items()}
     found: Json = {
         name: {"domains": _renamed(numbers)}
@@ -97,28 +111,39 @@ def _figures(
             "domains": _renamed(numbers),
             "gold_logprobs": gold_logprobs(folder, compared, trust, device),
         }
-    found["weights"] = _weights_by_domain(config, entries, examples, readers)
-    return found
+    ordered = {name: readers[name] for name in teachers}
+    return found | combination_figures(combine, entries, examples, ordered, vocabulary)
 
 
-def _weights_by_domain(
-    config: Config,
+def combination_figures(
+    combine: CombineConfig,
     entries: Sequence[DatasetEntry],
     examples: Examples,
     readers: dict[str, CacheReader],
+    vocabulary: int,
 ) -> Json:
-    """Mean weight of each teacher over the hold-out positions of each domain."""
-    teachers = list(config.teachers)
+    """`weights` and `product` of `holdout_figures`: means over the positions of each domain."""
     sums: dict[str, Any] = {}
     for entry in entries:
-        rows = tuple(readers[name].row(entry.sequence_id) for name in teachers)
-        combined = combine_targets(examples.sequence(entry), rows, teachers, config.combine)
-        total_M, count = sums.get(entry.domain, (0.0, 0))
-        weights_MP = combined.teacher_weights
-        sums[entry.domain] = (total_M + weights_MP.sum(axis=1), count + weights_MP.shape[1])
+        rows = tuple(reader.row(entry.sequence_id) for reader in readers.values())
+        combined = combine_targets(examples.sequence(entry), rows, list(readers), combine)
+        figures = [combined.teacher_weights.sum(axis=1)]
+        if combine.method == "product":
+            product = product_of(combined, vocabulary, combine.min_tail)
+            figures.append([product.assumed_mass.sum(), product.is_floored.sum()])
+        total, count = sums.get(entry.domain, (0.0, 0))
+        total = total + np.concatenate(figures)
+        sums[entry.domain] = (total, count + combined.teacher_weights.shape[1])
+    means = {domain: (total / count).tolist() for domain, (total, count) in sums.items()}
     return {
-        domain: dict(zip(teachers, (total_M / count).tolist(), strict=True))
-        for domain, (total_M, count) in sums.items()
+        "weights": {
+            domain: dict(zip(readers, found, strict=False)) for domain, found in means.items()
+        },
+        "product": {
+            domain: dict(zip(("assumed_mass", "floored"), found[len(readers) :], strict=True))
+            for domain, found in means.items()
+            if combine.method == "product"
+        },
     }
 
 

@@ -124,6 +124,7 @@ def stage_key(config: Config, layout: Layout, prepared: Prepared, stage: str) ->
     parts: list[Any] = [job.identity() for job in jobs]
     if stage == "evaluate":
         parts += [prepared.prompts, prepared.scoring_recipes]
+        parts += [prepared.filters_before_scoring, prepared.filters_after_scoring]
         costs = {name: teacher.cost_per_hour for name, teacher in config.teachers.items()}
         parts += [config.evaluation.model_dump(mode="json"), costs, config.student.cost_per_hour]
         parts.append(config.training.cost_per_hour)
@@ -137,8 +138,9 @@ def read_record(layout: Layout, stage: str) -> dict[str, Any]:
 
 
 def synthesis_key(prepared: Prepared) -> str:
-    """Hash of what decides the dataset: the prompts and the recipes of their answers."""
-    return digest_json([prepared.prompts, prepared.synthesis_digests])
+    """Hash of what decides the dataset: prompts, recipes of their answers, filters."""
+    filters = prepared.filters_before_scoring
+    return digest_json([prepared.prompts, prepared.synthesis_digests, filters])
 
 
 def dataset_of(layout: Layout, prepared: Prepared) -> str | None:
@@ -152,9 +154,10 @@ def dataset_of(layout: Layout, prepared: Prepared) -> str | None:
 
 
 def score_key(config: Config, layout: Layout, prepared: Prepared) -> str:
-    """Hash of what decides which sequences are scored, and by whom."""
-    weights = config.combine.model_dump(mode="json")
-    return digest_json([dataset_of(layout, prepared), prepared.scoring_recipes, weights])
+    """Hash of what decides which sequences are scored, by whom, and which are trained on."""
+    weights, filters = config.combine.model_dump(mode="json"), prepared.filters_after_scoring
+    dataset = dataset_of(layout, prepared)
+    return digest_json([dataset, prepared.scoring_recipes, weights, filters])
 
 
 def scored_dataset(config: Config, layout: Layout, prepared: Prepared) -> str | None:

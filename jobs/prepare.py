@@ -9,10 +9,16 @@ from typing import Any
 from transformers import AutoConfig
 
 from jobs.plan import layout_of
+from pipeline import storage
+from pipeline.checkers import find_checker
 from pipeline.config import Config, TeacherConfig
-from pipeline.config_targets import ByDomainWeights
+from pipeline.config_synthesis import Balance
+from pipeline.config_targets import ByDomainWeights, LearnedWeights
 from pipeline.config_training import HiddenState, StateLoss, StudentConfig
 from pipeline.errors import ConfigError
+from pipeline.filters import filter_identity
+from pipeline.learned_weights import SPLIT as LEARNED_SPLIT
+from pipeline.loading import evaluation_files
 from pipeline.prepared import Prepared, preparation_key, save_prepared
 from pipeline.prompts import read_prompts, write_prompts
 from pipeline.recipes import DATASET_GENERATOR, cache_recipes, dataset_recipe, synthesis_recipe
@@ -58,6 +64,14 @@ def prepare(config: Config) -> Prepared:
             for name, identity in identities.items()
             if config.synthesis.generator == "every_teacher" or config.teachers[name].domains
         },
+        filters_before_scoring=[
+            filter_identity(rule, config.prompts.checker)
+            for rule in config.synthesis.filters_before_scoring
+        ],
+        filters_after_scoring=[
+            filter_identity(rule, config.prompts.checker)
+            for rule in config.synthesis.filters_after_scoring
+        ],
     )
     save_prepared(layout, prepared)
     return prepared
@@ -126,6 +140,13 @@ def _check_prompts(config: Config, prompts: Sequence[Prompt]) -> None:
     weights = config.combine.weights
     if isinstance(weights, ByDomainWeights) and (unnamed := domains - weights.domains.keys()):
         raise ConfigError(f"combine.weights.domains has no weights for {sorted(unnamed)}")
+    learnable = {prompt.domain for prompt in prompts if prompt.split == LEARNED_SPLIT}
+    if isinstance(weights, LearnedWeights) and (unknown := domains - learnable):
+        raise ConfigError(
+            f"combine.weights are learned on the {LEARNED_SPLIT} split, which has no prompt of "
+            f"{sorted(unknown)}: raise prompts.validation_fraction, or give a source `split: "
+            f"{LEARNED_SPLIT}`"
+        )
     if config.synthesis.generator == "domain_teacher":
         owned = {domain for teacher in config.teachers.values() for domain in teacher.domains}
         if unowned := domains - owned:
@@ -143,6 +164,17 @@ def _check_prompts(config: Config, prompts: Sequence[Prompt]) -> None:
         raise ConfigError(
             f"prompts.checker is {config.prompts.checker}, but no prompt has a reference"
         )
+    if config.prompts.checker:
+        find_checker(config.prompts.checker)
+    for key, file in evaluation_files(config).items():
+        if not storage.exists(file.path):
+            raise ConfigError(f"{key}: {file.path} does not exist")
+    for rule in config.synthesis.filters:
+        if isinstance(rule, Balance) and rule.shares.keys() != domains:
+            raise ConfigError(
+                f"filter balance has shares of {sorted(rule.shares)}; the prompts' domains are "
+                f"{sorted(domains)}"
+            )
 
 
 def _check_layers(config: Config) -> None:

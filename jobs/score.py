@@ -8,15 +8,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.engines import engine_seconds, pool_job
+from jobs.filtering import filter_scored
 from jobs.plan import score_key
 from pipeline import storage
 from pipeline.cache_index import is_published, publish, quarantined
 from pipeline.config import Config
+from pipeline.config_targets import CombineConfig, LearnedWeights
 from pipeline.datasets import DatasetEntry, read_dataset, write_dataset
 from pipeline.features import FeatureRule, holds_features, teacher_of
+from pipeline.filters import summary
 from pipeline.fingerprint import digest_json
 from pipeline.generations import pin_generations
 from pipeline.layout import CacheLayout, Layout
+from pipeline.learned_weights import learn_weights, with_learned
 from pipeline.prepared import Prepared
 from pipeline.targets import required_teachers
 from teachers.dispatch import PoolReport
@@ -31,6 +35,8 @@ def score(config: Config, layout: Layout, prepared: Prepared, dataset: str) -> d
 
     Raises:
         TeacherError: an engine cannot run.
+        ConfigError: weights are to be learned, and a domain has nothing to learn them from.
+        FilterError: the filters that need cached rows leave nothing of a split.
     """
     entries = read_dataset(layout, dataset)
     caches = prepared.caches(layout)
@@ -45,28 +51,42 @@ def score(config: Config, layout: Layout, prepared: Prepared, dataset: str) -> d
             provenance = provenance_of(config, name, report, cache)
             publish(cache, prepared.scoring_recipes[name], provenance)
     refused = {name: quarantined(cache) for name, cache in caches.items()}
-    covered = [entry for entry in entries if is_covered(config, entry, refused)]
+    combine = config.combine
+    if isinstance(combine.weights, LearnedWeights):
+        fingerprints = {name: digest_json(r) for name, r in prepared.scoring_recipes.items()}
+        learned = learn_weights(
+            layout, prepared.distributions(layout), fingerprints, dataset, entries
+        )
+        combine = with_learned(combine, learned)
+    covered = [entry for entry in entries if is_covered(combine, entry, refused)]
     if len(covered) < len(entries):
         logger.warning(
             "%d sequences are left out of training: every teacher that weighs anything in their "
             "domain has quarantined them",
             len(entries) - len(covered),
         )
+    kept, filters = filter_scored(config, layout, prepared, covered)
+    told = [scored_summary(n, reports[teacher_of(n)], len(refused[n])) for n in caches]
     return {
         "key": score_key(config, layout, prepared),
-        "dataset": write_dataset(layout, covered),
+        "dataset": write_dataset(layout, kept),
+        "filters": filters,
         "engines": {name: report.engines for name, report in reports.items()},
         "quarantined": {name: len(errors) for name, errors in refused.items()},
         "engine_seconds": engine_seconds(config, reports, seconds),
-        "summary": "; ".join(
-            scored_summary(name, reports[teacher_of(name)], len(refused[name])) for name in caches
-        ),
+        "summary": "; ".join(told + ([f"dropped: {summary(filters)}"] if filters else [])),
     }
 
 
-def is_covered(config: Config, entry: DatasetEntry, refused: dict[str, dict[str, str]]) -> bool:
-    """Whether a teacher that weighs anything in the sequence's domain has a row for it."""
-    weighing = required_teachers(config.combine, list(config.teachers), entry.domain)
+def is_covered(
+    combine: CombineConfig, entry: DatasetEntry, refused: dict[str, dict[str, str]]
+) -> bool:
+    """Whether a teacher that weighs anything in the sequence's domain has a row for it.
+
+    Args:
+        refused: by teacher, the sequences that it has quarantined.
+    """
+    weighing = required_teachers(combine, list(refused), entry.domain)
     return any(entry.sequence_id not in refused[name] for name in weighing)
 
 

@@ -7,10 +7,12 @@ import time
 from typing import Any
 
 from jobs.engines import engine_seconds, pool_job
+from jobs.filtering import filter_answers
 from jobs.plan import answers, synthesis_key
 from pipeline.config import Config
 from pipeline.datasets import write_dataset
 from pipeline.errors import TeacherError
+from pipeline.filters import summary
 from pipeline.layout import Layout
 from pipeline.prepared import Prepared
 from pipeline.prompts import load_prompts
@@ -26,6 +28,7 @@ def synthesize(config: Config, layout: Layout, prepared: Prepared) -> dict[str, 
 
     Raises:
         TeacherError: no answer of the train or hold-out split was kept, or an engine cannot run.
+        FilterError: the filters leave nothing of one of them.
     """
     prompts = load_prompts(layout, prepared.prompts)
     tasks = {
@@ -45,15 +48,18 @@ def synthesize(config: Config, layout: Layout, prepared: Prepared) -> dict[str, 
         for generator, digest in prepared.synthesis_digests.items()
     }
     _check_splits({entry.split for entry in entries}, counts)
-    kept = ", ".join(
+    written = ", ".join(
         f"{name} {count['kept']:.0f}/{count['answers']:.0f}" for name, count in counts.items()
     )
+    kept, filters = filter_answers(config, layout, prepared, entries)
+    dropped = f"; dropped by filters: {summary(filters)}" if filters else ""
     return {
         "key": synthesis_key(prepared),
-        "dataset": write_dataset(layout, entries),
+        "dataset": write_dataset(layout, kept),
         "counts": counts,
+        "filters": filters,
         "engine_seconds": engine_seconds(config, reports, seconds),
-        "summary": f"{len(entries)} sequences (answers kept: {kept})",
+        "summary": f"{len(kept)} sequences (answers kept: {written}{dropped})",
     }
 
 
@@ -85,7 +91,6 @@ def _template(config: Config, layout: Layout, generator: str, digest: str) -> Sy
         sampling=config.synthesis.sampling,
         samples_per_prompt=config.synthesis.samples_per_prompt,
         max_sequence_tokens=config.synthesis.max_sequence_tokens,
-        checker=config.prompts.checker,
         seed=config.seed,
     )
 
@@ -95,6 +100,6 @@ def _check_splits(splits: set[str], counts: dict[str, dict[str, float]]) -> None
         if split not in splits:
             raise TeacherError(
                 f"no answer of the {split} split was kept; what became of the answers: "
-                f"{json.dumps(counts)}. Check the sampling (max_tokens), the length bound, the "
-                "checker and the references; what was finished is kept"
+                f"{json.dumps(counts)}. Check the sampling (max_tokens), the length bound and "
+                "the references; what was finished is kept"
             )

@@ -22,7 +22,7 @@ from pipeline.config import Config
 from pipeline.errors import CacheError
 from teachers.dispatch import PoolReport
 from teachers.pool import run_pools
-from teachers.rescoring import TOLERANCE, RescoringTask, RowDifference
+from teachers.rescoring import SURPRISE, TOLERANCE, RescoringTask, RowDifference
 
 Say = Callable[[str], object]
 
@@ -130,26 +130,37 @@ def _say_differences(reports: Mapping[str, PoolReport], say: Say) -> None:
             continue
         dtype = report.engines[0]["dtype"]
         tolerance = TOLERANCE[dtype]
-        wrong = [row for row in rows if not row.excess <= tolerance]
+        wrong = [row for row in rows if row.is_beyond(tolerance)]
         for row in wrong:
-            say(
-                f"{name}: sequence {row.sequence_id} differs by {row.gold_max:.4g} nats at a gold "
-                f"token and by {row.head_max:.4g} at an entry"
-            )
+            say(f"{name}: sequence {row.sequence_id} {_described(row)}")
         for label, error in report.quarantined:
             say(f"{name}: {label}: {error}")
-        positions, entries = (
-            max(1, sum(row.num_positions for row in rows)),
-            max(1, sum(row.num_entries for row in rows)),
-        )
+        positions = max(1, sum(row.num_positions for row in rows))
+        entries = max(1, sum(row.num_entries for row in rows))
         say(
             f"{name}: {len(rows)} rows scored again; gold differs by "
             f"{sum(row.gold_sum for row in rows) / positions:.2e} nats in the mean, "
             f"{max(row.gold_max for row in rows):.2e} at most; entries by "
             f"{sum(row.head_sum for row in rows) / entries:.2e} and "
             f"{max(row.head_max for row in rows):.2e}; tolerance {tolerance} ({dtype}) and the "
-            f"rounding of float16: {len(wrong) or 'no'} rows beyond it"
+            f"rounding of float16{_bound_of_draws(rows)}: {len(wrong) or 'no'} rows beyond it"
         )
         bad += len(wrong) + len(report.quarantined)
     if bad:
         raise CacheError(f"{bad} rows are not what their teacher says now; they are listed above")
+
+
+def _described(row: RowDifference) -> str:
+    text = (
+        f"differs by {row.gold_max:.4g} nats at a gold token and by {row.head_max:.4g} at an entry"
+    )
+    if row.surprise > SURPRISE:
+        text += f"; its draws have a probability of e^-{row.surprise:.4g} at most"
+    return text
+
+
+def _bound_of_draws(rows: Sequence[RowDifference]) -> str:
+    if not any(row.num_draws for row in rows):
+        return ""
+    worst = max(row.surprise for row in rows)
+    return f"; the least likely draws of a row have e^-{worst:.1f}, bound e^-{SURPRISE:.0f}"

@@ -67,13 +67,13 @@ def _head(row: SparseLogprobs) -> str | None:
 
 
 def _draws(row: SparseLogprobs) -> str | None:
-    if len(row.counts) == 0:
+    if not row.is_drawn:
         return None
     num_drawn_P = row.num_entries - _num_head(row)
     positions = np.repeat(np.arange(row.num_positions), num_drawn_P)
     draws_P = np.bincount(positions, weights=row.counts, minlength=row.num_positions)
     found = np.unique(draws_P[num_drawn_P > 0])
-    if row.counts.min() < 1 or len(found) > 1:
+    if row.counts.min(initial=1) < 1 or len(found) > 1:
         return f"draws of a position number {found.astype(int).tolist()}"
     return None
 

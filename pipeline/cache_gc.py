@@ -27,7 +27,7 @@ LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp$")
 """Names of unfinished writes (`pipeline/storage.py`)."""
 LEFTOVER_AGE_SECONDS = 3600
 """A younger unfinished write may still be going on."""
-WRITTEN_FOLDERS = ("caches", "sequences", "synthesis", "datasets", "prompts")
+WRITTEN_FOLDERS = ("caches", "sequences", "synthesis", "datasets", "prompts", "rejected")
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,6 @@ def describe_garbage(garbage: Iterable[Garbage]) -> str:
         for (folder, reason), sizes in groups.items()
     ]
     total = sum(sum(sizes) for sizes in groups.values())
-    if not rows:
-        return "nothing to remove"
     return f"{table(['files', 'bytes', 'folder', 'why'], rows)}\n{total:,} bytes in all"
 
 

@@ -42,7 +42,8 @@ def token_table(
     """One line per position and teacher: the gold token, its probability, the most probable
     entries, the mass outside all kept entries, and the lower bound of the entropy in nats.
 
-    Drawn entries are shown by how often they were drawn.
+    Drawn entries are shown by how often they were drawn, and the mass outside is that outside all
+    captured ones.
 
     Args:
         rows: by teacher; None where it has none.
@@ -87,14 +88,13 @@ def quoted(text: str) -> str:
 def _entries(row: SparseLogprobs, text_of: Callable[[int], str]) -> list[str]:
     """Per position the first entries."""
     starts = np.cumsum(row.num_entries, dtype=np.int64) - row.num_entries
-    drawn = len(row.counts) > 0
-    lines = []
+    head_N, lines = row.head_N, []
+    figures = np.empty(len(head_N), dtype=object)
+    figures[head_N] = [f"{p:.4f}" for p in np.exp(row.logprobs.astype(np.float64))]
+    figures[~head_N] = [f"drawn {count}x" for count in row.counts]
     for start, count in zip(starts.tolist(), row.num_entries.tolist(), strict=True):
         shown = range(start, start + min(count, ENTRIES_SHOWN))
-        texts = [quoted(text_of(int(row.token_ids[n]))) for n in shown]
-        if not drawn:
-            figures = [f"{np.exp(float(row.logprobs[n])):.4f}" for n in shown]
-            texts = [f"{text} {figure}" for text, figure in zip(texts, figures, strict=True)]
+        texts = [f"{quoted(text_of(int(row.token_ids[n])))} {figures[n]}" for n in shown]
         more = f"  … {count - ENTRIES_SHOWN} more" if count > ENTRIES_SHOWN else ""
         lines.append("  ".join(texts) + more)
     return lines

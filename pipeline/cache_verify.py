@@ -152,7 +152,7 @@ def row_problems(row: CacheRow, vocabulary: int, sequence: TokenSequence | None)
         return problems
     if lengths := _length_problems(row, sequence):
         return problems + lengths
-    return problems if len(row.counts) else problems + _gold_problems(row, sequence, positions)
+    return problems + _gold_problems(row, sequence, positions)
 
 
 def _length_problems(row: CacheRow, sequence: TokenSequence | None) -> list[str]:
@@ -164,30 +164,31 @@ def _length_problems(row: CacheRow, sequence: TokenSequence | None) -> list[str]
 def _gold_problems(
     row: SparseLogprobs, sequence: TokenSequence, positions: np.ndarray
 ) -> list[str]:
-    """Head entries alone: a kept gold token has its own log-probability; one that was not kept is
-    no likelier than the last entry kept.
+    """A gold token in the head has its own log-probability; one outside of it is no likelier than
+    the last of the head. Drawn entries say nothing of it.
     """
     gold_P = row.gold_logprobs.astype(np.float64)
-    kept_N = row.logprobs.astype(np.float64)
-    is_gold_N = row.token_ids == sequence.gold_ids[positions].astype(np.uint32)
-    slack_N = HALF_STEP * np.maximum(np.abs(kept_N), 1.0)
-    wrong_N = is_gold_N & (np.abs(kept_N - gold_P[positions]) > slack_N)
+    kept_H = row.logprobs.astype(np.float64)
+    positions_H = positions[row.head_N]
+    is_gold_H = row.token_ids[row.head_N] == sequence.gold_ids[positions_H].astype(np.uint32)
+    slack_H = HALF_STEP * np.maximum(np.abs(kept_H), 1.0)
+    wrong_H = is_gold_H & (np.abs(kept_H - gold_P[positions_H]) > slack_H)
     problems = []
-    if wrong_N.any():
-        j = int(positions[np.argmax(wrong_N)])
-        entry = float(kept_N[np.argmax(wrong_N)])
+    if wrong_H.any():
+        j = int(positions_H[np.argmax(wrong_H)])
+        entry = float(kept_H[np.argmax(wrong_H)])
         problems.append(
             f"position {j}: the gold token is kept with {entry:.4f}, but its log-probability is "
             f"given as {gold_P[j]:.4f}"
         )
-    holds_gold_P = np.bincount(positions, weights=is_gold_N, minlength=row.num_positions) > 0
-    last_N = np.cumsum(row.num_entries, dtype=np.int64) - 1
-    above_P = ~holds_gold_P & (gold_P > kept_N[last_N] + slack_N[last_N])
-    if above_P.any():
-        j = int(np.argmax(above_P))
+    holds_gold_P = np.bincount(positions_H, weights=is_gold_H, minlength=row.num_positions) > 0
+    is_last_H = np.append(positions_H[1:] != positions_H[:-1], True)[: len(positions_H)]
+    above_H = is_last_H & ~holds_gold_P[positions_H] & (gold_P[positions_H] > kept_H + slack_H)
+    if above_H.any():
+        j = int(positions_H[np.argmax(above_H)])
         problems.append(
             f"position {j}: the gold token is not among the entries, but with {gold_P[j]:.4f} it "
-            f"is likelier than the last of them ({kept_N[last_N[j]]:.4f})"
+            f"is likelier than the last of them ({kept_H[np.argmax(above_H)]:.4f})"
         )
     return problems
 

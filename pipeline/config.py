@@ -7,12 +7,13 @@ or `/` is a folder, anything else a Hugging Face hub id.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from pipeline.config_base import Count, Name, Resources, Section
 from pipeline.config_prompts import PromptsConfig
+from pipeline.config_synthesis import Checker, SynthesisConfig, scoring_teacher
 from pipeline.config_targets import (
     ByDomainWeights,
     CombineConfig,
@@ -22,6 +23,7 @@ from pipeline.config_targets import (
     StaticWeights,
 )
 from pipeline.config_training import StateLoss, StudentConfig, TrainingConfig
+from pipeline.text import closest
 
 LINEAR_LOSSES = frozenset({"forward_kl", "cross_entropy"})
 LINEAR_COMBINATIONS = frozenset({"mixture", "route"})
@@ -69,21 +71,6 @@ class TeacherConfig(Section):
     """Accept that its own chat template renders prompts otherwise; the student's is used."""
     cost_per_hour: Annotated[float, Field(ge=0)] = 0.0
     """Price of one engine's hardware."""
-
-
-class SynthesisConfig(Section):
-    """Who writes the answers, and how."""
-
-    generator: Literal["domain_teacher", "every_teacher", "dataset"]
-    """The teacher of the prompt's domain, each teacher, or the given references as answers."""
-    samples_per_prompt: Count = 1
-    """Answers asked of each teacher for each prompt."""
-    sampling: dict[str, Any] = Field(default_factory=dict)
-    """vLLM SamplingParams, verbatim."""
-    max_sequence_tokens: Count | None = None
-    """Bound on prompt and answer together; longer ones are dropped and counted, never cut."""
-    prompts_per_shard: Count = 1024
-    """Prompts of one unit of work and resume."""
 
 
 class EvaluationConfig(Section):
@@ -204,4 +191,17 @@ class Config(Section):
                         "generator domain_teacher needs one teacher per domain"
                     )
                 owner[domain] = name
+        return self
+
+    @model_validator(mode="after")
+    def _filters_have_what_they_need(self) -> Config:
+        for i, rule in enumerate(self.synthesis.filters):
+            place = f"synthesis.filters.{i} ({rule.type})"
+            if isinstance(rule, Checker) and self.prompts.checker is None:
+                raise ValueError(f"{place} needs prompts.checker, which says how to compare")
+            teacher = scoring_teacher(rule)
+            if teacher is not None and teacher not in self.teachers:
+                raise ValueError(
+                    f"{place} names the teacher {teacher!r}; {closest(teacher, self.teachers)}"
+                )
         return self

@@ -43,5 +43,7 @@ class PromptsConfig(Section):
     """Share of the prompts, by id hash, put into the validation split (sources without a split)."""
     holdout_fraction: Fraction = 0.0
     """Share of the prompts, by id hash, kept for the final report (sources without a split)."""
-    checker: Literal["exact", "number"] | None = None
-    """How an answer is compared with its reference: same text, or same final number."""
+    checker: str | None = None
+    """How an answer is compared with its reference: `exact` text, final `number`, or the dotted
+    path of a function `(answer, reference) -> bool` of an installed package.
+    """

@@ -272,6 +272,9 @@ class TrainingConfig(Section):
     """Ray Train workers, one per GPU or CPU slot."""
     resources: Resources = Resources()
     """Of one worker."""
+    loader_processes: Annotated[int, Field(ge=0)] = 1
+    """Processes beside each worker that read, combine and pack its next batches; 0 leaves it to the
+    worker. They change no number; count them in `resources` where a worker needs its CPUs."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """DeepSpeed's own configuration, verbatim."""
     log_every_steps: Count = 10

@@ -52,6 +52,10 @@ class TeacherError(DistillationError):
     """A teacher's engine failed or returned rows that break an invariant."""
 
 
+class FilterError(DistillationError):
+    """The filters of the synthesis leave nothing to train on or to evaluate."""
+
+
 class TrainingError(DistillationError):
     """Training cannot start or resume."""
 

@@ -1,42 +1,147 @@
-"""Cheap filters on answers before a shard is written, and the checkers that evaluation shares."""
+"""Filters: which of the written answers are trained on. A filter is a plain function on records.
+
+Answers stay in their shards: filters choose what a dataset names, so another filter asks no teacher
+again. Those that need cached rows run after scoring, all others before. What a filter drops is
+written with its reason before the next one runs.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
+from pipeline.checkers import checker_identity
+from pipeline.config_synthesis import Checker as CheckerFilter
+from pipeline.config_synthesis import Contamination, Filter
+from pipeline.errors import FilterError
+from pipeline.filters_groups import agreement, balance, best_of
+from pipeline.filters_likeness import contamination, exact_duplicate, near_duplicate
+from pipeline.filters_text import alphabet, checker, length, perplexity, repetition
+from pipeline.fingerprint import digest_bytes
+from pipeline.layout import Layout
+from pipeline.records import Candidate, Evidence
+from pipeline.rejected import Rejected, write_rejected
+from pipeline.storage import files_below, join, read_bytes
+
+# Each takes its settings, the candidates left so far and what is known beside them, and returns the
+# index of every candidate that it drops, with the detail that a person wants to see.
+FILTERS: dict[str, Callable[[Any, Sequence[Candidate], Evidence], dict[int, str]]] = {
+    "length": length,
+    "alphabet": alphabet,
+    "repetition": repetition,
+    "exact_duplicate": exact_duplicate,
+    "near_duplicate": near_duplicate,
+    "contamination": contamination,
+    "checker": checker,
+    "agreement": agreement,
+    "best_of": best_of,
+    "balance": balance,
+    "perplexity": perplexity,
+}
+EXAMPLES_SHOWN = 5
+NEEDED_SPLITS = ("train", "holdout")
+
+Counts = dict[str, Any]
 
 
-def exact(answer: str, reference: str) -> bool:
-    """Whether both texts are the same but for white space around them."""
-    return answer.strip() == reference.strip()
+def run_filters(
+    layout: Layout,
+    digest: str,
+    rules: Sequence[Filter],
+    candidates: Sequence[Candidate],
+    evidence: Evidence,
+) -> tuple[list[Candidate], list[Counts]]:
+    """Runs filters one after another.
+
+    Args:
+        digest: of the candidates' dataset and of the filters; names the folder of what is dropped.
+
+    Returns:
+        What is left, in its order, and for each filter: its name, the number `seen` and `dropped`,
+        the latter also by domain, and some examples of details.
+
+    Raises:
+        FilterError: nothing of the train or hold-out split is left; says what each filter dropped.
+        ConfigError: a filter cannot be honoured.
+    """
+    left, done = list(candidates), []
+    for position, rule in enumerate(rules):
+        dropped = FILTERS[rule.type](rule, left, evidence)
+        path = layout.rejected(digest, f"{position}-{rule.type}")
+        if dropped:
+            write_rejected(path, [_rejected(left[i], rule, why) for i, why in dropped.items()])
+        done.append(_counts(rule, left, dropped))
+        splits = {candidate.entry.split for candidate in left}
+        left = [candidate for i, candidate in enumerate(left) if i not in dropped]
+        _check_left(splits & set(NEEDED_SPLITS), left, rule, done, path)
+    return left, done
 
 
-def number(answer: str, reference: str) -> bool:
-    """Whether the final numbers agree, see `final_number`."""
-    expected = final_number(reference)
-    return expected is not None and final_number(answer) == expected
+def filter_identity(rule: Filter, checker_name: str | None) -> dict[str, Any]:
+    """What decides which answers a filter keeps, as a JSON value: contents instead of paths.
+
+    Raises:
+        ConfigError: the checker does not exist.
+        StorageError: an evaluation file does not exist.
+    """
+    identity = rule.model_dump(mode="json")
+    if isinstance(rule, CheckerFilter):
+        assert checker_name is not None, "the config refuses the filter without a checker"
+        identity["checker"] = checker_identity(checker_name)
+    if isinstance(rule, Contamination):
+        identity["files"] = [
+            [file.fields, digest_bytes(*map(read_bytes, _files_of(file.path)))]
+            for file in rule.files
+        ]
+    return identity
 
 
-def final_number(text: str) -> float | None:
-    """The number after the last `####` (GSM8K's mark), else the last of the text, else None."""
-    marked = text.rsplit("####", 1)
-    found = _NUMBER.findall(marked[1]) if len(marked) == 2 else _NUMBER.findall(text)[-1:]
-    return float(found[0].replace(",", "")) if found else None
+def summary(counts: Sequence[Counts]) -> str:
+    """What the filters dropped, for people."""
+    return ", ".join(f"{each['filter']} {each['dropped']}/{each['seen']}" for each in counts)
 
 
-CHECKERS: dict[str, Callable[[str, str], bool]] = {"exact": exact, "number": number}
+def _files_of(path: str) -> list[str]:
+    """A file, or all files of a dataset folder."""
+    names = [] if path.endswith((".jsonl", ".parquet")) else files_below(path)
+    return [join(path, name) for name in names] or [path]
 
 
-def reason_to_drop(
-    answer: str, finish_reason: str, reference: str | None, checker: str | None
-) -> str | None:
-    """Why an answer is not kept: `truncated`, `empty` or `wrong`; None when it is kept."""
-    if finish_reason != "stop":
-        return "truncated"
-    if not answer.strip():
-        return "empty"
-    if checker is not None and reference is not None and not CHECKERS[checker](answer, reference):
-        return "wrong"
-    return None
+def _rejected(candidate: Candidate, rule: Filter, detail: str) -> Rejected:
+    entry = candidate.entry
+    return Rejected(
+        reason=rule.type,
+        detail=detail,
+        prompt_id=entry.prompt_id,
+        domain=entry.domain,
+        split=entry.split,
+        generators=entry.generators,
+        prompt=candidate.prompt,
+        answer=candidate.answer,
+        sequence_id=entry.sequence_id,
+    )
+
+
+def _counts(rule: Filter, seen: Sequence[Candidate], dropped: Mapping[int, str]) -> Counts:
+    return {
+        "filter": rule.type,
+        "seen": len(seen),
+        "dropped": len(dropped),
+        "dropped_by_domain": dict(Counter(seen[i].entry.domain for i in dropped)),
+        "examples": list(dict.fromkeys(dropped.values()))[:EXAMPLES_SHOWN],
+    }
+
+
+def _check_left(
+    splits: set[str], left: Sequence[Candidate], rule: Filter, done: list[Counts], path: str
+) -> None:
+    for split in sorted(splits - {candidate.entry.split for candidate in left}):
+        last = json.dumps(done[-1]["examples"][:2], ensure_ascii=False)
+        raise FilterError(
+            f"the filter {rule.type} leaves no sequence of the {split} split; dropped so far: "
+            f"{summary(done)}; by {rule.type}, for example: {last}. What it dropped lies in {path},"
+            " and every answer in its shard. Loosen it, take it out, or give other prompts; no "
+            "teacher will be asked again"
+        )

@@ -36,7 +36,7 @@ from pipeline import storage
 from pipeline.config_targets import Selection
 from pipeline.errors import CacheError
 from pipeline.records import SparseLogprobs, TokenSequence
-from pipeline.selection import select
+from pipeline.selection import probabilities, select
 
 ROWS_PER_FILE = 256
 CONFIG_FILE = "compression_config.yaml"
@@ -60,6 +60,8 @@ LONG_SCHEMA = pa.schema(
         ("rank", pa.int32()),
         ("token_id", pa.int32()),
         ("logprob", pa.float32()),
+        ("count", pa.int32()),
+        ("probability", pa.float32()),
     ]
 )
 DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "float64": "<f8"}
@@ -85,10 +87,27 @@ class ForeignSequence:
 def export_long(pairs: Pairs, folder: str) -> int:
     """Writes one row per entry, any tool's table; returns the number of sequences.
 
+    Head entries have a `logprob`, drawn ones a `count`; `probability` is what training takes either
+    for.
+    """
+    return _write_files(pairs, folder, _long_table)
+
+
+def widest(pairs: Pairs) -> int:
+    """The most entries of a position, at least 1, for `export_distillkit`.
+
     Raises:
         CacheError: a row holds draws, which have no log-probabilities.
     """
-    return _write_files(pairs, folder, _long_table)
+    most = 1
+    for sequence, row in pairs:
+        if row.is_drawn:
+            raise CacheError(
+                f"sequence {sequence.sequence_id} holds draws, which have no log-probabilities, "
+                "and DistillKit's format has no place for counts; export it as parquet-long"
+            )
+        most = max(most, int(row.num_entries.max()))
+    return most
 
 
 def export_distillkit(pairs: Pairs, folder: str, vocabulary: int, max_entries: int) -> int:
@@ -96,13 +115,10 @@ def export_distillkit(pairs: Pairs, folder: str, vocabulary: int, max_entries: i
 
     Args:
         vocabulary: rows of the teacher's head; decides the bits of an id.
-        max_entries: of a position, at most; shorter ones are padded.
+        max_entries: of a position, at most (`widest`); shorter ones are padded.
 
     Returns:
         The number of sequences.
-
-    Raises:
-        CacheError: a row holds draws, which have no log-probabilities.
     """
     config = {
         "d": vocabulary,
@@ -211,7 +227,6 @@ def _index_bits(vocabulary: int) -> int:
 def _distillkit_row(
     sequence: TokenSequence, row: SparseLogprobs, vocabulary: int, max_entries: int
 ) -> dict[str, Any]:
-    _require_head(row)
     shape = (len(sequence.input_ids) - 1, max_entries)
     token_ids_TK, logprobs_TK = np.zeros(shape, np.int64), np.full(shape, -np.inf, "<f2")
     kept_PK = np.arange(max_entries) < row.num_entries[:, None]
@@ -277,10 +292,12 @@ def _long_table(batch: Sequence[tuple[TokenSequence, SparseLogprobs]]) -> pa.Tab
 
 
 def _long_rows(sequence: TokenSequence, row: SparseLogprobs) -> pa.Table:
-    _require_head(row)
     counts = row.num_entries.astype(np.int64)
     positions = np.repeat(np.arange(row.num_positions), counts)
     starts = np.cumsum(counts) - counts
+    head_N = row.head_N
+    logprobs_N, counts_N = np.zeros(len(head_N), np.float32), np.zeros(len(head_N), np.int32)
+    logprobs_N[head_N], counts_N[~head_N] = row.logprobs, row.counts
     columns = {
         "sequence_id": [sequence.sequence_id] * len(positions),
         "domain": [sequence.domain] * len(positions),
@@ -292,7 +309,9 @@ def _long_rows(sequence: TokenSequence, row: SparseLogprobs) -> pa.Table:
         "entropy": row.entropies[positions].astype(np.float32),
         "rank": np.arange(len(positions)) - starts[positions],
         "token_id": row.token_ids.astype(np.int32),
-        "logprob": row.logprobs.astype(np.float32),
+        "logprob": pa.array(logprobs_N, mask=~head_N),
+        "count": pa.array(counts_N, mask=head_N),
+        "probability": probabilities(row),
     }
     arrays = [pa.array(columns[f.name]).cast(f.type) for f in LONG_SCHEMA]
     return pa.Table.from_arrays(arrays, schema=LONG_SCHEMA)
@@ -305,11 +324,3 @@ def _write_files(pairs: Pairs, folder: str, table_of: Any) -> int:
         storage.write_table(path, table_of(batch))
         number, written = number + 1, written + len(batch)
     return written
-
-
-def _require_head(row: SparseLogprobs) -> None:
-    if len(row.counts):
-        raise CacheError(
-            f"sequence {row.sequence_id} holds draws, which have no log-probabilities to export; "
-            "these formats take the selections top_k and top_p"
-        )

@@ -90,6 +90,10 @@ class Layout:
         return join(self.run_folder, "stages", "score.caches.json")
 
     @property
+    def learned_weights(self) -> str:
+        return join(self.run_folder, "learned_weights.json")
+
+    @property
     def report_json(self) -> str:
         return join(self.run_folder, "report.json")
 
@@ -116,6 +120,10 @@ class Layout:
 
     def synthesis_folder(self, recipe: str) -> str:
         return join(self.root, "synthesis", recipe)
+
+    def rejected(self, digest: str, name: str) -> str:
+        """Answers that are not trained on, by who dropped them; for people."""
+        return join(self.root, "rejected", digest, f"{name}.parquet")
 
     @property
     def datasets_folder(self) -> str:

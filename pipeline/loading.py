@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config import Config
+from pipeline.config_synthesis import Contamination, EvaluationFile
 from pipeline.errors import ConfigError
 
 
@@ -57,7 +58,8 @@ def absolute_paths(config: Config, folder: Path) -> Config:
     values["storage"]["shared_roots"] = [
         _absolute(root, folder) for root in values["storage"]["shared_roots"]
     ]
-    for source in values["prompts"]["sources"]:
+    files = [file for rule in values["synthesis"]["filters"] for file in rule.get("files", [])]
+    for source in [*values["prompts"]["sources"], *files]:
         source["path"] = _absolute(source["path"], folder)
     initial_weights = config.student.initial_weights
     if initial_weights is not None:
@@ -99,7 +101,18 @@ def local_paths(config: Config) -> dict[str, str]:
     paths |= {
         f"prompts.sources.{i}.path": source.path for i, source in enumerate(config.prompts.sources)
     }
+    paths |= {key: file.path for key, file in evaluation_files(config).items()}
     return {key: path for key, path in paths.items() if path.startswith("/")}
+
+
+def evaluation_files(config: Config) -> dict[str, EvaluationFile]:
+    """The evaluation files of all contamination filters by the key that holds their path."""
+    return {
+        f"synthesis.filters.{i}.files.{k}.path": file
+        for i, rule in enumerate(config.synthesis.filters)
+        if isinstance(rule, Contamination)
+        for k, file in enumerate(rule.files)
+    }
 
 
 def _absolute(path: str, folder: Path) -> str:

@@ -7,7 +7,7 @@ decide it and of size and modification time of every local file that it read.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline import storage
@@ -16,7 +16,7 @@ from pipeline.features import holds_features
 from pipeline.fingerprint import digest_json
 from pipeline.generations import generation_in_use
 from pipeline.layout import CacheLayout, Layout
-from pipeline.loading import is_folder
+from pipeline.loading import evaluation_files, is_folder
 from pipeline.recipes import cache_layout
 
 NEUTRAL_TEACHER_KEYS = {"cost_per_hour", "replicas", "resources"}
@@ -33,6 +33,7 @@ class Prepared:
         scoring_recipes: by name of the cache: a teacher's distributions, or hidden states.
         synthesis_recipes: by generator.
         student: identity of the model that the student starts from.
+        filters_before_scoring: identities; with those after scoring all filters of the config.
     """
 
     key: str
@@ -44,6 +45,8 @@ class Prepared:
     scoring_recipes: dict[str, dict[str, Any]]
     synthesis_recipes: dict[str, dict[str, Any]]
     student: dict[str, str]
+    filters_before_scoring: list[dict[str, Any]] = field(default_factory=list)
+    filters_after_scoring: list[dict[str, Any]] = field(default_factory=list)
 
     def caches(self, layout: Layout) -> dict[str, CacheLayout]:
         """Where every cache lies, by name, in the generation that this run uses."""
@@ -79,6 +82,7 @@ def preparation_key(config: Config) -> str:
     paths = [source.path for source in config.prompts.sources] + [
         m for m in models.values() if is_folder(m)
     ]
+    paths += [file.path for file in evaluation_files(config).values()]
     return digest_json(
         [
             config.model_dump(

@@ -51,7 +51,7 @@ def read_prompts(config: PromptsConfig) -> tuple[list[Prompt], dict[str, int]]:
     counts: Counter[str] = Counter()
     for source in config.sources:
         columns: set[str] = set()
-        for place, row in _numbered_rows(source):
+        for place, row in numbered_rows(source.path, source.limit):
             prompt = _parse(place, row, source, config)
             columns |= row.keys()
             content = digest_json([prompt.messages, prompt.text])
@@ -97,9 +97,18 @@ def load_prompts(layout: Layout, digest: str) -> list[Prompt]:
     ]
 
 
-def _numbered_rows(source: PromptSource) -> Iterator[tuple[str, Any]]:
-    """Yields `(place, row)`; a place is `file:line` or `file row N`."""
-    path = source.path
+def numbered_rows(path: str, limit: int | None = None) -> Iterator[tuple[str, Any]]:
+    """Yields `(place, row)` of a JSONL or Parquet file or a dataset folder.
+
+    Args:
+        limit: only so many rows.
+
+    Yields:
+        A place, `file:line` or `file row N`, and the row as it stands there.
+
+    Raises:
+        PromptError: it is missing, empty or malformed.
+    """
     if not storage.exists(path):
         raise PromptError(f"prompt source {path} does not exist")
     rows: Iterator[tuple[str, Any]]
@@ -113,7 +122,7 @@ def _numbered_rows(source: PromptSource) -> Iterator[tuple[str, Any]]:
         rows = _dataset_rows(path)
     found = 0
     for place, row in rows:
-        if source.limit is not None and found >= source.limit:
+        if limit is not None and found >= limit:
             break
         found += 1
         yield place, row

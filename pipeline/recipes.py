@@ -14,7 +14,7 @@ from pipeline.features import features_of
 from pipeline.fingerprint import digest_json
 from pipeline.layout import CacheLayout, Layout
 
-SYNTHESIS_SCHEMA_VERSION = 1
+SYNTHESIS_SCHEMA_VERSION = 2
 """Of the records of finished prompt shards."""
 
 NEUTRAL_ENGINE_KEYS = frozenset(
@@ -111,7 +111,6 @@ def synthesis_recipe(
         "samples_per_prompt": config.synthesis.samples_per_prompt,
         "max_sequence_tokens": config.synthesis.max_sequence_tokens,
         "vllm": _engine(config.teachers[teacher]),
-        "checker": config.prompts.checker,
         "seed": config.seed,
         "schema_version": SYNTHESIS_SCHEMA_VERSION,
     }

@@ -10,12 +10,16 @@ before it, and `input_ids[i_j]` is the position's gold token.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.fingerprint import digest_json
+
+if TYPE_CHECKING:
+    from pipeline.datasets import DatasetEntry
 
 IGNORE_INDEX = -100
 
@@ -35,6 +39,14 @@ class Prompt:
     def digest(self) -> str:
         """Hash of all that its answers depend on, which is everything but the split."""
         return digest_json([self.prompt_id, self.domain, self.messages, self.text, self.reference])
+
+    @property
+    def words(self) -> str:
+        """Its text without system messages, which many prompts share."""
+        if self.text is not None:
+            return self.text
+        spoken = (m for m in self.messages or () if m["role"] != "system")
+        return "\n".join(str(message["content"]) for message in spoken)
 
 
 @dataclass(frozen=True)
@@ -203,3 +215,38 @@ class CombinedTargets:
     sequence: TokenSequence
     rows: tuple[SparseLogprobs | None, ...]
     teacher_weights: np.ndarray
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A sequence as filters see it.
+
+    Attributes:
+        prompt: its words, without system messages.
+        answer: without special tokens.
+        answer_ids: int32[P].
+        samples: how often its generators wrote exactly this answer.
+    """
+
+    entry: DatasetEntry
+    prompt: str
+    answer: str
+    answer_ids: np.ndarray
+    reference: str | None = None
+    samples: int = 1
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What filters know beside the candidates.
+
+    Attributes:
+        checker: of answer and reference; None when the run has none.
+        holdout_prompts: the words of the hold-out prompts, by a name for people.
+        gold_logprobs: by teacher, the mean log-probability in nats of each scored sequence's gold
+            tokens; of the teachers that a filter names.
+    """
+
+    checker: Callable[[str, str], bool] | None = None
+    holdout_prompts: Mapping[str, str] = field(default_factory=dict)
+    gold_logprobs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)

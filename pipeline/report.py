@@ -21,7 +21,7 @@ MISSING = "—"
 # Okabe and Ito's palette, which survives the common colour blindnesses, and two teachers more.
 ROLE_COLOURS = {"student": "#0072B2", "twin": "#E69F00"}
 TEACHER_COLOURS = ("#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#A79AD8", "#B5A642")
-REASONS = ("answers", "kept", "wrong", "truncated", "empty", "duplicate")
+REASONS = ("answers", "kept", "truncated", "empty", "duplicate")
 CURVE_POINTS = 300
 SMALL_NATS = 0.01
 PLOT_STYLE: dict[RcKeyType, Any] = {

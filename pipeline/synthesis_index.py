@@ -59,6 +59,16 @@ def answer_counts(
     return counts
 
 
+def sample_counts(layout: Layout, recipe_digests: Iterable[str]) -> dict[tuple[str, str], int]:
+    """By generator and sequence, how often it was written, where that is more than once."""
+    return {
+        (record["generator"], identifier): count
+        for digest in recipe_digests
+        for record in read_records(layout, digest)
+        for identifier, count in record["samples"].items()
+    }
+
+
 def build_dataset(
     layout: Layout, prompts: Sequence[Prompt], recipe_digests: Sequence[str]
 ) -> list[DatasetEntry]:

@@ -1,8 +1,9 @@
-"""Combination: how the cached rows of several teachers become the target of one sequence.
+"""Combination: how much each teacher's cached row weighs in the target of one sequence.
 
-`mixture` means p = sum_m w_m p_m. Every teacher keeps its own kept set and its own tail bucket, and
-a loss that is linear in p is summed over teachers with these weights, which is exact; no union of
-ids is formed here.
+`mixture` means p = sum_m w_m p_m, and `route` the same with all weight on one teacher. Every
+teacher keeps its own kept set and its own tail bucket, and a loss that is linear in p is summed
+over teachers with these weights, which is exact; no union of ids is formed here. `product` forms
+one, in `pipeline/product.py`.
 
 Weights come from cached numbers alone: they depend on the sequence, not on batch, rank or order.
 Legend: M teachers in the config's order, P positions.
@@ -12,7 +13,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.config_targets import ByDomainWeights, CombineConfig, StaticWeights
+from pipeline.config_targets import (
+    ByDomainWeights,
+    CombineConfig,
+    GoldLikelihoodWeights,
+    LearnedWeights,
+    StaticWeights,
+)
 from pipeline.errors import CacheError, ConfigError
 from pipeline.records import CombinedTargets, SparseLogprobs, TokenSequence
 
@@ -26,6 +33,7 @@ def combine_targets(
     """Weighs the teachers' rows of one sequence.
 
     A teacher that has not scored the sequence gets weight 0 and the others are scaled to sum to 1.
+    Learned weights stand here as those `by_domain` that they came to.
 
     Raises:
         CacheError: no teacher of positive weight covers the sequence, or a row has another number
@@ -47,6 +55,8 @@ def combine_targets(
             f"{sequence.domain!r}): run the score stage again, or give a teacher that has scored "
             "it a weight"
         )
+    if config.method == "route":
+        weights_MP, sums_P = _routed(weights_MP, teachers), 1.0
     return CombinedTargets(sequence, rows, (weights_MP / sums_P).astype(np.float32))
 
 
@@ -76,19 +86,30 @@ def _weights(
     teachers: list[str],
     config: CombineConfig,
 ) -> np.ndarray:
-    """float64[M, P], before uncovered teachers are taken out."""
+    """float64[M, P] up to a common factor at each position, before uncovered teachers are taken
+    out.
+    """
     weights, shape = config.weights, (len(teachers), sequence.num_positions)
+    assert not isinstance(weights, LearnedWeights), "resolved before anything is combined"
     if isinstance(weights, StaticWeights | ByDomainWeights):
         table = _table(weights, sequence.domain)
         return np.broadcast_to(np.array([[table.get(name, 0.0)] for name in teachers]), shape)
-    gold_MP = np.full(shape, -np.inf)
+    by_gold = isinstance(weights, GoldLikelihoodWeights)
+    figures_MP = np.full(shape, -np.inf)
     for m, row in enumerate(rows):
         if row is not None:
-            gold_MP[m] = row.gold_logprobs.astype(np.float64)
+            found_P = row.gold_logprobs if by_gold else -row.entropies
+            figures_MP[m] = found_P.astype(np.float64)
     if weights.per == "sequence":
-        gold_MP = np.broadcast_to(gold_MP.mean(axis=1, keepdims=True), shape)
-    if np.isneginf(gold_MP).all(axis=0).any():
+        figures_MP = np.broadcast_to(figures_MP.mean(axis=1, keepdims=True), shape)
+    if np.isneginf(figures_MP).all(axis=0).any():
         return np.zeros(shape)
-    scaled_MP = gold_MP / weights.temperature
-    exponents_MP = np.exp(scaled_MP - scaled_MP.max(axis=0))
-    return exponents_MP / exponents_MP.sum(axis=0)
+    scaled_MP = figures_MP / weights.temperature
+    return np.exp(scaled_MP - scaled_MP.max(axis=0))
+
+
+def _routed(weights_MP: np.ndarray, teachers: list[str]) -> np.ndarray:
+    """1 for the teacher of the greatest weight, of equals the first by name, and 0 for others."""
+    by_name = np.array(sorted(range(len(teachers)), key=teachers.__getitem__))
+    chosen_P = by_name[weights_MP[by_name].argmax(axis=0)]
+    return np.equal.outer(np.arange(len(teachers)), chosen_P).astype(np.float64)

@@ -8,17 +8,19 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.config import Config
-from pipeline.config_targets import ByDomainWeights
+from pipeline.config_targets import ByDomainWeights, CombineConfig
 from pipeline.config_training import CrossEntropy, Loss, Relation, StateLoss, TeacherLoss
 from pipeline.features import features_of
 from pipeline.fingerprint import digest_json
 from pipeline.layout import CacheLayout, Layout
+from pipeline.learned_weights import learned_weights, with_learned
 from pipeline.prepared import Prepared
 from pipeline.targets import required_teachers
 
 NEUTRAL_TRAINING_KEYS = {
     "workers",
     "resources",
+    "loader_processes",
     "log_every_steps",
     "evaluate_every_steps",
     "checkpoint_every_steps",
@@ -51,6 +53,7 @@ class TrainingJob:
         cache_fingerprints: by name of the cache, of the recipe that filled it.
         start: identity of the model that the student starts from.
         tokenizer: hash of the tokenizer of all sequences.
+        learned: by domain and teacher, where weights are learned.
     """
 
     config: Config
@@ -62,6 +65,7 @@ class TrainingJob:
     cache_fingerprints: dict[str, str]
     start: dict[str, str] = field(default_factory=dict)
     tokenizer: str = ""
+    learned: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def folder(self) -> str:
@@ -71,6 +75,11 @@ class TrainingJob:
     def summary_path(self) -> str:
         """Written last of all: its existence means that the training is complete."""
         return storage.join(self.folder, "training.json")
+
+    @property
+    def combine(self) -> CombineConfig:
+        """How the teachers combine, with weights that can be looked up."""
+        return with_learned(self.config.combine, self.learned)
 
     @property
     def uses_teachers(self) -> bool:
@@ -109,7 +118,7 @@ class TrainingJob:
                 for name in used
                 if name in self.caches
             },
-            "combine": config["combine"] if self.uses_teachers else None,
+            "combine": self._combine_identity() if self.uses_teachers else None,
             "start": self.start,
             "student": {
                 k: v for k, v in config["student"].items() if k not in NEUTRAL_STUDENT_KEYS
@@ -121,12 +130,21 @@ class TrainingJob:
             | {"deepspeed": _without_stage(config["training"]["deepspeed"])},
         }
 
+    def _combine_identity(self) -> dict[str, Any]:
+        combine = self.config.combine.model_dump(mode="json")
+        return combine | ({"learned": self.learned} if self.learned else {})
+
 
 def training_jobs(
     config: Config, layout: Layout, prepared: Prepared, dataset_digest: str
 ) -> list[TrainingJob]:
-    """The student, and the twin that learns from the same sequences by cross-entropy alone."""
+    """The student, and the twin that learns from the same sequences by cross-entropy alone.
+
+    Raises:
+        ConfigError: the weights are learned, and score has not finished.
+    """
     losses = {"student": tuple(config.training.losses)}
+    learned = learned_weights(config.combine, layout)
     if config.evaluation.twin:
         losses["twin"] = (CrossEntropy(type="cross_entropy", weight=1.0),)
     return [
@@ -140,6 +158,7 @@ def training_jobs(
             cache_fingerprints={n: digest_json(r) for n, r in prepared.scoring_recipes.items()},
             start=prepared.student,
             tokenizer=prepared.tokenizer_hash,
+            learned=learned,
         )
         for label, terms in losses.items()
     ]

@@ -19,6 +19,7 @@ from pipeline.config_targets import CombineConfig
 from pipeline.datasets import DatasetEntry, read_sequences
 from pipeline.errors import TrainingError
 from pipeline.layout import CacheLayout, Layout
+from pipeline.product import ProductTargets, product_of
 from pipeline.records import CombinedTargets, TokenSequence
 from pipeline.selection import probabilities
 from pipeline.targets import combine_targets, required_teachers
@@ -32,7 +33,8 @@ packed.
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence with its combined targets, teachers of weight 0 left out.
+    """One sequence with its combined targets, teachers of weight 0 left out. A product of teachers
+    stands as one teacher of weight 1.
 
     Attributes:
         input_ids: int32[T].
@@ -40,8 +42,8 @@ class Example:
         gold_ids: int64[P].
         token_ids: int32[M, P, K], padded with 0.
         logprobs: float16[M, P, K], padded with -inf; float32 if any are estimates, which float16
-            would shift.
-        tail_mass: float16[M, P]; 0 for estimates, which have no bucket.
+            would shift, or a product.
+        tail_mass: float16[M, P]; 0 for estimates, which have no bucket; float32 of a product.
         teacher_weights: float32[M, P].
         is_estimate: whether a teacher's entries are an estimate by draws, unbiased only in losses
             that are linear in p.
@@ -122,7 +124,11 @@ class Examples:
             self._readers[name].row(sequence.sequence_id) if name in self._readers else None
             for name in self._teachers
         )
-        return example_of(combine_targets(sequence, rows, self._teachers, self._combine))
+        combined = combine_targets(sequence, rows, self._teachers, self._combine)
+        if self._combine.method == "product":
+            product = product_of(combined, self._vocabulary, self._combine.min_tail)
+            return example_of_product(sequence, product)
+        return example_of(combined)
 
 
 def open_examples(
@@ -189,4 +195,22 @@ def example_of(combined: CombinedTargets) -> Example:
         tail_mass=tail_MP,
         teacher_weights=np.array([w_P for w_P, _ in used], np.float32).reshape(shape[:2]),
         is_estimate=is_estimate,
+    )
+
+
+def example_of_product(sequence: TokenSequence, product: ProductTargets) -> Example:
+    """Pads the union of the teachers' ids."""
+    num_positions = sequence.num_positions
+    kept_PK = np.arange(int(product.num_entries.max())) < product.num_entries[:, None]
+    token_ids_PK = np.zeros(kept_PK.shape, np.int32)
+    logprobs_PK = np.full(kept_PK.shape, -np.inf, np.float32)
+    token_ids_PK[kept_PK], logprobs_PK[kept_PK] = product.token_ids, product.logprobs
+    return Example(
+        input_ids=sequence.input_ids,
+        logit_indices=sequence.position_indices - 1,
+        gold_ids=sequence.gold_ids.astype(np.int64),
+        token_ids=token_ids_PK[None],
+        logprobs=logprobs_PK[None],
+        tail_mass=product.tail_mass.astype(np.float32)[None],
+        teacher_weights=np.ones((1, num_positions), np.float32),
     )

@@ -16,8 +16,8 @@ from deepspeed.utils import safe_get_full_fp32_param
 
 from pipeline.config_training import TrainingConfig
 from pipeline.training import TrainingJob
+from students.micro_batch import MicroBatch
 from students.model import StudentModule
-from students.packing import MicroBatch
 
 
 class StudentEngine:

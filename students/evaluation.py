@@ -26,6 +26,7 @@ from pipeline.records import SparseLogprobs
 from students.dataset import Example, Examples
 from students.divergences import LossTerm
 from students.losses import position_figures
+from students.micro_batch import MicroBatch
 from students.model import body_hidden_states, load_model, logit_softcap, output_head
 from students.packing import pack, plan_micro_batches, refuse_long_sequences
 
@@ -109,7 +110,7 @@ def holdout_numbers(
             [entry.num_tokens for entry in members], tokens_per_micro_batch, 1, not packing
         )[0]:
             together = [examples[members[i]] for i in row]
-            batch = pack(together, not packing).to(torch.device(device))
+            batch = MicroBatch.of(pack(together, not packing), device)
             hidden_PH = body_hidden_states(model, batch.input_ids, batch.position_ids)[
                 batch.logit_indices
             ]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize, smooth_l1_loss
 
 from pipeline.config_training import HiddenState, Loss, StateLoss
-from students.features import FeatureBatch
+from students.micro_batch import FeatureBatch
 
 SMALLEST = 1e-12
 """Lengths below it count as this much, so that equal states give no division by 0."""

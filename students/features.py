@@ -1,4 +1,4 @@
-"""The teachers' hidden states of a micro-batch, from their caches to tensors.
+"""The teachers' hidden states of a micro-batch, from their caches.
 
 Legend: P positions of a micro-batch, S its sequences, L stored layers, D stored dimensions.
 """
@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from pipeline.cache_index import CacheReader, open_features
 from pipeline.datasets import DatasetEntry
@@ -24,29 +22,13 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class FeatureBatch:
-    """What the losses on hidden states need of a micro-batch; its positions in the same order.
+class PackedFeatures:
+    """The arrays of `FeatureBatch`, under the same names; `states` as the bits of bfloat16."""
 
-    Attributes:
-        states: by teacher, bfloat16[P, L, D] at the indices whose logits are trained; 0 where the
-            teacher has none.
-        covered: by teacher, bool[P]: where it has states.
-        sequences: int64[P], number of the position's sequence in the micro-batch.
-        groups: int64[S], of each sequence; sequences of a group are compared with one another.
-    """
-
-    states: dict[str, Tensor]
-    covered: dict[str, Tensor]
-    sequences: Tensor
-    groups: Tensor
-
-    def to(self, device: torch.device) -> FeatureBatch:
-        return FeatureBatch(
-            {name: x.to(device, non_blocking=True) for name, x in self.states.items()},
-            {name: x.to(device, non_blocking=True) for name, x in self.covered.items()},
-            self.sequences.to(device),
-            self.groups.to(device),
-        )
+    states: dict[str, np.ndarray]
+    covered: dict[str, np.ndarray]
+    sequences: np.ndarray
+    groups: np.ndarray
 
 
 class TeacherStates:
@@ -93,7 +75,9 @@ class TeacherStates:
     def widths(self) -> dict[str, int]:
         return {teacher: width for teacher, (_, width) in self._shapes.items()}
 
-    def batch(self, entries: Sequence[DatasetEntry], groups: Sequence[int]) -> FeatureBatch | None:
+    def batch(
+        self, entries: Sequence[DatasetEntry], groups: Sequence[int]
+    ) -> PackedFeatures | None:
         """The states of a micro-batch of these sequences; None where no loss needs any.
 
         Args:
@@ -120,14 +104,10 @@ class TeacherStates:
                         f"{entry.sequence_id}, which has {entry.num_positions}"
                     )
                 states_PLD[start:stop], covered_P[start:stop] = row.states, True
-            bits = torch.from_numpy(states_PLD.view(np.int16))
-            states[teacher], covered[teacher] = (
-                bits.view(torch.bfloat16),
-                torch.from_numpy(covered_P),
-            )
-        return FeatureBatch(
+            states[teacher], covered[teacher] = states_PLD, covered_P
+        return PackedFeatures(
             states,
             covered,
-            torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
-            torch.tensor(list(groups), dtype=torch.int64),
+            np.repeat(np.arange(len(lengths)), lengths),
+            np.array(list(groups), np.int64),
         )

@@ -20,8 +20,8 @@ from students.divergences import LossTerm
 from students.feature_losses import FeatureLosses
 from students.initial_weights import load_initial_weights
 from students.losses import distillation_loss, position_figures, weighted_total
+from students.micro_batch import MicroBatch
 from students.outcomes import figure_names
-from students.packing import MicroBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}

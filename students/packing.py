@@ -1,8 +1,9 @@
-"""Several sequences in one micro-batch: which ones a rank computes together, and their tensors.
+"""Several sequences in one micro-batch: which ones a rank computes together, and their arrays.
 
 This decides only what is computed together, never what is summed: a micro-batch holds whole
 sequences within a token budget, packed into one row or padded in rows of their own, ranks get equal
-numbers of micro-batches, and an empty one weighs nothing.
+numbers of micro-batches, and an empty one weighs nothing. Loader processes pack, so nothing here
+needs torch.
 
 Legend: R rows of a micro-batch, T tokens of a row, P positions, K entries, M teachers (as many as
 any of its sequences has with a positive weight).
@@ -12,15 +13,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from pipeline.errors import TrainingError
 from students.dataset import Example
-from students.features import FeatureBatch
-from students.outcomes import Targets
+from students.features import PackedFeatures
 
 NOTHING = Example(
     input_ids=np.zeros(1, np.int32),
@@ -35,38 +34,21 @@ NOTHING = Example(
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """Several sequences: packed into one row, or each in a row that is padded behind it.
+class PackedBatch:
+    """The arrays of `MicroBatch` and its `Targets`, under the same names and of the same shapes."""
 
-    Attributes:
-        input_ids: int64[R, T].
-        position_ids: int64[1, T] of a packed row, from 0 again with each sequence; None for padded
-            rows. A causal model needs no mask for padding that lies behind.
-        logit_indices: int64[P], into the rows one after another.
-        features: the teachers' hidden states, where a loss needs them.
-    """
-
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor | None
-    logit_indices: torch.Tensor
-    targets: Targets
-    features: FeatureBatch | None = None
-
-    def to(self, device: torch.device) -> MicroBatch:
-        moved = {
-            f.name: getattr(self.targets, f.name).to(device, non_blocking=True)
-            for f in fields(Targets)
-        }
-        return MicroBatch(
-            self.input_ids.to(device),
-            None if self.position_ids is None else self.position_ids.to(device),
-            self.logit_indices.to(device),
-            Targets(**moved),
-            None if self.features is None else self.features.to(device),
-        )
+    input_ids: np.ndarray
+    position_ids: np.ndarray | None
+    logit_indices: np.ndarray
+    gold_ids: np.ndarray
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    tail_mass: np.ndarray
+    teacher_weights: np.ndarray
+    features: PackedFeatures | None = None
 
 
-def pack(examples: Sequence[Example], padded: bool = False) -> MicroBatch:
+def pack(examples: Sequence[Example], padded: bool = False) -> PackedBatch:
     """Packs sequences into one row, or pads each in a row of its own. Without any, a row of one
     token and no positions, which weighs nothing.
     """
@@ -80,17 +62,18 @@ def pack(examples: Sequence[Example], padded: bool = False) -> MicroBatch:
     else:
         input_ids_RT = np.concatenate([e.input_ids for e in examples]).astype(np.int64)[None]
         starts = np.cumsum([0, *lengths[:-1]])
-        position_ids = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None]
+        position_ids = np.concatenate([np.arange(n) for n in lengths])[None]
     indices = [e.logit_indices + start for e, start in zip(examples, starts, strict=True)]
-    return MicroBatch(
-        input_ids=torch.from_numpy(input_ids_RT),
+    return PackedBatch(
+        input_ids=input_ids_RT,
         position_ids=position_ids,
-        logit_indices=torch.from_numpy(np.concatenate(indices)),
-        targets=_targets(examples),
+        logit_indices=np.concatenate(indices),
+        gold_ids=np.concatenate([example.gold_ids for example in examples]),
+        **_targets(examples),
     )
 
 
-def _targets(examples: Sequence[Example]) -> Targets:
+def _targets(examples: Sequence[Example]) -> dict[str, np.ndarray]:
     """Of all positions, one sequence after another."""
     edges = np.cumsum([0] + [len(example.gold_ids) for example in examples])
     num_teachers = max(example.token_ids.shape[0] for example in examples)
@@ -98,20 +81,20 @@ def _targets(examples: Sequence[Example]) -> Targets:
     shape = (num_teachers, int(edges[-1]), num_entries)
     precision = np.result_type(*(example.logprobs for example in examples))
     token_ids_MPK, logprobs_MPK = np.zeros(shape, np.int32), np.full(shape, -np.inf, precision)
-    tail_MP, weights_MP = np.zeros(shape[:2], np.float16), np.zeros(shape[:2], np.float32)
+    tail_MP = np.zeros(shape[:2], np.result_type(*(example.tail_mass for example in examples)))
+    weights_MP = np.zeros(shape[:2], np.float32)
     for example, start, stop in zip(examples, edges[:-1], edges[1:], strict=True):
         m, _, k = example.token_ids.shape
         token_ids_MPK[:m, start:stop, :k] = example.token_ids
         logprobs_MPK[:m, start:stop, :k] = example.logprobs
         tail_MP[:m, start:stop] = example.tail_mass
         weights_MP[:m, start:stop] = example.teacher_weights
-    return Targets(
-        gold_ids=torch.from_numpy(np.concatenate([example.gold_ids for example in examples])),
-        token_ids=torch.from_numpy(token_ids_MPK),
-        logprobs=torch.from_numpy(logprobs_MPK),
-        tail_mass=torch.from_numpy(tail_MP),
-        teacher_weights=torch.from_numpy(weights_MP),
-    )
+    return {
+        "token_ids": token_ids_MPK,
+        "logprobs": logprobs_MPK,
+        "tail_mass": tail_MP,
+        "teacher_weights": weights_MP,
+    }
 
 
 def plan_micro_batches(

@@ -22,7 +22,7 @@ from pipeline import storage
 from pipeline.config_training import StateLoss, TrainingConfig
 from pipeline.errors import TrainingError
 from pipeline.training import TrainingJob
-from students.batches import StepBatch, TrainingData
+from students.batches import StepBatch
 from students.checkpoint import (
     TrainingState,
     allowed_changes,
@@ -33,8 +33,10 @@ from students.checkpoint import (
 from students.divergences import LossTerm
 from students.engine import StudentEngine
 from students.feature_losses import FeatureLosses, feature_terms
+from students.micro_batch import MicroBatch
 from students.model import StudentModule, build_student, check_architecture, output_head
 from students.progress import MetricsLog, read_metrics
+from students.training_data import TrainingData
 
 
 def train(job: TrainingJob, device: torch.device) -> None:
@@ -105,7 +107,7 @@ def learning_rate(training: TrainingConfig, step: int) -> float:
     return training.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train_step(engine: StudentEngine, batch: StepBatch, rate: float) -> torch.Tensor:
+def train_step(engine: StudentEngine, batch: StepBatch[MicroBatch], rate: float) -> torch.Tensor:
     """One optimizer step; returns this rank's sums of the figures."""
     factor = dist.get_world_size() / batch.num_positions
     sums_F = torch.zeros(len(engine.module.figure_names), device=engine.device)

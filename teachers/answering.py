@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from pipeline import storage
+from pipeline.checkers import find_checker
 from pipeline.config_training import StudentConfig
 from pipeline.errors import ConfigError, TeacherError
-from pipeline.filters import CHECKERS
 from pipeline.records import Prompt, TokenSequence
 from teachers.synthesis import student_tokenizer
 from teachers.vocabulary import answer_text, prompt_ids
@@ -154,7 +154,7 @@ class AnsweringTask:
     def _verdict(self, prompt: Prompt, text: str) -> bool | None:
         if self.checker is None or prompt.reference is None:
             return None
-        return CHECKERS[self.checker](text, prompt.reference)
+        return find_checker(self.checker)(text, prompt.reference)
 
     def _write(self, prompts: list[Prompt], texts: list[str], verdicts: list[bool | None]) -> None:
         lines = [

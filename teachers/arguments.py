@@ -48,6 +48,22 @@ def check_names(place: str, block: dict[str, Any], known: Set[str], owned: dict[
             raise ConfigError(f"{place}.{key} is unknown to the installed vLLM{hint}")
 
 
+def check_sampling(block: dict[str, Any], known: Set[str], samples_per_prompt: int) -> None:
+    """Checks a `sampling:` block as far as that goes without vLLM.
+
+    Raises:
+        ConfigError: a key is unknown or ours, `max_tokens` is missing, or greedy sampling is asked
+            for several answers.
+    """
+    check_names("sampling", block, known, OWNED_SAMPLING_PARAMETERS)
+    if not isinstance(block.get("max_tokens"), int):
+        raise ConfigError(f"sampling.max_tokens must be a number, got {block.get('max_tokens')!r}")
+    if block.get("temperature") == 0 and samples_per_prompt > 1:
+        raise ConfigError(
+            f"sampling.temperature is 0, so {samples_per_prompt} answers to a prompt would be alike"
+        )
+
+
 def check_capture(block: dict[str, Any], num_logprobs: int) -> None:
     """Checks that a `vllm:` block does not contradict the capture.
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from pipeline.errors import TeacherError
-from teachers.engine import CapturedRows
+from teachers.engine import CapturedRows, EngineSpec
 
 CANARY_TOKENS = 33
 HEAD_ENTRIES = 8
@@ -52,13 +53,21 @@ class Canary:
         return cls(engine, rows.gold_logprobs, rows.logprobs[:, :HEAD_ENTRIES])
 
 
-def died_of(step: str, bounds: dict[str, float]) -> str:
-    """What is said of an engine that the full canary killed; `bounds` are what may be lowered."""
-    *others, last = (f"{name} ({value})" for name, value in bounds.items())
+def died_of(step: str, spec: EngineSpec, config: Any) -> str:
+    """What is said of an engine that the full canary killed.
+
+    Args:
+        step: how many sequences, tokens and log-probabilities that was.
+        config: vLLM's.
+    """
+    scheduler = config.scheduler_config
     return (
-        f"the engine died of the largest step that scoring asks for, {step} log-probabilities "
-        "each, most likely for want of memory (its log names the cause). Lower "
-        f"{', '.join(others)} or {last}"
+        f"{spec.model}: the engine died of the largest step that scoring asks for, {step} "
+        "log-probabilities each, most likely for want of memory (its log names the cause). "
+        f"Lower vllm.gpu_memory_utilization ({config.cache_config.gpu_memory_utilization}), "
+        f"vllm.max_num_batched_tokens ({scheduler.max_num_batched_tokens}), "
+        f"vllm.max_num_seqs ({scheduler.max_num_seqs}) or scoring.num_logprobs "
+        f"({spec.num_logprobs})"
     )
 
 

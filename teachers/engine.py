@@ -7,7 +7,7 @@ tokens of a sequence, L layers, H hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,15 @@ class CapturedRows:
         """Rows of K = 0."""
         nothing = np.zeros((num_rows, 0), np.float32)
         return cls(nothing.astype(np.int32), nothing, np.zeros(0, np.float32))
+
+    def followed_by(self, rows: CapturedRows) -> CapturedRows:
+        """These rows and then those of the tokens after them, which say what was computed."""
+        return replace(
+            rows,
+            token_ids=np.concatenate([self.token_ids, rows.token_ids]),
+            logprobs=np.concatenate([self.logprobs, rows.logprobs]),
+            gold_logprobs=np.concatenate([self.gold_logprobs, rows.gold_logprobs]),
+        )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ from pipeline.layout import CacheLayout
 from pipeline.records import CacheRow, TokenSequence
 from pipeline.selection import select
 from teachers.engine import CapturedRows
+from teachers.siblings import Siblings
 
 if TYPE_CHECKING:
     from teachers.vllm_teacher import VllmTeacher
@@ -139,7 +141,10 @@ class ScoringTask:
             )
         sequences = siblings_together([held[identifier] for identifier in self.sequence_ids])
         slots = asyncio.Semaphore(SEQUENCES_IN_FLIGHT)
-        scored = await asyncio.gather(*(self._score(teacher, each, slots) for each in sequences))
+        families = defaultdict(Siblings)
+        scored = await asyncio.gather(
+            *(self._score(teacher, each, families[each.prompt_id], slots) for each in sequences)
+        )
         by_id = {s.sequence_id: each for s, each in zip(sequences, scored, strict=True)}
         in_order = [by_id[identifier] for identifier in self.sequence_ids]
         entries = {}
@@ -158,13 +163,18 @@ class ScoringTask:
         )
 
     async def _score(
-        self, teacher: VllmTeacher, sequence: TokenSequence, slots: asyncio.Semaphore
+        self,
+        teacher: VllmTeacher,
+        sequence: TokenSequence,
+        siblings: Siblings,
+        slots: asyncio.Semaphore,
     ) -> _Scored:
         positions = sequence.position_indices
         first = int(positions[0])
         async with slots:
-            captured = await teacher.score(
-                sequence.input_ids.tolist(),
+            captured = await siblings.score(
+                teacher,
+                sequence.input_ids,
                 first,
                 distributions=any(not output.holds_features for output in self.outputs),
                 states=any(output.holds_features for output in self.outputs),

@@ -13,7 +13,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,12 +23,11 @@ from pipeline import storage
 from pipeline.config_training import StudentConfig
 from pipeline.datasets import write_sequences
 from pipeline.errors import ConfigError
-from pipeline.filters import reason_to_drop
 from pipeline.fingerprint import digest_bytes, digest_ids, sequence_id
 from pipeline.layout import Layout
 from pipeline.records import Prompt, TokenSequence
+from pipeline.rejected import Rejected, write_rejected
 from pipeline.synthesis_index import new_prompts
-from teachers.engine import GeneratedAnswer
 from teachers.vocabulary import answer_text, load_tokenizer, prompt_ids, tokenizer_hash
 
 if TYPE_CHECKING:
@@ -47,7 +46,6 @@ class SynthesisTask:
     sampling: dict[str, Any]
     samples_per_prompt: int
     max_sequence_tokens: int | None
-    checker: str | None
     seed: int
 
     def __len__(self) -> int:
@@ -77,7 +75,9 @@ class SynthesisTask:
     def quarantine(self, error: str) -> None:
         """Records that the prompts cannot be answered, so that they are not asked again."""
         self._write_record(
-            None, Counter(quarantined=len(self)), 0, 0.0, {p.prompt_id: error for p in self.prompts}
+            _Outcome(counts=Counter(quarantined=len(self))),
+            0.0,
+            {p.prompt_id: error for p in self.prompts},
         )
 
     async def run(self, teacher: VllmTeacher) -> dict[str, Any]:
@@ -99,20 +99,24 @@ class SynthesisTask:
                 for prompt, ids in fitting
             )
         )
-        too_long = (len(rendered) - len(fitting)) * self.samples_per_prompt
-        counts = Counter(answers=too_long, too_long=too_long)
-        kept: dict[str, TokenSequence] = {}
+        outcome = _Outcome()
+        for prompt, ids in rendered:
+            if len(ids) > room:
+                detail = f"a prompt of {len(ids)} tokens leaves no room for an answer"
+                self._reject(outcome, prompt, "too_long", detail, None, self.samples_per_prompt)
         for (prompt, ids), samples in zip(fitting, answers, strict=True):
             for sample in samples:
-                counts["answers"] += 1
-                _keep(self, prompt, ids, sample, tokenizer, tokenizer_digest, kept, counts)
-        shard = (
-            write_sequences(self.layout, self.prompts[0].domain, list(kept.values()))
-            if kept
-            else None
-        )
-        num_tokens = sum(len(sample.token_ids) for samples in answers for sample in samples)
-        return self._write_record(shard, counts, num_tokens, time.monotonic() - started, {})
+                outcome.generated_tokens += len(sample.token_ids)
+                text = answer_text(tokenizer, sample.token_ids)
+                if sample.finish_reason != "stop":
+                    detail = f"{sample.finish_reason} after {len(sample.token_ids)} tokens"
+                    self._reject(outcome, prompt, "truncated", detail, text)
+                elif not text.strip():
+                    self._reject(outcome, prompt, "empty", "", text)
+                else:
+                    answer, reason = sample.token_ids, sample.finish_reason
+                    outcome.keep(self._sequence(prompt, ids, answer, reason, tokenizer_digest))
+        return self._write_record(outcome, time.monotonic() - started, {})
 
     def from_references(self) -> dict[str, Any]:
         """Takes the given references as answers; needs no engine.
@@ -122,39 +126,67 @@ class SynthesisTask:
         """
         started = time.monotonic()
         tokenizer, tokenizer_digest = student_tokenizer(self.student)
-        counts: Counter[str] = Counter()
-        kept: dict[str, TokenSequence] = {}
+        outcome = _Outcome()
         for prompt in self.prompts:
             if prompt.reference is None:
                 raise ConfigError(
                     f"generator `dataset` needs references; prompt {prompt.prompt_id} has none"
                 )
-            counts["answers"] += 1
             answer = tokenizer(_separated(prompt), add_special_tokens=False)["input_ids"] + [
                 tokenizer.eos_token_id
             ]
-            sequence = _sequence(
-                prompt,
-                prompt_ids(tokenizer, prompt),
-                answer,
-                self.generator,
-                "dataset",
-                tokenizer_digest,
-            )
-            reason = None
+            asked = prompt_ids(tokenizer, prompt)
+            sequence = self._sequence(prompt, asked, answer, "dataset", tokenizer_digest)
             if len(sequence.input_ids) > self._most_tokens:
-                reason = "too_long"
-            elif sequence.sequence_id in kept:
-                reason = "duplicate"
+                detail = f"{len(sequence.input_ids)} tokens"
+                self._reject(outcome, prompt, "too_long", detail, prompt.reference)
             else:
-                kept[sequence.sequence_id] = sequence
-            counts[reason or "kept"] += 1
-        shard = (
-            write_sequences(self.layout, self.prompts[0].domain, list(kept.values()))
-            if kept
-            else None
+                outcome.keep(sequence)
+        return self._write_record(outcome, time.monotonic() - started, {})
+
+    def _reject(
+        self,
+        outcome: _Outcome,
+        prompt: Prompt,
+        reason: str,
+        detail: str,
+        answer: str | None,
+        num_answers: int = 1,
+    ) -> None:
+        """Counts an answer that becomes no sequence, and keeps it for people to look at."""
+        outcome.counts.update({"answers": num_answers, reason: num_answers})
+        outcome.rejected.append(
+            Rejected(
+                reason=reason,
+                detail=detail,
+                prompt_id=prompt.prompt_id,
+                domain=prompt.domain,
+                split=prompt.split,
+                generators=(self.generator,),
+                prompt=prompt.words,
+                answer=answer,
+            )
         )
-        return self._write_record(shard, counts, 0, time.monotonic() - started, {})
+
+    def _sequence(
+        self,
+        prompt: Prompt,
+        asked: list[int],
+        answer: list[int],
+        finish_reason: str,
+        tokenizer_digest: str,
+    ) -> TokenSequence:
+        input_ids = np.array(asked + answer, dtype=np.int32)
+        spans = ((len(asked), len(input_ids)),)
+        return TokenSequence(
+            sequence_id=sequence_id(input_ids, spans, tokenizer_digest),
+            input_ids=input_ids,
+            loss_spans=spans,
+            prompt_id=prompt.prompt_id,
+            domain=prompt.domain,
+            generators=(self.generator,),
+            finish_reason=finish_reason,
+        )
 
     @property
     def _most_tokens(self) -> float:
@@ -167,25 +199,48 @@ class SynthesisTask:
         )
 
     def _write_record(
-        self,
-        shard: str | None,
-        counts: Counter[str],
-        num_tokens: int,
-        seconds: float,
-        errors: dict[str, str],
+        self, outcome: _Outcome, seconds: float, errors: dict[str, str]
     ) -> dict[str, Any]:
+        """Writes shard and rejected answers, then the record that names them."""
+        kept, domain = list(outcome.kept.values()), self.prompts[0].domain
+        if outcome.rejected:
+            path = self.layout.rejected(self.recipe_digest, self._digest)
+            write_rejected(path, outcome.rejected)
         record = {
             "generator": self.generator,
-            "domain": self.prompts[0].domain,
+            "domain": domain,
             "prompts": {prompt.prompt_id: prompt.digest for prompt in self.prompts},
-            "shard": shard,
-            "counts": {name: count for name, count in counts.items() if count},
-            "generated_tokens": num_tokens,
+            "shard": write_sequences(self.layout, domain, kept) if kept else None,
+            "samples": {name: count for name, count in outcome.samples.items() if count > 1},
+            "counts": {name: count for name, count in outcome.counts.items() if count},
+            "generated_tokens": outcome.generated_tokens,
             "seconds": seconds,
             "errors": errors,
         }
         storage.write_json(self._record, record)
         return record
+
+
+@dataclass
+class _Outcome:
+    """What has become of a prompt shard's answers so far.
+
+    Attributes:
+        samples: how often each sequence was written.
+    """
+
+    kept: dict[str, TokenSequence] = field(default_factory=dict)
+    samples: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
+    rejected: list[Rejected] = field(default_factory=list)
+    generated_tokens: int = 0
+
+    def keep(self, sequence: TokenSequence) -> None:
+        """Counts an answer; equal ones are one sequence."""
+        known = sequence.sequence_id in self.kept
+        self.counts.update({"answers": 1, "duplicate" if known else "kept": 1})
+        self.samples[sequence.sequence_id] += 1
+        self.kept.setdefault(sequence.sequence_id, sequence)
 
 
 def plan_synthesis(
@@ -229,46 +284,3 @@ def _separated(prompt: Prompt) -> str:
     """An answer continues raw text after a space; a chat template ends its prompt itself."""
     separate = prompt.text is not None and not prompt.text[-1].isspace()
     return f" {prompt.reference}" if separate else str(prompt.reference)
-
-
-def _sequence(
-    prompt: Prompt,
-    asked: list[int],
-    answer: list[int],
-    generator: str,
-    finish_reason: str,
-    tokenizer_digest: str,
-) -> TokenSequence:
-    input_ids = np.array(asked + answer, dtype=np.int32)
-    spans = ((len(asked), len(input_ids)),)
-    return TokenSequence(
-        sequence_id=sequence_id(input_ids, spans, tokenizer_digest),
-        input_ids=input_ids,
-        loss_spans=spans,
-        prompt_id=prompt.prompt_id,
-        domain=prompt.domain,
-        generators=(generator,),
-        finish_reason=finish_reason,
-    )
-
-
-def _keep(
-    task: SynthesisTask,
-    prompt: Prompt,
-    asked: list[int],
-    sample: GeneratedAnswer,
-    tokenizer: PreTrainedTokenizerBase,
-    tokenizer_digest: str,
-    kept: dict[str, TokenSequence],
-    counts: Counter[str],
-) -> None:
-    text = answer_text(tokenizer, sample.token_ids)
-    reason = reason_to_drop(text, sample.finish_reason, prompt.reference, task.checker)
-    sequence = _sequence(
-        prompt, asked, sample.token_ids, task.generator, sample.finish_reason, tokenizer_digest
-    )
-    if reason is None and sequence.sequence_id in kept:
-        reason = "duplicate"
-    counts[reason or "kept"] += 1
-    if reason is None:
-        kept[sequence.sequence_id] = sequence

@@ -40,6 +40,7 @@ from teachers.engine import (
     ScoringRequest,
 )
 from teachers.prompt_topk import BrokenRowsError, PromptTopK
+from teachers.siblings import Earlier
 from teachers.state_files import StateFolder, take_states
 
 logger = logging.getLogger(__name__)
@@ -73,17 +74,11 @@ def check_sampling_parameters(block: dict[str, Any], samples_per_prompt: int = 1
             or greedy sampling is asked for several answers.
     """
     known = {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}
-    arguments.check_names("sampling", block, known, arguments.OWNED_SAMPLING_PARAMETERS)
-    if not isinstance(block.get("max_tokens"), int):
-        raise ConfigError(f"sampling.max_tokens must be a number, got {block.get('max_tokens')!r}")
+    arguments.check_sampling(block, known, samples_per_prompt)
     try:
-        parameters = SamplingParams(**block)
+        SamplingParams(**block)
     except (VLLMError, TypeError, ValueError) as error:
         raise ConfigError(f"vLLM refuses the sampling parameters {block}: {error}") from error
-    if parameters.temperature == 0 and samples_per_prompt > 1:
-        raise ConfigError(
-            f"sampling.temperature is 0, so {samples_per_prompt} answers to a prompt would be alike"
-        )
 
 
 class VllmTeacher:
@@ -94,8 +89,7 @@ class VllmTeacher:
     ) -> None:
         """`folder`: where the engine leaves hidden states, if it captures any."""
         self._spec, self._folder = spec, folder
-        self._engine = engine
-        self._load_seconds = load_seconds
+        self._engine, self._load_seconds = engine, load_seconds
         self._config = engine.vllm_config
         self._max_model_len = self._config.model_config.max_model_len
         self._vocabulary = self._config.model_config.get_vocab_size()
@@ -128,12 +122,10 @@ class VllmTeacher:
             chosen |= folder.engine_arguments(spec.hidden_layers, on_cpu=on_cpu)
         if chosen.get("enable_prefix_caching") and on_cpu:
             chosen.setdefault("block_size", CPU_BLOCK_SIZE)
-        started = time.monotonic()
+        started, quiet = time.monotonic(), chosen["disable_log_stats"]
         try:
             config = AsyncEngineArgs(**chosen).create_engine_config()
-            engine = AsyncLLM.from_vllm_config(
-                config, disable_log_stats=chosen["disable_log_stats"]
-            )
+            engine = AsyncLLM.from_vllm_config(config, disable_log_stats=quiet)
         except (VLLMError, ValueError) as error:
             raise TeacherError(f"vLLM refuses to start {spec.model}: {error}") from error
         teacher = cls(spec, engine, folder, time.monotonic() - started)
@@ -152,6 +144,7 @@ class VllmTeacher:
         self,
         input_ids: list[int],
         first_index: int,
+        earlier: Earlier | None = None,
         *,
         distributions: bool = True,
         states: bool = False,
@@ -162,6 +155,7 @@ class VllmTeacher:
         Args:
             input_ids: the T tokens of the sequence.
             first_index: at least 1, for nothing stands before token 0.
+            earlier: answers to the same prompt, whose rows serve where the prefix cache has none.
             distributions: capture these.
             states: capture the states of the engine's `hidden_layers`.
 
@@ -176,11 +170,11 @@ class VllmTeacher:
         self._check(input_ids, 1)
         asked = ScoringRequest(input_ids, first_index, distributions, states)
         if not self._shares_prefixes:
-            return await self._captured(asked, read_prefixes=False)
+            return await self._captured(asked)
         try:
-            return await self._captured(asked, read_prefixes=True)
+            return await self._captured(asked, read_prefixes=True, earlier=earlier)
         except BrokenRowsError:
-            captured = await self._captured(asked, read_prefixes=False)
+            captured = await self._captured(asked)
             return dataclasses.replace(captured, is_rescored=True)
 
     def canary(self) -> Canary | None:
@@ -263,7 +257,7 @@ class VllmTeacher:
         self._restore, reason = await prompt_topk.install_if_equal(LogprobsProcessor, request_flat)
         self._capture = "arrays" if self._restore else "flat"
         self._capture_reason = reason
-        rows = await self._captured(ScoringRequest(canary, 1, True, False), read_prefixes=False)
+        rows = await self._captured(ScoringRequest(canary, 1, True, False))
         self._canary = Canary.of(rows, self.describe())
         level = logging.INFO if self._restore else logging.WARNING
         logger.log(level, "%s: capture by %s: %s", self._spec.model, self._capture, reason)
@@ -276,7 +270,7 @@ class VllmTeacher:
         if self._folder is None or not self._shares_prefixes:
             return
         asked = ScoringRequest(self._canary_ids(), 1, distributions=False, states=True)
-        anew = (await self._captured(asked, read_prefixes=False)).hidden_states
+        anew = (await self._captured(asked)).hidden_states
         cached = (await self._captured(asked, read_prefixes=True)).hidden_states
         assert anew is not None and cached is not None, "they were asked for"
         dtype = str(self._config.model_config.dtype).removeprefix("torch.")
@@ -299,29 +293,34 @@ class VllmTeacher:
             states = self._folder is not None
             await asyncio.gather(*(self.score(each, 1, states=states) for each in sequences))
         except EngineDiedError as error:
-            bounds = {
-                "vllm.gpu_memory_utilization": self._config.cache_config.gpu_memory_utilization,
-                "vllm.max_num_batched_tokens": scheduler.max_num_batched_tokens,
-                "vllm.max_num_seqs": scheduler.max_num_seqs,
-                "scoring.num_logprobs": self._spec.num_logprobs,
-            }
             step = f"{len(sequences)} sequences of {length} tokens with {self._width}"
-            raise EngineDiedError(f"{self._spec.model}: {died_of(step, bounds)}") from error
+            raise EngineDiedError(died_of(step, self._spec, self._config)) from error
 
-    async def _captured(self, asked: ScoringRequest, read_prefixes: bool) -> CapturedRows:
+    async def _captured(
+        self, asked: ScoringRequest, read_prefixes: bool = False, earlier: Earlier | None = None
+    ) -> CapturedRows:
+        """Rows inside the cached prefix come from an earlier answer; states all come back."""
         input_ids, first_index = asked.input_ids, asked.first_index
         width = self._width if asked.distributions else None
         parameters = self._scoring_parameters(width, self._capture == "flat", read_prefixes)
-        rows_before = (first_index - 1, len(input_ids) - 1) if asked.states else None
-        output, states = await self._finish(input_ids, parameters, rows_before)
-        num_cached = output.num_cached_tokens or 0
+        places = (first_index - 1, len(input_ids) - 1) if asked.states else None
+        output, states = await self._finish(input_ids, parameters, places)
         if states is not None and not np.isfinite(states).all():
             raise BrokenRowsError(f"hidden states of {len(input_ids)} tokens are not finite")
+        num_cached, known = output.num_cached_tokens or 0, None
         if not asked.distributions:
             rows = CapturedRows.without_distributions(len(input_ids) - first_index)
             return dataclasses.replace(rows, hidden_states=states, num_cached_tokens=num_cached)
+        if earlier and first_index <= num_cached < len(input_ids) - 1:
+            known = await earlier.rows(num_cached)
+        rows = self._rows(output, input_ids, num_cached + 1 if known else first_index)
+        rows = known.followed_by(rows) if known else rows
+        return dataclasses.replace(rows, hidden_states=states)
+
+    def _rows(self, output: RequestOutput, input_ids: list[int], first_index: int) -> CapturedRows:
+        num_cached = output.num_cached_tokens or 0
         # After a preemption vLLM reports the first admission's number; then the rows tell.
-        if num_cached > first_index - 1:
+        if num_cached >= first_index:
             raise BrokenRowsError(
                 f"{num_cached} tokens came from the prefix cache, which has no rows, and rows from "
                 f"token {first_index} on are wanted"
@@ -332,7 +331,7 @@ class VllmTeacher:
         if not isinstance(found, PromptTopK):
             raise BrokenRowsError(f"the engine returned no rows for {len(input_ids)} tokens")
         rows = found.rows(input_ids, first_index, self._width)
-        return dataclasses.replace(rows, hidden_states=states, num_cached_tokens=num_cached)
+        return dataclasses.replace(rows, num_cached_tokens=num_cached)
 
     def _scoring_parameters(
         self, width: int | None, flat: bool, read_prefixes: bool

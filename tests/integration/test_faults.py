@@ -26,6 +26,7 @@ from tests.support import faults
 from tests.support.command_line import (
     RunningCommand,
     file_times,
+    polystill,
     start_polystill,
     token_environment,
 )
@@ -254,3 +255,36 @@ def test_a_full_disk_is_told_and_scoring_goes_on_when_there_is_room(
         bench.finish(store, tmp_path / "room")
         assert store.shards().items() >= kept.items()
         assert_whole(bench.material, store, bench.rows)
+
+
+DRAWS = "{type: head_and_sampled, head_mass: 0.5, max_head_entries: 8, num_draws: 12}"
+
+
+@pytest.mark.faults
+def test_rows_with_draws_survive_kills_and_are_what_the_teacher_says(
+    bench: Bench, tmp_path: Path
+) -> None:
+    """Compared with an undisturbed run, and judged under a fresh capture."""
+    selection = (f"scoring.selection={DRAWS}", "scoring.num_logprobs=64")
+    there = replace(bench, material=replace(bench.material, overrides=selection))
+    stores = [bench.fresh(tmp_path / name) for name in ("undisturbed", "killed")]
+    for store in stores:
+        prepared = polystill("stage", "prepare", *there.material.arguments(store.root), seconds=300)
+        assert prepared.returncode == 0, prepared.stderr
+    there.finish(stores[0], tmp_path / "log")
+    expected = assert_whole(there.material, stores[0], None)
+    assert sum(len(row["counts"]) for row in expected.values()) > NUM_SHARDS
+    command = there.start(stores[1], tmp_path / "first")
+    wait_for_shards(command, stores[1], 10)
+    assert faults.kill(faults.engines(bench.me)) == 1
+    wait_for_shards(command, stores[1], 20)
+    faults.kill(processes_of("job", command, bench.me))
+    assert ended(command) == -signal.SIGKILL
+    there.finish(stores[1], tmp_path / "second")
+    assert_whole(there.material, stores[1], expected)
+    arguments = there.material.arguments(stores[1].root)
+    words = ["cache", "verify", *arguments, "--rescore", "1000", "--inside-job"]
+    verified = polystill(*words, seconds=SECONDS, env=bench.env)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    found = f"{faults.TEACHER}: {len(expected)} rows scored again"
+    assert found in verified.stdout and "no rows beyond it" in verified.stdout

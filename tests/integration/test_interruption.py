@@ -34,7 +34,7 @@ TEACHERS = DOMAINS
 STAGES = ("prepare", "synthesize", "score", "train", "export", "evaluate")
 NUM_TRAIN, NUM_HOLDOUT = 150, 20  # prompts of each domain
 STEPS, CHECKPOINT_EVERY = 60, 10
-SECONDS_TO_VANISH = 30
+SECONDS_TO_VANISH = 60
 
 
 @dataclass(frozen=True)

@@ -275,6 +275,7 @@ def make_job(
                 "evaluate_every_steps": 3,
                 "checkpoint_every_steps": 2,
                 "max_failures": 0,
+                "loader_processes": 0,
                 "weight_decay": 0.1,
                 "workers": workers,
                 "deepspeed": {"zero_optimization": zero} if zero_stage else {},
@@ -325,7 +326,7 @@ def reference(cluster, material):
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     cluster.touch()
-    job = make_job(material, "reference")
+    job = make_job(material, "reference", loader_processes=1)
     summary = train_student(job)
     logger.removeHandler(handler)
     assert not cluster.exists()
@@ -431,7 +432,7 @@ def test_workers_zero_stages_packing_and_accumulation_change_nothing(
 def test_resume_equals_the_unbroken_run(run, material, workers, zero_stage):
     options = {"workers": workers, "zero_stage": zero_stage}
     whole = run(make_job(material, f"whole{workers}{zero_stage}", **options))
-    broken = make_job(material, f"broken{workers}{zero_stage}", **options)
+    broken = make_job(material, f"broken{workers}{zero_stage}", loader_processes=2, **options)
     with pytest.raises(InterruptedError):
         run(broken, stop_before=5)
     assert latest_complete(broken.folder).name == "step-00000004"

@@ -24,6 +24,7 @@ from pipeline.errors import TeacherError
 from teachers.canary import refuse_difference
 from teachers.engine import CapturedRows, EngineDiedError, EngineSpec
 from teachers.pool import PoolJob, run_pools
+from teachers.siblings import Siblings
 from tests.support.engines import Running, started
 
 if TYPE_CHECKING:
@@ -201,6 +202,28 @@ def test_rows_that_the_prefix_cache_holds_back_are_scored_again(sharing: Running
     again = scored(sharing, whole)
     assert all(rows.is_rescored and rows.num_cached_tokens == 0 for rows in again)
     assert_same_rows(again, first)
+
+
+def test_answers_that_begin_alike_have_the_rows_of_the_first(
+    sharing: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = sequence(40, seed=20)
+    answers = [PROMPTS[0] + begin + sequence(9 + i, seed=30 + i) for i in range(8)]
+    requests = [(ids, len(PROMPTS[0])) for ids in answers]
+    with monkeypatch.context() as patch:
+        patch.setattr(sharing.teacher, "_shares_prefixes", False)
+        apart = scored(sharing, requests)
+    sharing(sharing.teacher._engine.reset_prefix_cache())
+
+    async def together() -> list[CapturedRows]:
+        siblings, start = Siblings(), len(PROMPTS[0])
+        each = [siblings.score(sharing.teacher, np.array(ids), start) for ids in answers]
+        return list(await asyncio.gather(*each))
+
+    found = sharing(together())
+    assert_same_rows(found, apart)
+    assert not any(rows.is_rescored for rows in found)
+    assert [rows.num_cached_tokens for rows in found] == [0] + [(70 + 40) // 32 * 32] * 7
 
 
 @pytest.mark.parametrize("fault", ["too much is cached", "preempted: rows are garbage"])

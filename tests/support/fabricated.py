@@ -22,6 +22,7 @@ from pipeline.recipes import cache_recipes
 from pipeline.records import TokenSequence
 from teachers.dispatch import PoolReport
 from teachers.engine import CapturedRows
+from teachers.siblings import Earlier
 from tests.support.command_line import QUICKSTART
 
 VOCABULARY, WIDTH, HIDDEN = 20, 16, 12
@@ -45,6 +46,7 @@ class FakeTeacher:
         self,
         input_ids: list[int],
         first_index: int,
+        earlier: Earlier | None = None,
         *,
         distributions: bool = True,
         states: bool = False,

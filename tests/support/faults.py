@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -35,6 +35,8 @@ REFUSED_TOKEN = 10**6
 # Batches are composed differently each time, which moves a float32 log-probability by about 1e-5
 # nats; that may round to the neighbouring float16 (2**-10 of its size), and no further.
 TOLERANCE = {"rtol": 2**-10, "atol": 5e-4}
+MOVED = 0.01
+"""Of all draws, at most: that rounding may move to another id."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Material:
         sequence_ids: of its dataset, without the poison.
         poison: the sequence that no engine scores.
         env: of the actors.
+        overrides: of the config, beside those that make the teacher.
     """
 
     template: Path
@@ -55,6 +58,7 @@ class Material:
     poison: str
     # A thread each: the machine may be busy, and the model is tiny.
     env: Mapping[str, str] = field(default_factory=lambda: {"OMP_NUM_THREADS": "1"})
+    overrides: tuple[str, ...] = ()
 
     def arguments(self, root: str | Path, run: str = RUN) -> list[str]:
         """Config and overrides of the quickstart's teacher of arithmetic alone, one engine."""
@@ -71,6 +75,7 @@ class Material:
             "prompts.checker": "null",
             "teachers": f"{{{TEACHER}: {teacher}}}",
             "synthesis.generator": "dataset",
+            "synthesis.filters": "[]",
             "synthesis.sampling": "{}",
             "synthesis.prompts_per_shard": PROMPTS_PER_SHARD,
             "combine.weights": f"{{type: static, teachers: {{{TEACHER}: 1.0}}}}",
@@ -78,7 +83,7 @@ class Material:
             "cluster.env_vars": json.dumps(dict(self.env)),
         }
         config = str(QUICKSTART / "config.yaml")
-        return [config, *(f"{key}={value}" for key, value in values.items())]
+        return [config, *(f"{key}={value}" for key, value in values.items()), *self.overrides]
 
 
 def make_material(folder: Path, env: Mapping[str, str]) -> Material:
@@ -211,7 +216,8 @@ class Store:
 
 
 def _decoded(row: dict[str, bytes]) -> dict[str, np.ndarray]:
-    types = {"num_entries": "<u1", "token_ids_low": "<u2", "token_ids_high": "<u1", "counts": "<u1"}
+    types = dict.fromkeys(("num_entries", "num_head", "token_ids_high", "counts"), "<u1")
+    types["token_ids_low"] = "<u2"
     return {name: np.frombuffer(cell, types.get(name, "<f2")) for name, cell in row.items()}
 
 
@@ -221,9 +227,11 @@ def assert_same_rows(
     """Two scorings of the same sequences: gold and head log-probabilities within `TOLERANCE`.
 
     A head may end one entry earlier or later where its mass lies on the bound of the selection, so
-    each position's common prefix is compared.
+    each position's common prefix is compared. The last bit may also move a draw to a neighbour,
+    which happens to few of them.
     """
     assert found.keys() == expected.keys()
+    num_draws = num_moved = 0
     for name, row in expected.items():
         other = found[name]
         np.testing.assert_allclose(
@@ -232,15 +240,35 @@ def assert_same_rows(
             **TOLERANCE,
             err_msg=name,
         )
-        lengths = np.stack([each["num_entries"].astype(np.int64) for each in (other, row)])
+        lengths = np.stack([_head_lengths(each) for each in (other, row)])
         assert np.abs(np.diff(lengths, axis=0)).max() <= 1, f"{name}: entries {lengths}"
         common = lengths.min(axis=0)
-        heads = [_heads(_floats(each, "logprobs"), each, common) for each in (other, row)]
+        heads = [
+            _prefixes(_floats(each, "logprobs"), _head_lengths(each), common)
+            for each in (other, row)
+        ]
         np.testing.assert_allclose(heads[0], heads[1], **TOLERANCE, err_msg=name)
-        ids = [_heads(_token_ids(each), each, common) for each in (other, row)]
+        ids = [_prefixes(_token_ids(each), each["num_entries"], common) for each in (other, row)]
         # Only neighbours that are as good as equal may change places.
         swapped = ids[0] != ids[1]
         assert np.isin(ids[0][swapped], ids[1]).all(), f"{name}: other tokens"
+        num_draws += int(row["counts"].sum(dtype=np.int64))
+        num_moved += (_draws(row) - _draws(other)).total()
+    assert num_moved <= MOVED * num_draws, f"{num_moved} of {num_draws} draws moved"
+
+
+def _head_lengths(row: dict[str, np.ndarray]) -> np.ndarray:
+    return row["num_head" if len(row["num_head"]) else "num_entries"].astype(np.int64)
+
+
+def _draws(row: dict[str, np.ndarray]) -> Counter[tuple[int, int]]:
+    """How often each token id was drawn at each position."""
+    lengths = row["num_entries"].astype(np.int64)
+    positions = np.repeat(np.arange(len(lengths)), lengths)
+    places = np.arange(len(positions)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    drawn = places >= _head_lengths(row)[positions]
+    pairs = zip(positions[drawn].tolist(), _token_ids(row)[drawn].tolist(), strict=True)
+    return Counter(dict(zip(pairs, row["counts"].tolist(), strict=True)))
 
 
 def _floats(row: dict[str, np.ndarray], column: str) -> np.ndarray:
@@ -251,11 +279,11 @@ def _token_ids(row: dict[str, np.ndarray]) -> np.ndarray:
     return row["token_ids_low"].astype(np.int64) + 65536 * row["token_ids_high"].astype(np.int64)
 
 
-def _heads(values: np.ndarray, row: dict[str, np.ndarray], lengths: np.ndarray) -> np.ndarray:
+def _prefixes(values: np.ndarray, lengths: np.ndarray, common: np.ndarray) -> np.ndarray:
     """The first entries of each position, one position after the other."""
-    counts = row["num_entries"].astype(np.int64)
+    counts = lengths.astype(np.int64)
     starts = np.cumsum(counts) - counts
-    return np.concatenate([values[a : a + n] for a, n in zip(starts, lengths, strict=True)])
+    return np.concatenate([values[a : a + n] for a, n in zip(starts, common, strict=True)])
 
 
 def assert_whole(

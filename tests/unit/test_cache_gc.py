@@ -46,7 +46,8 @@ def force(run: FabricatedRun, teacher: str = "words") -> None:
 
 def test_what_a_run_uses_is_not_garbage(run: FabricatedRun) -> None:
     assert garbage(run) == {}
-    assert collect_garbage(run.config, False, False) == "nothing to remove"
+    nothing = f"nothing to remove below {run.root}"
+    assert collect_garbage(run.config, False, False) == nothing
 
 
 def test_a_generation_stays_as_long_as_a_run_or_a_checkpoint_names_it(run: FabricatedRun) -> None:

@@ -80,6 +80,21 @@ def test_a_sequence_is_shown_token_by_token(run: FabricatedRun) -> None:
     assert len(only.splitlines()) == 3 + entry.num_positions
 
 
+def test_drawn_entries_are_shown_by_their_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.score.run_pools", FakePools())
+    rule = "{type: head_and_sampled, head_mass: 0.1, max_head_entries: 1, num_draws: 3}"
+    drawn = FabricatedRun(tmp_path, overrides=[f"scoring.selection={rule}"])
+    drawn.prepare()
+    drawn.write_answers(0, 1)
+    drawn.score()
+    lines = show(open_run(drawn.config), "words", None).splitlines()[3:]
+    for line in lines:
+        assert len(re.findall(r"' \d\.\d{4}", line)) == 1  # the head
+        assert sum(int(count) for count in re.findall(r"' drawn (\d)x", line)) == 3
+
+
 def test_a_teacher_without_the_row_is_said(run: FabricatedRun) -> None:
     cache = open_run(run.config).caches["words"]
     for path in Path(cache.shards_folder).iterdir():

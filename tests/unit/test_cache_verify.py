@@ -12,11 +12,13 @@ from jobs.caches import open_run, verify
 from jobs.verify import _say_differences, verify_rows
 from pipeline.cache import read_shard, write_shard
 from pipeline.cache_verify import row_problems
+from pipeline.config_targets import HeadAndSampled, Sampled, Selection
 from pipeline.errors import CacheError
 from pipeline.records import SparseLogprobs
+from pipeline.selection import select
 from teachers.dispatch import PoolReport
 from teachers.engine import EngineSpec
-from teachers.rescoring import RescoringTask, row_difference
+from teachers.rescoring import SURPRISE, RescoringTask, draws_surprise, row_difference
 from tests.support.caches import flip_bit
 from tests.support.fabricated import (
     VOCABULARY,
@@ -27,6 +29,8 @@ from tests.support.fabricated import (
 )
 
 SEQUENCE = make_sequence("words", 3)
+SAMPLED = Sampled(type="sampled", num_draws=8)
+HEADED = HeadAndSampled(type="head_and_sampled", head_mass=0.5, max_head_entries=4, num_draws=8)
 
 
 @pytest.fixture
@@ -214,3 +218,87 @@ def test_a_difference_is_measured_at_its_own_entry(good: SparseLogprobs) -> None
     unknown = row_difference(changed(good, "token_ids", 0, 10**6), captured, rows)
     least = float(captured.logprobs[0, -1])
     assert unknown.head_max == pytest.approx(float(good.logprobs[0]) - least, abs=0.01)
+
+
+def drawn(rule: Selection, salt: str = "words", first: int = 4) -> SparseLogprobs:
+    """The row that a selection with draws keeps of a teacher's numbers."""
+    captured = asyncio.run(FakeTeacher(salt).score(SEQUENCE.input_ids.tolist(), first))
+    arrays = (captured.token_ids, captured.logprobs, captured.gold_logprobs)
+    return select(SEQUENCE.sequence_id, *arrays, rule, teacher="words")
+
+
+@pytest.mark.parametrize("rule", [SAMPLED, HEADED])
+def test_a_drawn_row_is_checked_and_has_no_problem(rule: Selection) -> None:
+    assert row_problems(drawn(rule), VOCABULARY, SEQUENCE) == []
+
+
+def test_gold_of_a_drawn_row_is_checked_against_its_head() -> None:
+    row = drawn(HEADED)
+    first_P = np.cumsum(row.num_entries) - row.num_entries
+    (j, *_) = np.flatnonzero(row.token_ids[first_P] != SEQUENCE.gold_ids)
+    (problem,) = row_problems(changed(row, "gold_logprobs", j, 0.0), VOCABULARY, SEQUENCE)
+    assert problem.startswith(f"position {j}: the gold token is ")
+
+
+@pytest.mark.parametrize("rule", [SAMPLED, HEADED])
+def test_a_drawn_row_is_judged_by_gold_head_and_draws(rule: Selection) -> None:
+    row = drawn(rule)
+    captured = asyncio.run(FakeTeacher("words").score(SEQUENCE.input_ids.tolist(), 4))
+    rows = np.arange(row.num_positions)
+    same = row_difference(row, captured, rows)
+    assert same.excess <= 0 and not same.is_beyond(0.0)
+    assert same.num_entries == len(row.logprobs) and same.num_draws == 8 * row.num_positions
+    if len(row.logprobs):
+        moved = row_difference(changed(row, "logprobs", 0, row.logprobs[0] + 0.25), captured, rows)
+        assert moved.head_max == pytest.approx(0.25, abs=0.01)
+    least = captured.token_ids[np.repeat(rows, row.num_entries), -1]
+    wrong = np.where(row.head_N, row.token_ids, least).astype(np.uint32)
+    false = row_difference(replace(row, token_ids=wrong), captured, rows)
+    assert false.excess <= 0 and false.surprise > SURPRISE and false.is_beyond(1.0)
+
+
+def test_the_surprise_of_draws_bounds_their_probability() -> None:
+    """Of rows drawn from the given probabilities at most `10 exp(-x)` surprise by more than x; rows
+    drawn from flatter ones are found at once, from steeper ones in sum.
+    """
+    rng = np.random.default_rng(0)
+    p_PK = rng.dirichlet(np.full(16, 0.3), size=6)
+
+    def surprise(drawn_from_PK: np.ndarray) -> float:
+        counts_PK = np.stack([rng.multinomial(12, p_K) for p_K in drawn_from_PK])
+        position_D, column_D = np.nonzero(counts_PK)
+        counts_D = counts_PK[position_D, column_D].astype(float)
+        return draws_surprise(np.log(p_PK), position_D, column_D, counts_D)
+
+    found = np.array([surprise(p_PK) for _ in range(5_000)])
+    for level in (1.0, 3.0, 5.0):
+        assert (found > level).mean() <= 10 * np.exp(-level)
+    assert found.max() < SURPRISE and np.median(found) > 0
+    flat, steep = np.full_like(p_PK, 1 / 16), p_PK**6 / (p_PK**6).sum(1, keepdims=True)
+    assert min(surprise(flat) for _ in range(100)) > SURPRISE
+    assert np.median([surprise(steep) for _ in range(100)]) > np.quantile(found, 0.99)
+
+
+def test_an_id_that_is_no_longer_captured_counts_as_the_least() -> None:
+    logprobs = np.log(np.array([[0.6, 0.3, 0.1]]))
+    place, count = np.array([0]), np.array([4.0])
+    missing = draws_surprise(logprobs, place, np.array([-1]), count)
+    assert missing == draws_surprise(logprobs, place, np.array([2]), count) > 3
+    assert draws_surprise(logprobs, *np.zeros((2, 0), int), np.zeros(0)) == 0
+
+
+def test_draws_of_another_teacher_are_named_in_rows_scored_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.score.run_pools", FakePools())
+    selection = "{type: sampled, num_draws: 12}"
+    run = FabricatedRun(tmp_path, overrides=[f"scoring.selection={selection}"])
+    run.prepare()
+    run.write_answers(0, 4)
+    run.score()
+    said: list[str] = []
+    _say_differences({"words": rescore(run, "words")}, said.append)
+    assert "the least likely draws of a row have e^-" in said[0] and "no rows beyond" in said[0]
+    with pytest.raises(CacheError):
+        _say_differences({"words": rescore(run, "another")}, said.append)
+    assert any("its draws have a probability of e^-" in line for line in said)

@@ -29,6 +29,7 @@ from pipeline.selection import draw, draw_variance, probabilities, select
 from students.dataset import example_of
 from students.divergences import LossTerm
 from students.losses import distillation_loss
+from students.micro_batch import MicroBatch
 from students.packing import pack
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,7 +123,8 @@ def gradients(rows: list[SparseLogprobs]) -> np.ndarray:
     weights = np.ones((1, P), np.float32)
     examples = [example_of(CombinedTargets(SEQUENCE, (row,), weights)) for row in rows]
     logits = LOGITS.repeat(len(rows), 1).requires_grad_()
-    loss = distillation_loss(logits, torch.eye(V), None, pack(examples).targets, FORWARD_KL)
+    targets = MicroBatch.of(pack(examples)).targets
+    loss = distillation_loss(logits, torch.eye(V), None, targets, FORWARD_KL)
     (found,) = torch.autograd.grad(loss.total, logits)
     return found.double().reshape(len(rows), P, V).numpy()
 
@@ -342,7 +344,7 @@ def test_drawn_and_kept_teachers_share_a_mixture() -> None:
     example = example_of(CombinedTargets(SEQUENCE, (drawn, kept), weights))
     assert example.is_estimate and not example.tail_mass[0].any()
     np.testing.assert_array_equal(example.tail_mass[1], kept.tail_mass)
-    found = distillation_loss(*student, None, pack([example]).targets, FORWARD_KL)
+    found = distillation_loss(*student, None, MicroBatch.of(pack([example])).targets, FORWARD_KL)
     hidden, head = (s.detach().double().requires_grad_() for s in student)
     q = torch.softmax(hidden @ head.T, dim=-1)
     expected = torch.zeros((), dtype=torch.float64)

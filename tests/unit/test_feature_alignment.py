@@ -7,6 +7,7 @@ for every index `i` of the loss spans.
 """
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from students.dataset import open_examples
 from students.divergences import LossTerm
 from students.feature_losses import FeatureLosses, feature_terms
 from students.features import TeacherStates
+from students.micro_batch import MicroBatch
 from students.model import StudentModule
 from students.packing import pack
 from teachers.engine import CapturedRows
@@ -40,7 +42,7 @@ STATES = {  # of layers 1 and 3, exact in bfloat16
 class FromTheTable:
     """A teacher whose states are those above."""
 
-    async def score(self, input_ids, first_index, *, distributions, states):
+    async def score(self, input_ids, first_index, earlier, *, distributions, states):
         assert states and not distributions
         name = next(n for n, tokens in TOKENS.items() if tokens == input_ids)
         rows = STATES[name][first_index - 1 : -1].astype(np.float32)
@@ -95,7 +97,7 @@ def test_states_before_the_tokens_meet(tmp_path, padded):
     order = [entries[i] for i in (2, 0, 1)]
     packed = pack([examples[entry] for entry in order], padded)
     features = states.batch(order, [0, 0, 0])
-    total, figures = module(packed.__class__(**vars(packed) | {"features": features}))
+    total, figures = module(MicroBatch.of(replace(packed, features=features)))
 
     expected = 0.0
     for name, tokens in TOKENS.items():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.config_training import HiddenState, Relation
 from students.feature_losses import FeatureLosses, feature_terms
-from students.features import FeatureBatch
+from students.micro_batch import FeatureBatch
 
 H, D, LAYERS = 5, 7, (2, 6)
 KINDS = ["mse", "cosine", "token_similarity", "distance", "angle"]

@@ -23,6 +23,7 @@ from pipeline.layout import Layout
 from pipeline.records import TokenSequence
 from students.dataset import open_examples
 from students.divergences import LossTerm
+from students.micro_batch import MicroBatch
 from students.model import StudentModule
 from students.packing import pack
 from teachers.prompt_topk import PromptTopK
@@ -98,7 +99,7 @@ class FromTheTables:
     def __init__(self, name, captured):
         self.name, self.captured = name, captured
 
-    async def score(self, input_ids, first_index, *, distributions=True, states=False):
+    async def score(self, input_ids, first_index, earlier, *, distributions, states):
         sequence = next(n for n, tokens in TOKENS.items() if tokens == input_ids)
         rows = self.captured[self.name, sequence]
         gold = zip(input_ids[1:], rows, strict=True)
@@ -152,7 +153,7 @@ def packed_rows(root, packing, captured, selection=KEPT):
         list(entries.values()),
         VOCABULARY,
     )
-    return [pack([examples[entries[name]] for name in row]) for row in packing]
+    return [MicroBatch.of(pack([examples[entries[name]] for name in row])) for row in packing]
 
 
 def places(name):

@@ -203,6 +203,45 @@ def test_a_long_table_has_one_row_per_entry(run: FabricatedRun, tmp_path: Path) 
         assert first.token_index.tolist() == list(range(4, 4 + row.num_positions))
 
 
+DRAWS = "{type: head_and_sampled, head_mass: 0.5, max_head_entries: 4, num_draws: 6}"
+
+
+@pytest.fixture
+def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FabricatedRun:
+    monkeypatch.setattr("jobs.score.run_pools", FakePools())
+    made = FabricatedRun(tmp_path / "root", overrides=[f"scoring.selection={DRAWS}"])
+    made.prepare()
+    made.write_answers(0, 4)
+    made.score()
+    return made
+
+
+def test_a_long_table_of_draws_has_counts_where_it_has_no_log_probabilities(
+    drawn: FabricatedRun, tmp_path: Path
+) -> None:
+    export(open_run(drawn.config), "words", "parquet-long", str(tmp_path / "out"))
+    frame = pd.read_parquet(tmp_path / "out")
+    assert (frame.logprob.isna() != frame["count"].isna()).all()
+    per_position = frame.groupby(["sequence_id", "position"])
+    assert set(per_position["count"].sum()) <= {0, 6}
+    # What head, draws and tail stand for is everything, to the rounding of float16.
+    whole = per_position.probability.sum() + per_position.tail_mass.first()
+    np.testing.assert_allclose(whole[per_position["count"].sum() > 0], 1, atol=1e-6)
+    for identifier, row in rows_of(drawn, "words").items():
+        mine = frame[frame.sequence_id == identifier]
+        np.testing.assert_array_equal(mine.token_id, row.token_ids)
+        np.testing.assert_array_equal(mine["count"].dropna(), row.counts)
+        np.testing.assert_array_equal(mine.logprob.dropna(), row.logprobs.astype(np.float32))
+        head = mine[mine["count"].isna()]
+        np.testing.assert_allclose(head.probability, np.exp(head.logprob), rtol=1e-6)
+
+
+def test_draws_are_refused_before_anything_is_written(drawn: FabricatedRun, tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match=r"holds draws.*export it as parquet-long"):
+        export(open_run(drawn.config), "words", "distillkit", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_holds_something_is_not_written_into(
     run: FabricatedRun, tmp_path: Path
 ) -> None:

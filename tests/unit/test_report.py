@@ -91,7 +91,7 @@ def make_counts(answers, wrong):
     return {
         "answers": answers,
         "kept": answers - wrong - 61,
-        "wrong": wrong,
+        "too_long": wrong,
         "truncated": 17,
         "empty": 2,
         "duplicate": 42,
@@ -147,8 +147,19 @@ def report():
             "logic": {"algebraist": 0.11, "logician": 0.89},
             "words": {"algebraist": 0.45, "logician": 0.55},
         },
+        "combine": "mixture",
+        "product": {},
+        "learned_weights": None,
         "renormalised_sequences": 3,
         "synthesis": {"algebraist": make_counts(2_800, 744), "logician": make_counts(2_801, 655)},
+        "filters": [
+            {
+                "filter": "near_duplicate", "seen": 4_202, "dropped": 311,
+                "dropped_by_domain": {"logic": 311}, "examples": [f"like {HOSTILE}"],
+            },
+            {"filter": "checker", "seen": 3_891, "dropped": 0,
+             "dropped_by_domain": {}, "examples": []},
+        ],
         "prompts": {"read": 2_000, "duplicates": 31, "train": 1_369, "holdout": 600},
         "curves": {
             "student": make_curve(3.0, 0.07, 0.38, 0.08),
@@ -522,3 +533,24 @@ def test_what_draws_cannot_tell_is_said_and_not_shown(report):
     assert "KL to the mixture and agreement with it are not measured" in words
     (line,) = [line for line in text_summary(report).splitlines() if line.startswith("KL to")]
     assert line.split()[-4:] == ["—"] * 4
+
+
+def test_the_page_says_how_teachers_combine(report):
+    assert "Teachers combine by" not in render_html(report)
+    report |= {
+        "combine": "product",
+        "product": {"words": {"assumed_mass": 0.0123, "floored": 0.5}},
+        "learned_weights": {"split": "validation", "domains": {"words": {"positions": 1234}}},
+    }
+    html = " ".join(render_html(report).split())
+    assert "Teachers combine by product." in html
+    assert "In words, 1.2 % of the product's mass" in html and "in 50.0 % of positions" in html
+    assert "learned on the validation split: 1,234 positions of words." in html
+
+
+def test_every_filter_is_shown_with_its_counts(report):
+    words = Page(render_html(report)).words
+    assert "Near duplicate 4,202 311 7.4 % logic 311; like <script>" in words
+    assert "Checker 3,891 0 0.0 %" in words
+    report["filters"] = []
+    assert "Share dropped" not in Page(render_html(report)).words

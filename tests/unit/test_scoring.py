@@ -14,6 +14,7 @@ from pipeline.layout import Layout
 from pipeline.records import TokenSequence
 from teachers.engine import CapturedRows
 from teachers.scoring import Output, ScoredShard, ScoringTask, siblings_together
+from teachers.siblings import Earlier, Siblings
 
 WIDTH = 4
 SPANS = {"one": ((3, 9),), "two": ((2, 4), (6, 10)), "last": ((11, 12),)}
@@ -26,7 +27,13 @@ class Recorder:
         self.asked: list[int] = []
 
     async def score(
-        self, input_ids: list[int], first_index: int, *, distributions: bool, states: bool
+        self,
+        input_ids: list[int],
+        first_index: int,
+        earlier: Earlier | None = None,
+        *,
+        distributions: bool = True,
+        states: bool = False,
     ) -> CapturedRows:
         assert distributions and not states
         self.asked.append(input_ids[0])
@@ -88,3 +95,78 @@ def test_the_report_counts_what_the_prefix_cache_did(
 ) -> None:
     _, report, _ = scored(tmp_path, sequences)
     assert (report.num_tokens, report.num_cached_tokens, report.num_rescored) == (9 * 12, 9 * 2, 3)
+
+
+class Cached:
+    """A teacher of random rows that depend on the tokens before them; its engine has cached some,
+    gives no rows for them, and answers the first asked last.
+    """
+
+    def __init__(self, num_cached: int, fails: int | None = None) -> None:
+        self.num_cached, self.fails = num_cached, fails
+        self.known: list[CapturedRows | None] = []
+
+    async def score(
+        self,
+        input_ids: list[int],
+        first_index: int,
+        earlier: Earlier | None = None,
+        *,
+        distributions: bool,
+        states: bool,
+    ) -> CapturedRows:
+        assert earlier is not None and distributions and not states
+        for _ in range(20 - 2 * len(earlier.answers)):
+            await asyncio.sleep(0)
+        if len(earlier.answers) == self.fails:
+            raise RuntimeError("refused")
+        self.known.append(await earlier.rows(self.num_cached))
+        return self.rows(input_ids, first_index)
+
+    @staticmethod
+    def rows(input_ids: list[int], first_index: int, entries: int = 5) -> CapturedRows:
+        rows = [
+            -np.sort(np.random.default_rng(input_ids[:i]).exponential(1, 6))
+            for i in range(first_index, len(input_ids))
+        ]
+        logprobs = np.array(rows, np.float32)
+        gold = np.array(input_ids[first_index:])
+        ids = np.tile(np.arange(entries), (len(rows), 1)).astype(np.int32)
+        return CapturedRows(ids, logprobs[:, :entries], logprobs[np.arange(len(gold)), gold])
+
+
+def asked(teacher: Cached, answers: list[list[int]], first: int = 2) -> list:
+    async def together() -> list:
+        siblings = Siblings()
+        each = [siblings.score(teacher, np.array(ids, np.int32), first) for ids in answers]  # pyright: ignore[reportArgumentType]
+        return await asyncio.gather(*each, return_exceptions=True)
+
+    return asyncio.run(together())
+
+
+def test_rows_of_a_cached_beginning_come_from_the_earlier_answer_that_has_it() -> None:
+    answers = [[1, 2, 3, 4, 0], [1, 2, 4, 4, 4], [1, 2, 3, 4, 1, 1], [1, 2, 3, 1, 1, 1, 1]]
+    teacher = Cached(num_cached=3)
+    asked(teacher, answers)
+    assert [known is not None for known in teacher.known] == [False, False, True, True]
+    for known, ids in zip(teacher.known[2:], answers[2:], strict=True):
+        assert known is not None
+        expected = Cached.rows(ids[:4], 2)  # tokens 2 and 3; the latter differs in the last answer
+        for name in ("token_ids", "logprobs", "gold_logprobs"):
+            np.testing.assert_array_equal(getattr(known, name), getattr(expected, name))
+
+
+def test_a_gold_token_that_was_not_captured_is_not_made_up() -> None:
+    teacher = Cached(num_cached=3)
+    asked(teacher, [[1, 2, 3, 4, 0], [1, 2, 3, 5, 0]])  # id 5 is outside the five captured
+    assert teacher.known == [None, None]
+
+
+def test_an_answer_that_is_too_short_or_fails_gives_no_rows() -> None:
+    teacher = Cached(num_cached=3)
+    asked(teacher, [[1, 2, 3], [1, 2, 3, 4, 0]])
+    assert teacher.known == [None, None]
+    teacher = Cached(num_cached=3, fails=0)
+    failed, other = asked(teacher, [[1, 2, 3, 4, 0], [1, 2, 3, 4, 1]])
+    assert isinstance(failed, RuntimeError) and isinstance(other, CapturedRows)
+    assert teacher.known == [None]

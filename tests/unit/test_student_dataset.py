@@ -17,6 +17,7 @@ from students.batches import SHUFFLE_WINDOW_SHARDS, DataOrder
 from students.dataset import Example, Examples
 from students.divergences import LossTerm
 from students.losses import distillation_loss
+from students.micro_batch import MicroBatch
 from students.outcomes import figure_names
 from students.packing import NOTHING, pack, plan_micro_batches, refuse_long_sequences
 
@@ -179,7 +180,7 @@ def test_packing_in_any_way_gives_the_same_sums(seed, count, budget, world_size,
     def sums(rows, padded=False):
         found, positions = torch.zeros(len(figure_names(TERMS)), dtype=torch.float64), 0
         for row in rows:
-            batch = pack([examples[i] for i in row], padded)
+            batch = MicroBatch.of(pack([examples[i] for i in row], padded))
             assert (batch.position_ids is None) == padded
             places = torch.arange(batch.input_ids.shape[1]) if padded else batch.position_ids
             hidden = table[batch.input_ids, places].flatten(0, 1)[batch.logit_indices]
@@ -197,7 +198,7 @@ def test_packing_in_any_way_gives_the_same_sums(seed, count, budget, world_size,
 
 
 def test_an_empty_row_weighs_nothing():
-    batch = pack([])
+    batch = MicroBatch.of(pack([]))
     assert batch.input_ids.shape == (1, 1)
     assert len(batch.logit_indices) == len(batch.targets.gold_ids) == 0
     hidden = torch.randn(1, 6, requires_grad=True)

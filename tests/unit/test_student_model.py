@@ -7,6 +7,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from pipeline.errors import TrainingError
 from students.dataset import Example
 from students.divergences import LossTerm
+from students.micro_batch import MicroBatch
 from students.model import StudentModule, check_architecture, logit_softcap, refuse_head_settings
 from students.packing import pack
 from tests.support.loss_reference import reference_loss
@@ -54,7 +55,7 @@ def test_soft_capped_logits_are_those_of_the_model_in_values_and_gradients(gemma
         LossTerm("reverse_kl", "reverse_kl", 0.5, temperature=2.0, min_tail=1e-4),
         LossTerm("cross_entropy", "cross_entropy", 1.0),
     )
-    batch = pack([example])
+    batch = MicroBatch.of(pack([example]))
     StudentModule(gemma, terms)(batch)[0].backward()
     found = {name: p.grad.clone() for name, p in gemma.named_parameters()}
     gemma.zero_grad()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
@@ -15,7 +16,12 @@ from pipeline.datasets import read_sequences
 from pipeline.errors import ConfigError
 from pipeline.layout import Layout
 from pipeline.records import Prompt
-from pipeline.synthesis_index import answer_counts, build_dataset, read_records
+from pipeline.synthesis_index import (
+    answer_counts,
+    build_dataset,
+    read_records,
+    sample_counts,
+)
 from teachers.engine import GeneratedAnswer
 from teachers.synthesis import SynthesisTask, plan_synthesis
 from tests.support.tokenizers_for_tests import save_tokenizer
@@ -53,7 +59,6 @@ def template(tmp_path: Path) -> SynthesisTask:
         sampling={"max_tokens": 5},
         samples_per_prompt=3,
         max_sequence_tokens=None,
-        checker="exact",
         seed=1,
     )
 
@@ -70,21 +75,40 @@ def run(task: SynthesisTask, answers: dict[str, list[str]]) -> dict[str, Any]:
     return asyncio.run(task.run(ScriptedTeacher(tokenizer, answers)))
 
 
-def test_what_is_wrong_empty_cut_or_double_is_dropped_and_counted(template: SynthesisTask) -> None:
+def test_what_is_empty_cut_or_double_is_dropped_and_counted(template: SynthesisTask) -> None:
     rows = prompts(("1+1=", "d", "2"), ("a?", "d", None))
     (task,) = plan_synthesis(template, rows, 10)
     record = run(task, {"1+1=": ["2", "3", "2"], "a?": ["", "abc…", "b"]})
     assert record["counts"] == {
         "answers": 6,
-        "kept": 2,
-        "wrong": 1,
+        "kept": 3,
         "duplicate": 1,
         "empty": 1,
         "truncated": 1,
     }
-    first, second = read_sequences(storage.join(template.layout.root, record["shard"]))
+    first, wrong, third = read_sequences(storage.join(template.layout.root, record["shard"]))
     assert first.loss_spans == ((4, 6),) and first.gold_ids[-1] == 1
-    assert second.generators == ("t",) and second.num_positions == 2
+    assert third.generators == ("t",) and third.num_positions == 2
+    assert sample_counts(template.layout, ["recipe"]) == {("t", first.sequence_id): 2}
+    assert wrong.prompt_id == first.prompt_id, "whether it is right is for the filters to say"
+
+
+def test_answers_that_become_no_sequence_lie_where_people_can_look(
+    template: SynthesisTask,
+) -> None:
+    short = replace(template, max_sequence_tokens=8)
+    rows = prompts(("a?", "d", "x"), ("1+1+1+1=", "d", None))
+    (task,) = plan_synthesis(short, rows, 10)
+    record = run(task, {"a?": ["", "abc…", "b"]})
+    assert record["counts"]["too_long"] == 3
+    (path,) = Path(template.layout.root).glob("rejected/recipe/*.parquet")
+    found = pq.read_table(path).to_pylist()
+    assert [(row["reason"], row["prompt"], row["answer"]) for row in found] == [
+        ("too_long", "1+1+1+1=", None),
+        ("empty", "a?", ""),
+        ("truncated", "a?", "a b c"),
+    ]
+    assert "8 tokens leaves no room" in found[0]["detail"]
 
 
 def test_only_new_prompts_are_planned_and_grouped_by_domain(template: SynthesisTask) -> None:
@@ -125,6 +149,7 @@ def test_the_dataset_follows_the_prompts_and_merges_equal_answers(template: Synt
     assert [(e.prompt_id, e.generators) for e in entries] == [
         ("id-a", ("t", "u")),
         ("id-b", ("t",)),
+        ("id-b", ("u",)),
         ("id-c", ("t",)),
         ("id-c", ("t", "u")),
         ("id-c", ("u",)),
@@ -196,5 +221,5 @@ def test_answers_to_other_runs_prompts_are_not_counted(template: SynthesisTask) 
     run_all(template, rows[:1], {"a": ["1", "2", "3"]})
     run_all(template, rows, {"b": ["2", "3", "2"]})
     counts = answer_counts(template.layout, "recipe", rows[1:])
-    assert (counts["answers"], counts["kept"], counts["wrong"]) == (3, 1, 1)
-    assert answer_counts(template.layout, "recipe", rows)["wrong"] == 3
+    assert (counts["answers"], counts["kept"], counts["duplicate"]) == (3, 2, 1)
+    assert answer_counts(template.layout, "recipe", rows)["kept"] == 5

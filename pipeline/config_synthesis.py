@@ -1,0 +1,234 @@
+"""Configuration of synthesis: who writes the answers, and which of them are kept."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config_base import Count, Fraction, Name, Positive, Section
+
+Script = Literal[
+    "arabic", "armenian", "bengali", "cyrillic", "devanagari", "ethiopic", "georgian", "greek",
+    "gujarati", "han", "hangul", "hebrew", "hiragana", "katakana", "khmer", "latin", "tamil",
+    "telugu", "thai",
+]  # fmt: skip
+Compared = Literal["prompt", "answer", "both"]
+
+
+class Length(Section):
+    """Drops answers that are too short or too long."""
+
+    type: Literal["length"]
+    min_tokens: Count | None = None
+    """Fewest tokens of an answer, its end of sequence among them."""
+    max_tokens: Count | None = None
+    """Most tokens of an answer."""
+
+    @model_validator(mode="after")
+    def _bounds_leave_something(self) -> Length:
+        _check_bounds("min_tokens", self.min_tokens, "max_tokens", self.max_tokens)
+        return self
+
+
+class Alphabet(Section):
+    """Drops answers in another alphabet than the expected ones."""
+
+    type: Literal["alphabet"]
+    scripts: Annotated[list[Script], Field(min_length=1)]
+    """Alphabets that an answer may use; digits, marks and spaces belong to every one."""
+    min_share: Fraction
+    """Smallest share of an answer's letters that belong to them."""
+
+
+class Repetition(Section):
+    """Drops answers that go round in a loop."""
+
+    type: Literal["repetition"]
+    ngram: Annotated[int, Field(ge=1)]
+    """Tokens of the n-grams that are looked at."""
+    max_share: Fraction
+    """Largest share of an answer's n-grams that stood in it before."""
+
+
+class ExactDuplicate(Section):
+    """Drops sequences of the train split that repeat an earlier one but for case and spaces."""
+
+    type: Literal["exact_duplicate"]
+    of: Compared
+    """What is compared; answers to one prompt are no duplicates in their `prompt`."""
+
+
+class NearDuplicate(Section):
+    """Drops sequences of the train split that are nearly an earlier one (MinHash, exact check).
+
+    Broder, On the resemblance and containment of documents, 1997.
+    """
+
+    type: Literal["near_duplicate"]
+    of: Compared
+    """What is compared; answers to one prompt are no duplicates in their `prompt`."""
+    min_similarity: Annotated[float, Field(gt=0, le=0.99)]
+    """Jaccard similarity of the sets of shingles from which on a sequence is dropped."""
+    shingle: Count
+    """Characters of a shingle; 5 suits short texts, 9 or more long ones."""
+
+
+class EvaluationFile(Section):
+    """Texts that must not be trained on."""
+
+    path: str
+    """JSONL or Parquet file, or a Hugging Face dataset folder."""
+    fields: Annotated[list[str], Field(min_length=1)]
+    """Columns whose texts are compared."""
+
+
+class Contamination(Section):
+    """Drops what shares n-grams with the hold-out prompts or with evaluation files.
+
+    Hold-out sequences are left alone. Words are compared without case and marks (n-grams of 13
+    words as in Brown et al., arXiv 2005.14165); a shorter text is met only as a whole.
+    """
+
+    type: Literal["contamination"]
+    ngram: Annotated[int, Field(ge=2)]
+    """Words in a row that must agree."""
+    files: list[EvaluationFile] = Field(default_factory=list)
+    """Beside the run's own hold-out prompts."""
+
+
+class Checker(Section):
+    """Drops answers that `prompts.checker` finds wrong; those without a reference pass."""
+
+    type: Literal["checker"]
+
+
+class Agreement(Section):
+    """Keeps the answers to a prompt that most samples of all generators agree on."""
+
+    type: Literal["agreement"]
+    by: Literal["exact", "number"]
+    """Answers are the same by their text, or by their final number."""
+    min_share: Annotated[float, Field(gt=0, le=1)]
+    """Smallest share of a prompt's samples that the winner needs; a tie has no winner."""
+
+
+class BestOf(Section):
+    """Keeps the best answers to each prompt."""
+
+    type: Literal["best_of"]
+    keep: Count
+    """Answers kept of each prompt."""
+    by: Literal["shortest", "longest", "samples", "likelihood"]
+    """Tokens; how often the answer was sampled; mean log-likelihood under `teacher`."""
+    teacher: Name | None = None
+    """Whose likelihood."""
+
+    @model_validator(mode="after")
+    def _likelihood_is_some_teachers(self) -> BestOf:
+        if (self.teacher is None) == (self.by == "likelihood"):
+            raise ValueError(f"`teacher` goes with by: likelihood, got by: {self.by}")
+        return self
+
+
+class Balance(Section):
+    """Drops sequences of the train split by chance until the domains have the given shares."""
+
+    type: Literal["balance"]
+    shares: Annotated[dict[Name, Positive], Field(min_length=1)]
+    """Relative size of every domain; as much is kept as the scarcest domain allows."""
+
+
+class Perplexity(Section):
+    """Drops answers that a teacher finds too likely or too unlikely, from its cached rows.
+
+    Runs after scoring, and so do all filters behind it.
+    """
+
+    type: Literal["perplexity"]
+    teacher: Name
+    """Whose log-likelihood of the answer's tokens; answers it could not score are dropped."""
+    min: Positive | None = None
+    """Lowest exp(-mean log-likelihood)."""
+    max: Positive | None = None
+    """Highest exp(-mean log-likelihood)."""
+
+    @model_validator(mode="after")
+    def _bounds_leave_something(self) -> Perplexity:
+        _check_bounds("min", self.min, "max", self.max)
+        return self
+
+
+Filter = Annotated[
+    Length
+    | Alphabet
+    | Repetition
+    | ExactDuplicate
+    | NearDuplicate
+    | Contamination
+    | Checker
+    | Agreement
+    | BestOf
+    | Balance
+    | Perplexity,
+    Field(discriminator="type"),
+]
+
+
+class SynthesisConfig(Section):
+    """Who writes the answers, how, and which of them are kept."""
+
+    generator: Literal["domain_teacher", "every_teacher", "dataset"]
+    """The teacher of the prompt's domain, each teacher, or the given references as answers."""
+    samples_per_prompt: Count = 1
+    """Answers asked of each teacher for each prompt."""
+    sampling: dict[str, Any] = Field(default_factory=dict)
+    """vLLM SamplingParams, verbatim."""
+    max_sequence_tokens: Count | None = None
+    """Bound on prompt and answer together; longer ones are dropped and counted, never cut."""
+    prompts_per_shard: Count = 1024
+    """Prompts of one unit of work and resume."""
+    filters: list[Filter] = Field(default_factory=list)
+    """Which answers are trained on, in this order; answers stay as they are written."""
+
+    @property
+    def filters_before_scoring(self) -> list[Filter]:
+        """The filters up to the first that needs cached rows."""
+        return self.filters[: self._num_before_scoring]
+
+    @property
+    def filters_after_scoring(self) -> list[Filter]:
+        """The first filter that needs cached rows, and all behind it."""
+        return self.filters[self._num_before_scoring :]
+
+    @property
+    def _num_before_scoring(self) -> int:
+        needing = (i for i, rule in enumerate(self.filters) if scoring_teacher(rule) is not None)
+        return next(needing, len(self.filters))
+
+    @model_validator(mode="after")
+    def _filters_do_something(self) -> SynthesisConfig:
+        for i, rule in enumerate(self.filters):
+            if rule in self.filters[:i]:
+                raise ValueError(f"filters.{i} ({rule.type}) stands there twice; leave one out")
+            alone = self.generator != "every_teacher" and self.samples_per_prompt == 1
+            given = self.generator == "dataset"
+            if isinstance(rule, Agreement | BestOf) and (alone or given):
+                raise ValueError(
+                    f"filters.{i} ({rule.type}) compares the answers to a prompt, and there is "
+                    f"one each: raise samples_per_prompt, take generator every_teacher, or leave "
+                    "the filter out"
+                )
+        return self
+
+
+def scoring_teacher(rule: Filter) -> str | None:
+    """The teacher whose cached rows a filter needs."""
+    return rule.teacher if isinstance(rule, Perplexity | BestOf) else None
+
+
+def _check_bounds(low: str, minimum: float | None, high: str, maximum: float | None) -> None:
+    if minimum is None and maximum is None:
+        raise ValueError(f"a bound is missing: {low}, {high}, or both")
+    if minimum is not None and maximum is not None and minimum > maximum:
+        raise ValueError(f"{low} ({minimum}) exceeds {high} ({maximum}): nothing would be kept")

@@ -1,0 +1,68 @@
+"""The data of a training as its process sees it: steps read ahead, the hold-out, the probe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from pipeline.datasets import DatasetEntry
+from pipeline.training import TrainingJob
+from students.batches import BatchSource, Share, StepBatch
+from students.loader import Loader
+from students.micro_batch import MicroBatch
+from students.packing import pack
+
+PROBE_SEQUENCES = 2
+
+
+class TrainingData:
+    """The entries of a dataset as the micro-batches of this rank."""
+
+    def __init__(self, job: TrainingJob, vocabulary: int, device: torch.device) -> None:
+        """Reads the dataset and opens the caches that the losses need; raises as `BatchSource`."""
+        self._share = Share(job, vocabulary, dist.get_rank(), dist.get_world_size())
+        self._source, self._device = BatchSource(self._share), device
+        self.holdout = self._source.holdout
+
+    @property
+    def state_widths(self) -> dict[str, int]:
+        """By teacher whose hidden states a loss needs, their stored dimensions."""
+        return self._source.states.widths
+
+    def training_batches(self, start: int) -> Iterator[StepBatch[MicroBatch]]:
+        """The batches from a step on; one is on the device before it is asked for."""
+        training = self._share.job.config.training
+        steps = range(start, training.steps)
+        # the loader ends first: a thread that waits for one of its processes then waits no more
+        with (
+            ThreadPoolExecutor(1) as reader,
+            Loader(self._share, steps, training.loader_processes) as loader,
+        ):
+            ahead = [reader.submit(self._receive, loader) for _ in steps[:1]]
+            for step in steps:
+                batch = ahead.pop().result()
+                if step + 1 in steps:
+                    ahead.append(reader.submit(self._receive, loader))
+                yield batch
+
+    def holdout_batches(self) -> Iterator[MicroBatch]:
+        """The hold-out sequences of this rank, the same number of micro-batches on each."""
+        for packed in self._source.micro_batches(self.holdout):
+            yield MicroBatch.of(packed, self._device)
+
+    def probe(self) -> tuple[list[DatasetEntry], MicroBatch]:
+        """The same few sequences on every rank, together."""
+        entries = [*self.holdout, *self._source.train][:PROBE_SEQUENCES]
+        examples = [self._source.examples[entry] for entry in entries]
+        packed = pack(examples, not self._share.job.config.training.packing)
+        states = self._source.states.batch(entries, range(len(entries)))
+        return entries, MicroBatch.of(replace(packed, features=states), self._device)
+
+    def _receive(self, loader: Loader) -> StepBatch[MicroBatch]:
+        batch = loader.receive()
+        micro_batches = [MicroBatch.of(packed, self._device) for packed in batch.micro_batches]
+        return StepBatch(batch.step, micro_batches, batch.num_positions, batch.num_tokens)

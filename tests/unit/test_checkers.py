@@ -1,0 +1,64 @@
+"""Checkers: built in, and functions of the user."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkers import checker_identity, exact, final_number, find_checker, number
+from pipeline.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("so 12 apples and 3 left\n#### 1,234", 1234.0),
+        ("#### -5.5", -5.5),
+        ("the answer is 7.", 7.0),
+        ("costs $1,000,000 in all", 1_000_000.0),
+        ("no figures here", None),
+        ("####", None),
+        ("3 #### nothing", None),
+    ],
+)
+def test_final_number(text: str, expected: float | None) -> None:
+    assert final_number(text) == expected
+
+
+def test_number_compares_values_and_never_two_absences() -> None:
+    assert number("it is 72", "work\n#### 72.0")
+    assert not number("it is 71", "#### 72")
+    assert not number("none", "none")
+
+
+def test_exact_ignores_white_space_around() -> None:
+    assert exact(" abc\n", "abc") and not exact("ab c", "abc")
+
+
+def test_a_function_of_the_user_judges_by_its_dotted_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tmp_path / "house_rules.py"
+    module.write_text(
+        "def same_length(answer, reference):\n    return len(answer) == len(reference)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    check = find_checker("house_rules.same_length")
+    assert check("abc", "xyz") and not check("ab", "xyz")
+    before = checker_identity("house_rules.same_length")
+    module.write_text(module.read_text() + "# another text\n")
+    assert checker_identity("house_rules.same_length") != before
+    assert checker_identity("exact") == "exact"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("exat", "did you mean 'exact'"),
+        ("no_such_package.check", "No module named 'no_such_package'"),
+        ("pipeline.checkers.nothing", "has no function 'nothing'"),
+        ("pipeline.checkers.final_number", "must take two arguments"),
+    ],
+)
+def test_a_checker_that_cannot_judge_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        find_checker(name)
