@@ -75,9 +75,12 @@ class RunCaches:
         """Of `chosen` the caches of distributions, which have the teachers' names.
 
         Raises:
-            ConfigError: there is none of that name.
+            ConfigError: there is none of that name, or it holds hidden states.
         """
-        return [name for name in self.chosen(teacher) if not holds_features(name)]
+        found = [name for name in self.chosen(teacher) if not holds_features(name)]
+        if not found:
+            raise ConfigError(f"{teacher} holds hidden states; this is about distributions")
+        return found
 
 
 def open_run(config: Config) -> RunCaches:

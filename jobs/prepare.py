@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
-
-from transformers import AutoConfig
 
 from jobs.plan import layout_of
 from pipeline import storage
@@ -14,7 +11,7 @@ from pipeline.checkers import find_checker
 from pipeline.config import Config, TeacherConfig
 from pipeline.config_synthesis import Balance
 from pipeline.config_targets import ByDomainWeights, LearnedWeights
-from pipeline.config_training import HiddenState, StateLoss, StudentConfig
+from pipeline.config_training import StudentConfig
 from pipeline.errors import ConfigError
 from pipeline.filters import filter_identity
 from pipeline.learned_weights import SPLIT as LEARNED_SPLIT
@@ -24,6 +21,7 @@ from pipeline.prompts import read_prompts, write_prompts
 from pipeline.recipes import DATASET_GENERATOR, cache_recipes, dataset_recipe, synthesis_recipe
 from pipeline.records import Prompt
 from teachers.identity import check_model, model_identity, student_identity
+from teachers.layers import check_layers, text_config
 from teachers.vllm_teacher import check_engine_arguments, check_sampling_parameters
 from teachers.vocabulary import check_vocabularies, load_tokenizer, prompt_ids
 
@@ -41,7 +39,7 @@ def prepare(config: Config) -> Prepared:
         check_model(model)
     tokenizer_digest = check_vocabularies(config, prompts)
     _check_vocabulary_sizes(config)
-    _check_layers(config)
+    check_layers(config)
     identities = {
         name: model_identity(teacher, layout) for name, teacher in config.teachers.items()
     }
@@ -177,49 +175,11 @@ def _check_prompts(config: Config, prompts: Sequence[Prompt]) -> None:
             )
 
 
-def _check_layers(config: Config) -> None:
-    """Hidden states that a loss names must exist, and fit where nothing projects them."""
-    student = _text_config(config.student)
-    for loss in config.training.losses:
-        if not isinstance(loss, StateLoss):
-            continue
-        teacher = _text_config(config.teachers[loss.teacher])
-        for name, model, layers in (
-            (f"teacher {loss.teacher!r}", teacher, loss.layers.keys()),
-            ("the student", student, loss.layers.values()),
-        ):
-            if max(layers) > model.num_hidden_layers:
-                raise ConfigError(
-                    f"training.losses: {loss.name} names layer {max(layers)}, but {name} has "
-                    f"{model.num_hidden_layers}; layer 0 are the embeddings"
-                )
-        dimensions = config.scoring.features.dimensions
-        if dimensions is not None and dimensions >= teacher.hidden_size:
-            raise ConfigError(
-                f"scoring.features.dimensions ({dimensions}) is not below the hidden size of "
-                f"teacher {loss.teacher!r} ({teacher.hidden_size}): leave it out"
-            )
-        stored = dimensions or teacher.hidden_size
-        plain = isinstance(loss, HiddenState) and loss.projection == "none"
-        if plain and stored != student.hidden_size:
-            raise ConfigError(
-                f"training.losses: {loss.name} without projection compares {stored} stored "
-                f"dimensions with the student's {student.hidden_size}: set `projection: learned`"
-            )
-
-
-def _text_config(model: TeacherConfig | StudentConfig) -> Any:
-    loaded = AutoConfig.from_pretrained(
-        model.model, revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
-    return loaded.get_text_config()
-
-
 def _check_vocabulary_sizes(config: Config) -> None:
     used = max(load_tokenizer(config.student).get_vocab().values()) + 1
     named: list[tuple[str, TeacherConfig | StudentConfig]] = [("student", config.student)]
     for name, model in [*named, *config.teachers.items()]:
-        size = _text_config(model).vocab_size
+        size = text_config(model).vocab_size
         if size < used:
             raise ConfigError(
                 f"{name}: the model has {size} rows in its vocabulary, the tokenizer uses ids up "

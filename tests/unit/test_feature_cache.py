@@ -294,6 +294,8 @@ def test_distributions_alone_are_shown_and_exported(run: FabricatedRun) -> None:
     assert opened.chosen("words") == ["words", NAME]
     assert opened.distributions(None) == ["arithmetic", "words"]
     assert opened.chosen(NAME) == [NAME]
+    with pytest.raises(ConfigError, match="holds hidden states"):
+        opened.distributions(NAME)
     with pytest.raises(ConfigError, match="there is no teacher 'word'"):
         opened.chosen("word")
     assert open_cache(opened.caches["words"]).row("nobody") is None
