@@ -1,5 +1,5 @@
-"""Layers and sizes that losses on hidden states name, against the models of the quickstart: teachers
-of 4 layers and 128 dimensions, a student of 3 and 96.
+"""Layers and sizes that losses on hidden states name, against the quickstart: teachers of 4 layers
+and 128 dimensions, a student of 3 and 96.
 """
 
 import pytest
