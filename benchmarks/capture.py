@@ -48,7 +48,7 @@ from pipeline.records import SparseLogprobs, TokenSequence
 from teachers.actor import CPU_ENV_VARS, ENGINE_ENV_VARS
 from teachers.dispatch import TASKS_IN_FLIGHT
 from teachers.engine import EngineSpec
-from teachers.scoring import ScoredShard, ScoringTask
+from teachers.scoring import Output, ScoredShard, ScoringTask
 
 if TYPE_CHECKING:
     from teachers.vllm_teacher import VllmTeacher
@@ -171,7 +171,8 @@ class Bench:
             group = sequences[start : start + size]
             shard = write_sequences(layout, "gsm8k", group)
             ids = tuple(each.sequence_id for each in group)
-            tasks.append(ScoringTask(cache, fingerprint, f"{layout.root}/{shard}", ids, selection))
+            output = Output("teacher", cache, fingerprint, selection)
+            tasks.append(ScoringTask(f"{layout.root}/{shard}", ids, (output,)))
         slots = asyncio.Semaphore(TASKS_IN_FLIGHT)
 
         async def run(task: ScoringTask) -> ScoredShard:

@@ -23,6 +23,7 @@ from pipeline.cache_verify import CheckedCache, check_cache
 from pipeline.config import Config
 from pipeline.datasets import DatasetEntry, SequenceReader, read_dataset
 from pipeline.errors import CacheError, ConfigError
+from pipeline.features import holds_features, teacher_of
 from pipeline.fingerprint import digest_bytes, digest_ids, digest_json
 from pipeline.layout import CacheLayout, Layout
 from pipeline.prepared import Prepared, preparation_key
@@ -49,25 +50,37 @@ class RunCaches:
 
     @property
     def caches(self) -> dict[str, CacheLayout]:
-        """By teacher, in the generation that the run uses."""
+        """By name, in the generation that the run uses."""
         return self.prepared.caches(self.layout)
 
-    def fingerprint(self, teacher: str) -> str:
-        """Of the teacher's recipe."""
-        return digest_json(self.prepared.scoring_recipes[teacher])
+    def fingerprint(self, name: str) -> str:
+        """Of a cache's recipe."""
+        return digest_json(self.prepared.scoring_recipes[name])
 
     def chosen(self, teacher: str | None) -> list[str]:
-        """The teachers that a command is about: the one named, or all.
+        """The names of the caches that a command is about: those of the teacher named, or all.
 
         Raises:
             ConfigError: there is none of that name.
         """
+        known = list(self.prepared.scoring_recipes)
         if teacher is None:
-            return list(self.prepared.scoring_recipes)
-        if teacher not in self.prepared.scoring_recipes:
-            known = self.prepared.scoring_recipes
-            raise ConfigError(f"there is no teacher {teacher!r}; {closest(teacher, known)}")
-        return [teacher]
+            return known
+        if teacher not in known:
+            teachers = [name for name in known if not holds_features(name)]
+            raise ConfigError(f"there is no teacher {teacher!r}; {closest(teacher, teachers)}")
+        return [name for name in known if teacher in (name, teacher_of(name))]
+
+    def distributions(self, teacher: str | None) -> list[str]:
+        """Of `chosen` the caches of distributions, which have the teachers' names.
+
+        Raises:
+            ConfigError: there is none of that name, or it holds hidden states.
+        """
+        found = [name for name in self.chosen(teacher) if not holds_features(name)]
+        if not found:
+            raise ConfigError(f"{teacher} holds hidden states; this is about distributions")
+        return found
 
 
 def open_run(config: Config) -> RunCaches:
@@ -111,7 +124,10 @@ def verify(run: RunCaches, teacher: str | None) -> dict[str, CheckedCache]:
     sequences = SequenceReader(run.layout, run.entries)
     return {
         name: check_cache(
-            run.caches[name], run.fingerprint(name), vocabulary_of(run.config, name), sequences
+            run.caches[name],
+            run.fingerprint(name),
+            vocabulary_of(run.config, teacher_of(name)),
+            sequences,
         )
         for name in run.chosen(teacher)
     }
@@ -136,7 +152,7 @@ def show(run: RunCaches, teacher: str | None, sequence: str | None) -> str:
     wanted = identifiers[0] if sequence is None else find_sequence(identifiers, sequence)
     found = SequenceReader(run.layout, run.entries).get(wanted)
     assert found is not None, "a dataset names the shard of each of its sequences"
-    rows = {name: open_cache(run.caches[name]).row(wanted) for name in run.chosen(teacher)}
+    rows = {name: open_cache(run.caches[name]).row(wanted) for name in run.distributions(teacher)}
     tokenizer = load_tokenizer(run.config.student)
     return token_table(found, rows, lambda token: str(tokenizer.decode([token])))
 
@@ -148,7 +164,7 @@ def export(run: RunCaches, teacher: str, form: str, folder: str) -> str:
         ConfigError: there is no such teacher.
         CacheError: the folder holds something, or there are no rows.
     """
-    (name,) = run.chosen(teacher)
+    (name,) = run.distributions(teacher)
     if storage.files_below(folder):
         raise CacheError(f"{folder} is not empty; name a new folder")
     if form == "parquet-long":
@@ -171,7 +187,7 @@ def import_distillkit(run: RunCaches, teacher: str, folder: str) -> str:
         ConfigError: there is no such teacher, or the config has changed since it was prepared.
         CacheError: the dataset cannot be read, or none of it fits the run.
     """
-    (name,) = run.chosen(teacher)
+    (name,) = run.distributions(teacher)
     if not run.is_current:
         raise ConfigError("the config has changed since it was prepared: run it first")
     cache, sequences = run.caches[name], SequenceReader(run.layout, run.entries)

@@ -25,6 +25,7 @@ def pool_job(
     min_model_len: int,
     num_logprobs: int,
     unit: str,
+    hidden_layers: tuple[int, ...] = (),
     share_prefixes: bool = False,
 ) -> PoolJob:
     """The work of one teacher, with the engine that it needs.
@@ -33,6 +34,7 @@ def pool_job(
         min_model_len: tokens that the engine must hold.
         num_logprobs: capture width; 0 when it only generates.
         unit: of the tasks' items, for the progress lines.
+        hidden_layers: whose states it captures.
         share_prefixes: several sequences to score begin with one prompt.
     """
     teacher = config.teachers[name]
@@ -42,6 +44,7 @@ def pool_job(
         trust_remote_code=teacher.trust_remote_code,
         vllm=teacher.vllm,
         num_logprobs=num_logprobs,
+        hidden_layers=hidden_layers,
         share_prefixes=share_prefixes,
         min_model_len=min_model_len,
         seed=config.seed,

@@ -54,7 +54,7 @@ def evaluate(config: Config, layout: Layout, prepared: Prepared, dataset: str) -
     started = time.time()
     whole = read_dataset(layout, dataset)
     entries = [entry for entry in whole if entry.split == "holdout"]
-    caches = prepared.caches(layout)
+    caches = prepared.distributions(layout)
     prompts = _holdout_prompts(config, load_prompts(layout, prepared.prompts))
     compared = _compared_sequences(layout, entries)
     figures = holdout_figures(config, layout, entries, compared, caches, students_of(config))
@@ -192,7 +192,7 @@ def _report(
                 name: cache.shards_folder for name, cache in prepared.caches(layout).items()
             },
             "identities": {
-                name: recipe["model"] for name, recipe in prepared.scoring_recipes.items()
+                name: prepared.scoring_recipes[name]["model"] for name in config.teachers
             },
         },
         "models": models,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from pipeline.cache_index import CacheReader
+from pipeline.cache_index import CacheReader, open_cache
 from pipeline.config import Config
 from pipeline.config_targets import CombineConfig
 from pipeline.datasets import DatasetEntry
@@ -57,7 +57,7 @@ def renormalised_sequences(
     caches: dict[str, CacheLayout],
 ) -> int:
     """Sequences that a teacher of positive weight lacks: the others' weights are scaled up."""
-    readers = {name: CacheReader(cache) for name, cache in caches.items()}
+    readers = {name: open_cache(cache) for name, cache in caches.items()}
     combine = combination(config, layout)
     return sum(
         any(
@@ -89,7 +89,7 @@ def _figures(
     vocabulary = vocabulary_size(layout.export_folder(students[0]), trust)
     teachers, combine = list(config.teachers), combination(config, layout)
     examples = open_examples(layout, caches, teachers, combine, entries, vocabulary)
-    readers = {name: CacheReader(cache) for name, cache in caches.items()}
+    readers = {name: open_cache(cache) for name, cache in caches.items()}
     found: Json = {
         name: {"domains": _renamed(numbers)}
         for name, numbers in teacher_holdout_numbers(entries, examples, readers).items()

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline import storage
-from pipeline.cache import SCHEMA_VERSION
 from pipeline.cache_index import load_index, missing_sequences, totals
 from pipeline.config import Config
 from pipeline.config_recipes import Answering, Writing
 from pipeline.config_targets import selection_of
 from pipeline.datasets import DatasetEntry, read_dataset
+from pipeline.features import FeatureRule, holds_features
 from pipeline.fingerprint import digest_json
 from pipeline.layout import Layout
 from pipeline.loading import check_model_folders
@@ -26,6 +26,7 @@ STAGES = ("prepare", "synthesize", "score", "train", "export", "evaluate")
 # Of a cache row before zstd: the arrays per position; an entry's id planes and log-probability. A
 # drawn entry takes a byte less, its position one more.
 POSITION_BYTES, ENTRY_BYTES = 7, 5
+STATE_BYTES = 2  # of one stored dimension of a hidden state
 
 
 @dataclass(frozen=True)
@@ -83,16 +84,22 @@ def make_plan(config: Config) -> list[StagePlan]:
 def plan_score(
     config: Config, layout: Layout, prepared: Prepared, entries: Sequence[DatasetEntry]
 ) -> StagePlan:
-    """The plan of the score stage: sequences that a teacher has neither scored nor quarantined."""
-    missing, most_bytes = {}, 0
+    """The plan of the score stage: sequences that a cache lacks and that are not quarantined."""
+    missing, most_bytes, unknown = {}, 0, ""
     for name, cache in prepared.caches(layout).items():
         lacking = missing_sequences(entries, cache)
         missing[name] = len(lacking)
-        max_entries = selection_of(prepared.scoring_recipes[name]).max_entries
-        most_bytes += _cache_bytes(sum(entry.num_positions for entry in lacking), max_entries)
+        num_positions = sum(entry.num_positions for entry in lacking)
+        recipe = prepared.scoring_recipes[name]
+        if not holds_features(name):
+            most_bytes += _cache_bytes(num_positions, selection_of(recipe).max_entries)
+        elif (rule := FeatureRule.of_recipe(recipe)).dimensions is not None:
+            most_bytes += num_positions * len(rule.layers) * rule.dimensions * STATE_BYTES
+        else:
+            unknown += " and whole hidden states" if lacking and not unknown else ""
     summary = f"of {len(entries)} sequences to score: {_counts(missing)}"
     if most_bytes:
-        summary += f"; caches grow by at most {_mebibytes(most_bytes)}"
+        summary += f"; caches grow by at most {_mebibytes(most_bytes)}{unknown}"
     # Where another run has filled the caches, this one still has to say what it trains on.
     todo = sum(missing.values()) or int(scored_dataset(config, layout, prepared) is None)
     return StagePlan("score", todo, summary)
@@ -199,8 +206,9 @@ def _plan_of_a_new_run(config: Config) -> list[StagePlan]:
 
 
 def cache_totals(layout: Layout, prepared: Prepared) -> dict[str, dict[str, float]]:
-    """Size and quality of each teacher's cache."""
-    return {name: totals(load_index(cache)) for name, cache in prepared.caches(layout).items()}
+    """Size and quality of each teacher's distributions."""
+    caches = prepared.distributions(layout)
+    return {name: totals(load_index(cache)) for name, cache in caches.items()}
 
 
 def _cache_bytes(num_positions: int, max_entries: int) -> int:
@@ -208,7 +216,7 @@ def _cache_bytes(num_positions: int, max_entries: int) -> int:
 
 
 def _mebibytes(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:,.1f} MiB before compression (schema {SCHEMA_VERSION})"
+    return f"{num_bytes / 2**20:,.1f} MiB before compression"
 
 
 def _counts(counts: dict[str, int]) -> str:

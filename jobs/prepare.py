@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from transformers import AutoConfig
-
 from jobs.plan import layout_of
 from jobs.synthesis_checks import (
     check_filters,
@@ -22,10 +20,11 @@ from pipeline.errors import ConfigError
 from pipeline.learned_weights import SPLIT as LEARNED_SPLIT
 from pipeline.prepared import Prepared, preparation_key, save_prepared
 from pipeline.prompts import read_prompts, write_prompts
-from pipeline.recipes import scoring_recipe
+from pipeline.recipes import cache_recipes
 from pipeline.records import Prompt
 from teachers.identity import check_model, model_identity, student_identity
-from teachers.vllm_teacher import check_engine_arguments, check_sampling_parameters
+from teachers.layers import check_layers, text_config
+from teachers.vllm_options import check_engine_arguments, check_sampling_parameters
 from teachers.vocabulary import check_vocabularies, load_tokenizer, prompt_ids
 
 
@@ -42,6 +41,7 @@ def prepare(config: Config) -> Prepared:
         check_model(model)
     tokenizer_digest = check_vocabularies(config, prompts)
     _check_vocabulary_sizes(config)
+    check_layers(config)
     identities = {
         name: model_identity(teacher, layout) for name, teacher in config.teachers.items()
     }
@@ -56,10 +56,7 @@ def prepare(config: Config) -> Prepared:
         tokenizer_hash=tokenizer_digest,
         eos_token_id=eos_token_id,
         student=student_identity(config.student, layout),
-        scoring_recipes={
-            name: scoring_recipe(config, name, identity, tokenizer_digest)
-            for name, identity in identities.items()
-        },
+        scoring_recipes=cache_recipes(config, identities, tokenizer_digest),
         synthesis_recipes=synthesis_recipes(config, identities, tokenizer_digest),
         filters_before_scoring=filter_identities(
             config, config.synthesis.filters_before_scoring, identities, tokenizer_digest
@@ -92,7 +89,10 @@ def check_inputs(config: Config) -> tuple[list[Prompt], dict[str, int]]:
 def _check_upstream_options(config: Config) -> None:
     checks = {
         f"teachers.{name}": partial(
-            check_engine_arguments, teacher.vllm, config.scoring.num_logprobs
+            check_engine_arguments,
+            teacher.vllm,
+            config.scoring.num_logprobs,
+            name in config.training.teacher_layers,
         )
         for name, teacher in config.teachers.items()
     }
@@ -139,10 +139,7 @@ def _check_vocabulary_sizes(config: Config) -> None:
     used = max(load_tokenizer(config.student).get_vocab().values()) + 1
     named: list[tuple[str, TeacherConfig | StudentConfig]] = [("student", config.student)]
     for name, model in [*named, *config.teachers.items()]:
-        loaded = AutoConfig.from_pretrained(
-            model.model, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-        size = loaded.get_text_config().vocab_size
+        size = text_config(model).vocab_size
         if size < used:
             raise ConfigError(
                 f"{name}: the model has {size} rows in its vocabulary, the tokenizer uses ids up "

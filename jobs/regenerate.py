@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 
 from jobs import distill
 from jobs.caches import RunCaches, open_run
-from jobs.score import fill_caches, provenance_of, scored_summary
+from jobs.score import fill_caches, has_new_shards, provenance_of, scored_summary
 from jobs.stages import join_cluster, log_our_lines, run_stage
 from jobs.submit import connect
 from pipeline import storage
 from pipeline.cache_index import is_published, missing_sequences, publish, quarantined
 from pipeline.config import Config
 from pipeline.datasets import DatasetEntry
+from pipeline.features import teacher_of
 from pipeline.fingerprint import digest_json
 from pipeline.generations import begin_generation, current_generation, end_generation
 from pipeline.layout import CacheLayout
@@ -60,7 +61,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to do in one teacher's cache.
+    """What there is to do in one cache.
 
     Attributes:
         entries: sequences that are to have a row in `cache`.
@@ -105,8 +106,9 @@ def regenerate_inside_job(config: Config, request: Request, say: Say) -> None:
     asked = {name: (each.cache, each.entries) for name, each in work.items()}
     reports = fill_caches(config, run.layout, run.prepared, asked)
     for name, each in work.items():
-        _publish(run, name, each, reports[name])
-        say(scored_summary(name, reports[name], len(quarantined(each.cache))))
+        report = reports[teacher_of(name)]
+        _publish(run, name, each, report)
+        say(scored_summary(name, report, len(quarantined(each.cache))))
         say(_who_uses(run, name, each))
 
 
@@ -139,7 +141,7 @@ def prepared_run(config: Config) -> RunCaches:
 
 
 def _open_work(run: RunCaches, request: Request) -> list[str]:
-    """One line for each teacher that has something to do."""
+    """One line for each cache in which there is something to do."""
     chosen = matching(run.entries, request.where)
     lines = []
     for name in run.chosen(request.teacher):
@@ -189,7 +191,7 @@ def _publish(run: RunCaches, name: str, work: Work, report: PoolReport) -> None:
         check_whole(work.source, cache)
         publish(cache, recipe, provenance | {"follows_generation": work.source.generation})
         end_generation(cache)
-    elif report.engines or not is_published(cache):
+    elif has_new_shards(report, name) or not is_published(cache):
         publish(cache, recipe, provenance)
 
 

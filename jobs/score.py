@@ -16,6 +16,7 @@ from pipeline.cache_index import is_published, publish, quarantined
 from pipeline.config import Config
 from pipeline.config_targets import CombineConfig, LearnedWeights
 from pipeline.datasets import DatasetEntry, read_dataset, write_dataset
+from pipeline.features import FeatureRule, holds_features, teacher_of
 from pipeline.filters import summary
 from pipeline.fingerprint import digest_json
 from pipeline.generations import pin_generations
@@ -25,7 +26,7 @@ from pipeline.prepared import Prepared
 from pipeline.targets import required_teachers
 from teachers.dispatch import PoolReport
 from teachers.pool import run_pools
-from teachers.scoring import ScoredShard, plan_scoring
+from teachers.scoring import Output, ScoredShard, ScoringTask, plan_scoring
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +47,17 @@ def score(config: Config, layout: Layout, prepared: Prepared, dataset: str) -> d
     reports = fill_caches(config, layout, prepared, work)
     seconds = time.monotonic() - started
     for name, cache in caches.items():
-        if reports[name].engines or not is_published(cache):
-            provenance = provenance_of(config, name, reports[name], cache)
+        report = reports[teacher_of(name)]
+        if has_new_shards(report, name) or not is_published(cache):
+            provenance = provenance_of(config, name, report, cache)
             publish(cache, prepared.scoring_recipes[name], provenance)
     refused = {name: quarantined(cache) for name, cache in caches.items()}
     combine = config.combine
     if isinstance(combine.weights, LearnedWeights):
         fingerprints = {name: digest_json(r) for name, r in prepared.scoring_recipes.items()}
-        learned = learn_weights(layout, caches, fingerprints, dataset, entries)
+        learned = learn_weights(
+            layout, prepared.distributions(layout), fingerprints, dataset, entries
+        )
         combine = with_learned(combine, learned)
     covered = [entry for entry in entries if is_covered(combine, entry, refused)]
     if len(covered) < len(entries):
@@ -65,7 +69,7 @@ def score(config: Config, layout: Layout, prepared: Prepared, dataset: str) -> d
     took = Counter(engine_seconds(config, reports, seconds))
     filtered = filter_scored(config, layout, prepared, covered)
     took.update(filtered.engine_seconds)
-    told = [scored_summary(name, report, len(refused[name])) for name, report in reports.items()]
+    told = [scored_summary(n, reports[teacher_of(n)], len(refused[n])) for n in caches]
     return {
         "key": score_key(config, layout, prepared),
         "dataset": write_dataset(layout, filtered.entries),
@@ -102,28 +106,57 @@ def fill_caches(
     """Scores what the caches lack; neither index nor manifest is written.
 
     Args:
-        work: by teacher, its cache and the sequences that are to be in it.
+        work: by name of a cache, where it lies and the sequences that are to be in it.
+
+    Returns:
+        The reports by teacher.
 
     Raises:
         TeacherError: an engine cannot run.
     """
     pools = []
-    for name, (cache, entries) in work.items():
-        fingerprint = digest_json(prepared.scoring_recipes[name])
-        tasks = plan_scoring(layout.root, entries, cache, fingerprint, config.scoring.selection)
+    for teacher in dict.fromkeys(map(teacher_of, work)):
+        outputs = [
+            (_output(config, prepared, name, cache), entries)
+            for name, (cache, entries) in work.items()
+            if teacher_of(name) == teacher
+        ]
+        tasks = plan_scoring(layout.root, outputs)
+        entries = [entry for _, members in outputs for entry in members]
+        prompts_of = {entry.sequence_id: entry.prompt_id for entry in entries}
         pools.append(
             pool_job(
                 config,
-                name,
+                teacher,
                 prepared,
                 tasks,
                 min_model_len=longest_sequence(entries) + 1,
                 num_logprobs=config.scoring.num_logprobs,
+                hidden_layers=_layers(tasks),
                 unit="sequences",
-                share_prefixes=len({entry.prompt_id for entry in entries}) < len(entries),
+                share_prefixes=len(set(prompts_of.values())) < len(prompts_of),
             )
         )
     return run_pools(pools)
+
+
+def _output(config: Config, prepared: Prepared, name: str, cache: CacheLayout) -> Output:
+    recipe = prepared.scoring_recipes[name]
+    rule = FeatureRule.of_recipe(recipe) if holds_features(name) else config.scoring.selection
+    return Output(name, cache, digest_json(recipe), rule)
+
+
+def _layers(tasks: Sequence[ScoringTask]) -> tuple[int, ...]:
+    """The layers that the tasks' outputs keep, all of the same rule; an engine without any needs
+    no connector.
+    """
+    rules = {output.rule for task in tasks for output in task.outputs if output.holds_features}
+    return next((rule.layers for rule in rules if isinstance(rule, FeatureRule)), ())
+
+
+def has_new_shards(report: PoolReport, name: str) -> bool:
+    """Whether the teacher's engines have written to the cache of that name."""
+    return any(name in shard.entries for shard in report.results)
 
 
 def longest_sequence(entries: Sequence[DatasetEntry]) -> int:
@@ -138,21 +171,22 @@ def provenance_of(
 
     That of the manifest before, where a job was killed before it could name its engines.
     """
-    if not report.engines and storage.exists(cache.manifest):
+    if not has_new_shards(report, name) and storage.exists(cache.manifest):
         return storage.read_json(cache.manifest)["provenance"]
-    return {"engines": report.engines, "teacher": name, "model": config.teachers[name].model}
+    teacher = teacher_of(name)
+    return {"engines": report.engines, "teacher": teacher, "model": config.teachers[teacher].model}
 
 
 def scored_summary(name: str, report: PoolReport, num_quarantined: int) -> str:
     """What was scored, for people."""
-    done: list[ScoredShard] = report.results
-    positions = sum(shard.entry.num_positions for shard in done)
-    size = sum(shard.entry.num_bytes for shard in done)
+    done: list[ScoredShard] = [shard for shard in report.results if name in shard.entries]
+    positions = sum(shard.entries[name].num_positions for shard in done)
+    size = sum(shard.entries[name].num_bytes for shard in done)
     line = (
         f"{name}: {positions} positions in {len(done)} new shards, "
         f"{size / max(positions, 1):.1f} bytes each"
     )
-    if report.engines:
+    if report.engines and not holds_features(name):
         line += f", captured by {' and '.join(sorted({e['capture'] for e in report.engines}))}"
     if any(engine["prefix_sharing"] for engine in report.engines):
         cached = sum(shard.num_cached_tokens for shard in done)

@@ -18,7 +18,7 @@ from pipeline.recipes import judging_recipe, sampling_of, synthesis_recipe
 from pipeline.records import Prompt
 from pipeline.synthesis_steps import steps_of
 from teachers.judging import grade_tokens
-from teachers.vllm_teacher import check_sampling_parameters
+from teachers.vllm_options import check_sampling_parameters
 from teachers.vocabulary import load_tokenizer
 
 Identities = Mapping[str, dict[str, str]]

@@ -57,7 +57,7 @@ def verify_inside_job(config: Config, teacher: str | None, rescore: int, say: Sa
     _say_checks(verify(run, teacher), say)
     if rescore:
         join_cluster()
-        tasks = {name: _rows_to_rescore(run, name, rescore) for name in run.chosen(teacher)}
+        tasks = {name: _rows_to_rescore(run, name, rescore) for name in run.distributions(teacher)}
         _say_differences(run_rescoring(run, tasks), say)
 
 

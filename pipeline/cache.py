@@ -1,9 +1,9 @@
-"""The logit cache on disk: the Parquet schema of a shard, its writer and its reader.
+"""Cache shards on disk: their writer and their reader.
 
-One row per sequence; each array is one binary cell of little-endian numbers, which a reader decodes
-with `np.frombuffer` a whole column at a time. Token ids are split into two planes, so that the high
-plane, nearly always zero, costs nothing after compression. The file's metadata explains the columns
-and the alignment.
+A shard holds one teacher's distributions (`cache_logprobs.py`) or its hidden states
+(`cache_features.py`). One row per sequence; each array is one binary cell of little-endian numbers,
+which a reader decodes with `np.frombuffer` a whole column at a time. The file's metadata explains
+the columns and the alignment.
 
 A shard file is the truth about itself. Index and manifest are derived from shards
 (`pipeline/cache_index.py`).
@@ -12,77 +12,29 @@ A shard file is the truth about itself. Index and manifest are derived from shar
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from types import ModuleType
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from xxhash import xxh3_128
 
-from pipeline import storage
-from pipeline.cache_checks import check_row
+from pipeline import cache_features, cache_logprobs, storage
+from pipeline.columns import Column
 from pipeline.errors import CacheError, CorruptFileError, CorruptShardError
 from pipeline.fingerprint import digest_ids
-from pipeline.records import SparseLogprobs
-from pipeline.selection import draw_variance
+from pipeline.records import CacheRow, HiddenStates, SparseLogprobs
 
-SCHEMA_VERSION = 2
-ALIGNMENT = (
-    "Position j of a row is the j-th token index i_j of the sequence's loss spans, in order. Its "
-    "entries are the teacher's distribution over the token at index i_j given all tokens before "
-    "it; input_ids[i_j] is the gold token. Student logits at index i_j - 1 are trained against "
-    "position j. Log-probabilities are normalised over the full vocabulary at temperature 1. "
-    "token_id = token_ids_low + 65536 * token_ids_high; position j owns num_entries[j] "
-    "consecutive entries, descending. Where num_head is empty, all are head entries, of the given "
-    "logprobs, and tail_mass is the probability outside them. Otherwise the first num_head[j] are; "
-    "the others were drawn with replacement, counts[i] times each, and stand for their share of "
-    "the position's draws in 1 - tail_mass - sum(exp(head logprobs)); tail_mass lies outside what "
-    "draws could reach. With renormalised, everything is divided by 1 - tail_mass."
-)
-DTYPES = {
-    "num_entries": "<u1",
-    "num_head": "<u1",
-    "token_ids_low": "<u2",
-    "token_ids_high": "<u1",
-    "logprobs": "<f2",
-    "counts": "<u1",
-    "gold_logprobs": "<f2",
-    "tail_mass": "<f2",
-    "entropies": "<f2",
-}
+CONTENTS: dict[type, ModuleType] = {SparseLogprobs: cache_logprobs, HiddenStates: cache_features}
+"""By the kind of row, the module that knows its columns."""
 METADATA_KEYS = {
     "polystill.schema_version",
     "polystill.num_rows",
     "polystill.checksum",
     "polystill.fingerprint",
     "polystill.quality",
-    "polystill.renormalised",
 }
-ID_PLANES = ("token_ids_low", "token_ids_high")
-CACHE_SCHEMA = pa.schema([("sequence_id", pa.string()), *((name, pa.binary()) for name in DTYPES)])
-
-
-@dataclass(frozen=True)
-class _Column:
-    """The cells of one column, one after another: row i owns `values[starts[i]:starts[i + 1]]`."""
-
-    values: np.ndarray
-    starts: np.ndarray
-
-    @classmethod
-    def of_arrow(cls, cells: pa.Array, dtype: str) -> _Column:
-        """A view of the cells; their lengths must be whole numbers of values."""
-        _, offsets, data = cells.buffers()
-        edges = np.frombuffer(offsets, "<i4")[cells.offset : cells.offset + len(cells) + 1]
-        payload = np.frombuffer(data or b"", np.uint8)[edges[0] : edges[-1]]
-        size = np.dtype(dtype).itemsize
-        return cls(payload.view(dtype), (edges.astype(np.int64) - edges[0]) // size)
-
-    def to_arrow(self) -> pa.Array:
-        edges = (self.starts * self.values.itemsize).astype("<i4")
-        buffers = [None, pa.py_buffer(edges), pa.py_buffer(self.values)]
-        return pa.Array.from_buffers(pa.binary(), len(edges) - 1, buffers)
 
 
 @dataclass(frozen=True)
@@ -94,74 +46,107 @@ class ShardEntry:
         positions: of each sequence.
         num_bytes: of the file.
         checksum: of the decoded payload and of what its metadata says about it.
-        kept_mass: mean over positions of the probability inside the kept entries; with draws,
-            inside the captured ones.
-        kept_mass_p01: its 1st percentile.
-        gold_logprob: mean log-probability of the gold tokens in nats.
-        draw_variance: mean over positions of the variance that draws give the estimate, summed
-            over the vocabulary; None where nothing is drawn.
+        figures: of its quality, see `figures` of its content's module.
     """
 
     digest: str
     sequence_ids: tuple[str, ...]
     positions: tuple[int, ...]
-    num_positions: int
-    num_entries: int
     num_bytes: int
     checksum: str
-    kept_mass: float
-    kept_mass_p01: float
-    gold_logprob: float
-    draw_variance: float | None
+    figures: dict[str, Any]
+
+    @property
+    def num_positions(self) -> int:
+        """Of all sequences."""
+        return sum(self.positions)
 
 
-def write_shard(path: str, rows: Sequence[SparseLogprobs], fingerprint: str) -> ShardEntry:
+@dataclass(frozen=True)
+class _Shard:
+    """A shard as it was read: columns, and its metadata without the prefix of the keys."""
+
+    content: ModuleType
+    identifiers: list[str]
+    columns: dict[str, Column]
+    metadata: dict[str, str]
+
+    @property
+    def facts(self) -> dict[str, str]:
+        return {key: self.metadata[key] for key in self.content.FACTS}
+
+    def rows(self) -> list[Any]:
+        return self.content.decode(self.identifiers, self.columns, self.facts)
+
+
+def write_shard(path: str, rows: Sequence[CacheRow], fingerprint: str) -> ShardEntry:
     """Encodes a shard in memory and writes it in one call.
+
+    Args:
+        rows: all of one kind.
 
     Raises:
         CacheError: a row breaks an invariant of the format.
         StorageError: the disk is full or the place cannot be written.
     """
-    for row in rows:
-        check_row(row)
-    kinds = {(row.is_drawn, row.renormalised) for row in rows}
-    if len(kinds) > 1:
-        raise CacheError(f"{path}: rows of several selections cannot share a shard")
-    columns = _encode(rows)
+    content = CONTENTS[type(rows[0])]
+    content.check(rows)
+    columns, facts = content.encode(rows), content.facts(rows)
     identifiers = [row.sequence_id for row in rows]
-    renormalised = json.dumps(any(row.renormalised for row in rows))
-    quality = _describe(rows)
-    figures = json.dumps(quality)
-    checksum = _checksum(identifiers, columns, fingerprint, figures, renormalised)
+    figures = content.figures(rows)
+    quality = json.dumps(figures)
+    checksum = _checksum(identifiers, columns, fingerprint, quality, *facts.values())
     metadata = {
-        "polystill.schema_version": str(SCHEMA_VERSION),
-        "polystill.alignment": ALIGNMENT,
-        "polystill.dtypes": json.dumps(DTYPES),
+        "polystill.schema_version": str(content.SCHEMA_VERSION),
+        "polystill.alignment": content.ALIGNMENT,
+        "polystill.dtypes": json.dumps(content.DTYPES),
         "polystill.num_rows": str(len(rows)),
         "polystill.checksum": checksum,
         "polystill.fingerprint": fingerprint,
-        "polystill.quality": figures,
-        "polystill.renormalised": renormalised,
+        "polystill.quality": quality,
+        **{f"polystill.{key}": value for key, value in facts.items()},
     }
     cells = {name: column.to_arrow() for name, column in columns.items()}
-    table = pa.table(
-        {"sequence_id": identifiers, **cells}, schema=CACHE_SCHEMA.with_metadata(metadata)
-    )
+    schema = _schema(content).with_metadata(metadata)
+    table = pa.table({"sequence_id": identifiers, **cells}, schema=schema)
     num_bytes = storage.write_table(path, table, use_dictionary=False, write_statistics=False)
-    positions = [row.num_positions for row in rows]
-    return _shard_entry(identifiers, positions, quality, checksum, num_bytes)
+    return ShardEntry(
+        digest=digest_ids(identifiers),
+        sequence_ids=tuple(identifiers),
+        positions=tuple(row.num_positions for row in rows),
+        num_bytes=num_bytes,
+        checksum=checksum,
+        figures=figures,
+    )
 
 
 def read_shard(path: str) -> list[SparseLogprobs]:
-    """Reads a shard and checks its schema version, row count and payload checksum.
+    """Reads a shard of distributions and checks its schema version, row count and payload checksum.
 
     Raises:
         CorruptShardError: the shard is incomplete or was changed after it was written.
         CacheError: it has another schema version.
         StorageError: it is missing or cannot be read.
     """
-    identifiers, columns, metadata = _read_columns(path)
-    return _decode(identifiers, columns, metadata["polystill.renormalised"] == "true")
+    return _rows_of(path, cache_logprobs)
+
+
+def read_features(path: str) -> list[HiddenStates]:
+    """Reads a shard of hidden states.
+
+    Raises:
+        CorruptShardError, CacheError, StorageError: as `read_shard`.
+    """
+    return _rows_of(path, cache_features)
+
+
+def read_rows(path: str) -> list[CacheRow]:
+    """Reads a shard of either kind.
+
+    Raises:
+        CorruptShardError, CacheError, StorageError: as `read_shard`.
+    """
+    return _read(path).rows()
 
 
 def describe_shard(path: str, num_bytes: int) -> ShardEntry:
@@ -170,79 +155,58 @@ def describe_shard(path: str, num_bytes: int) -> ShardEntry:
     Raises:
         CorruptShardError, CacheError, StorageError: as `read_shard`.
     """
-    identifiers, columns, metadata = _read_columns(path)
-    positions = np.diff(columns["num_entries"].starts).tolist()
-    quality = json.loads(metadata["polystill.quality"])
-    return _shard_entry(identifiers, positions, quality, metadata["polystill.checksum"], num_bytes)
+    shard = _read(path)
+    return ShardEntry(
+        digest=digest_ids(shard.identifiers),
+        sequence_ids=tuple(shard.identifiers),
+        positions=tuple(shard.content.positions(shard.columns, shard.facts)),
+        num_bytes=num_bytes,
+        checksum=shard.metadata["checksum"],
+        figures=json.loads(shard.metadata["quality"]),
+    )
 
 
-def _read_columns(path: str) -> tuple[list[str], dict[str, _Column], dict[str, str]]:
+def _rows_of(path: str, content: ModuleType) -> list[Any]:
+    shard = _read(path)
+    if shard.content is not content:
+        raise CorruptShardError(path, f"its columns are {list(shard.columns)}")
+    return shard.rows()
+
+
+def _read(path: str) -> _Shard:
     try:
         table = storage.read_table(path)
     except CorruptFileError as error:
         raise CorruptShardError(
             path, f"it is no complete Parquet file ({error.__cause__})"
         ) from error
-    metadata = _metadata(path, table)
-    if not table.schema.equals(CACHE_SCHEMA):
-        raise CorruptShardError(path, f"its columns are {table.schema.names}")
-    if str(table.num_rows) != metadata["polystill.num_rows"]:
+    content, metadata = _metadata(path, table)
+    if str(table.num_rows) != metadata["num_rows"]:
         raise CorruptShardError(
-            path,
-            f"it holds {table.num_rows} rows, its header says {metadata['polystill.num_rows']}",
+            path, f"it holds {table.num_rows} rows, its header says {metadata['num_rows']}"
         )
     try:
         columns = {
-            name: _Column.of_arrow(table.column(name).combine_chunks(), dtype)
-            for name, dtype in DTYPES.items()
+            name: Column.of_arrow(table.column(name).combine_chunks(), dtype)
+            for name, dtype in content.DTYPES.items()
         }
     except ValueError as error:
         raise CorruptShardError(path, str(error)) from error
     identifiers = table.column("sequence_id").to_pylist()
-    described = [metadata[f"polystill.{key}"] for key in ("fingerprint", "quality", "renormalised")]
-    if _checksum(identifiers, columns, *described) != metadata["polystill.checksum"]:
+    described = [metadata[key] for key in ("fingerprint", "quality", *content.FACTS)]
+    if _checksum(identifiers, columns, *described) != metadata["checksum"]:
         reason = "it fails its checksum: its content was changed after it was written"
         raise CorruptShardError(path, reason)
-    return identifiers, columns, metadata
+    return _Shard(content, identifiers, columns, metadata)
 
 
-def _encode(rows: Sequence[SparseLogprobs]) -> dict[str, _Column]:
-    columns = {}
-    for name, dtype in DTYPES.items():
-        attribute = "token_ids" if name in ID_PLANES else name
-        arrays = [getattr(row, attribute) for row in rows]
-        values = np.concatenate(arrays)
-        if name in ID_PLANES:
-            values = values >> 16 if name == "token_ids_high" else values & 0xFFFF
-        starts = np.cumsum([0] + [len(array) for array in arrays], dtype=np.int64)
-        columns[name] = _Column(values.astype(dtype), starts)
-    return columns
+def _schema(content: ModuleType) -> pa.Schema:
+    return pa.schema(
+        [("sequence_id", pa.string()), *((name, pa.binary()) for name in content.DTYPES)]
+    )
 
 
-def _decode(
-    identifiers: list[str], columns: dict[str, _Column], renormalised: bool
-) -> list[SparseLogprobs]:
-    """Rows whose arrays are slices of whole decoded columns."""
-    low, high = columns["token_ids_low"], columns["token_ids_high"]
-    token_ids = low.values.astype(np.uint32)
-    if high.values.any():
-        token_ids |= high.values.astype(np.uint32) << 16
-    whole = {name: column for name, column in columns.items() if name not in ID_PLANES}
-    whole["token_ids"] = _Column(token_ids, low.starts)
-    slices = {
-        name: [c.values[a:b] for a, b in pairwise(c.starts.tolist())] for name, c in whole.items()
-    }
-    return [
-        SparseLogprobs(
-            sequence_id=identifier,
-            renormalised=renormalised,
-            **{name: parts[i] for name, parts in slices.items()},
-        )
-        for i, identifier in enumerate(identifiers)
-    ]
-
-
-def _checksum(identifiers: list[str], columns: dict[str, _Column], *described: str) -> str:
+def _checksum(identifiers: list[str], columns: Mapping[str, Column], *described: str) -> str:
     """XXH3 of the payload and of what the metadata says about it.
 
     BLAKE2b would take longer than all else that reading does.
@@ -256,47 +220,23 @@ def _checksum(identifiers: list[str], columns: dict[str, _Column], *described: s
     return hasher.hexdigest()
 
 
-def _describe(rows: Sequence[SparseLogprobs]) -> dict[str, float | int | None]:
-    kept = 1 - np.concatenate([row.tail_mass for row in rows]).astype(np.float64)
-    gold = np.concatenate([row.gold_logprobs for row in rows]).astype(np.float64)
-    return {
-        "num_positions": len(kept),
-        "num_entries": sum(len(row.token_ids) for row in rows),
-        "kept_mass": float(kept.mean()),
-        "kept_mass_p01": float(np.quantile(kept, 0.01)),
-        "gold_logprob": float(gold.mean()),
-        "draw_variance": (
-            float(np.concatenate([draw_variance(row) for row in rows]).mean())
-            if any(row.is_drawn for row in rows)
-            else None
-        ),
-    }
-
-
-def _shard_entry(
-    sequence_ids: list[str], positions: list[int], quality: dict, checksum: str, num_bytes: int
-) -> ShardEntry:
-    return ShardEntry(
-        digest=digest_ids(sequence_ids),
-        sequence_ids=tuple(sequence_ids),
-        positions=tuple(positions),
-        num_bytes=num_bytes,
-        checksum=checksum,
-        **quality,
-    )
-
-
-def _metadata(path: str, table: pa.Table) -> dict[str, str]:
+def _metadata(path: str, table: pa.Table) -> tuple[ModuleType, dict[str, str]]:
+    """What the shard holds, and its metadata without the prefix of the keys."""
     try:
         table.validate(full=True)
         metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
         raise CorruptShardError(path, str(error)) from error
-    if missing := METADATA_KEYS - metadata.keys():
+    fits = [c for c in CONTENTS.values() if table.schema.equals(_schema(c))]
+    facts = {f"polystill.{key}" for content in fits for key in content.FACTS}
+    if missing := METADATA_KEYS.union(facts) - metadata.keys():
         raise CorruptShardError(path, f"its metadata lacks {sorted(missing)}")
     version = metadata["polystill.schema_version"]
-    if version != str(SCHEMA_VERSION):
+    known = {str(content.SCHEMA_VERSION) for content in fits or CONTENTS.values()}
+    if version not in known:
         raise CacheError(
-            f"{path} has cache schema version {version}, this program reads {SCHEMA_VERSION}"
+            f"{path} has cache schema version {version}, this program reads {' or '.join(known)}"
         )
-    return metadata
+    if not fits:
+        raise CorruptShardError(path, f"its columns are {table.schema.names}")
+    return fits[0], {key.removeprefix("polystill."): text for key, text in metadata.items()}

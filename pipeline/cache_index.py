@@ -1,4 +1,4 @@
-"""A teacher's cache as a whole: its index, its manifest, and random access to its rows.
+"""A cache as a whole: its index, its manifest, and random access to its rows.
 
 Index and manifest are derived from the shards and can be rebuilt at any time: whoever opens a cache
 lists the shard files and trusts the index only for those that it finds with the size that it names;
@@ -15,24 +15,25 @@ from __future__ import annotations
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.cache import ShardEntry, describe_shard, read_shard
+from pipeline.cache import ShardEntry, describe_shard, read_features, read_shard
 from pipeline.datasets import DatasetEntry
 from pipeline.errors import CacheError, CorruptFileError
 from pipeline.generations import current_generation
 from pipeline.layout import CacheLayout
-from pipeline.records import SparseLogprobs
+from pipeline.records import CacheRow, HiddenStates, SparseLogprobs
 
 logger = logging.getLogger(__name__)
 
 DECODED_SHARDS_KEPT = 64
+Row = TypeVar("Row", bound=CacheRow)
 
 
 def load_index(cache: CacheLayout) -> list[ShardEntry]:
@@ -117,22 +118,25 @@ def totals(entries: list[ShardEntry]) -> dict[str, float]:
     if num_positions == 0:
         return sizes
     weights /= num_positions
-    kept_mass = float(weights @ [entry.kept_mass for entry in entries])
+    sizes["bytes_per_token"] = num_bytes / num_positions
+    shards = {name: [entry.figures[name] for entry in entries] for name in entries[0].figures}
+    if "mean_norm" in shards:
+        return sizes | {"mean_norm": float(weights @ shards["mean_norm"])}
+    kept_mass = float(weights @ shards["kept_mass"])
+    density = np.divide(shards["num_entries"], shards["num_positions"])
     return sizes | {
-        "bytes_per_token": num_bytes / num_positions,
-        "entries_per_position": float(
-            weights @ [entry.num_entries / entry.num_positions for entry in entries]
-        ),
+        "entries_per_position": float(weights @ density),
         "kept_mass": kept_mass,
-        "kept_mass_p01": min(entry.kept_mass_p01 for entry in entries),
-        **_losses(entries, weights, kept_mass),
-        "gold_logprob": float(weights @ [entry.gold_logprob for entry in entries]),
+        "kept_mass_p01": min(shards["kept_mass_p01"]),
+        **_losses(shards["draw_variance"], weights, kept_mass),
+        "gold_logprob": float(weights @ shards["gold_logprob"]),
     }
 
 
-def _losses(entries: list[ShardEntry], weights: np.ndarray, kept_mass: float) -> dict[str, float]:
+def _losses(
+    variances: list[float | None], weights: np.ndarray, kept_mass: float
+) -> dict[str, float]:
     """What the selection costs: nats of the mass in buckets, or mass and variance of the draws."""
-    variances = [entry.draw_variance for entry in entries]
     if None in variances:
         return {"tail_nats": float(-np.log(kept_mass))}
     return {
@@ -141,21 +145,22 @@ def _losses(entries: list[ShardEntry], weights: np.ndarray, kept_mass: float) ->
     }
 
 
-class CacheReader:
+class CacheReader(Generic[Row]):
     """Random access to the rows of one generation of a cache; keeps the last decoded shards."""
 
-    def __init__(self, cache: CacheLayout) -> None:
-        self._cache = cache
+    def __init__(self, cache: CacheLayout, read: Callable[[str], list[Row]]) -> None:
+        """`read` reads a shard of the cache's kind."""
+        self._cache, self._read = cache, read
         self._place: dict[str, tuple[str, int]] = {}
         for entry in load_index(cache):
             for row, identifier in enumerate(entry.sequence_ids):
                 self._place.setdefault(identifier, (entry.digest, row))
-        self._decoded: OrderedDict[str, list[SparseLogprobs]] = OrderedDict()
+        self._decoded: OrderedDict[str, list[Row]] = OrderedDict()
 
     def __contains__(self, sequence_id: str) -> bool:
         return sequence_id in self._place
 
-    def row(self, sequence_id: str) -> SparseLogprobs | None:
+    def row(self, sequence_id: str) -> Row | None:
         """The teacher's row for a sequence, or None when it was never scored.
 
         Raises:
@@ -167,7 +172,7 @@ class CacheReader:
         if digest in self._decoded:
             self._decoded.move_to_end(digest)
         else:
-            self._decoded[digest] = read_shard(self._cache.shard(digest))
+            self._decoded[digest] = self._read(self._cache.shard(digest))
             if len(self._decoded) > DECODED_SHARDS_KEPT:
                 self._decoded.popitem(last=False)
         found = self._decoded[digest][index]
@@ -179,13 +184,22 @@ class CacheReader:
         return found
 
 
-def open_cache(cache: CacheLayout) -> CacheReader:
-    """Opens one generation of a cache for reading.
+def open_cache(cache: CacheLayout) -> CacheReader[SparseLogprobs]:
+    """Opens one generation of a cache of distributions for reading.
 
     Raises:
         StorageError: a shard cannot be read.
     """
-    return CacheReader(cache)
+    return CacheReader(cache, read_shard)
+
+
+def open_features(cache: CacheLayout) -> CacheReader[HiddenStates]:
+    """Opens one generation of a cache of hidden states for reading.
+
+    Raises:
+        StorageError: a shard cannot be read.
+    """
+    return CacheReader(cache, read_features)
 
 
 def quarantined(cache: CacheLayout) -> dict[str, str]:
@@ -214,23 +228,15 @@ _INDEX_SCHEMA = pa.schema(
         ("digest", pa.string()),
         ("sequence_ids", pa.list_(pa.string())),
         ("positions", pa.list_(pa.int64())),
-        ("num_positions", pa.int64()),
-        ("num_entries", pa.int64()),
         ("num_bytes", pa.int64()),
         ("checksum", pa.string()),
-        ("kept_mass", pa.float64()),
-        ("kept_mass_p01", pa.float64()),
-        ("gold_logprob", pa.float64()),
-        ("draw_variance", pa.float64()),
+        ("figures", pa.string()),
     ]
 )
 
 
 def _write_index(cache: CacheLayout, entries: list[ShardEntry]) -> None:
-    lists = ("sequence_ids", "positions")
-    rows = [
-        asdict(entry) | {name: list(getattr(entry, name)) for name in lists} for entry in entries
-    ]
+    rows = [asdict(entry) | {"figures": json.dumps(entry.figures)} for entry in entries]
     storage.write_table(cache.index, pa.Table.from_pylist(rows, schema=_INDEX_SCHEMA))
 
 
@@ -254,7 +260,11 @@ def read_index(cache: CacheLayout) -> list[ShardEntry]:
         return []
     if not table.schema.equals(_INDEX_SCHEMA):
         return []
-    lists = ("sequence_ids", "positions")
     return [
-        ShardEntry(**row | {name: tuple(row[name]) for name in lists}) for row in table.to_pylist()
+        ShardEntry(
+            **row
+            | {name: tuple(row[name]) for name in ("sequence_ids", "positions")}
+            | {"figures": json.loads(row["figures"])}
+        )
+        for row in table.to_pylist()
     ]

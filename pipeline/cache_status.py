@@ -10,6 +10,7 @@ from pipeline import storage
 from pipeline.cache_index import load_index, quarantined, totals
 from pipeline.config import Config
 from pipeline.datasets import DatasetEntry
+from pipeline.features import teacher_of
 from pipeline.fingerprint import differences
 from pipeline.generations import (
     current_generation,
@@ -19,7 +20,7 @@ from pipeline.generations import (
 )
 from pipeline.layout import CacheLayout, Layout
 from pipeline.prepared import Prepared
-from pipeline.recipes import cache_layout, scoring_recipe
+from pipeline.recipes import cache_layout, cache_recipes
 from pipeline.text import table
 
 
@@ -59,11 +60,10 @@ class TeacherStatus:
 
 def expected_recipes(config: Config, prepared: Prepared) -> dict[str, dict[str, Any]]:
     """The recipes of a config that has changed since it was prepared, model identities as then."""
-    return {
-        name: scoring_recipe(config, name, recipe["model"], prepared.tokenizer_hash)
-        for name, recipe in prepared.scoring_recipes.items()
-        if name in config.teachers
+    identities = {
+        teacher_of(name): recipe["model"] for name, recipe in prepared.scoring_recipes.items()
     }
+    return cache_recipes(config, identities, prepared.tokenizer_hash)
 
 
 def teacher_status(
@@ -114,8 +114,8 @@ def status_table(run: str, entries: Sequence[DatasetEntry], found: Sequence[Teac
             f"{len(status.refused):,}",
             f"{status.totals['num_positions']:,}",
             f"{status.totals['num_bytes']:,}",
-            f"{status.totals['bytes_per_token']:.1f}" if "kept_mass" in status.totals else "-",
-            f"{status.totals['kept_mass']:.5f}" if "kept_mass" in status.totals else "-",
+            _number(status.totals, "bytes_per_token", ".1f"),
+            _number(status.totals, "kept_mass", ".5f"),
         ]
         for status in found
     ]
@@ -134,6 +134,10 @@ def status_table(run: str, entries: Sequence[DatasetEntry], found: Sequence[Teac
             )
             lines += [f"    {change}" for change in stale.changes]
     return "\n".join(lines)
+
+
+def _number(found: dict[str, float], name: str, form: str) -> str:
+    return format(found[name], form) if name in found else "-"
 
 
 def stale_caches(layout: Layout, prepared: Prepared) -> list[str]:

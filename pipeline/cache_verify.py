@@ -12,13 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline import storage
-from pipeline.cache import check_row, describe_shard, read_shard
+from pipeline.cache import describe_shard, read_rows
+from pipeline.cache_checks import check_row
+from pipeline.cache_features import check_states
 from pipeline.cache_index import read_index
 from pipeline.datasets import SequenceReader
 from pipeline.errors import CacheError, CorruptFileError, StorageError
 from pipeline.fingerprint import digest_ids
 from pipeline.layout import CacheLayout
-from pipeline.records import SparseLogprobs, TokenSequence
+from pipeline.records import CacheRow, HiddenStates, SparseLogprobs, TokenSequence
 
 HALF_STEP = 2.0**-10
 """Largest difference, relative to their size, of two float16 that come from one float32 number or
@@ -120,13 +122,16 @@ def check_cache(
     return CheckedCache(problems, len(files), counted.total(), compared)
 
 
-def row_problems(row: SparseLogprobs, vocabulary: int, sequence: TokenSequence | None) -> list[str]:
+def row_problems(row: CacheRow, vocabulary: int, sequence: TokenSequence | None) -> list[str]:
     """What is wrong with a row, all of it; of arrays of wrong lengths only that is said.
 
     Args:
         sequence: that the row belongs to; None leaves the alignment unchecked.
     """
     try:
+        if isinstance(row, HiddenStates):
+            check_states(row)
+            return _length_problems(row, sequence)
         check_row(row)
     except CacheError as error:
         return [str(error).removeprefix(f"sequence {row.sequence_id}: ")]
@@ -145,12 +150,15 @@ def row_problems(row: SparseLogprobs, vocabulary: int, sequence: TokenSequence |
         problems.append("a position holds a token id twice")
     if sequence is None:
         return problems
-    if row.num_positions != sequence.num_positions:
-        return [
-            *problems,
-            f"{row.num_positions} positions, its sequence has {sequence.num_positions}",
-        ]
+    if lengths := _length_problems(row, sequence):
+        return problems + lengths
     return problems + _gold_problems(row, sequence, positions)
+
+
+def _length_problems(row: CacheRow, sequence: TokenSequence | None) -> list[str]:
+    if sequence is None or row.num_positions == sequence.num_positions:
+        return []
+    return [f"{row.num_positions} positions, its sequence has {sequence.num_positions}"]
 
 
 def _gold_problems(
@@ -185,14 +193,14 @@ def _gold_problems(
     return problems
 
 
-def _trusted_rows(cache: CacheLayout, digest: str, fingerprint: str) -> list[SparseLogprobs]:
+def _trusted_rows(cache: CacheLayout, digest: str, fingerprint: str) -> list[CacheRow]:
     """Reads a shard; its checksum, its recipe and its name must fit.
 
     Raises:
         CacheError, StorageError: they do not.
     """
     path = cache.shard(digest)
-    rows = read_shard(path)
+    rows = read_rows(path)
     made_by = storage.read_table(path).schema.metadata[b"polystill.fingerprint"].decode()
     if made_by != fingerprint:
         raise CacheError(f"{path} was made under the recipe {made_by}, not {fingerprint}")

@@ -23,7 +23,7 @@ from pipeline.config_targets import (
     ScoringConfig,
     StaticWeights,
 )
-from pipeline.config_training import StudentConfig, TrainingConfig
+from pipeline.config_training import StateLoss, StudentConfig, TrainingConfig
 from pipeline.text import closest
 
 LINEAR_LOSSES = frozenset({"forward_kl", "cross_entropy"})
@@ -142,12 +142,24 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _losses_name_teachers(self) -> Config:
+        for teacher in self.training.teacher_layers:
+            if teacher not in self.teachers:
+                raise ValueError(
+                    f"training.losses names teacher {teacher!r}; the teachers are "
+                    f"{sorted(self.teachers)}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def draws_are_used_linearly(self) -> Config:
         selection = self.scoring.selection
         if not isinstance(selection, Sampled | HeadAndSampled):
             return self
         beginning = f"scoring.selection {selection.type!r} keeps draws, which are"
         for loss in self.training.losses:
+            if isinstance(loss, StateLoss):
+                continue  # of hidden states, which nothing is drawn from
             if loss.type not in LINEAR_LOSSES:
                 raise ValueError(
                     f"{beginning} unbiased only in losses linear in the teacher's probabilities "

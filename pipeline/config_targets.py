@@ -88,6 +88,15 @@ def selection_of(recipe: dict[str, Any]) -> Selection:
     return _SELECTION.validate_python(recipe["selection"])
 
 
+class FeatureStorage(Section):
+    """How hidden states are stored, for losses on them; which layers, these losses say."""
+
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    """Store a random projection to so many dimensions; without, states as they are."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the projection."""
+
+
 class ScoringConfig(Section):
     """What is captured of the teachers' distributions, and what is kept."""
 
@@ -95,6 +104,8 @@ class ScoringConfig(Section):
     """Capture width: entries that the engine returns for every position."""
     selection: Selection
     """What of them is kept on disk."""
+    features: FeatureStorage = FeatureStorage()
+    """Of hidden states, where a loss needs them."""
 
     @model_validator(mode="after")
     def _capture_covers_selection(self) -> ScoringConfig:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from pipeline.config_base import Count, Fraction, Positive, Resources, Section
+from pipeline.config_base import Count, Fraction, Name, Positive, Resources, Section
 
 
 class StudentConfig(Section):
@@ -131,6 +131,60 @@ class TotalVariation(TeacherLoss):
     type: Literal["total_variation"]
 
 
+class StateLoss(LossSection):
+    """A loss between hidden states of one teacher and of the student, both at the indices whose
+    logits are trained. They are captured while the teacher scores.
+    """
+
+    teacher: Name
+    """Whose states; any teacher, whatever it weighs in the mixture."""
+    layers: Annotated[
+        dict[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]], Field(min_length=1)
+    ]
+    """Teacher layer: student layer; `l` is transformers' `hidden_states[l]`, but a teacher's last
+    layer comes before its final norm. The loss is the mean over these pairs."""
+
+    @property
+    def name(self) -> str:
+        """Under which it is logged: `hidden_state_cosine_words_8_4`, `relation_angle_words_8_4`."""
+        fields = self.model_dump()
+        layers = [f"{teachers}_{students}" for teachers, students in self.layers.items()]
+        kind = fields["measure"] if "measure" in fields else fields["relation"]
+        return "_".join([fields["type"], kind, self.teacher, *layers])
+
+
+class HiddenState(StateLoss):
+    """Distance of the student's hidden state from the teacher's."""
+
+    type: Literal["hidden_state"]
+    measure: Literal["mse", "cosine"]
+    """Mean square of the differences, or 1 - cosine."""
+    projection: Literal["learned", "none"]
+    """A matrix from the student's size to the stored one, trained along and not exported; `none`
+    needs equal sizes."""
+
+
+class Relation(StateLoss):
+    """Distance of relations: between the sequences of a group, or the tokens of a sequence."""
+
+    type: Literal["relation"]
+    relation: Literal["distance", "angle", "token_similarity"]
+    """`distance` of pairs and `angle` of triples of sequences, by their mean states;
+    `token_similarity`: cosines between the tokens of a sequence."""
+    sequences: Annotated[int, Field(ge=2)] | None = None
+    """Size of the groups for `distance` and `angle`: sequences that follow one another in a step's
+    batch. A group stays in one micro-batch, so that it does not depend on workers or packing."""
+
+    @model_validator(mode="after")
+    def _sequences_where_needed(self) -> Relation:
+        least = {"distance": 2, "angle": 3, "token_similarity": 0}[self.relation]
+        if least == 0 and self.sequences is not None:
+            raise ValueError("token_similarity looks at single sequences: leave `sequences` out")
+        if least and (self.sequences is None or self.sequences < least):
+            raise ValueError(f"{self.relation} needs `sequences` of at least {least}")
+        return self
+
+
 class CrossEntropy(LossSection):
     """Cross-entropy with the tokens of the text."""
 
@@ -138,7 +192,14 @@ class CrossEntropy(LossSection):
 
 
 Loss = Annotated[
-    ForwardKL | ReverseKL | JensenShannon | SkewKL | TotalVariation | CrossEntropy,
+    ForwardKL
+    | ReverseKL
+    | JensenShannon
+    | SkewKL
+    | TotalVariation
+    | CrossEntropy
+    | HiddenState
+    | Relation,
     Field(discriminator="type"),
 ]
 
@@ -242,6 +303,31 @@ class TrainingConfig(Section):
         if twice:
             raise ValueError(f"{twice} stand twice in the list: add up their weights")
         return losses
+
+    @property
+    def teacher_layers(self) -> dict[str, tuple[int, ...]]:
+        """By teacher, the layers whose hidden states the losses need, in ascending order."""
+        layers: dict[str, set[int]] = {}
+        for loss in self.losses:
+            if isinstance(loss, StateLoss):
+                layers.setdefault(loss.teacher, set()).update(loss.layers)
+        return {teacher: tuple(sorted(found)) for teacher, found in layers.items()}
+
+    @model_validator(mode="after")
+    def _groups_fill_the_batch(self) -> TrainingConfig:
+        sizes = {loss.sequences for loss in self.losses if isinstance(loss, Relation)} - {None}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"relation losses with groups of {sorted(sizes)} sequences: groups stay in one "
+                "micro-batch, so all need the same size"
+            )
+        for size in sizes:
+            if size and self.sequences_per_step % size:
+                raise ValueError(
+                    f"sequences_per_step ({self.sequences_per_step}) is no multiple of a relation "
+                    f"loss's `sequences` ({size})"
+                )
+        return self
 
     @model_validator(mode="after")
     def _owned_keys(self) -> TrainingConfig:

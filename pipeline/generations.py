@@ -130,8 +130,8 @@ def named_generations(layout: Layout) -> Names:
                 name(cache.name, current_generation(cache.folder), f"run {run}")
         for root in sorted({layout.root, *_models_roots(of_run)}):
             for who, identity in _identities(storage.join(root, "runs", run)):
-                for teacher, used in identity.get("caches", {}).items():
-                    cache = layout.cache(teacher, used["fingerprint"])
+                for cache_name, used in identity.get("caches", {}).items():
+                    cache = layout.cache(cache_name, used["fingerprint"])
                     name(cache.name, used["generation"], f"{who} of run {run}")
     return names
 
@@ -140,7 +140,7 @@ def _prepared_caches(layout: Layout) -> list[CacheLayout]:
     if not storage.exists(layout.prepared):
         return []
     recipes = storage.read_json(layout.prepared)["scoring_recipes"]
-    return [layout.cache(teacher, digest_json(recipe)) for teacher, recipe in recipes.items()]
+    return [layout.cache(name, digest_json(recipe)) for name, recipe in recipes.items()]
 
 
 def _models_roots(layout: Layout) -> set[str]:

@@ -9,7 +9,7 @@ from pipeline.storage import join
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """The folder of one teacher's cache under one recipe, and one generation in it."""
+    """The folder of one cache under one recipe, and one generation in it."""
 
     folder: str
     generation: int
@@ -140,5 +140,6 @@ class Layout:
     def weight_hashes(self) -> str:
         return join(self.root, "weight_hashes.json")
 
-    def cache(self, teacher: str, fingerprint: str, generation: int = 1) -> CacheLayout:
-        return CacheLayout(join(self.caches_folder, f"{teacher}-{fingerprint[:16]}"), generation)
+    def cache(self, name: str, fingerprint: str, generation: int = 1) -> CacheLayout:
+        """Of a teacher's name its distributions; see `pipeline/features.py` for hidden states."""
+        return CacheLayout(join(self.caches_folder, f"{name}-{fingerprint[:16]}"), generation)

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.config import Config
+from pipeline.features import holds_features
 from pipeline.fingerprint import digest_json
 from pipeline.generations import generation_in_use
 from pipeline.layout import CacheLayout, Layout
@@ -29,7 +30,7 @@ class Prepared:
         prompts: digest of the prompt table.
         prompt_counts: rows read, duplicates dropped, prompts of each split.
         longest_prompt: tokens of the longest prompt.
-        scoring_recipes: by teacher.
+        scoring_recipes: by name of the cache: a teacher's distributions, or hidden states.
         synthesis_recipes: by the label of a step (`pipeline/synthesis_steps.py`).
         student: identity of the model that the student starts from.
         filters_before_scoring: identities; with those after scoring all filters of the config.
@@ -48,11 +49,16 @@ class Prepared:
     filters_after_scoring: list[dict[str, Any]] = field(default_factory=list)
 
     def caches(self, layout: Layout) -> dict[str, CacheLayout]:
-        """Where every teacher's cache lies, in the generation that this run uses."""
+        """Where every cache lies, by name, in the generation that this run uses."""
         return {
-            teacher: generation_in_use(layout, cache_layout(layout, teacher, recipe))
-            for teacher, recipe in self.scoring_recipes.items()
+            name: generation_in_use(layout, cache_layout(layout, name, recipe))
+            for name, recipe in self.scoring_recipes.items()
         }
+
+    def distributions(self, layout: Layout) -> dict[str, CacheLayout]:
+        """Of `caches` those of distributions, by teacher."""
+        caches = self.caches(layout)
+        return {name: cache for name, cache in caches.items() if not holds_features(name)}
 
     def longest_request(self, config: Config, sampling: dict[str, Any]) -> int:
         """Tokens that an engine must hold to answer every prompt that is not too long."""
@@ -84,6 +90,7 @@ def preparation_key(config: Config) -> str:
                 exclude={"teachers": {"__all__": NEUTRAL_TEACHER_KEYS}},
             ),
             config.student.model_dump(mode="json", exclude={"cost_per_hour"}),
+            config.training.teacher_layers,
             [storage.file_states(path) for path in paths],
         ]
     )

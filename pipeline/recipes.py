@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.cache import SCHEMA_VERSION
+from pipeline import cache_features, cache_logprobs
 from pipeline.config import Config, TeacherConfig
 from pipeline.config_recipes import Answering, GivenAnswers, Recipe
 from pipeline.config_synthesis import Judge
+from pipeline.features import features_of
 from pipeline.fingerprint import digest_bytes, digest_json
 from pipeline.layout import CacheLayout, Layout
 from pipeline.prompt_writing import rubric_of, templates_of
@@ -52,15 +53,53 @@ def _engine(teacher: TeacherConfig) -> dict[str, Any]:
 def scoring_recipe(
     config: Config, teacher: str, identity: dict[str, str], tokenizer_hash: str
 ) -> dict[str, Any]:
-    """The recipe that names a teacher's cache folder; `identity` is from `teachers/identity.py`."""
+    """The recipe that names the folder of a teacher's distributions."""
     return {
         "model": identity,
         "tokenizer": tokenizer_hash,
         "num_logprobs": config.scoring.num_logprobs,
         "selection": config.scoring.selection.model_dump(mode="json"),
         "vllm": _engine(config.teachers[teacher]),
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": cache_logprobs.SCHEMA_VERSION,
     }
+
+
+def feature_recipe(
+    config: Config, teacher: str, identity: dict[str, str], tokenizer_hash: str
+) -> dict[str, Any]:
+    """The recipe that names the folder of a teacher's hidden states, which a loss asks for."""
+    stored = config.scoring.features
+    projected = stored.dimensions is not None
+    return {
+        "model": identity,
+        "tokenizer": tokenizer_hash,
+        "layers": list(config.training.teacher_layers[teacher]),
+        "projection": {"signs": "PCG64", **stored.model_dump()} if projected else None,
+        "dtype": "bfloat16",
+        "vllm": _engine(config.teachers[teacher]),
+        "schema_version": cache_features.SCHEMA_VERSION,
+    }
+
+
+def cache_recipes(
+    config: Config, identities: dict[str, dict[str, str]], tokenizer_hash: str
+) -> dict[str, dict[str, Any]]:
+    """By name of the cache, the recipes of all that the teachers' caches are to hold.
+
+    Args:
+        identities: by teacher, from `teachers/identity.py`; other teachers are left out.
+    """
+    known = {name: identity for name, identity in identities.items() if name in config.teachers}
+    distributions = {
+        name: scoring_recipe(config, name, identity, tokenizer_hash)
+        for name, identity in known.items()
+    }
+    features = {
+        features_of(name): feature_recipe(config, name, known[name], tokenizer_hash)
+        for name in config.training.teacher_layers
+        if name in known
+    }
+    return distributions | features
 
 
 def synthesis_recipe(
@@ -132,7 +171,7 @@ def sampling_of(recipe: Recipe, generator: str) -> dict[str, Any]:
 
 
 def cache_layout(
-    layout: Layout, teacher: str, recipe: dict[str, Any], generation: int = 1
+    layout: Layout, name: str, recipe: dict[str, Any], generation: int = 1
 ) -> CacheLayout:
-    """Where the cache of a recipe lies."""
-    return layout.cache(teacher, digest_json(recipe), generation)
+    """Where the cache of that name and recipe lies."""
+    return layout.cache(name, digest_json(recipe), generation)

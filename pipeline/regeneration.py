@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipeline import storage
-from pipeline.cache import read_shard, write_shard
+from pipeline.cache import read_rows, write_shard
 from pipeline.cache_index import forget, load_index, missing_sequences, quarantined, read_index
 from pipeline.cache_verify import corrupt_shards, index_problem
 from pipeline.datasets import DatasetEntry, read_dataset
@@ -150,7 +150,7 @@ def take_over(
         if len(kept) == len(entry.sequence_ids):
             storage.link_or_copy(source.shard(entry.digest), path)
         else:
-            rows = {row.sequence_id: row for row in read_shard(source.shard(entry.digest))}
+            rows = {row.sequence_id: row for row in read_rows(source.shard(entry.digest))}
             write_shard(path, [rows[identifier] for identifier in kept], fingerprint)
     for identifier, error in quarantined(source).items():
         if identifier not in anew:

@@ -9,7 +9,8 @@ from typing import Any
 from pipeline import storage
 from pipeline.config import Config
 from pipeline.config_targets import ByDomainWeights, CombineConfig
-from pipeline.config_training import CrossEntropy, Loss
+from pipeline.config_training import CrossEntropy, Loss, Relation, StateLoss, TeacherLoss
+from pipeline.features import features_of
 from pipeline.fingerprint import digest_json
 from pipeline.layout import CacheLayout, Layout
 from pipeline.learned_weights import learned_weights, with_learned
@@ -47,8 +48,9 @@ class TrainingJob:
     Attributes:
         student: `student` or `twin`: names the training folder.
         losses: of this training; a twin has cross-entropy alone.
-        caches: by teacher; teachers that weigh nothing need none.
-        cache_fingerprints: by teacher, of the recipe that filled its cache.
+        caches: by name, of distributions and of hidden states; those that no loss needs may be
+            missing.
+        cache_fingerprints: by name of the cache, of the recipe that filled it.
         start: identity of the model that the student starts from.
         tokenizer: hash of the tokenizer of all sequences.
         learned: by domain and teacher, where weights are learned.
@@ -81,7 +83,19 @@ class TrainingJob:
 
     @property
     def uses_teachers(self) -> bool:
-        return any(loss.type != "cross_entropy" for loss in self.losses)
+        """Whether a loss is against the teachers' distributions."""
+        return any(isinstance(loss, TeacherLoss) for loss in self.losses)
+
+    @property
+    def feature_teachers(self) -> list[str]:
+        """The teachers whose hidden states a loss needs."""
+        return sorted({loss.teacher for loss in self.losses if isinstance(loss, StateLoss)})
+
+    @property
+    def sequences_together(self) -> int:
+        """How many sequences in a row of a step's batch stay in one micro-batch."""
+        sizes = [loss.sequences for loss in self.losses if isinstance(loss, Relation)]
+        return max([1, *(size for size in sizes if size)])
 
     @property
     def zero_stage(self) -> int:
@@ -91,6 +105,7 @@ class TrainingJob:
         """What decides the trained weights, as a JSON value."""
         config = self.config.model_dump(mode="json")
         used = used_teachers(self.config) if self.uses_teachers else []
+        used += [features_of(teacher) for teacher in self.feature_teachers]
         return {
             "seed": self.config.seed,
             "tokenizer": self.tokenizer,

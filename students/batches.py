@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -20,7 +20,14 @@ from pipeline.errors import TrainingError
 from pipeline.fingerprint import digest_json
 from pipeline.training import TrainingJob
 from students.dataset import Examples, open_examples
-from students.packing import PackedBatch, pack, plan_micro_batches, refuse_long_sequences
+from students.features import TeacherStates
+from students.packing import (
+    PackedBatch,
+    pack,
+    plan_groups,
+    refuse_long_groups,
+    refuse_long_sequences,
+)
 
 SHUFFLE_WINDOW_SHARDS = 32
 """Sequence shards whose sequences are shuffled together; fewer than a cache reader keeps decoded.
@@ -113,10 +120,10 @@ class BatchSource:
         if not self.train:
             raise TrainingError(f"dataset {job.dataset_digest} has no sequences of split `train`")
         used, training = self.train + self.holdout, job.config.training
-        refuse_long_sequences(
-            [(entry.sequence_id, entry.num_tokens) for entry in used],
-            training.tokens_per_micro_batch,
-        )
+        padded, budget = not training.packing, training.tokens_per_micro_batch
+        refuse_long_sequences([(entry.sequence_id, entry.num_tokens) for entry in used], budget)
+        lengths = [entry.num_tokens for entry in used]
+        refuse_long_groups(lengths, budget, padded, job.sequences_together)
         self.examples: Examples = open_examples(
             job.layout,
             job.caches,
@@ -125,6 +132,7 @@ class BatchSource:
             used,
             share.vocabulary,
         )
+        self.states = TeacherStates(job.caches, job.feature_teachers, used)
         self._order = DataOrder(
             [entry.shard for entry in self.train],
             job.config.seed,
@@ -144,8 +152,11 @@ class BatchSource:
 
     def micro_batches(self, batch: Sequence[DatasetEntry]) -> Iterator[PackedBatch]:
         """Those of this rank, of any sequences; their number is the same on all ranks."""
-        training, lengths = self._share.job.config.training, [entry.num_tokens for entry in batch]
-        padded, budget = not training.packing, training.tokens_per_micro_batch
-        plan = plan_micro_batches(lengths, budget, self._share.world_size, padded)
+        job, lengths = self._share.job, [entry.num_tokens for entry in batch]
+        together, padded = job.sequences_together, not job.config.training.packing
+        budget = job.config.training.tokens_per_micro_batch
+        plan = plan_groups(lengths, budget, self._share.world_size, padded, together)
         for members in plan[self._share.rank]:
-            yield pack([self.examples[batch[i]] for i in members], padded)
+            packed = pack([self.examples[batch[i]] for i in members], padded)
+            groups = [i // together for i in members]
+            yield replace(packed, features=self.states.batch([batch[i] for i in members], groups))

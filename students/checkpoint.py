@@ -82,6 +82,7 @@ def check_resume(job: TrainingJob) -> Resume | None:
     changes = differences(stored["identity"], job.identity())
     allowed = [line for line in changes if _is_allowed(line, job)]
     found = [line for line in changes if line not in allowed] + refused_changes(old, new)
+    found += _other_matrices(stored["identity"], job.identity())
     if found:
         raise TrainingError(
             f"checkpoint {path} does not fit this training (old -> new):\n  "
@@ -171,6 +172,19 @@ def _keep_changes(folder: str, resume: Resume) -> None:
         changes.append({"step": resume.state.step, "differences": resume.changes})
     if changes != before:
         storage.write_json(str(Path(folder, "changes.json")), changes)
+
+
+def _other_matrices(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Losses that learn a matrix cannot come or go: the optimizer's state is in their order."""
+    before, now = (
+        [
+            f"{loss['teacher']} {loss['layers']}"
+            for loss in identity["losses"]
+            if loss.get("projection") == "learned"
+        ]
+        for identity in (old, new)
+    )
+    return [] if before == now else [f"learned projections: {before} -> {now}"]
 
 
 def _is_allowed(line: str, job: TrainingJob) -> bool:

@@ -7,6 +7,7 @@ the forward of this module: that is where ZeRO-3 gathers it, tied to the embeddi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,9 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from pipeline.config_training import StudentConfig
 from pipeline.errors import TrainingError
 from students.divergences import LossTerm
+from students.feature_losses import FeatureLosses
 from students.initial_weights import load_initial_weights
-from students.losses import distillation_loss, position_figures
+from students.losses import distillation_loss, position_figures, weighted_total
 from students.micro_batch import MicroBatch
+from students.outcomes import figure_names
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -84,29 +87,60 @@ def refuse_head_settings(settings: dict) -> None:
 class StudentModule(nn.Module):
     """A causal language model with its losses; `model` is what is exported."""
 
-    def __init__(self, model: PreTrainedModel, terms: tuple[LossTerm, ...]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        terms: tuple[LossTerm, ...],
+        features: FeatureLosses | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.terms = terms
+        self.features = features
         self.softcap = logit_softcap(model)
+
+    @property
+    def figure_names(self) -> tuple[str, ...]:
+        """Of all that `forward` measures; last the losses on hidden states."""
+        own = () if self.features is None else self.features.terms
+        return (*figure_names(self.terms), *(term.name for term in own))
+
+    def total(self, figures: torch.Tensor) -> torch.Tensor:
+        """The weighted sum of all losses among figures of shape [F] or [F, P]."""
+        known = len(figure_names(self.terms))
+        total = weighted_total(figures[:known], self.terms)
+        if self.features is not None:
+            for term, values in zip(self.features.terms, figures[known:], strict=True):
+                total = total + term.weight * values
+        return total
 
     def forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """The fields of `LossSums` in training mode, of `PositionFigures` in evaluation mode.
+        Figures of losses on hidden states follow the others.
 
         A plain tuple, since ZeRO-3 hangs the gather for the backward pass on output tensors and
         looks for them in tuples, lists and dictionaries only.
         """
-        hidden_TH = body_hidden_states(self.model, batch.input_ids, batch.position_ids)
+        layers = () if self.features is None else self.features.layers
+        hidden_TH, states = body_states(self.model, batch.input_ids, batch.position_ids, layers)
         hidden_PH = hidden_TH[batch.logit_indices]
         # read here and not kept: ZeRO-3 gathers a parameter that is read inside the forward of this
         # module
         head = output_head(self.model)
         arguments = (hidden_PH, head.weight, head.bias, batch.targets, self.terms)
-        if self.training:
-            sums = distillation_loss(*arguments, softcap=self.softcap)
-            return sums.total, sums.figures
-        found = position_figures(*arguments, softcap=self.softcap)
-        return found.figures, found.argmax_ids
+        values_EP = hidden_PH.new_zeros(0, len(hidden_PH), dtype=torch.float32)
+        if self.features is not None:
+            assert batch.features is not None, "batches of such a training carry states"
+            at_positions = {layer: states[layer][batch.logit_indices] for layer in layers}
+            values_EP = self.features(at_positions, batch.features)
+        if not self.training:
+            found = position_figures(*arguments, softcap=self.softcap)
+            return torch.cat([found.figures, values_EP]), found.argmax_ids
+        sums = distillation_loss(*arguments, softcap=self.softcap)
+        values_E, total = values_EP.sum(dim=1), sums.total
+        for term, value in zip(self.features.terms if self.features else (), values_E, strict=True):
+            total = total + term.weight * value
+        return total, torch.cat([sums.figures, values_E.detach()])
 
 
 def output_head(model: PreTrainedModel) -> nn.Linear:
@@ -143,15 +177,28 @@ def load_model(
 def body_hidden_states(
     model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor | None
 ) -> torch.Tensor:
-    """[R T, H]: last hidden states of one packed row, or of padded rows one after another.
+    """[R T, H]: last hidden states, see `body_states`."""
+    return body_states(model, input_ids, position_ids, ())[0]
+
+
+def body_states(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    layers: Sequence[int],
+) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """[R T, H]: last hidden states of one packed row, or of padded rows one after another; and by
+    layer those of `layers`, as transformers counts them.
 
     For a packed row transformers builds the block-diagonal mask from `position_ids`, but only
     without a cache of keys and values: with `use_cache=True` its sequences would see one another.
     """
     body: nn.Module = model.base_model
     places = {} if position_ids is None else {"position_ids": position_ids}
-    output = body(input_ids=input_ids, use_cache=False, **places)
-    return output.last_hidden_state.flatten(0, 1)
+    wanted = {"output_hidden_states": True} if layers else {}
+    output = body(input_ids=input_ids, use_cache=False, **places, **wanted)
+    states = {layer: output.hidden_states[layer].flatten(0, 1) for layer in layers}
+    return output.last_hidden_state.flatten(0, 1), states
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ import numpy as np
 
 from pipeline.errors import TrainingError
 from students.dataset import Example
+from students.features import PackedFeatures
 
 NOTHING = Example(
     input_ids=np.zeros(1, np.int32),
@@ -44,6 +45,7 @@ class PackedBatch:
     logprobs: np.ndarray
     tail_mass: np.ndarray
     teacher_weights: np.ndarray
+    features: PackedFeatures | None = None
 
 
 def pack(examples: Sequence[Example], padded: bool = False) -> PackedBatch:
@@ -124,6 +126,46 @@ def plan_micro_batches(
     rows += [[] for _ in range(num_rows - len(rows))]
     rows.sort(key=lambda row: -sum(lengths[i] for i in row))
     return [rows[rank::world_size] for rank in range(world_size)]
+
+
+def plan_groups(
+    lengths: Sequence[int],
+    tokens_per_micro_batch: int,
+    world_size: int,
+    padded: bool,
+    together: int,
+) -> list[list[list[int]]]:
+    """`plan_micro_batches` where every `together` sequences in a row stay in one micro-batch.
+
+    Raises:
+        TrainingError: such a group is longer than the budget.
+    """
+    groups = [list(range(len(lengths)))[i : i + together] for i in range(0, len(lengths), together)]
+    sizes = [group_size([lengths[i] for i in group], padded) for group in groups]
+    plan = plan_micro_batches(sizes, tokens_per_micro_batch, world_size, padded)
+    return [[[i for g in row for i in groups[g]] for row in rank] for rank in plan]
+
+
+def group_size(lengths: Sequence[int], padded: bool) -> int:
+    """What sequences that stay together take of the budget."""
+    return len(lengths) * max(lengths) if padded else sum(lengths)
+
+
+def refuse_long_groups(
+    lengths: Sequence[int], tokens_per_micro_batch: int, padded: bool, together: int
+) -> None:
+    """Any `together` sequences must fit a micro-batch, whatever the order of data puts together.
+
+    Raises:
+        TrainingError: the longest ones do not.
+    """
+    longest = group_size(sorted(lengths)[-together:], padded)
+    if longest > tokens_per_micro_batch:
+        raise TrainingError(
+            f"a relation loss keeps {together} sequences in one micro-batch; the longest ones take "
+            f"{longest} tokens, training.tokens_per_micro_batch is {tokens_per_micro_batch}: raise "
+            "it, or lower the loss's `sequences`"
+        )
 
 
 def refuse_long_sequences(lengths: Sequence[tuple[str, int]], tokens_per_micro_batch: int) -> None:

@@ -11,15 +11,15 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from pipeline import storage
-from pipeline.config_training import TrainingConfig
+from pipeline.config_training import StateLoss, TrainingConfig
 from pipeline.errors import TrainingError
 from pipeline.training import TrainingJob
 from students.batches import StepBatch
@@ -32,10 +32,9 @@ from students.checkpoint import (
 )
 from students.divergences import LossTerm
 from students.engine import StudentEngine
-from students.losses import weighted_total
+from students.feature_losses import FeatureLosses, feature_terms
 from students.micro_batch import MicroBatch
 from students.model import StudentModule, build_student, check_architecture, output_head
-from students.outcomes import figure_names
 from students.progress import MetricsLog, read_metrics
 from students.training_data import TrainingData
 
@@ -57,7 +56,8 @@ def train(job: TrainingJob, device: torch.device) -> None:
     data = TrainingData(job, output_head(model).out_features, device)
     state, resume = TrainingState(step=0, tokens=0, seconds=0.0), check_resume(job)
     universal = resume is not None and resume.universal
-    engine = StudentEngine(StudentModule(model, loss_terms(job)), job, universal)
+    module = StudentModule(model, loss_terms(job), feature_losses(job, model, data.state_widths))
+    engine = StudentEngine(module, job, universal)
     if resume is not None:
         state = load_checkpoint(engine, job, resume)
     metrics = MetricsLog(job.folder, state.step) if dist.get_rank() == 0 else None
@@ -74,7 +74,7 @@ def train(job: TrainingJob, device: torch.device) -> None:
         logs = state.step == 1 or is_due(state.step, training.log_every_steps, training)
         if not (logs or evaluates or saves):
             continue
-        values = mean_losses(sums, batch.num_positions, engine.module.terms, "train")
+        values = mean_losses(sums, batch.num_positions, engine.module, "train")
         values["train/grad_norm"] = engine.gradient_norm()
         refuse_divergence(values, state.step)  # before a checkpoint keeps such weights
         values["train/learning_rate"] = rate
@@ -110,7 +110,7 @@ def learning_rate(training: TrainingConfig, step: int) -> float:
 def train_step(engine: StudentEngine, batch: StepBatch[MicroBatch], rate: float) -> torch.Tensor:
     """One optimizer step; returns this rank's sums of the figures."""
     factor = dist.get_world_size() / batch.num_positions
-    sums_F = torch.zeros(len(figure_names(engine.module.terms)), device=engine.device)
+    sums_F = torch.zeros(len(engine.module.figure_names), device=engine.device)
     for micro_batch in batch.micro_batches:
         sums_F += engine.accumulate(micro_batch, factor)
     engine.step(rate)
@@ -121,23 +121,22 @@ def holdout_losses(engine: StudentEngine, data: TrainingData) -> dict[str, float
     """The losses on the hold-out sequences; empty without any."""
     if not data.holdout:
         return {}
-    terms = engine.module.terms
-    sums_F = torch.zeros(len(figure_names(terms)), device=engine.device)
+    sums_F = torch.zeros(len(engine.module.figure_names), device=engine.device)
     for micro_batch in data.holdout_batches():
         figures_FP, _ = engine.evaluate(micro_batch)
         sums_F += figures_FP.sum(dim=1)
     num_positions = sum(entry.num_positions for entry in data.holdout)
-    return mean_losses(sums_F, num_positions, terms, "holdout")
+    return mean_losses(sums_F, num_positions, engine.module, "holdout")
 
 
 def mean_losses(
-    sums_F: torch.Tensor, num_positions: int, terms: Sequence[LossTerm], prefix: str
+    sums_F: torch.Tensor, num_positions: int, module: StudentModule, prefix: str
 ) -> dict[str, float]:
     """The weighted loss and every figure, per position over all ranks, by slash name."""
     dist.all_reduce(sums_F)
     means_F = sums_F / num_positions
-    values = dict(zip(figure_names(terms), means_F.tolist(), strict=True))
-    values = {"loss": weighted_total(means_F, terms).item()} | values
+    values = dict(zip(module.figure_names, means_F.tolist(), strict=True))
+    values = {"loss": module.total(means_F).item()} | values
     return {f"{prefix}/{name}": value for name, value in values.items()}
 
 
@@ -157,7 +156,26 @@ def refuse_divergence(values: dict[str, float], step: int) -> None:
 
 def loss_terms(job: TrainingJob) -> tuple[LossTerm, ...]:
     """The job's losses, as the student computes them."""
-    return tuple(LossTerm(name=loss.name, **loss.model_dump()) for loss in job.losses)
+    return tuple(
+        LossTerm(name=loss.name, **loss.model_dump())
+        for loss in job.losses
+        if not isinstance(loss, StateLoss)
+    )
+
+
+def feature_losses(
+    job: TrainingJob, model: PreTrainedModel, widths: dict[str, int]
+) -> FeatureLosses | None:
+    """The job's losses on hidden states, with their matrices in the student's dtype.
+
+    Args:
+        widths: by teacher, the dimensions of the stored states.
+    """
+    terms = feature_terms(job.losses, job.config.training.teacher_layers)
+    if not terms:
+        return None
+    hidden_size = model.config.get_text_config().hidden_size
+    return FeatureLosses(terms, hidden_size, widths, job.config.seed).to(model.dtype)
 
 
 def finish(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,11 @@ class TrainingData:
         self._share = Share(job, vocabulary, dist.get_rank(), dist.get_world_size())
         self._source, self._device = BatchSource(self._share), device
         self.holdout = self._source.holdout
+
+    @property
+    def state_widths(self) -> dict[str, int]:
+        """By teacher whose hidden states a loss needs, their stored dimensions."""
+        return self._source.states.widths
 
     def training_batches(self, start: int) -> Iterator[StepBatch[MicroBatch]]:
         """The batches from a step on; one is on the device before it is asked for."""
@@ -53,7 +59,8 @@ class TrainingData:
         entries = [*self.holdout, *self._source.train][:PROBE_SEQUENCES]
         examples = [self._source.examples[entry] for entry in entries]
         packed = pack(examples, not self._share.job.config.training.packing)
-        return entries, MicroBatch.of(packed, self._device)
+        states = self._source.states.batch(entries, range(len(entries)))
+        return entries, MicroBatch.of(replace(packed, features=states), self._device)
 
     def _receive(self, loader: Loader) -> StepBatch[MicroBatch]:
         batch = loader.receive()

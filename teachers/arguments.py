@@ -17,6 +17,7 @@ OWNED_ENGINE_ARGUMENTS = {
     "revision": "the teacher's `revision` sets it",
     "trust_remote_code": "the teacher's `trust_remote_code` sets it",
 }
+STATE_CAPTURE_ARGUMENTS = ("speculative_config", "kv_transfer_config")
 CAPTURED = "distributions are captured by scoring, not while an answer is written"
 OWNED_SAMPLING_PARAMETERS = {
     "n": "samples_per_prompt sets it",
@@ -47,6 +48,22 @@ def check_names(place: str, block: dict[str, Any], known: Set[str], owned: dict[
             raise ConfigError(f"{place}.{key} is unknown to the installed vLLM{hint}")
 
 
+def check_sampling(block: dict[str, Any], known: Set[str], samples_per_prompt: int) -> None:
+    """Checks a `sampling:` block as far as that goes without vLLM.
+
+    Raises:
+        ConfigError: a key is unknown or ours, `max_tokens` is missing, or greedy sampling is asked
+            for several answers.
+    """
+    check_names("sampling", block, known, OWNED_SAMPLING_PARAMETERS)
+    if not isinstance(block.get("max_tokens"), int):
+        raise ConfigError(f"sampling.max_tokens must be a number, got {block.get('max_tokens')!r}")
+    if block.get("temperature") == 0 and samples_per_prompt > 1:
+        raise ConfigError(
+            f"sampling.temperature is 0, so {samples_per_prompt} answers to a prompt would be alike"
+        )
+
+
 def check_capture(block: dict[str, Any], num_logprobs: int) -> None:
     """Checks that a `vllm:` block does not contradict the capture.
 
@@ -64,6 +81,23 @@ def check_capture(block: dict[str, Any], num_logprobs: int) -> None:
     if mode != "raw_logprobs":
         raise ConfigError(
             f"vllm.logprobs_mode is {mode!r}; targets need raw_logprobs, at temperature 1"
+        )
+
+
+def check_hidden_states(block: dict[str, Any]) -> None:
+    """Checks that a `vllm:` block leaves room for the capture of hidden states.
+
+    Raises:
+        ConfigError: it sets what that capture needs, or an engine on several nodes, whose workers
+            would write states where nobody reads them.
+    """
+    for key in STATE_CAPTURE_ARGUMENTS:
+        if key in block:
+            raise ConfigError(f"vllm.{key} is not accepted: a loss needs hidden states, set by it")
+    if block.get("distributed_executor_backend") == "ray":
+        raise ConfigError(
+            "vllm.distributed_executor_backend is ray, but a loss needs hidden states, which are "
+            "captured within one node only"
         )
 
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from pipeline.errors import TeacherError
-from teachers.engine import CapturedRows
+from teachers.engine import CapturedRows, EngineSpec
 
 CANARY_TOKENS = 33
 HEAD_ENTRIES = 8
@@ -25,6 +26,11 @@ MEAN_TOLERANCES = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 6e-2}
 """Nats, mean over a canary's gold and head log-probabilities. bfloat16 stores a logit of 16 to
 2**-4, float16 to 2**-7; float32 leaves room for TF32 products. Kernels and devices differ by less;
 other weights, another quantisation or a broken device differ by more."""
+
+
+STATE_TOLERANCES = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+"""Largest difference of two captures of one hidden state, relative to the largest value: one was
+computed in another batch. A state that was never written, or another token's, differs more."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,29 @@ class Canary:
     def of(cls, rows: CapturedRows, engine: dict[str, str | None]) -> Canary:
         """The part of captured rows that is compared."""
         return cls(engine, rows.gold_logprobs, rows.logprobs[:, :HEAD_ENTRIES])
+
+
+def died_of(step: str, spec: EngineSpec, config: Any) -> str:
+    """What is said of an engine that the full canary killed.
+
+    Args:
+        step: how many sequences, tokens and log-probabilities that was.
+        config: vLLM's.
+    """
+    scheduler = config.scheduler_config
+    return (
+        f"{spec.model}: the engine died of the largest step that scoring asks for, {step} "
+        "log-probabilities each, most likely for want of memory (its log names the cause). "
+        f"Lower vllm.gpu_memory_utilization ({config.cache_config.gpu_memory_utilization}), "
+        f"vllm.max_num_batched_tokens ({scheduler.max_num_batched_tokens}), "
+        f"vllm.max_num_seqs ({scheduler.max_num_seqs}) or scoring.num_logprobs "
+        f"({spec.num_logprobs})"
+    )
+
+
+def states_agree(one: np.ndarray, other: np.ndarray, dtype: str) -> bool:
+    """Whether two captures of the same hidden states differ by rounding alone."""
+    return bool(np.abs(one - other).max() <= STATE_TOLERANCES[dtype] * np.abs(one).max())
 
 
 def canary_ids(length: int, vocabulary: int, number: int = 0) -> list[int]:

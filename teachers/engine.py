@@ -2,7 +2,7 @@
 
 A driver builds an `EngineSpec`; an actor starts a `VllmTeacher` from it; a task receives
 `CapturedRows` and `GeneratedAnswer`s from that teacher. Axis names: P positions, K entries, T
-tokens of a sequence.
+tokens of a sequence, L layers, H hidden size.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class EngineSpec:
         trust_remote_code: run code that comes with the model.
         vllm: engine arguments of vLLM, verbatim.
         num_logprobs: capture width of `score`; 0 when the engine only generates.
+        hidden_layers: whose states `score` can capture, in ascending order.
         share_prefixes: several sequences to score begin with one prompt; the engine then keeps its
             prefix cache and computes a prompt once. `vllm: {enable_prefix_caching: …}` overrides.
         seed: of the engine; samples are seeded one by one in `generate`.
@@ -43,9 +44,20 @@ class EngineSpec:
     trust_remote_code: bool = False
     vllm: dict[str, Any] = field(default_factory=dict)
     num_logprobs: int = 0
+    hidden_layers: tuple[int, ...] = ()
     share_prefixes: bool = False
     seed: int = 0
     eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ScoringRequest:
+    """One sequence, and what is captured of its tokens from `first_index` on."""
+
+    input_ids: list[int]
+    first_index: int
+    distributions: bool
+    states: bool
 
 
 @dataclass(frozen=True)
@@ -53,14 +65,18 @@ class CapturedRows:
     """A teacher's distributions over consecutive tokens of one sequence, at temperature 1.
 
     Row `r` of `score(input_ids, first_index)` is over the token at index `first_index + r`. K is
-    the capture width, or the vocabulary where that is smaller. An entry may be `-inf` (the model
+    the capture width, or the vocabulary where that is smaller; where no distributions were asked
+    for it is 0. An entry may be `-inf` (the model
     masks that id); it never stands before a finite one. Ties keep the engine's order.
 
     Attributes:
         token_ids: int32[P, K], most probable first.
         logprobs: float32[P, K], natural log, normalised over the full vocabulary, not increasing
             along K.
-        gold_logprobs: float32[P], of the sequence's own token; `-inf` where the model masks it.
+        gold_logprobs: float32[P], of the sequence's own token; `-inf` where the model masks it;
+            empty where no distributions were asked for.
+        hidden_states: float32[P, L, H], row `r` at index `first_index - 1 + r`, of the engine's
+            layers; None where they were not asked for.
         num_cached_tokens: tokens of the sequence that were not computed again.
         is_rescored: rows that the prefix cache left incomplete were thrown away for these.
     """
@@ -68,8 +84,15 @@ class CapturedRows:
     token_ids: np.ndarray
     logprobs: np.ndarray
     gold_logprobs: np.ndarray
+    hidden_states: np.ndarray | None = None
     num_cached_tokens: int = 0
     is_rescored: bool = False
+
+    @classmethod
+    def without_distributions(cls, num_rows: int) -> CapturedRows:
+        """Rows of K = 0."""
+        nothing = np.zeros((num_rows, 0), np.float32)
+        return cls(nothing.astype(np.int32), nothing, np.zeros(0, np.float32))
 
     def followed_by(self, rows: CapturedRows) -> CapturedRows:
         """These rows and then those of the tokens after them, which say what was computed."""

@@ -1,8 +1,10 @@
-"""Scoring: every sequence's teacher-forced distributions, encoded and written where captured.
+"""Scoring: every sequence's teacher-forced distributions and hidden states, encoded and written
+where captured.
 
-Work is planned from the dataset: sequences without a row in the cache, grouped by the sequence
-shard that holds them; each group becomes one cache shard. Selection and encoding run inside the
-teacher's actor, so that nothing but a shard's index entry travels.
+Work is planned from the dataset: sequences without a row in a cache, grouped by the sequence shard
+that holds them and by what they lack; each group becomes one shard of each cache that lacks it, in
+one pass. Selection, projection and encoding run inside the teacher's actor, so that nothing but
+index entries travels.
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from pipeline import storage
 from pipeline.cache import ShardEntry, write_shard
@@ -20,10 +24,12 @@ from pipeline.cache_index import missing_sequences
 from pipeline.config_targets import Selection
 from pipeline.datasets import DatasetEntry, read_sequences
 from pipeline.errors import TeacherError
+from pipeline.features import FeatureRule
 from pipeline.fingerprint import digest_ids
 from pipeline.layout import CacheLayout
-from pipeline.records import SparseLogprobs, TokenSequence
+from pipeline.records import CacheRow, TokenSequence
 from pipeline.selection import select
+from teachers.engine import CapturedRows
 from teachers.siblings import Siblings
 
 if TYPE_CHECKING:
@@ -37,11 +43,12 @@ class ScoredShard:
     """What a finished task reports to the driver.
 
     Attributes:
+        entries: of the shards written, by name of the cache.
         num_cached_tokens: of `num_tokens`, those that came from the engine's prefix cache.
         num_rescored: sequences that were scored again without it, for their rows were incomplete.
     """
 
-    entry: ShardEntry
+    entries: Mapping[str, ShardEntry]
     num_tokens: int
     num_cached_tokens: int
     num_rescored: int
@@ -49,14 +56,50 @@ class ScoredShard:
 
 
 @dataclass(frozen=True)
-class ScoringTask:
-    """The sequences of one sequence shard that one teacher has not scored yet."""
+class Output:
+    """One cache that a teacher fills.
 
+    Attributes:
+        name: of the cache, see `pipeline/features.py`.
+        fingerprint: of its recipe.
+        rule: what of the distributions, or of the hidden states, is kept.
+    """
+
+    name: str
     cache: CacheLayout
     fingerprint: str
+    rule: Selection | FeatureRule
+
+    @property
+    def holds_features(self) -> bool:
+        return isinstance(self.rule, FeatureRule)
+
+    def row(self, sequence: TokenSequence, captured: CapturedRows, rows_P: np.ndarray) -> CacheRow:
+        """What is kept of a sequence.
+
+        Args:
+            rows_P: the captured row of every position.
+        """
+        if isinstance(self.rule, FeatureRule):
+            assert captured.hidden_states is not None, "states were asked for"
+            return self.rule.row(sequence.sequence_id, captured.hidden_states[rows_P])
+        return select(
+            sequence.sequence_id,
+            captured.token_ids[rows_P],
+            captured.logprobs[rows_P],
+            captured.gold_logprobs[rows_P],
+            self.rule,
+            teacher=self.fingerprint,
+        )
+
+
+@dataclass(frozen=True)
+class ScoringTask:
+    """The sequences of one sequence shard that all outputs lack."""
+
     sequence_shard: str
     sequence_ids: tuple[str, ...]
-    selection: Selection
+    outputs: tuple[Output, ...]
 
     def __len__(self) -> int:
         return len(self.sequence_ids)
@@ -75,14 +118,15 @@ class ScoringTask:
 
     def quarantine(self, error: str) -> None:
         """Records that the sequences cannot be scored, so that they are not tried again."""
-        for identifier in self.sequence_ids:
-            storage.write_json(
-                storage.join(self.cache.quarantine, f"{identifier}.json"),
-                {"sequence_id": identifier, "error": error},
-            )
+        for output in self.outputs:
+            for identifier in self.sequence_ids:
+                storage.write_json(
+                    storage.join(output.cache.quarantine, f"{identifier}.json"),
+                    {"sequence_id": identifier, "error": error},
+                )
 
     async def run(self, teacher: VllmTeacher) -> ScoredShard:
-        """Scores the sequences and writes their shard.
+        """Scores the sequences and writes their shards.
 
         Raises:
             TeacherError: a sequence is missing from its shard, too long for the engine, or comes
@@ -101,12 +145,17 @@ class ScoringTask:
         scored = await asyncio.gather(
             *(self._score(teacher, each, families[each.prompt_id], slots) for each in sequences)
         )
-        rows = {each.row.sequence_id: each.row for each in scored}
-        path = self.cache.shard(digest_ids(self.sequence_ids))
-        in_order = [rows[identifier] for identifier in self.sequence_ids]
-        entry = await asyncio.to_thread(write_shard, path, in_order, self.fingerprint)
+        by_id = {s.sequence_id: each for s, each in zip(sequences, scored, strict=True)}
+        in_order = [by_id[identifier] for identifier in self.sequence_ids]
+        entries = {}
+        for i, output in enumerate(self.outputs):
+            path = output.cache.shard(digest_ids(self.sequence_ids))
+            rows = [each.rows[i] for each in in_order]
+            entries[output.name] = await asyncio.to_thread(
+                write_shard, path, rows, output.fingerprint
+            )
         return ScoredShard(
-            entry,
+            entries,
             num_tokens=sum(len(sequence.input_ids) for sequence in sequences),
             num_cached_tokens=sum(each.num_cached_tokens for each in scored),
             num_rescored=sum(each.is_rescored for each in scored),
@@ -123,22 +172,20 @@ class ScoringTask:
         positions = sequence.position_indices
         first = int(positions[0])
         async with slots:
-            captured = await siblings.score(teacher, sequence.input_ids, first)
-        rows = positions - first
-        kept = select(
-            sequence.sequence_id,
-            captured.token_ids[rows],
-            captured.logprobs[rows],
-            captured.gold_logprobs[rows],
-            self.selection,
-            teacher=self.fingerprint,
-        )
-        return _Scored(kept, captured.num_cached_tokens, captured.is_rescored)
+            captured = await siblings.score(
+                teacher,
+                sequence.input_ids,
+                first,
+                distributions=any(not output.holds_features for output in self.outputs),
+                states=any(output.holds_features for output in self.outputs),
+            )
+        rows = tuple(output.row(sequence, captured, positions - first) for output in self.outputs)
+        return _Scored(rows, captured.num_cached_tokens, captured.is_rescored)
 
 
 @dataclass(frozen=True)
 class _Scored:
-    row: SparseLogprobs
+    rows: tuple[CacheRow, ...]
     num_cached_tokens: int
     is_rescored: bool
 
@@ -152,21 +199,29 @@ def siblings_together(sequences: Sequence[TokenSequence]) -> list[TokenSequence]
 
 
 def plan_scoring(
-    root: str,
-    entries: Sequence[DatasetEntry],
-    cache: CacheLayout,
-    fingerprint: str,
-    selection: Selection,
+    root: str, outputs: Sequence[tuple[Output, Sequence[DatasetEntry]]]
 ) -> list[ScoringTask]:
-    """The sequences that a cache has neither scored nor quarantined, by sequence shard.
+    """What one teacher's caches lack and have not quarantined, by sequence shard; what lacks in
+    several of them is captured in one pass.
 
     Args:
         root: the storage root, to which the entries' shards are relative.
+        outputs: each with the sequences that are to be in it.
     """
-    groups: dict[str, list[str]] = {}
-    for entry in missing_sequences(entries, cache):
-        groups.setdefault(entry.shard, []).append(entry.sequence_id)
+    lacking: dict[str, list[Output]] = {}
+    shards: dict[str, str] = {}
+    for output, entries in outputs:
+        for entry in missing_sequences(entries, output.cache):
+            lacking.setdefault(entry.sequence_id, []).append(output)
+            shards[entry.sequence_id] = entry.shard
+    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for identifier, wanted in lacking.items():
+        names = tuple(output.name for output in wanted)
+        groups.setdefault((shards[identifier], names), []).append(identifier)
+    by_name = {output.name: output for output, _ in outputs}
     return [
-        ScoringTask(cache, fingerprint, storage.join(root, shard), tuple(identifiers), selection)
-        for shard, identifiers in groups.items()
+        ScoringTask(
+            storage.join(root, shard), tuple(identifiers), tuple(by_name[name] for name in names)
+        )
+        for (shard, names), identifiers in groups.items()
     ]

@@ -35,7 +35,13 @@ class Siblings:
     _answers: list[_Answer] = field(default_factory=list)
 
     async def score(
-        self, teacher: VllmTeacher, input_ids: np.ndarray, first_index: int
+        self,
+        teacher: VllmTeacher,
+        input_ids: np.ndarray,
+        first_index: int,
+        *,
+        distributions: bool = True,
+        states: bool = False,
     ) -> CapturedRows:
         """As `VllmTeacher.score`, with the rows of earlier answers at hand."""
         earlier = Earlier(tuple(self._answers), input_ids, first_index)
@@ -43,7 +49,13 @@ class Siblings:
         self._answers.append(answer)
         rows = None
         try:
-            rows = await teacher.score(input_ids.tolist(), first_index, earlier)
+            rows = await teacher.score(
+                input_ids.tolist(),
+                first_index,
+                earlier,
+                distributions=distributions,
+                states=states,
+            )
             return rows
         finally:
             answer.rows.set_result(rows)

@@ -29,12 +29,20 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.logprobs import LogprobsProcessor
 
-from pipeline.errors import ConfigError, TeacherError
+from pipeline.errors import TeacherError
 from teachers import arguments, hardware, prompt_topk
-from teachers.canary import CANARY_TOKENS, Canary, canary_ids, full_step
-from teachers.engine import CapturedRows, EngineDiedError, EngineSpec, GeneratedAnswer
+from teachers.canary import CANARY_TOKENS, Canary, canary_ids, died_of, full_step, states_agree
+from teachers.engine import (
+    CapturedRows,
+    EngineDiedError,
+    EngineSpec,
+    GeneratedAnswer,
+    ScoringRequest,
+)
 from teachers.prompt_topk import BrokenRowsError, PromptTopK
 from teachers.siblings import Earlier
+from teachers.state_files import StateFolder, take_states
+from teachers.vllm_options import check_engine_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -42,47 +50,15 @@ CPU_BLOCK_SIZE = 32  # tokens; vLLM's own 128 would cache nothing of a short pro
 FINISHED = ("stop", "length", "repetition")
 
 
-def check_engine_arguments(block: dict[str, Any], num_logprobs: int = 0) -> None:
-    """Checks a `vllm:` block before any hardware is asked for.
-
-    Raises:
-        ConfigError: vLLM does not know a key (the closest one is named), a key is ours, or a value
-            contradicts the capture of `num_logprobs` entries.
-    """
-    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
-    arguments.check_names("vllm", block, known, arguments.OWNED_ENGINE_ARGUMENTS)
-    arguments.check_capture(block, num_logprobs)
-
-
-def check_sampling_parameters(block: dict[str, Any], samples_per_prompt: int = 1) -> None:
-    """Checks a `sampling:` block before any hardware is asked for.
-
-    Raises:
-        ConfigError: vLLM does not know a key (the closest one is named), a key is ours,
-            `max_tokens` is missing (vLLM's default of 16 would cut answers), vLLM refuses a value,
-            or greedy sampling is asked for several answers.
-    """
-    known = {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}
-    arguments.check_names("sampling", block, known, arguments.OWNED_SAMPLING_PARAMETERS)
-    if not isinstance(block.get("max_tokens"), int):
-        raise ConfigError(f"sampling.max_tokens must be a number, got {block.get('max_tokens')!r}")
-    try:
-        parameters = SamplingParams(**block)
-    except (VLLMError, TypeError, ValueError) as error:
-        raise ConfigError(f"vLLM refuses the sampling parameters {block}: {error}") from error
-    if parameters.temperature == 0 and samples_per_prompt > 1:
-        raise ConfigError(
-            f"sampling.temperature is 0, so {samples_per_prompt} answers to a prompt would be alike"
-        )
-
-
 class VllmTeacher:
     """One engine, made by `start`. All its requests run in the event loop that started it."""
 
-    def __init__(self, spec: EngineSpec, engine: AsyncLLM, load_seconds: float) -> None:
-        self._spec = spec
-        self._engine = engine
-        self._load_seconds = load_seconds
+    def __init__(
+        self, spec: EngineSpec, engine: AsyncLLM, folder: StateFolder | None, load_seconds: float
+    ) -> None:
+        """`folder`: where the engine leaves hidden states, if it captures any."""
+        self._spec, self._folder = spec, folder
+        self._engine, self._load_seconds = engine, load_seconds
         self._config = engine.vllm_config
         self._max_model_len = self._config.model_config.max_model_len
         self._vocabulary = self._config.model_config.get_vocab_size()
@@ -108,23 +84,25 @@ class VllmTeacher:
                 short.
             EngineDiedError: the largest step kills the engine, most likely for want of memory.
         """
-        check_engine_arguments(spec.vllm, spec.num_logprobs)
-        chosen = arguments.engine_arguments(spec)
-        if chosen.get("enable_prefix_caching") and current_platform.is_cpu():
+        check_engine_arguments(spec.vllm, spec.num_logprobs, bool(spec.hidden_layers))
+        chosen, on_cpu = arguments.engine_arguments(spec), current_platform.is_cpu()
+        folder = StateFolder() if spec.hidden_layers else None
+        if folder is not None:
+            chosen |= folder.engine_arguments(spec.hidden_layers, on_cpu=on_cpu)
+        if chosen.get("enable_prefix_caching") and on_cpu:
             chosen.setdefault("block_size", CPU_BLOCK_SIZE)
-        started = time.monotonic()
+        started, quiet = time.monotonic(), chosen["disable_log_stats"]
         try:
             config = AsyncEngineArgs(**chosen).create_engine_config()
-            engine = AsyncLLM.from_vllm_config(
-                config, disable_log_stats=chosen["disable_log_stats"]
-            )
+            engine = AsyncLLM.from_vllm_config(config, disable_log_stats=quiet)
         except (VLLMError, ValueError) as error:
             raise TeacherError(f"vLLM refuses to start {spec.model}: {error}") from error
-        teacher = cls(spec, engine, time.monotonic() - started)
+        teacher = cls(spec, engine, folder, time.monotonic() - started)
         try:
             teacher._check([0], spec.min_model_len - 1)
             if spec.num_logprobs:
                 await teacher._choose_capture()
+                await teacher._judge_shared_states()
                 await teacher._score_full_step()
         except TeacherError:
             teacher.shutdown()
@@ -132,14 +110,23 @@ class VllmTeacher:
         return teacher
 
     async def score(
-        self, input_ids: list[int], first_index: int, earlier: Earlier | None = None
+        self,
+        input_ids: list[int],
+        first_index: int,
+        earlier: Earlier | None = None,
+        *,
+        distributions: bool = True,
+        states: bool = False,
     ) -> CapturedRows:
-        """The distributions over the tokens at indices `first_index` to T - 1.
+        """The distributions over the tokens at indices `first_index` to T - 1, and the hidden
+        states that they are computed from.
 
         Args:
             input_ids: the T tokens of the sequence.
             first_index: at least 1, for nothing stands before token 0.
             earlier: answers to the same prompt, whose rows serve where the prefix cache has none.
+            distributions: capture these.
+            states: capture the states of the engine's `hidden_layers`.
 
         Raises:
             TeacherError: the sequence is longer than the engine accepts, a token is outside the
@@ -148,13 +135,15 @@ class VllmTeacher:
         """
         assert self._width > 0, "an engine started with num_logprobs=0 cannot score"
         assert 1 <= first_index < len(input_ids), f"row {first_index} of {len(input_ids)} tokens"
+        assert self._folder is not None or not states, "an engine started without hidden_layers"
         self._check(input_ids, 1)
+        asked = ScoringRequest(input_ids, first_index, distributions, states)
         if not self._shares_prefixes:
-            return await self._captured(input_ids, first_index)
+            return await self._captured(asked)
         try:
-            return await self._captured_behind_prefix(input_ids, first_index, earlier)
+            return await self._captured(asked, read_prefixes=True, earlier=earlier)
         except BrokenRowsError:
-            captured = await self._captured(input_ids, first_index)
+            captured = await self._captured(asked)
             return dataclasses.replace(captured, is_rescored=True)
 
     def canary(self) -> Canary | None:
@@ -200,6 +189,7 @@ class VllmTeacher:
             "capture": self._capture,
             "capture_reason": self._capture_reason,
             "prefix_sharing": self._shares_prefixes,
+            "hidden_layers": list(self._spec.hidden_layers),
             "dtype": str(model.dtype).removeprefix("torch."),
             "quantization": model.quantization,
             "max_model_len": self._max_model_len,
@@ -222,23 +212,44 @@ class VllmTeacher:
             self._restore()
         self._engine.shutdown()
         del self._engine  # its finalizer complains when the interpreter runs it
+        if self._folder is not None:
+            self._folder.remove()
 
     async def _choose_capture(self) -> None:
         """Takes the arrays where a canary shows that they are what vLLM's public way returns."""
-        length = min(CANARY_TOKENS, self._max_model_len - 1)
-        canary = canary_ids(length, self._vocabulary)
+        canary = self._canary_ids()
 
         async def request_flat() -> Any:
-            parameters = self._scoring_parameters(flat=True, read_prefixes=False)
-            return (await self._finish(canary, parameters)).prompt_logprobs
+            parameters = self._scoring_parameters(self._width, flat=True, read_prefixes=False)
+            return (await self._finish(canary, parameters))[0].prompt_logprobs
 
         self._restore, reason = await prompt_topk.install_if_equal(LogprobsProcessor, request_flat)
         self._capture = "arrays" if self._restore else "flat"
         self._capture_reason = reason
-        rows = await self._captured(canary, 1)
+        rows = await self._captured(ScoringRequest(canary, 1, True, False))
         self._canary = Canary.of(rows, self.describe())
         level = logging.INFO if self._restore else logging.WARNING
         logger.log(level, "%s: capture by %s: %s", self._spec.model, self._capture, reason)
+
+    def _canary_ids(self) -> list[int]:
+        return canary_ids(min(CANARY_TOKENS, self._max_model_len - 1), self._vocabulary)
+
+    async def _judge_shared_states(self) -> None:
+        """Shares prefixes only where states from the prefix cache are those computed anew."""
+        if self._folder is None or not self._shares_prefixes:
+            return
+        asked = ScoringRequest(self._canary_ids(), 1, distributions=False, states=True)
+        anew = (await self._captured(asked)).hidden_states
+        cached = (await self._captured(asked, read_prefixes=True)).hidden_states
+        assert anew is not None and cached is not None, "they were asked for"
+        dtype = str(self._config.model_config.dtype).removeprefix("torch.")
+        self._shares_prefixes = states_agree(anew, cached, dtype)
+        if not self._shares_prefixes:
+            logger.warning(
+                "%s: prefixes are not shared: hidden states from the prefix cache are not those "
+                "computed anew",
+                self._spec.model,
+            )
 
     async def _score_full_step(self) -> None:
         """Lets memory run out now or never: vLLM's profile knows no prompt log-probabilities."""
@@ -248,37 +259,35 @@ class VllmTeacher:
             length, self._vocabulary, scheduler.max_num_batched_tokens, scheduler.max_num_seqs
         )
         try:
-            await asyncio.gather(*(self.score(sequence, 1) for sequence in sequences))
+            states = self._folder is not None
+            await asyncio.gather(*(self.score(each, 1, states=states) for each in sequences))
         except EngineDiedError as error:
-            raise EngineDiedError(
-                f"{self._spec.model}: the engine died of the largest step that scoring asks for, "
-                f"{len(sequences)} sequences of {length} tokens with {self._width} "
-                "log-probabilities each, most likely for want of memory (its log names the cause). "
-                "Lower vllm.gpu_memory_utilization "
-                f"({self._config.cache_config.gpu_memory_utilization}), "
-                f"vllm.max_num_batched_tokens ({scheduler.max_num_batched_tokens}), "
-                f"vllm.max_num_seqs ({scheduler.max_num_seqs}) or scoring.num_logprobs "
-                f"({self._spec.num_logprobs})"
-            ) from error
+            step = f"{len(sequences)} sequences of {length} tokens with {self._width}"
+            raise EngineDiedError(died_of(step, self._spec, self._config)) from error
 
-    async def _captured(self, input_ids: list[int], first_index: int) -> CapturedRows:
-        output = await self._prompt_scored(input_ids, read_prefixes=False)
-        return self._rows(output, input_ids, first_index)
-
-    async def _captured_behind_prefix(
-        self, input_ids: list[int], first_index: int, earlier: Earlier | None
+    async def _captured(
+        self, asked: ScoringRequest, read_prefixes: bool = False, earlier: Earlier | None = None
     ) -> CapturedRows:
-        """The rows behind the cached prefix; those inside of it come from an earlier answer."""
-        output = await self._prompt_scored(input_ids, read_prefixes=True)
-        num_cached = output.num_cached_tokens or 0
+        """Rows inside the cached prefix come from an earlier answer; states all come back."""
+        input_ids, first_index = asked.input_ids, asked.first_index
+        width = self._width if asked.distributions else None
+        parameters = self._scoring_parameters(width, self._capture == "flat", read_prefixes)
+        places = (first_index - 1, len(input_ids) - 1) if asked.states else None
+        output, states = await self._finish(input_ids, parameters, places)
+        if states is not None and not np.isfinite(states).all():
+            raise BrokenRowsError(f"hidden states of {len(input_ids)} tokens are not finite")
+        num_cached, known = output.num_cached_tokens or 0, None
+        if not asked.distributions:
+            rows = CapturedRows.without_distributions(len(input_ids) - first_index)
+            return dataclasses.replace(rows, hidden_states=states, num_cached_tokens=num_cached)
         if earlier and first_index <= num_cached < len(input_ids) - 1:
             known = await earlier.rows(num_cached)
-            if known is not None:
-                if np.isnan(known.gold_logprobs[-1]):
-                    gold = await self._next_logprob(input_ids[: num_cached + 1])
-                    known = known.with_last_gold(gold)
-                return known.followed_by(self._rows(output, input_ids, num_cached + 1))
-        return self._rows(output, input_ids, first_index)
+            if known is not None and np.isnan(known.gold_logprobs[-1]):
+                gold = await self._next_logprob(input_ids[: num_cached + 1])
+                known = known.with_last_gold(gold)
+        rows = self._rows(output, input_ids, num_cached + 1 if known else first_index)
+        rows = known.followed_by(rows) if known else rows
+        return dataclasses.replace(rows, hidden_states=states)
 
     async def _next_logprob(self, input_ids: list[int]) -> float:
         """Of the last token given those before it, whatever the cache holds of these."""
@@ -290,12 +299,9 @@ class VllmTeacher:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        (position,) = (await self._finish(before, parameters)).outputs[0].logprobs or ()
+        output, _ = await self._finish(before, parameters)
+        (position,) = output.outputs[0].logprobs or ()
         return position[token].logprob
-
-    async def _prompt_scored(self, input_ids: list[int], read_prefixes: bool) -> RequestOutput:
-        parameters = self._scoring_parameters(self._capture == "flat", read_prefixes)
-        return await self._finish(input_ids, parameters)
 
     def _rows(self, output: RequestOutput, input_ids: list[int], first_index: int) -> CapturedRows:
         num_cached = output.num_cached_tokens or 0
@@ -313,12 +319,14 @@ class VllmTeacher:
         rows = found.rows(input_ids, first_index, self._width)
         return dataclasses.replace(rows, num_cached_tokens=num_cached)
 
-    def _scoring_parameters(self, flat: bool, read_prefixes: bool) -> SamplingParams:
+    def _scoring_parameters(
+        self, width: int | None, flat: bool, read_prefixes: bool
+    ) -> SamplingParams:
         # Both must reach the constructor: assigned later, vLLM reads its prefix cache unasked.
         return SamplingParams(
             max_tokens=1,
             temperature=0,
-            prompt_logprobs=self._width,
+            prompt_logprobs=width,
             flat_logprobs=flat,
             skip_reading_prefix_cache=not read_prefixes,
             detokenize=False,
@@ -327,13 +335,21 @@ class VllmTeacher:
 
     async def _answer(self, prompt_ids: list[int], parameters: SamplingParams) -> GeneratedAnswer:
         started = time.monotonic()
-        output = (await self._finish(prompt_ids, parameters)).outputs[0]
+        output = (await self._finish(prompt_ids, parameters))[0].outputs[0]
         if output.finish_reason not in FINISHED:
             raise TeacherError(f"{self._spec.model}: an answer ended by {output.finish_reason!r}")
         seconds = time.monotonic() - started
         return GeneratedAnswer(list(output.token_ids), output.finish_reason, seconds)
 
-    async def _finish(self, input_ids: list[int], parameters: SamplingParams) -> RequestOutput:
+    async def _finish(
+        self,
+        input_ids: list[int],
+        parameters: SamplingParams,
+        states: tuple[int, int] | None = None,
+    ) -> tuple[RequestOutput, np.ndarray | None]:
+        """The output, and the hidden states at the indices from `states[0]` to before `states[1]`.
+        An engine that captures states writes them for every request.
+        """
         async with self._slots:
             name = f"request-{next(self._request_numbers)}"
             try:
@@ -346,7 +362,11 @@ class VllmTeacher:
             except VLLMError as error:
                 cause = error.__cause__ or error
                 raise TeacherError(f"{self._spec.model}: vLLM failed a request: {cause}") from error
-        return output
+            if self._folder is None:
+                return output, None
+            path = (output.kv_transfer_params or {})["hidden_states_path"]
+            found = await asyncio.to_thread(take_states, path, *(states or (0, 0)))
+        return output, found if states else None
 
     def _check(self, token_ids: list[int], new_tokens: int) -> None:
         """Refuses what vLLM would cut at its context, and ids that it does not check itself.

@@ -7,8 +7,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,11 +21,11 @@ from transformers import LlamaForCausalLM
 
 from pipeline.config_base import Resources
 from pipeline.errors import TeacherError
-from teachers.actor import CPU_ENV_VARS, ENGINE_ENV_VARS
 from teachers.canary import refuse_difference
 from teachers.engine import CapturedRows, EngineDiedError, EngineSpec
 from teachers.pool import PoolJob, run_pools
 from teachers.siblings import Siblings
+from tests.support.engines import Running, started
 
 if TYPE_CHECKING:
     from teachers.vllm_teacher import VllmTeacher
@@ -54,32 +53,6 @@ def spec(folder: Path) -> EngineSpec:
         num_logprobs=NUM_LOGPROBS,
         eos_token_ids=(SECOND_EOS,),
     )
-
-
-@dataclass
-class Running:
-    """A teacher and the event loop that it lives in."""
-
-    teacher: VllmTeacher
-    loop: asyncio.AbstractEventLoop
-
-    def __call__(self, request: Coroutine[Any, Any, T]) -> T:
-        return self.loop.run_until_complete(request)
-
-
-@contextmanager
-def started(spec: EngineSpec) -> Iterator[Running]:
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in (ENGINE_ENV_VARS | CPU_ENV_VARS).items():
-            patch.setenv(key, value)
-        from teachers.vllm_teacher import VllmTeacher
-
-        loop = asyncio.new_event_loop()
-        teacher = loop.run_until_complete(VllmTeacher.start(spec))
-        yield Running(teacher, loop)
-        teacher.shutdown()
-        loop.run_until_complete(asyncio.sleep(0))
-        loop.close()
 
 
 @pytest.fixture(scope="module")
@@ -283,8 +256,9 @@ def test_either_sign_of_incomplete_rows_is_enough(
     async def faulty_at_first(*request: Any) -> Any:
         nonlocal num_requests
         num_requests += 1
-        parameters = sharing.teacher._scoring_parameters(flat=False, read_prefixes=False)
-        output = await finish(request[0], parameters)
+        width = sharing.teacher._width
+        parameters = sharing.teacher._scoring_parameters(width, flat=False, read_prefixes=False)
+        output, states = await finish(request[0], parameters)
         if num_requests == 1 and fault == "too much is cached":
             output.num_cached_tokens = first_index
         elif num_requests == 1:
@@ -292,7 +266,7 @@ def test_either_sign_of_incomplete_rows_is_enough(
             token_ids = rows.token_ids.copy()
             token_ids[first_index - 1] = 7 * 10**8
             output.prompt_logprobs = replace(rows, token_ids=token_ids)
-        return output
+        return output, states
 
     monkeypatch.setattr(sharing.teacher, "_finish", faulty_at_first)
     (found,) = scored(sharing, [(input_ids, first_index)])

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +18,45 @@ from pipeline.fingerprint import digest_bytes, sequence_id
 from pipeline.layout import Layout
 from pipeline.loading import load_config
 from pipeline.prepared import Prepared, preparation_key
-from pipeline.recipes import scoring_recipe
+from pipeline.recipes import cache_recipes
 from pipeline.records import TokenSequence
 from teachers.dispatch import PoolReport
 from teachers.engine import CapturedRows
 from teachers.siblings import Earlier
 from tests.support.command_line import QUICKSTART
 
-VOCABULARY, WIDTH = 20, 16
+VOCABULARY, WIDTH, HIDDEN = 20, 16, 12
 TOKENIZER = "tokenizer"
 
 
 @dataclass
 class FakeTeacher:
-    """Scores by a hash of the tokens so far; `salt` makes another model of it."""
+    """Scores by a hash of the tokens so far; `salt` makes another model of it.
+
+    Attributes:
+        layers: whose states it captures; each state begins with its layer and the index of its
+            token.
+    """
 
     salt: str
+    layers: tuple[int, ...] = ()
+    asked: list[tuple[bool, bool]] = field(default_factory=list)
 
     async def score(
-        self, input_ids: list[int], first_index: int, earlier: Earlier | None = None
+        self,
+        input_ids: list[int],
+        first_index: int,
+        earlier: Earlier | None = None,
+        *,
+        distributions: bool = True,
+        states: bool = False,
     ) -> CapturedRows:
         """The engine's contract, of numbers that mean nothing but always come out the same."""
+        self.asked.append((distributions, states))
+        hidden_states = self._states(input_ids, first_index) if states else None
+        if not distributions:
+            rows = CapturedRows.without_distributions(len(input_ids) - first_index)
+            return replace(rows, hidden_states=hidden_states)
         rows = [self._row(input_ids[:i]) for i in range(first_index, len(input_ids))]
         logprobs_PV = np.array(rows, dtype=np.float32)
         order_PK = np.argsort(-logprobs_PV, axis=1, kind="stable")[:, :WIDTH]
@@ -47,7 +65,17 @@ class FakeTeacher:
             order_PK.astype(np.int32),
             np.take_along_axis(logprobs_PV, order_PK, axis=1),
             logprobs_PV[np.arange(len(gold)), gold],
+            hidden_states,
         )
+
+    def _states(self, input_ids: list[int], first_index: int) -> np.ndarray:
+        """float32[P, L, HIDDEN], exact in bfloat16."""
+        assert self.layers, "an engine without a connector captures no states"
+        rows = []
+        for i in range(first_index - 1, len(input_ids) - 1):
+            row = self._row(input_ids[: i + 1])[: HIDDEN - 2].round()
+            rows.append([[layer, i, *row] for layer in self.layers])
+        return np.array(rows, np.float32)
 
     def _row(self, before: list[int]) -> np.ndarray:
         seed = int(digest_bytes(self.salt.encode(), bytes(before))[:8], 16)
@@ -62,16 +90,19 @@ class FakePools:
     Attributes:
         salts: by teacher; changing one changes its numbers.
         fails: raised instead of the second task, as if the job had been killed there.
+        asked: of every sequence scored, whether for distributions and for states.
     """
 
     salts: dict[str, str] = field(default_factory=dict)
     fails: Exception | None = None
     scored: list[tuple[str, str]] = field(default_factory=list)
+    asked: list[tuple[bool, bool]] = field(default_factory=list)
 
     def __call__(self, jobs: Sequence[Any]) -> dict[str, PoolReport]:
         reports = {}
         for job in jobs:
-            teacher = FakeTeacher(self.salts.get(job.name, job.name))
+            salt = self.salts.get(job.name, job.name)
+            teacher = FakeTeacher(salt, job.spec.hidden_layers, self.asked)
             report = PoolReport()
             for number, task in enumerate(job.tasks):
                 if self.fails is not None and number == 1:
@@ -110,10 +141,8 @@ class FabricatedRun:
     def prepare(self) -> Prepared:
         """Writes what prepare would."""
         config = self.config
-        recipes = {
-            name: scoring_recipe(config, name, {"weights": name}, TOKENIZER)
-            for name in config.teachers
-        }
+        identities = {name: {"weights": name} for name in config.teachers}
+        recipes = cache_recipes(config, identities, TOKENIZER)
         prepared = Prepared(
             preparation_key(config), "p", {}, 4, TOKENIZER, 1, recipes, {}, {"model": "student"}
         )

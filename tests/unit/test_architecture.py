@@ -16,7 +16,12 @@ MAY_USE = {
     "jobs": set(PACKAGES),
 }
 HEAVY = {
-    "vllm": {"teachers/vllm_teacher.py"},
+    # vLLM itself loads the connector, in the engine's process
+    "vllm": {
+        "teachers/vllm_teacher.py",
+        "teachers/vllm_options.py",
+        "teachers/state_connector.py",
+    },
     "deepspeed": {"students/*"},
     "torch": {"students/*", "jobs/configs/*"},
     "ray": {

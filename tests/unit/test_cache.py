@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline import storage
 from pipeline.cache import ShardEntry, describe_shard, read_shard, write_shard
-from pipeline.cache_index import CacheReader, is_published, load_index, publish
+from pipeline.cache_index import is_published, load_index, open_cache, publish
 from pipeline.config_targets import TopP
 from pipeline.errors import CacheError, CorruptShardError, StorageError
 from pipeline.fingerprint import digest_ids
@@ -144,7 +144,7 @@ def test_the_index_is_rebuilt_from_shards(tmp_path: Path) -> None:
     os.unlink(cache.index)
     assert load_index(cache) == written
     assert manifest["totals"]["num_sequences"] == 3
-    reader = CacheReader(cache)
+    reader = open_cache(cache)
     assert_same(reader.row("c"), make_row("c", 10, ord("c")))
     assert reader.row("unknown") is None
 
@@ -170,7 +170,7 @@ def test_a_sequence_in_several_shards_counts_once(groups: list[list[str]], tmp_p
         assert found[name] == expected[name], name
     assert found["num_shards"] == len(groups)
     assert 0 < found["kept_mass"] <= 1
-    reader = CacheReader(cache)
+    reader = open_cache(cache)
     for identifier in everyone:
         row = make_row(identifier, 10 + ord(identifier) % 7, ord(identifier))
         assert_same(reader.row(identifier), row)
@@ -247,4 +247,4 @@ def test_a_deleted_shard_is_missing_whatever_the_index_says(tmp_path: Path) -> N
     write_shard(cache.shard(digest_ids(["a"])), [make_row("a", 10, 1)], "f")
     publish(cache, {}, {})
     os.unlink(cache.shard(digest_ids(["a"])))
-    assert "a" not in CacheReader(cache)
+    assert "a" not in open_cache(cache)

@@ -8,7 +8,7 @@ import pytest
 
 from jobs.caches import open_run, show, status
 from pipeline import storage
-from pipeline.cache_index import CacheReader
+from pipeline.cache_index import open_cache
 from pipeline.cache_show import find_sequence
 from pipeline.errors import ConfigError
 from pipeline.text import table
@@ -65,7 +65,7 @@ def test_a_sequence_is_shown_token_by_token(run: FabricatedRun) -> None:
     assert told.startswith(f"sequence {entry.sequence_id}, domain arithmetic, written by")
     lines = told.splitlines()[3:]
     assert len(lines) == 2 * entry.num_positions
-    row = CacheReader(open_run(run.config).caches["words"]).row(entry.sequence_id)
+    row = open_cache(open_run(run.config).caches["words"]).row(entry.sequence_id)
     for j, line in enumerate(lines[1::2]):
         found = re.match(r"\s+words\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)\s+'.*?' ([\d.]+)", line)
         start = int(row.num_entries[:j].sum())

@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from pipeline.errors import CacheError
 from pipeline.records import SparseLogprobs
 from pipeline.selection import select
 from teachers.dispatch import PoolReport
+from teachers.engine import EngineSpec
 from teachers.rescoring import SURPRISE, RescoringTask, draws_surprise, row_difference
 from tests.support.caches import flip_bit
 from tests.support.fabricated import (
@@ -186,9 +188,8 @@ def rescore(run: FabricatedRun, salt: str, name: str = "words") -> PoolReport:
         )
         for shard in sorted(shards)
     ]
-    (report,) = FakePools({"words": salt})(
-        [type("Job", (), {"name": name, "tasks": tasks})]
-    ).values()
+    job = SimpleNamespace(name=name, tasks=tasks, spec=EngineSpec(model="", min_model_len=1))
+    (report,) = FakePools({"words": salt})([job]).values()
     return report
 
 

@@ -77,3 +77,47 @@ def test_the_same_loss_twice_is_refused():
     twice = {"type": "jensen_shannon", "beta": 0.5}
     with pytest.raises(ValidationError, match=r"jensen_shannon_beta_0\.5.*add up their weights"):
         losses(twice, {"type": "cross_entropy"}, {**twice, "weight": 3.0})
+
+
+STATES = {"teacher": "words", "layers": {4: 2}}
+HIDDEN = {"type": "hidden_state", "measure": "cosine", "projection": "learned", **STATES}
+RELATION = {"type": "relation", **STATES}
+
+
+def test_losses_on_hidden_states_say_whose_and_which():
+    listed = losses(
+        HIDDEN,
+        {**HIDDEN, "measure": "mse", "layers": {8: 4, 2: 1}},
+        {**RELATION, "relation": "token_similarity", "teacher": "sums"},
+    )
+    assert [loss.name for loss in listed] == [
+        "hidden_state_cosine_words_4_2",
+        "hidden_state_mse_words_8_4_2_1",
+        "relation_token_similarity_sums_4_2",
+    ]
+    config = TrainingConfig.model_validate({**SCHEDULE, "losses": listed})
+    assert config.teacher_layers == {"words": (2, 4, 8), "sums": (4,)}
+    assert TrainingConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([{**HIDDEN, "layers": {}}], "at least 1 item"),
+        ([{**HIDDEN, "layers": {4: -1}}], "greater than or equal to 0"),
+        ([{**RELATION, "relation": "distance"}], "`sequences` of at least 2"),
+        ([{**RELATION, "relation": "angle", "sequences": 2}], "`sequences` of at least 3"),
+        ([{**RELATION, "relation": "token_similarity", "sequences": 2}], "leave `sequences` out"),
+        ([{**RELATION, "relation": "distance", "sequences": 2}], "is no multiple of"),
+        (
+            [
+                {**RELATION, "relation": "distance", "sequences": 2},
+                {**RELATION, "relation": "angle", "sequences": 4},
+            ],
+            r"groups of \[2, 4\] sequences",
+        ),
+    ],
+)
+def test_losses_on_hidden_states_that_make_no_sense_are_refused(given, said):
+    with pytest.raises(ValidationError, match=said):
+        losses(*given)

@@ -27,7 +27,7 @@ from students.micro_batch import MicroBatch
 from students.model import StudentModule
 from students.packing import pack
 from teachers.prompt_topk import PromptTopK
-from teachers.scoring import ScoringTask
+from teachers.scoring import Output, ScoringTask
 
 VOCABULARY, WIDTH = 8, 3
 KL_WEIGHT, CE_WEIGHT = 1.0, 0.5
@@ -99,7 +99,9 @@ class FromTheTables:
     def __init__(self, name, captured):
         self.name, self.captured = name, captured
 
-    async def score(self, input_ids, first_index, earlier=None):
+    async def score(
+        self, input_ids, first_index, earlier=None, *, distributions=True, states=False
+    ):
         sequence = next(n for n, tokens in TOKENS.items() if tokens == input_ids)
         rows = self.captured[self.name, sequence]
         gold = zip(input_ids[1:], rows, strict=True)
@@ -130,9 +132,7 @@ def packed_rows(root, packing, captured, selection=KEPT):
         task = ScoringTask(
             sequence_shard=f"{root}/{shard}",
             sequence_ids=scored,
-            cache=caches[teacher],
-            fingerprint="0" * 32,
-            selection=selection,
+            outputs=(Output(teacher, caches[teacher], "0" * 32, selection),),
         )
         asyncio.run(task.run(FromTheTables(teacher, captured)))
         for row in read_shard(caches[teacher].shard(digest_ids(scored))):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jobs.caches import export, import_distillkit, open_run
 from pipeline.cache import read_shard
-from pipeline.cache_index import CacheReader
+from pipeline.cache_index import open_cache
 from pipeline.config_targets import TopK
 from pipeline.errors import CacheError, ConfigError
 from pipeline.interop import (
@@ -41,7 +41,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FabricatedRun:
 
 def rows_of(run: FabricatedRun, teacher: str) -> dict:
     opened = open_run(run.config)
-    reader = CacheReader(opened.caches[teacher])
+    reader = open_cache(opened.caches[teacher])
     return {entry.sequence_id: reader.row(entry.sequence_id) for entry in opened.entries}
 
 

@@ -11,7 +11,7 @@ from jobs.caches import open_run
 from jobs.regenerate import Request, regenerate_inside_job
 from pipeline import storage
 from pipeline.cache import read_shard
-from pipeline.cache_index import CacheReader, load_index, read_index
+from pipeline.cache_index import load_index, open_cache, read_index
 from pipeline.cache_verify import index_problem
 from pipeline.errors import CacheError, ConfigError, TeacherError
 from pipeline.generations import (
@@ -62,7 +62,7 @@ def cache_of(run: FabricatedRun, teacher: str = "words", generation: int = 1) ->
 
 
 def golds(cache: CacheLayout) -> dict[str, bytes]:
-    reader = CacheReader(cache)
+    reader = open_cache(cache)
     ids = {i for entry in load_index(cache) for i in entry.sequence_ids}
     return {i: reader.row(i).gold_logprobs.tobytes() for i in ids}
 

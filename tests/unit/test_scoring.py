@@ -13,7 +13,7 @@ from pipeline.fingerprint import digest_ids
 from pipeline.layout import Layout
 from pipeline.records import TokenSequence
 from teachers.engine import CapturedRows
-from teachers.scoring import ScoredShard, ScoringTask, siblings_together
+from teachers.scoring import Output, ScoredShard, ScoringTask, siblings_together
 from teachers.siblings import Earlier, Siblings
 
 WIDTH = 4
@@ -27,8 +27,15 @@ class Recorder:
         self.asked: list[int] = []
 
     async def score(
-        self, input_ids: list[int], first_index: int, earlier: Earlier | None = None
+        self,
+        input_ids: list[int],
+        first_index: int,
+        earlier: Earlier | None = None,
+        *,
+        distributions: bool = True,
+        states: bool = False,
     ) -> CapturedRows:
+        assert distributions and not states
         self.asked.append(input_ids[0])
         is_rescored = len(self.asked) % 3 == 0
         await asyncio.sleep(0)
@@ -59,9 +66,8 @@ def scored(root: Path, sequences: list[TokenSequence]) -> tuple[Recorder, Scored
     shard = write_sequences(layout, "d", sequences)
     cache = layout.cache("t", "0" * 32)
     identifiers = tuple(each.sequence_id for each in sequences)
-    task = ScoringTask(
-        cache, "0" * 32, f"{root}/{shard}", identifiers, TopK(type="top_k", max_entries=2)
-    )
+    output = Output("t", cache, "0" * 32, TopK(type="top_k", max_entries=2))
+    task = ScoringTask(f"{root}/{shard}", identifiers, (output,))
     teacher = Recorder()
     report = asyncio.run(task.run(teacher))  # pyright: ignore[reportArgumentType]
     return teacher, report, read_shard(cache.shard(digest_ids(identifiers)))
@@ -69,7 +75,7 @@ def scored(root: Path, sequences: list[TokenSequence]) -> tuple[Recorder, Scored
 
 def test_rows_are_exactly_the_positions(tmp_path: Path, sequences: list[TokenSequence]) -> None:
     _, report, rows = scored(tmp_path, sequences)
-    assert report.entry.num_positions == sum(each.num_positions for each in sequences)
+    assert report.entries["t"].num_positions == sum(each.num_positions for each in sequences)
     for each, row in zip(sequences, rows, strict=True):
         assert row.sequence_id == each.sequence_id
         np.testing.assert_array_equal(-row.gold_logprobs, each.position_indices)
@@ -101,9 +107,15 @@ class Cached:
         self.known: list[CapturedRows | None] = []
 
     async def score(
-        self, input_ids: list[int], first_index: int, earlier: Earlier | None = None
+        self,
+        input_ids: list[int],
+        first_index: int,
+        earlier: Earlier | None = None,
+        *,
+        distributions: bool,
+        states: bool,
     ) -> CapturedRows:
-        assert earlier is not None
+        assert earlier is not None and distributions and not states
         for _ in range(20 - 2 * len(earlier.answers)):
             await asyncio.sleep(0)
         if len(earlier.answers) == self.fails:

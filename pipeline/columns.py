@@ -1,0 +1,43 @@
+"""Columns of a cache shard: one binary cell of little-endian numbers per row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Column:
+    """The cells of one column, one after another: row i owns `values[starts[i]:starts[i + 1]]`."""
+
+    values: np.ndarray
+    starts: np.ndarray
+
+    @classmethod
+    def of_arrays(cls, arrays: Sequence[np.ndarray]) -> Column:
+        """One cell per array of numbers, which may have any shape."""
+        starts = np.cumsum([0] + [array.size for array in arrays], dtype=np.int64)
+        return cls(np.concatenate([array.ravel() for array in arrays]), starts)
+
+    @classmethod
+    def of_arrow(cls, cells: pa.Array, dtype: str) -> Column:
+        """A view of the cells; their lengths must be whole numbers of values."""
+        _, offsets, data = cells.buffers()
+        edges = np.frombuffer(offsets, "<i4")[cells.offset : cells.offset + len(cells) + 1]
+        payload = np.frombuffer(data or b"", np.uint8)[edges[0] : edges[-1]]
+        size = np.dtype(dtype).itemsize
+        return cls(payload.view(dtype), (edges.astype(np.int64) - edges[0]) // size)
+
+    def to_arrow(self) -> pa.Array:
+        """The cells as Arrow's `binary`; together they may take 2 GiB."""
+        edges = (self.starts * self.values.itemsize).astype("<i4")
+        buffers = [None, pa.py_buffer(edges), pa.py_buffer(self.values)]
+        return pa.Array.from_buffers(pa.binary(), len(edges) - 1, buffers)
+
+    def cells(self) -> list[np.ndarray]:
+        """A view for every row."""
+        return [self.values[a:b] for a, b in pairwise(self.starts.tolist())]

@@ -1,0 +1,89 @@
+"""Hidden states as a cache keeps them: which layers, rounded to bfloat16, projected or whole.
+
+Which layers is decided by the losses that ask for them. Projected states are multiplied with one
+fixed matrix of signs: distances, angles and similarities survive it up to a relative error of about
+sqrt(2 / dimensions) (Johnson-Lindenstrauss, in the form of Achlioptas, J. Comput. Syst. Sci. 66,
+2003).
+
+Legend: P positions, L layers, H hidden size, D stored dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from pipeline.records import HiddenStates
+
+SUFFIX = "+features"
+"""Ends the name of a cache of hidden states; teachers' names have no plus sign."""
+
+
+def features_of(teacher: str) -> str:
+    """The name of the cache of a teacher's hidden states."""
+    return teacher + SUFFIX
+
+
+def holds_features(cache: str) -> bool:
+    """Whether a cache of that name holds hidden states and no distributions."""
+    return cache.endswith(SUFFIX)
+
+
+def teacher_of(cache: str) -> str:
+    """The teacher that fills a cache."""
+    return cache.removesuffix(SUFFIX)
+
+
+@dataclass(frozen=True)
+class FeatureRule:
+    """What of a teacher's hidden states is stored.
+
+    Attributes:
+        layers: in ascending order; `l` is the state after `l` blocks.
+        dimensions: of the projection; None stores states whole.
+        seed: of the projection.
+    """
+
+    layers: tuple[int, ...]
+    dimensions: int | None
+    seed: int
+
+    @classmethod
+    def of_recipe(cls, recipe: dict[str, Any]) -> FeatureRule:
+        """The rule that the recipe of a cache of hidden states holds."""
+        projection = recipe["projection"] or {"dimensions": None, "seed": 0}
+        return cls(tuple(recipe["layers"]), projection["dimensions"], projection["seed"])
+
+    def row(self, sequence_id: str, states_PLH: np.ndarray) -> HiddenStates:
+        """The row of a sequence.
+
+        Args:
+            states_PLH: float32, the states of the rule's layers.
+        """
+        if self.dimensions is not None:
+            states_PLH = states_PLH @ projection_matrix(
+                states_PLH.shape[-1], self.dimensions, self.seed
+            )
+        return HiddenStates(sequence_id, to_bfloat16(states_PLH))
+
+
+@lru_cache(maxsize=4)
+def projection_matrix(hidden_size: int, dimensions: int, seed: int) -> np.ndarray:
+    """float32[H, D]: signs divided by sqrt(D), so that squared lengths stay the same on average.
+
+    Made of the raw bits of PCG64, which are the same in every version of numpy.
+    """
+    count = hidden_size * dimensions
+    words = np.random.PCG64(seed).random_raw(-(-count // 64)).astype("<u8")
+    bits = np.unpackbits(words.view(np.uint8), count=count, bitorder="little")
+    signs = bits.astype(np.float32) * 2 - 1
+    return signs.reshape(hidden_size, dimensions) / np.sqrt(np.float32(dimensions))
+
+
+def to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """The bits of float32 numbers rounded to bfloat16, ties to even; not for NaN."""
+    bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
