@@ -1,7 +1,6 @@
 """A teacher: one vLLM engine that scores given tokens and writes answers.
 
-The only module that imports vLLM. `teachers/arguments.py` lists what we set where the user's
-`vllm:` block does not name it.
+`teachers/arguments.py` lists what we set where the user's `vllm:` block does not name it.
 """
 
 from __future__ import annotations
