@@ -139,7 +139,7 @@ class Bench:
 
     def _rows(self, shard: ScoredShard, share_prefixes: bool) -> list[SparseLogprobs]:
         cache, _ = self._cache(SIBLINGS_WIDTH, share_prefixes)
-        return read_shard(cache.shard(shard.entry.digest))
+        return read_shard(cache.shard(shard.entries["teacher"].digest))
 
     def _cache(self, width: int, share_prefixes: bool) -> tuple[CacheLayout, str]:
         fingerprint = digest_json([width, share_prefixes])

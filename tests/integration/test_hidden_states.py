@@ -114,7 +114,7 @@ def test_sharing_ends_where_cached_states_differ(
     teacher = running.teacher
     captured = teacher._captured
 
-    async def forgetful(asked, read_prefixes):
+    async def forgetful(asked, read_prefixes=False):
         rows = await captured(asked, read_prefixes)
         states = rows.hidden_states * (0.5 if read_prefixes else 1.0)
         return replace(rows, hidden_states=states)

@@ -67,7 +67,8 @@ def test_the_whole_run_with_losses_on_hidden_states(command: tuple[list[str], Pa
 
 def _assert_states(root: Path, teacher: str) -> None:
     """The stored states are those that transformers gives to the teacher's final norm."""
-    model = AutoModelForCausalLM.from_pretrained(QUICKSTART / "teachers" / teacher)
+    folder = QUICKSTART / "teachers" / teacher
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     before_norm = []
     model.model.norm.register_forward_pre_hook(lambda _, inputs: before_norm.append(inputs[0][0]))
     stored = {

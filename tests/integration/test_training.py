@@ -955,7 +955,7 @@ def test_workers_stages_and_packing_change_no_loss_on_hidden_states(
 
 @pytest.mark.parametrize(("old", "new"), [((1, 0), (1, 0)), ((2, 3), (2, 3)), ((2, 2), (1, 2))])
 def test_learned_matrices_are_resumed(run, state_reference, material, states, old, new):
-    (workers, zero_stage), name = old, f"states-resume-{old}-{new}".replace(" ", "")
+    (workers, zero_stage), name = old, "states-resume-{}-{}-{}-{}".format(*old, *new)
     job = make_state_job(material, states, name, workers=workers, zero_stage=zero_stage)
     with pytest.raises(ray.exceptions.RayTaskError, match="InterruptedError"):
         run(job, stop_before=3)
