@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-from transformers import AutoConfig
 
 from jobs.plan import layout_of, read_record
 from pipeline import interop, storage
@@ -29,6 +28,7 @@ from pipeline.layout import CacheLayout, Layout
 from pipeline.prepared import Prepared, preparation_key
 from pipeline.records import SparseLogprobs, TokenSequence
 from pipeline.text import closest
+from teachers.layers import text_config
 from teachers.vocabulary import load_tokenizer
 
 
@@ -68,6 +68,8 @@ class RunCaches:
             return known
         if teacher not in known:
             teachers = [name for name in known if not holds_features(name)]
+            if teacher in self.config.teachers and teacher not in self.config.scoring_teachers:
+                raise ConfigError(f"teacher {teacher!r} only writes: it has no cache")
             raise ConfigError(f"there is no teacher {teacher!r}; {closest(teacher, teachers)}")
         return [name for name in known if teacher in (name, teacher_of(name))]
 
@@ -135,11 +137,9 @@ def verify(run: RunCaches, teacher: str | None) -> dict[str, CheckedCache]:
 
 def vocabulary_of(config: Config, teacher: str) -> int:
     """Rows of a teacher's head: every id that it can return lies below."""
-    model = config.teachers[teacher]
-    loaded = AutoConfig.from_pretrained(
-        model.model, revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
-    return loaded.get_text_config().vocab_size
+    files = config.teachers[teacher].files
+    assert files is not None, "teachers that have a cache exchange token ids"
+    return text_config(files).vocab_size
 
 
 def show(run: RunCaches, teacher: str | None, sequence: str | None) -> str:

@@ -6,6 +6,7 @@ from jobs.plan import layout_of, make_plan, scored_dataset
 from pipeline.cache_status import stale_caches
 from pipeline.config import Config
 from pipeline.config_base import Resources
+from pipeline.config_endpoint import EndpointTeacherConfig
 from pipeline.prepared import load_prepared
 from pipeline.training import training_jobs
 
@@ -45,10 +46,13 @@ def _check(config: Config) -> None:
 
 
 def _resources(config: Config) -> list[str]:
-    lines = [
-        f"teacher {name}: {teacher.replicas} x {_text(teacher.resources)}"
-        for name, teacher in config.teachers.items()
-    ]
+    lines = []
+    for name, teacher in config.teachers.items():
+        line = f"teacher {name}: {teacher.replicas} x {_text(teacher.resources)}"
+        if isinstance(teacher, EndpointTeacherConfig):
+            line += f", {teacher.endpoint.max_concurrency} requests at once to "
+            line += teacher.endpoint.url + ("" if teacher.scores else ", which only writes")
+        lines.append(line)
     lines.append(f"student: {config.training.workers} x {_text(config.training.resources)}")
     lines.append(f"evaluation: {_text(config.evaluation.resources)}")
     lines.append(f"each stage's job: {_text(config.cluster.job_resources)}")

@@ -6,11 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jobs.plan import layout_of
 from pipeline.config import Config
+from pipeline.config_endpoint import EndpointTeacherConfig
+from pipeline.fingerprint import digest_json
 from pipeline.prepared import Prepared
 from teachers.actor import Task
 from teachers.dispatch import PoolReport
-from teachers.engine import EngineSpec
+from teachers.engine import EndpointSpec, EngineSpec
 from teachers.pool import PoolJob
 
 PROGRESS_SECONDS = 10.0
@@ -38,18 +41,23 @@ def pool_job(
         share_prefixes: several sequences to score begin with one prompt.
     """
     teacher = config.teachers[name]
-    spec = EngineSpec(
-        model=teacher.model,
-        revision=teacher.revision,
-        trust_remote_code=teacher.trust_remote_code,
-        vllm=teacher.vllm,
-        num_logprobs=num_logprobs,
-        hidden_layers=hidden_layers,
-        share_prefixes=share_prefixes,
-        min_model_len=min_model_len,
-        seed=config.seed,
-        eos_token_ids=(prepared.eos_token_id,),
-    )
+    if isinstance(teacher, EndpointTeacherConfig):
+        spec = endpoint_spec(
+            config, name, prepared, min_model_len=min_model_len, num_logprobs=num_logprobs
+        )
+    else:
+        spec = EngineSpec(
+            model=teacher.model,
+            revision=teacher.revision,
+            trust_remote_code=teacher.trust_remote_code,
+            vllm=teacher.vllm,
+            num_logprobs=num_logprobs,
+            hidden_layers=hidden_layers,
+            share_prefixes=share_prefixes,
+            min_model_len=min_model_len,
+            seed=config.seed,
+            eos_token_ids=(prepared.eos_token_id,),
+        )
     return PoolJob(
         name,
         spec,
@@ -59,6 +67,26 @@ def pool_job(
         config.cluster.env_vars,
         _progress(unit, name),
         config.cluster.autoscaling,
+    )
+
+
+def endpoint_spec(
+    config: Config, name: str, prepared: Prepared, *, min_model_len: int, num_logprobs: int
+) -> EndpointSpec:
+    """What the actor needs to ask an endpoint; one that scores is held to its first canary."""
+    teacher = config.teachers[name]
+    assert isinstance(teacher, EndpointTeacherConfig), f"{name} runs in engines of this run"
+    canary = None
+    if teacher.scores:
+        digest = digest_json([prepared.identities[name], prepared.tokenizer_hash])
+        canary = layout_of(config).endpoint_canary(digest)
+    return EndpointSpec(
+        endpoint=teacher.endpoint,
+        student=config.student,
+        min_model_len=min_model_len,
+        num_logprobs=num_logprobs,
+        eos_token_ids=(prepared.eos_token_id,),
+        canary_path=canary,
     )
 
 

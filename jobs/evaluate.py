@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from jobs.engines import endpoint_spec
 from jobs.holdout import holdout_figures, renormalised_sequences
 from jobs.plan import cache_totals, read_record, students_of
 from pipeline import storage
 from pipeline.config import Config
 from pipeline.config_base import Resources
+from pipeline.config_endpoint import EndpointTeacherConfig
 from pipeline.datasets import DatasetEntry, read_dataset, read_sequences
 from pipeline.errors import TrainingError
 from pipeline.layout import Layout
@@ -60,7 +62,7 @@ def evaluate(config: Config, layout: Layout, prepared: Prepared, dataset: str) -
     figures = holdout_figures(config, layout, entries, compared, caches, students_of(config))
     figures["renormalised_sequences"] = renormalised_sequences(config, layout, whole, caches)
     models, took, too_long = [], {}, 0
-    for name in [*config.teachers, *students_of(config)]:
+    for name in [*config.scoring_teachers, *students_of(config)]:
         begun = time.monotonic()
         answered, engine = _serve(config, layout, prepared, name, prompts, compared)
         took[name] = time.monotonic() - begun
@@ -97,17 +99,20 @@ def _serve(
     need = max(
         prepared.longest_request(config, sampling), *(len(s.input_ids) + 1 for s in compared)
     )
-    spec = EngineSpec(
-        model=teacher.model if teacher else layout.export_folder(name),
-        revision=teacher.revision if teacher else None,
-        trust_remote_code=(teacher or config.student).trust_remote_code,
-        # Prompts are asked more than once; a cached prefix would flatter the speed.
-        vllm={"enable_prefix_caching": False, **(teacher or config.student).vllm},
-        num_logprobs=0 if teacher else 1,
-        min_model_len=need,
-        seed=config.seed,
-        eos_token_ids=(prepared.eos_token_id,),
-    )
+    if isinstance(teacher, EndpointTeacherConfig):
+        spec = endpoint_spec(config, name, prepared, min_model_len=need, num_logprobs=0)
+    else:
+        spec = EngineSpec(
+            model=teacher.model if teacher else layout.export_folder(name),
+            revision=teacher.revision if teacher else None,
+            trust_remote_code=(teacher or config.student).trust_remote_code,
+            # Prompts are asked more than once; a cached prefix would flatter the speed.
+            vllm={"enable_prefix_caching": False, **(teacher or config.student).vllm},
+            num_logprobs=0 if teacher else 1,
+            min_model_len=need,
+            seed=config.seed,
+            eos_token_ids=(prepared.eos_token_id,),
+        )
     task = AnsweringTask(
         model=name,
         prompts=prompts,
@@ -186,14 +191,13 @@ def _report(
             "seed": config.seed,
             "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
             "versions": _versions(),
-            "hardware": f"{models[0]['engine']['device']} ({platform.machine()})",
+            # The student's: a teacher may run elsewhere.
+            "hardware": f"{models[-1]['engine']['device']} ({platform.machine()})",
             "dataset": dataset,
             "caches": {
                 name: cache.shards_folder for name, cache in prepared.caches(layout).items()
             },
-            "identities": {
-                name: prepared.scoring_recipes[name]["model"] for name in config.teachers
-            },
+            "identities": prepared.identities,
         },
         "models": models,
         # A stage that was stopped between its last output and its record has none.

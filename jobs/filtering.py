@@ -171,20 +171,20 @@ def _grades(
 ) -> Mapping[str, int | None]:
     """The grades of all candidates; those without one are graded now, and `took` says how long."""
     name = rule.teacher
-    identity = prepared.scoring_recipes[name]["model"]
+    identity, teacher = prepared.identities[name], config.teachers[name]
     recipe = digest_json(judging_recipe(config, rule, identity, prepared.tokenizer_hash))
-    rubric, most = rubric_of(rule), config.teachers[name].vllm.get("max_model_len")
+    rubric = rubric_of(rule)
     questions = [
         (c.entry.sequence_id, _question(rubric, prompts[c.entry.prompt_id], c)) for c in candidates
     ]
     template = JudgingTask(
-        layout, recipe, (), config.student, most if isinstance(most, int) else None
+        layout, recipe, (), config.student, teacher.max_model_len, not teacher.returns_text
     )
     known = read_grades(layout, recipe)
     tasks = plan_judging(template, questions, known, config.synthesis.prompts_per_shard)
     tokenizer, _ = student_tokenizer(config.student)
     sizes = (len(prompt_ids(tokenizer, asked)) for task in tasks for _, asked in task.questions)
-    need = max(sizes, default=1) + 1
+    need = max(sizes, default=1) + template.max_tokens
     job = pool_job(
         config,
         name,

@@ -87,7 +87,7 @@ def _figures(
 
     trust = config.student.trust_remote_code
     vocabulary = vocabulary_size(layout.export_folder(students[0]), trust)
-    teachers, combine = list(config.teachers), combination(config, layout)
+    teachers, combine = config.scoring_teachers, combination(config, layout)
     examples = open_examples(layout, caches, teachers, combine, entries, vocabulary)
     readers = {name: open_cache(cache) for name, cache in caches.items()}
     found: Json = {

@@ -192,10 +192,11 @@ def _plan_of_a_new_run(config: Config) -> list[StagePlan]:
             num_answers += len(prompts) * samples
             longest = max(longest, most or 0)
     steps = " -> ".join(recipe.type for recipe in config.synthesis.recipes)
-    size = f"{num_answers} sequences for each of {len(config.teachers)} teachers"
+    num_scoring = len(config.scoring_teachers)
+    size = f"{num_answers} sequences for each of {num_scoring} teachers"
     if longest:
         of_one = _cache_bytes(num_answers * longest, config.scoring.selection.max_entries)
-        size += f"; caches at most {_mebibytes(of_one * len(config.teachers))}"
+        size += f"; caches at most {_mebibytes(of_one * num_scoring)}"
     summaries = {
         "prepare": _counts(counts),
         "synthesize": f"{steps}: {num_answers} answers to the given prompts",

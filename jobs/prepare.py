@@ -14,6 +14,8 @@ from jobs.synthesis_checks import (
     synthesis_recipes,
 )
 from pipeline.config import Config, TeacherConfig
+from pipeline.config_base import ModelFiles
+from pipeline.config_endpoint import EndpointTeacherConfig
 from pipeline.config_targets import ByDomainWeights, LearnedWeights
 from pipeline.config_training import StudentConfig
 from pipeline.errors import ConfigError
@@ -37,8 +39,9 @@ def prepare(config: Config) -> Prepared:
     """
     layout = layout_of(config)
     prompts, counts = check_inputs(config)
-    for model in [*config.teachers.values(), config.student]:
-        check_model(model)
+    for files in [*(teacher.files for teacher in config.teachers.values()), config.student]:
+        if files is not None:
+            check_model(files)
     tokenizer_digest = check_vocabularies(config, prompts)
     _check_vocabulary_sizes(config)
     check_layers(config)
@@ -64,6 +67,7 @@ def prepare(config: Config) -> Prepared:
         filters_after_scoring=filter_identities(
             config, config.synthesis.filters_after_scoring, identities, tokenizer_digest
         ),
+        identities=identities,
     )
     save_prepared(layout, prepared)
     return prepared
@@ -95,9 +99,17 @@ def _check_upstream_options(config: Config) -> None:
             name in config.training.teacher_layers,
         )
         for name, teacher in config.teachers.items()
+        if isinstance(teacher, TeacherConfig)
+    }
+    apis = {
+        teacher.endpoint.api
+        for teacher in config.teachers.values()
+        if isinstance(teacher, EndpointTeacherConfig) and teacher.scores
     }
     checks["student"] = partial(check_engine_arguments, config.student.vllm)
-    checks["evaluation"] = partial(check_sampling_parameters, config.evaluation.sampling)
+    checks["evaluation"] = partial(
+        check_sampling_parameters, config.evaluation.sampling, endpoint_apis=apis
+    )
     most = config.synthesis.max_sequence_tokens
     longest = config.evaluation.sampling.get("max_tokens", 0)
     if most is not None and most <= longest:
@@ -137,8 +149,9 @@ def _check_prompts(config: Config, prompts: Sequence[Prompt]) -> None:
 
 def _check_vocabulary_sizes(config: Config) -> None:
     used = max(load_tokenizer(config.student).get_vocab().values()) + 1
-    named: list[tuple[str, TeacherConfig | StudentConfig]] = [("student", config.student)]
-    for name, model in [*named, *config.teachers.items()]:
+    models: dict[str, ModelFiles | StudentConfig] = {"student": config.student}
+    models |= {n: t.files for n, t in config.teachers.items() if t.files is not None}
+    for name, model in models.items():
         size = text_config(model).vocab_size
         if size < used:
             raise ConfigError(

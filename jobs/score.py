@@ -13,7 +13,7 @@ from jobs.filtering import Filtered, filter_scored
 from jobs.plan import score_key
 from pipeline import storage
 from pipeline.cache_index import is_published, publish, quarantined
-from pipeline.config import Config
+from pipeline.config import Config, TeacherConfig
 from pipeline.config_targets import CombineConfig, LearnedWeights
 from pipeline.datasets import DatasetEntry, read_dataset, write_dataset
 from pipeline.features import FeatureRule, holds_features, teacher_of
@@ -174,7 +174,10 @@ def provenance_of(
     if not has_new_shards(report, name) and storage.exists(cache.manifest):
         return storage.read_json(cache.manifest)["provenance"]
     teacher = teacher_of(name)
-    return {"engines": report.engines, "teacher": teacher, "model": config.teachers[teacher].model}
+    asked = config.teachers[teacher]
+    own = isinstance(asked, TeacherConfig)
+    model = {"model": asked.model} if own else {"endpoint_model": asked.endpoint.model}
+    return {"engines": report.engines, "teacher": teacher, **model}
 
 
 def scored_summary(name: str, report: PoolReport, num_quarantined: int) -> str:

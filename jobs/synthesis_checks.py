@@ -8,6 +8,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.checkers import find_checker
 from pipeline.config import Config
+from pipeline.config_endpoint import EndpointTeacherConfig
 from pipeline.config_recipes import Answer, Answering, Complete, GivenAnswers, Writing
 from pipeline.config_synthesis import Balance, Filter, Judge
 from pipeline.errors import ConfigError
@@ -38,8 +39,10 @@ def check_sampling(config: Config) -> None:
         sampling = sampling_of(step.recipe, step.generator)
         answering = isinstance(step.recipe, Answering)
         samples = step.recipe.samples_per_prompt if isinstance(step.recipe, Answering) else 1
+        teacher = config.teachers[step.generator]
+        apis = {teacher.endpoint.api} if isinstance(teacher, EndpointTeacherConfig) else set()
         try:
-            check_sampling_parameters(sampling, samples)
+            check_sampling_parameters(sampling, samples, apis)
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from error
         if answering and most is not None and most <= sampling["max_tokens"]:
@@ -104,7 +107,8 @@ def check_filters(config: Config, prompts: Sequence[Prompt]) -> None:
             )
         if isinstance(rule, Judge):
             rubric_of(rule)
-            grade_tokens(load_tokenizer(config.student))
+            if not config.teachers[rule.teacher].returns_text:
+                grade_tokens(load_tokenizer(config.student))
 
 
 def synthesis_recipes(

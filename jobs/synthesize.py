@@ -70,7 +70,6 @@ def _write_prompts(
 ) -> dict[str, float]:
     """Has one teacher write the prompts that it has not written yet; returns engine seconds."""
     name, recipe = work.step.generator, work.step.recipe
-    most = config.teachers[name].vllm.get("max_model_len")
     template = WritingTask(
         layout=layout,
         generator=name,
@@ -79,7 +78,7 @@ def _write_prompts(
         student=config.student,
         sampling=sampling_of(recipe, name),
         seed=config.seed,
-        max_model_len=most if isinstance(most, int) else None,
+        max_model_len=config.teachers[name].max_model_len,
     )
     tasks = plan_writing(template, work.requests, config.synthesis.prompts_per_shard)
     asked = [request.asked for task in tasks for request in task.requests]

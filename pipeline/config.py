@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from pipeline.config_base import Count, Name, Resources, Section
+from pipeline.config_base import Count, ModelFiles, Name, Resources, Section
+from pipeline.config_endpoint import EndpointTeacherConfig
 from pipeline.config_prompts import PromptsConfig
 from pipeline.config_recipes import Answer, Answering, Complete, Writing
 from pipeline.config_synthesis import Checker, Judge, SynthesisConfig, scoring_teacher
@@ -73,6 +74,50 @@ class TeacherConfig(Section):
     cost_per_hour: Annotated[float, Field(ge=0)] = 0.0
     """Price of one engine's hardware."""
 
+    @property
+    def files(self) -> ModelFiles:
+        """Where its tokenizer and config are read."""
+        return ModelFiles(self.model, self.revision, self.trust_remote_code)
+
+    @property
+    def scores(self) -> bool:
+        """Whether it has a cache."""
+        return True
+
+    @property
+    def returns_text(self) -> bool:
+        """Whether its answers are text that has to be tokenized."""
+        return False
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Tokens that an engine holds, where the config says so."""
+        most = self.vllm.get("max_model_len")
+        return most if isinstance(most, int) else None
+
+
+def _one_kind_of_teacher(values: Any) -> Any:
+    """Reads a teacher as what it names, `model` or `endpoint`, so that errors are about that."""
+    kinds: dict[str, type[Section]] = {"model": TeacherConfig, "endpoint": EndpointTeacherConfig}
+    if not isinstance(values, dict):
+        return values
+    named = [key for key in kinds if values.get(key) is not None]
+    if len(named) != 1:
+        found = "it has both" if named else "it has neither"
+        raise ValueError(
+            "a teacher names either `model`, which engines of this run serve, or `endpoint`, a "
+            f"server that runs elsewhere; {found}"
+        )
+    kind = kinds[named[0]]
+    for other, theirs in kinds.items():
+        misplaced = values.keys() & (theirs.model_fields.keys() - kind.model_fields.keys())
+        if misplaced:
+            raise ValueError(f"{sorted(misplaced)} belong to a teacher with `{other}`; leave out")
+    return kind.model_validate(values)
+
+
+AnyTeacher = Annotated[TeacherConfig | EndpointTeacherConfig, BeforeValidator(_one_kind_of_teacher)]
+
 
 class EvaluationConfig(Section):
     """What the report measures on the hold-out prompts."""
@@ -111,7 +156,7 @@ class Config(Section):
     """Of sampling, initialisation and data order."""
     storage: StorageConfig
     prompts: PromptsConfig
-    teachers: Annotated[dict[Name, TeacherConfig], Field(min_length=1)]
+    teachers: Annotated[dict[Name, AnyTeacher], Field(min_length=1)]
     synthesis: SynthesisConfig
     scoring: ScoringConfig
     combine: CombineConfig
@@ -137,6 +182,8 @@ class Config(Section):
                 raise ValueError(
                     f"{place} names {unknown}; the teachers are {sorted(self.teachers)}"
                 )
+            if silent := sorted(table.keys() - set(self.scoring_teachers)):
+                raise ValueError(f"{place} weighs {silent}, which do not score and have no cache")
             if sum(table.values()) <= 0:
                 raise ValueError(f"{place} must give at least one teacher a weight above 0")
         return self
@@ -148,6 +195,11 @@ class Config(Section):
                 raise ValueError(
                     f"training.losses names teacher {teacher!r}; the teachers are "
                     f"{sorted(self.teachers)}"
+                )
+            if isinstance(self.teachers[teacher], EndpointTeacherConfig):
+                raise ValueError(
+                    f"training.losses needs hidden states of teacher {teacher!r}, which an "
+                    "endpoint does not give: serve it by `model`, or leave that loss out"
                 )
         return self
 
@@ -223,5 +275,38 @@ class Config(Section):
             if teacher is not None and teacher not in self.teachers:
                 raise ValueError(
                     f"{place} names the teacher {teacher!r}; {closest(teacher, self.teachers)}"
+                )
+            if scoring_teacher(rule) not in (None, *self.scoring_teachers):
+                raise ValueError(
+                    f"{place} needs cached rows of {teacher!r}, which does not score; it can be "
+                    f"of {self.scoring_teachers}"
+                )
+        return self
+
+    @property
+    def scoring_teachers(self) -> list[str]:
+        """The teachers that have a cache, in the config's order; the others only write."""
+        return [name for name, teacher in self.teachers.items() if teacher.scores]
+
+    @model_validator(mode="after")
+    def _endpoints_can_do_it(self) -> Config:
+        if not self.scoring_teachers:
+            raise ValueError("no teacher scores, so there is nothing to distil: add one that does")
+        width = self.scoring.num_logprobs
+        for name, teacher in self.teachers.items():
+            if not isinstance(teacher, EndpointTeacherConfig):
+                continue
+            endpoint = teacher.endpoint
+            if endpoint.scores and width > endpoint.max_logprobs:
+                raise ValueError(
+                    f"scoring.num_logprobs is {width}, but teachers.{name}.endpoint returns at "
+                    f"most {endpoint.max_logprobs}: start the server with `--max-logprobs {width}` "
+                    f"and set teachers.{name}.endpoint.max_logprobs, or lower num_logprobs"
+                )
+            if endpoint.api_key_env in self.cluster.env_vars:
+                raise ValueError(
+                    f"cluster.env_vars holds {endpoint.api_key_env}, the key of teacher {name!r}: "
+                    "there it would stand in the config and in what Ray says of its jobs. Export "
+                    "it where Ray is started"
                 )
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -28,3 +29,18 @@ class Resources(Section):
     """GPUs."""
     custom: dict[str, float] = {}
     """Custom Ray resources; they place work on a node group, see cluster.yaml."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where the files of a Hugging Face model are read from.
+
+    Attributes:
+        model: folder or hub id.
+        revision: hub revision.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    model: str
+    revision: str | None = None
+    trust_remote_code: bool = False

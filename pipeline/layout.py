@@ -129,6 +129,10 @@ class Layout:
         """The folder of a judge's grades, or a file in it."""
         return join(self.root, "judgements", recipe, *([name] if name else []))
 
+    def endpoint_canary(self, digest: str) -> str:
+        """What an endpoint said of the canary when it was first asked."""
+        return join(self.root, "endpoints", f"{digest}.json")
+
     @property
     def datasets_folder(self) -> str:
         return join(self.root, "datasets")

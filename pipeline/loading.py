@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config import Config
+from pipeline.config import Config, TeacherConfig
 from pipeline.config_recipes import Evolve, Paraphrase, SelfInstruct
 from pipeline.config_synthesis import Contamination, EvaluationFile, Judge
 from pipeline.errors import ConfigError
@@ -72,13 +72,17 @@ def absolute_paths(config: Config, folder: Path) -> Config:
     initial_weights = config.student.initial_weights
     if initial_weights is not None:
         values["student"]["initial_weights"] = _absolute(initial_weights, folder)
-    for model in [*values["teachers"].values(), values["student"]]:
-        if model["model"].startswith((".", "~")):
-            model["model"] = _absolute(model["model"], folder)
-        elif not is_folder(model["model"]) and (folder / model["model"]).is_dir():
+    holders = [(teacher, "model") for teacher in values["teachers"].values() if "model" in teacher]
+    endpoints = [t["endpoint"] for t in values["teachers"].values() if "endpoint" in t]
+    holders += [(endpoint, "tokenizer") for endpoint in endpoints if endpoint["tokenizer"]]
+    for holder, key in [*holders, (values["student"], "model")]:
+        model = holder[key]
+        if model.startswith((".", "~")):
+            holder[key] = _absolute(model, folder)
+        elif not is_folder(model) and (folder / model).is_dir():
             raise ConfigError(
-                f"model {model['model']!r} is both a hub id and a folder beside the config: write "
-                f"./{model['model']} for the folder"
+                f"{key} {model!r} is both a hub id and a folder beside the config: write "
+                f"./{model} for the folder"
             )
     return Config.model_validate(values)
 
@@ -94,10 +98,19 @@ def check_model_folders(config: Config) -> None:
     Raises:
         ConfigError: one is missing.
     """
-    models = {f"teachers.{name}.model": teacher.model for name, teacher in config.teachers.items()}
-    for key, model in {**models, "student.model": config.student.model}.items():
+    for key, model in {**_teacher_models(config), "student.model": config.student.model}.items():
         if is_folder(model) and not Path(model).is_dir():
             raise ConfigError(f"{key}: the model folder {model} does not exist")
+
+
+def _teacher_models(config: Config) -> dict[str, str]:
+    """Folders or hub ids of what is read of the teachers, by the key that holds them."""
+    found = {}
+    for name, teacher in config.teachers.items():
+        key = "model" if isinstance(teacher, TeacherConfig) else "endpoint.tokenizer"
+        if teacher.files is not None:
+            found[f"teachers.{name}.{key}"] = teacher.files.model
+    return found
 
 
 def local_paths(config: Config) -> dict[str, str]:
@@ -105,7 +118,7 @@ def local_paths(config: Config) -> dict[str, str]:
     paths = {"storage.root": config.storage.root, "student.model": config.student.model}
     paths["storage.models_root"] = config.storage.models_root or config.storage.root
     paths["student.initial_weights"] = config.student.initial_weights or ""
-    paths |= {f"teachers.{name}.model": teacher.model for name, teacher in config.teachers.items()}
+    paths |= _teacher_models(config)
     paths |= {
         f"prompts.sources.{i}.path": source.path for i, source in enumerate(config.prompts.sources)
     }

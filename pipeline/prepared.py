@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.config import Config
+from pipeline.config_endpoint import NEUTRAL_ENDPOINT_KEYS
 from pipeline.features import holds_features
 from pipeline.fingerprint import digest_json
 from pipeline.generations import generation_in_use
@@ -19,7 +20,12 @@ from pipeline.layout import CacheLayout, Layout
 from pipeline.loading import evaluation_files, is_folder, own_templates
 from pipeline.recipes import cache_layout
 
-NEUTRAL_TEACHER_KEYS = {"cost_per_hour", "replicas", "resources"}
+NEUTRAL_TEACHER_KEYS: dict[str, Any] = {
+    **dict.fromkeys(("cost_per_hour", "replicas", "resources"), True),
+    "endpoint": dict.fromkeys(NEUTRAL_ENDPOINT_KEYS, True),
+}
+VERSION = 2
+"""Of what is written; an outcome of another one is found out again."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Prepared:
         prompts: digest of the prompt table.
         prompt_counts: rows read, duplicates dropped, prompts of each split.
         longest_prompt: tokens of the longest prompt.
+        identities: of the teachers' models, also of those that do not score.
         scoring_recipes: by name of the cache: a teacher's distributions, or hidden states.
         synthesis_recipes: by the label of a step (`pipeline/synthesis_steps.py`).
         student: identity of the model that the student starts from.
@@ -47,6 +54,7 @@ class Prepared:
     student: dict[str, str]
     filters_before_scoring: list[dict[str, Any]] = field(default_factory=list)
     filters_after_scoring: list[dict[str, Any]] = field(default_factory=list)
+    identities: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def caches(self, layout: Layout) -> dict[str, CacheLayout]:
         """Where every cache lies, by name, in the generation that this run uses."""
@@ -74,7 +82,7 @@ class Prepared:
 def preparation_key(config: Config) -> str:
     """Hash of all that decides the outcome of the prepare stage; reads no file's content."""
     models = {"student": config.student.model} | {
-        name: t.model for name, t in config.teachers.items()
+        name: t.files.model for name, t in config.teachers.items() if t.files is not None
     }
     models["initial weights"] = config.student.initial_weights or ""
     paths = [source.path for source in config.prompts.sources] + [
@@ -84,6 +92,7 @@ def preparation_key(config: Config) -> str:
     paths += own_templates(config).values()
     return digest_json(
         [
+            VERSION,
             config.model_dump(
                 mode="json",
                 include={"seed", "prompts", "teachers", "synthesis", "scoring", "combine"},

@@ -132,6 +132,8 @@ def read_reply(request: Request, text: str, finish_reason: str) -> Reply:
     The reasons why there are none: `over_long` (the reply was cut), `empty`, `refusal`,
     `malformed` (no tags, several prompts instead of one, nothing between them), `unchanged`.
     """
+    if finish_reason == "content_filter":
+        return Reply(reason="refusal", detail="withheld by the endpoint's content filter")
     if finish_reason != "stop":
         return Reply(reason="over_long", detail=f"the reply ended by {finish_reason!r}")
     said = text.rpartition("</think>")[2].strip()

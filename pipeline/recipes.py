@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline import cache_features, cache_logprobs
 from pipeline.config import Config, TeacherConfig
+from pipeline.config_endpoint import EndpointTeacherConfig
 from pipeline.config_recipes import Answering, GivenAnswers, Recipe
 from pipeline.config_synthesis import Judge
 from pipeline.features import features_of
@@ -46,7 +47,9 @@ NEUTRAL_ENGINE_KEYS = frozenset(
 DATASET_GENERATOR = "dataset"
 
 
-def _engine(teacher: TeacherConfig) -> dict[str, Any]:
+def _engine(teacher: TeacherConfig | EndpointTeacherConfig) -> dict[str, Any]:
+    if isinstance(teacher, EndpointTeacherConfig):
+        return {}  # its `model_identity` says all
     return {key: value for key, value in teacher.vllm.items() if key not in NEUTRAL_ENGINE_KEYS}
 
 
@@ -84,12 +87,13 @@ def feature_recipe(
 def cache_recipes(
     config: Config, identities: dict[str, dict[str, str]], tokenizer_hash: str
 ) -> dict[str, dict[str, Any]]:
-    """By name of the cache, the recipes of all that the teachers' caches are to hold.
+    """By name of the cache, the recipes of all that the caches of scoring teachers are to hold.
 
     Args:
         identities: by teacher, from `teachers/identity.py`; other teachers are left out.
     """
-    known = {name: identity for name, identity in identities.items() if name in config.teachers}
+    scoring = config.scoring_teachers
+    known = {name: identity for name, identity in identities.items() if name in scoring}
     distributions = {
         name: scoring_recipe(config, name, identity, tokenizer_hash)
         for name, identity in known.items()

@@ -183,9 +183,9 @@ def used_teachers(config: Config) -> list[str]:
     used = {
         name
         for domain in domains
-        for name in required_teachers(config.combine, list(config.teachers), domain)
+        for name in required_teachers(config.combine, config.scoring_teachers, domain)
     }
-    return [name for name in config.teachers if name in used]
+    return [name for name in config.scoring_teachers if name in used]
 
 
 def stage_cost(config: Config, record: dict[str, Any]) -> float:

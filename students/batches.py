@@ -127,7 +127,7 @@ class BatchSource:
         self.examples: Examples = open_examples(
             job.layout,
             job.caches,
-            list(job.config.teachers),
+            job.config.scoring_teachers,
             job.combine if job.uses_teachers else None,
             used,
             share.vocabulary,

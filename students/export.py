@@ -23,6 +23,8 @@ from transformers import (
 )
 
 from pipeline import storage
+from pipeline.config import TeacherConfig
+from pipeline.config_endpoint import EndpointTeacherConfig
 from pipeline.datasets import read_sequences
 from pipeline.errors import TrainingError
 from pipeline.loading import is_folder
@@ -148,9 +150,8 @@ def probe_difference(job: TrainingJob, folder: Path) -> float:
 def model_card(job: TrainingJob) -> str:
     """README.md with a YAML header: where the model comes from, in full."""
     config, summary = job.config, storage.read_json(job.summary_path)
-    hub_ids = [
-        teacher.model for teacher in config.teachers.values() if not is_folder(teacher.model)
-    ]
+    own = [teacher for teacher in config.teachers.values() if isinstance(teacher, TeacherConfig)]
+    hub_ids = [teacher.model for teacher in own if not is_folder(teacher.model)]
     header = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -162,11 +163,7 @@ def model_card(job: TrainingJob) -> str:
         "run": config.name,
         "student": job.student,
         "teachers": {
-            name: {
-                "model": teacher.model,
-                "revision": teacher.revision,
-                "cache": job.cache_fingerprints.get(name),
-            }
+            name: _origin(teacher) | {"cache": job.cache_fingerprints.get(name)}
             for name, teacher in config.teachers.items()
         },
         "initial_weights": config.student.initial_weights,
@@ -187,3 +184,10 @@ def model_card(job: TrainingJob) -> str:
         f"A causal language model {made} with polystill.\n\n"
         f"## Provenance\n\n```yaml\n{yaml.safe_dump(provenance, sort_keys=False)}```\n"
     )
+
+
+def _origin(teacher: TeacherConfig | EndpointTeacherConfig) -> dict[str, str | None]:
+    """Which model a teacher is."""
+    if isinstance(teacher, EndpointTeacherConfig):
+        return {"endpoint_model": teacher.endpoint.model, "identity": teacher.model_identity}
+    return {"model": teacher.model, "revision": teacher.revision}

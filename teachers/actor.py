@@ -1,4 +1,4 @@
-"""One engine in one Ray actor, and the driver's handle on it.
+"""One engine, or whoever asks an endpoint, in one Ray actor, and the driver's handle on it.
 
 A task comes to the engine: the actor runs it beside the teacher, where it reads its input and
 writes its output itself. Only the task and its small result travel; no log-probabilities enter
@@ -19,7 +19,7 @@ from ray.exceptions import RayError, RayTaskError
 from pipeline.config_base import Resources
 from teachers.canary import Canary
 from teachers.dispatch import ReplicaDied, Task
-from teachers.engine import EngineDiedError, EngineSpec
+from teachers.engine import EndpointSpec, EngineDiedError, EngineSpec, Teacher
 
 ENGINE_ENV_VARS = {
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -39,17 +39,24 @@ MAX_CONCURRENCY = 8
 class TeacherActor:
     """The actor: one teacher, several tasks at a time in one event loop."""
 
-    def __init__(self, spec: EngineSpec) -> None:
+    _teacher: Teacher
+
+    def __init__(self, spec: EngineSpec | EndpointSpec) -> None:
         self._spec = spec
 
     async def placed(self) -> None:
         """Answers as soon as the actor has its resources."""
 
     async def ready(self) -> dict[str, Any]:
-        """Starts the engine and returns its description."""
-        from teachers.vllm_teacher import VllmTeacher
+        """Starts the engine, or asks the endpoint who it is; returns its description."""
+        if isinstance(self._spec, EndpointSpec):
+            from teachers.endpoint import EndpointTeacher
 
-        self._teacher = await VllmTeacher.start(self._spec)
+            self._teacher = await EndpointTeacher.start(self._spec)
+        else:
+            from teachers.vllm_teacher import VllmTeacher
+
+            self._teacher = await VllmTeacher.start(self._spec)
         return self._teacher.describe()
 
     async def canary(self) -> Canary | None:
@@ -73,7 +80,11 @@ class RayReplica:
     """The driver's handle on one actor; the actor waits in Ray until its resources are free."""
 
     def __init__(
-        self, name: str, spec: EngineSpec, resources: Resources, env_vars: Mapping[str, str]
+        self,
+        name: str,
+        spec: EngineSpec | EndpointSpec,
+        resources: Resources,
+        env_vars: Mapping[str, str],
     ) -> None:
         self._is_ready = False
         self._actor: Any = (

@@ -12,19 +12,16 @@ import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from pipeline import storage
 from pipeline.checkers import find_checker
 from pipeline.config_training import StudentConfig
 from pipeline.errors import ConfigError, TeacherError
 from pipeline.records import Prompt, TokenSequence
+from teachers.engine import GeneratedAnswer, Teacher
 from teachers.synthesis import student_tokenizer
 from teachers.vocabulary import answer_text, prompt_ids
-
-if TYPE_CHECKING:
-    from teachers.engine import GeneratedAnswer
-    from teachers.vllm_teacher import VllmTeacher
 
 WARM_UP_PROMPTS = 4
 PROMPTS_ASKED_ALONE = 8
@@ -92,7 +89,7 @@ class AnsweringTask:
         """
         raise TeacherError(f"{self.model} cannot answer the hold-out prompts: {error}")
 
-    async def run(self, teacher: VllmTeacher) -> AnsweredPrompts:
+    async def run(self, teacher: Teacher) -> AnsweredPrompts:
         """Asks everything, checks the answers, and writes them as JSON lines to `answers_path`.
 
         Raises:
@@ -127,9 +124,7 @@ class AnsweringTask:
             gold_logprobs={s.sequence_id: await _gold(teacher, s) for s in self.compared},
         )
 
-    async def _speed(
-        self, teacher: VllmTeacher, asked: list[list[int]]
-    ) -> tuple[list[float], float]:
+    async def _speed(self, teacher: Teacher, asked: list[list[int]]) -> tuple[list[float], float]:
         """Tokens per second of each round of all prompts, and the median seconds of one alone."""
         length = min(SPEED_TOKENS, self.sampling["max_tokens"])
         exactly = {"max_tokens": length, "min_tokens": length, "ignore_eos": True, "stop": None}
@@ -146,7 +141,7 @@ class AnsweringTask:
         return rates, statistics.median(alone)
 
     async def _ask(
-        self, teacher: VllmTeacher, ids: list[int], changes: dict[str, Any] | None = None
+        self, teacher: Teacher, ids: list[int], changes: dict[str, Any] | None = None
     ) -> GeneratedAnswer:
         sampling = self.sampling | {"seed": self.seed} | (changes or {})
         return (await teacher.generate(ids, sampling, 1))[0]
@@ -182,7 +177,7 @@ def _shares(
     return {d: right[d] / n if n else None for d, n in checked.items()}, dict(checked)
 
 
-async def _gold(teacher: VllmTeacher, sequence: TokenSequence) -> list[float]:
+async def _gold(teacher: Teacher, sequence: TokenSequence) -> list[float]:
     positions = sequence.position_indices
     first = int(positions[0])
     captured = await teacher.score(sequence.input_ids.tolist(), first)

@@ -32,6 +32,23 @@ OWNED_SAMPLING_PARAMETERS = {
     "structured_outputs": "it needs a tokenizer in the engine",
 }
 
+OPENAI_PARAMETERS = frozenset(
+    {"frequency_penalty", "logit_bias", "max_tokens", "presence_penalty", "temperature", "top_p"}
+)
+COMPLETION_PARAMETERS = OPENAI_PARAMETERS | {
+    "allowed_token_ids",
+    "ignore_eos",
+    "min_p",
+    "min_tokens",
+    "repetition_detection",
+    "repetition_penalty",
+    "stop_token_ids",
+    "thinking_token_budget",
+    "top_k",
+}
+ENDPOINT_PARAMETERS = {"vllm": COMPLETION_PARAMETERS, "openai": OPENAI_PARAMETERS}
+"""By kind of endpoint the SamplingParams that it honours; servers ignore others without a word."""
+
 
 def check_names(place: str, block: dict[str, Any], known: Set[str], owned: dict[str, str]) -> None:
     """Checks the keys of a block that is passed on verbatim.
@@ -62,6 +79,20 @@ def check_sampling(block: dict[str, Any], known: Set[str], samples_per_prompt: i
         raise ConfigError(
             f"sampling.temperature is 0, so {samples_per_prompt} answers to a prompt would be alike"
         )
+
+
+def check_endpoint_sampling(block: dict[str, Any], api: str) -> None:
+    """Checks that an endpoint would honour a `sampling:` block.
+
+    Raises:
+        ConfigError: it has no parameter of that name.
+    """
+    for key in block:
+        if key not in ENDPOINT_PARAMETERS[api]:
+            raise ConfigError(
+                f"sampling.{key} is nothing that an endpoint with api {api} honours; it takes "
+                f"{', '.join(sorted(ENDPOINT_PARAMETERS[api]))}"
+            )
 
 
 def check_capture(block: dict[str, Any], num_logprobs: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline import storage
 from pipeline.errors import TeacherError
 from teachers.engine import CapturedRows, EngineSpec
 
@@ -51,6 +52,34 @@ class Canary:
     def of(cls, rows: CapturedRows, engine: dict[str, str | None]) -> Canary:
         """The part of captured rows that is compared."""
         return cls(engine, rows.gold_logprobs, rows.logprobs[:, :HEAD_ENTRIES])
+
+
+def hold_to_first(path: str, name: str, found: Canary) -> None:
+    """Compares an endpoint with what it said when it was first asked under its identity, which is
+    written where nothing lies yet.
+
+    Args:
+        name: of the endpoint, for the message.
+
+    Raises:
+        TeacherError: it says something else by more than the tolerance of its dtype.
+    """
+    values = _values(found)
+    if not storage.exists(path):
+        shown = {"engine": found.engine, "gold_and_head_logprobs": values.tolist()}
+        storage.write_json(path, shown)
+        return
+    stored = np.array(storage.read_json(path)["gold_and_head_logprobs"], np.float64)
+    columns = min(stored.shape[1], values.shape[1])
+    mean = float(np.abs(stored[:, :columns] - values[:, :columns]).mean())
+    tolerance = MEAN_TOLERANCES[str(found.engine["dtype"])]
+    if not mean <= tolerance:
+        raise TeacherError(
+            f"{name} does not say of the canary what it said when it was first asked ({path}): "
+            f"log-probabilities are {mean:.4g} nats apart on average, the tolerance for "
+            f"{found.engine['dtype']} is {tolerance}. If another model or quantisation is served "
+            "there now, give it another `model_identity`, and its rows go to a cache of their own"
+        )
 
 
 def died_of(step: str, spec: EngineSpec, config: Any) -> str:

@@ -18,13 +18,11 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import Any, Protocol, Self
 
 from pipeline.errors import ConfigError, DistillationError, StorageError, TeacherError
 from teachers.canary import Canary, refuse_difference
-
-if TYPE_CHECKING:
-    from teachers.vllm_teacher import VllmTeacher
+from teachers.engine import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +63,7 @@ class Task(Protocol):
         """Records, in the driver, that its one item cannot be done."""
         ...
 
-    async def run(self, teacher: VllmTeacher) -> Any:
+    async def run(self, teacher: Teacher) -> Any:
         """Does the work inside the actor; doing it again is harmless."""
         ...
 

@@ -1,18 +1,26 @@
 """The words between a teacher's engine and the tasks that use it; imports neither vLLM nor Ray.
 
-A driver builds an `EngineSpec`; an actor starts a `VllmTeacher` from it; a task receives
-`CapturedRows` and `GeneratedAnswer`s from that teacher. Axis names: P positions, K entries, T
+A driver builds an `EngineSpec` or an `EndpointSpec`; an actor starts a `VllmTeacher` or an
+`EndpointTeacher` from it; a task receives `CapturedRows` and `GeneratedAnswer`s from that
+`Teacher`, whichever it is. Axis names: P positions, K entries, T
 tokens of a sequence, L layers, H hidden size.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from pipeline.config_endpoint import EndpointConfig
+from pipeline.config_training import StudentConfig
 from pipeline.errors import TeacherError
+from pipeline.records import Prompt
+
+if TYPE_CHECKING:
+    from teachers.canary import Canary
+    from teachers.siblings import Earlier
 
 
 class EngineDiedError(TeacherError):
@@ -48,6 +56,28 @@ class EngineSpec:
     share_prefixes: bool = False
     seed: int = 0
     eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class EndpointSpec:
+    """What the actor that asks one endpoint is started with.
+
+    Attributes:
+        endpoint: where and how it is asked.
+        student: whose tokenizer makes token ids of text.
+        min_model_len: tokens that the server must accept, as in `EngineSpec`.
+        num_logprobs: capture width of `score`; 0 when it only writes.
+        eos_token_ids: tokens that end an answer, beside those that the server knows.
+        canary_path: what it said of the canary when it was first asked; written where nothing lies.
+            None where nothing is scored under this identity.
+    """
+
+    endpoint: EndpointConfig
+    student: StudentConfig
+    min_model_len: int
+    num_logprobs: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    canary_path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,10 +146,59 @@ class GeneratedAnswer:
 
     Attributes:
         token_ids: of the answer alone; ends with the end-of-sequence token when that stopped it.
-        finish_reason: `stop`, `length` or `repetition`, as the engine reports it.
+        finish_reason: `stop`, `length` or `repetition`, as the engine reports it; of an endpoint
+            also `content_filter`.
         seconds: from the request to its last token, waiting inside the engine included.
     """
 
     token_ids: list[int]
     finish_reason: str
     seconds: float
+
+
+class Teacher(Protocol):
+    """What tasks are given: an engine beside them, or an endpoint elsewhere."""
+
+    async def score(
+        self,
+        input_ids: list[int],
+        first_index: int,
+        earlier: Earlier | None = None,
+        *,
+        distributions: bool = True,
+        states: bool = False,
+    ) -> CapturedRows:
+        """The distributions over the tokens at indices `first_index` to T - 1, and the hidden
+        states that they are computed from; see `teachers/vllm_teacher.py`.
+        """
+        ...
+
+    async def generate(
+        self,
+        prompt_ids: list[int],
+        sampling: dict[str, Any],
+        num_samples: int,
+        prompt: Prompt | None = None,
+    ) -> list[GeneratedAnswer]:
+        """Answers to one prompt.
+
+        Args:
+            prompt: what the ids were made of; a teacher that exchanges text is sent this.
+        """
+        ...
+
+    def canary(self) -> Canary | None:
+        """What it said of the canary; None when it only writes."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What provenance keeps of it, as JSON values."""
+        ...
+
+    def peak_memory_bytes(self) -> int | None:
+        """Of its processes here."""
+        ...
+
+    def shutdown(self) -> None:
+        """Frees what it holds."""
+        ...

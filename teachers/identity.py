@@ -16,6 +16,8 @@ from transformers import AutoConfig
 
 from pipeline import storage
 from pipeline.config import TeacherConfig
+from pipeline.config_base import ModelFiles
+from pipeline.config_endpoint import EndpointTeacherConfig
 from pipeline.config_training import StudentConfig
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import digest_json
@@ -30,12 +32,18 @@ CODE_SUFFIX = ".py"
 READ_BYTES = 1 << 24
 
 
-def model_identity(model: TeacherConfig | StudentConfig, layout: Layout) -> dict[str, str]:
-    """`{"hub": id, "revision": commit}` of a hub model, `{"weights": hash}` of a folder.
+def model_identity(
+    model: TeacherConfig | EndpointTeacherConfig | StudentConfig, layout: Layout
+) -> dict[str, str]:
+    """`{"hub": id, "revision": commit}` of a hub model, `{"weights": hash}` of a folder; of an
+    endpoint `{"endpoint": words, "api": kind}`, what the config calls it or else its served name.
 
     Raises:
         ConfigError: the folder is missing or holds no model, or the hub cannot be asked.
     """
+    if isinstance(model, EndpointTeacherConfig):
+        name = model.model_identity or model.endpoint.model
+        return {"endpoint": name, "api": model.endpoint.api}
     if not is_folder(model.model):
         return {"hub": model.model, "revision": _hub_commit(model)}
     folder = Path(model.model)
@@ -86,7 +94,7 @@ def _weights_identity(folder: str, layout: Layout) -> dict[str, str]:
     }
 
 
-def check_model(model: TeacherConfig | StudentConfig) -> None:
+def check_model(model: ModelFiles | StudentConfig) -> None:
     """Loads the model's config, which shows that it is a causal language model transformers knows.
 
     Raises:

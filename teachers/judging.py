@@ -1,4 +1,5 @@
-"""A teacher grades answers: the engine may write nothing but one digit, so each grade parses.
+"""A teacher grades answers: the engine may write nothing but one digit, so each grade parses. What
+a teacher that exchanges text writes cannot be bounded; replies that are no grade give none.
 
 `judgements/<recipe>/<digest of the sequence ids>.json` holds the grades of a shard; a sequence is
 graded once under a recipe.
@@ -8,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,13 +22,13 @@ from pipeline.errors import ConfigError
 from pipeline.fingerprint import digest_ids
 from pipeline.layout import Layout
 from pipeline.records import Prompt
+from teachers.engine import Teacher
 from teachers.synthesis import student_tokenizer
-from teachers.vocabulary import prompt_ids
-
-if TYPE_CHECKING:
-    from teachers.vllm_teacher import VllmTeacher
+from teachers.vocabulary import answer_text, prompt_ids
 
 GRADES = (1, 2, 3, 4, 5)
+FREE_REPLY_TOKENS = 32
+_GRADE = re.compile(r"\W*(?:(?:grade|score|rating)\W+)?([1-5])(?:\s*/\s*5)?\W*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class JudgingTask:
         questions: by sequence id, the rubric with prompt and answer filled in.
         max_model_len: tokens that the engine holds, where the config says so; longer questions get
             no grade.
+        is_bound: the judge can be bound to write nothing but a grade.
     """
 
     layout: Layout
@@ -44,6 +47,12 @@ class JudgingTask:
     questions: tuple[tuple[str, Prompt], ...]
     student: StudentConfig
     max_model_len: int | None = None
+    is_bound: bool = True
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a reply."""
+        return 1 if self.is_bound else FREE_REPLY_TOKENS
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -62,37 +71,51 @@ class JudgingTask:
         """Records that the answers cannot be graded, so that nobody tries again."""
         self._record({name: None for name, _ in self.questions})
 
-    async def run(self, teacher: VllmTeacher) -> int:
+    async def run(self, teacher: Teacher) -> int:
         """Grades all answers.
 
         Returns:
-            The number of grades.
+            The number of replies.
 
         Raises:
             ConfigError: a grade is no single token.
         """
         tokenizer, _ = student_tokenizer(self.student)
-        grade_of = grade_tokens(tokenizer)
-        sampling = {"max_tokens": 1, "temperature": 0.0, "allowed_token_ids": sorted(grade_of)}
+        sampling: dict[str, Any] = {"max_tokens": self.max_tokens, "temperature": 0.0}
+        grade_of = grade_tokens(tokenizer) if self.is_bound else {}
+        if self.is_bound:
+            sampling["allowed_token_ids"] = sorted(grade_of)
         grades: dict[str, int | None] = {}
-        asked = {}
+        asked: dict[str, tuple[list[int], Prompt]] = {}
         for name, question in self.questions:
             ids = prompt_ids(tokenizer, question)
-            if len(ids) < (self.max_model_len or math.inf):
-                asked[name] = ids
+            if len(ids) + self.max_tokens <= (self.max_model_len or math.inf):
+                asked[name] = ids, question
             else:
                 grades[name] = None
         replies = await asyncio.gather(
-            *(teacher.generate(ids, sampling, 1) for ids in asked.values())
+            *(teacher.generate(ids, sampling, 1, question) for ids, question in asked.values())
         )
         for name, (reply,) in zip(asked, replies, strict=True):
-            grades[name] = grade_of[reply.token_ids[0]]
+            if self.is_bound:
+                grades[name] = grade_of[reply.token_ids[0]]
+            else:
+                grades[name] = read_grade(answer_text(tokenizer, reply.token_ids))
         self._record(grades)
         return len(asked)
 
     def _record(self, grades: dict[str, int | None]) -> None:
         name = digest_ids(identifier for identifier, _ in self.questions)
         storage.write_json(self.layout.judgements(self.recipe_digest, f"{name}.json"), grades)
+
+
+def read_grade(reply: str) -> int | None:
+    """The grade that the first line of a reply is, such as `4`, `**4**`, `Grade: 4` or `4/5`; None
+    of anything else.
+    """
+    said = reply.rpartition("</think>")[2].strip()
+    found = _GRADE.fullmatch(said.partition("\n")[0])
+    return int(found[1]) if found else None
 
 
 def grade_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, int]:

@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from pipeline.config import Config, TeacherConfig
+from pipeline.config import Config
+from pipeline.config_base import ModelFiles
 from pipeline.config_training import HiddenState, StateLoss, StudentConfig
 from pipeline.errors import ConfigError
 
@@ -22,7 +23,9 @@ def check_layers(config: Config) -> None:
     for loss in config.training.losses:
         if not isinstance(loss, StateLoss):
             continue
-        teacher = text_config(config.teachers[loss.teacher])
+        files = config.teachers[loss.teacher].files
+        assert files is not None, "the config refuses losses on states of an endpoint"
+        teacher = text_config(files)
         for name, model, layers in (
             (f"teacher {loss.teacher!r}", teacher, loss.layers.keys()),
             ("the student", student, loss.layers.values()),
@@ -47,7 +50,7 @@ def check_layers(config: Config) -> None:
             )
 
 
-def text_config(model: TeacherConfig | StudentConfig) -> Any:
+def text_config(model: ModelFiles | StudentConfig) -> Any:
     """What transformers knows of a language model, that of the text in a model of several kinds."""
     loaded = AutoConfig.from_pretrained(
         model.model, revision=model.revision, trust_remote_code=model.trust_remote_code

@@ -18,7 +18,7 @@ from pipeline.config_base import Resources
 from pipeline.errors import ClusterError
 from teachers.actor import RayReplica
 from teachers.dispatch import Dispatcher, PoolReport, Progress, Task, cancel
-from teachers.engine import EngineSpec
+from teachers.engine import EndpointSpec, EngineSpec
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class PoolJob:
     """
 
     name: str
-    spec: EngineSpec
+    spec: EngineSpec | EndpointSpec
     resources: Resources
     replicas: int
     tasks: Sequence[Task]

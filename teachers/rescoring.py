@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,10 +17,7 @@ from pipeline.datasets import read_sequences
 from pipeline.fingerprint import digest_ids
 from pipeline.layout import CacheLayout
 from pipeline.records import SparseLogprobs, TokenSequence
-from teachers.engine import CapturedRows
-
-if TYPE_CHECKING:
-    from teachers.vllm_teacher import VllmTeacher
+from teachers.engine import CapturedRows, Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +86,7 @@ class RescoringTask:
         """Leaves no record, for the stored row stays; the pool's report names it."""
         logger.warning("%s cannot be scored again: %s", self.label, error)
 
-    async def run(self, teacher: VllmTeacher) -> list[RowDifference]:
+    async def run(self, teacher: Teacher) -> list[RowDifference]:
         """Scores the sequences and compares.
 
         Raises:
@@ -104,7 +100,7 @@ class RescoringTask:
         )
 
     async def _compare(
-        self, teacher: VllmTeacher, sequence: TokenSequence, stored: SparseLogprobs | None
+        self, teacher: Teacher, sequence: TokenSequence, stored: SparseLogprobs | None
     ) -> RowDifference:
         assert stored is not None, "rows are drawn from those that the cache has"
         first = int(sequence.position_indices[0])

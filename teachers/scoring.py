@@ -14,7 +14,6 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,11 +28,8 @@ from pipeline.fingerprint import digest_ids
 from pipeline.layout import CacheLayout
 from pipeline.records import CacheRow, TokenSequence
 from pipeline.selection import select
-from teachers.engine import CapturedRows
+from teachers.engine import CapturedRows, Teacher
 from teachers.siblings import Siblings
-
-if TYPE_CHECKING:
-    from teachers.vllm_teacher import VllmTeacher
 
 SEQUENCES_IN_FLIGHT = 256
 
@@ -125,7 +121,7 @@ class ScoringTask:
                     {"sequence_id": identifier, "error": error},
                 )
 
-    async def run(self, teacher: VllmTeacher) -> ScoredShard:
+    async def run(self, teacher: Teacher) -> ScoredShard:
         """Scores the sequences and writes their shards.
 
         Raises:
@@ -164,7 +160,7 @@ class ScoringTask:
 
     async def _score(
         self,
-        teacher: VllmTeacher,
+        teacher: Teacher,
         sequence: TokenSequence,
         siblings: Siblings,
         slots: asyncio.Semaphore,

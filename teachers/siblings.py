@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from teachers.engine import CapturedRows
-
-if TYPE_CHECKING:
-    from teachers.vllm_teacher import VllmTeacher
+from teachers.engine import CapturedRows, Teacher
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,14 +32,14 @@ class Siblings:
 
     async def score(
         self,
-        teacher: VllmTeacher,
+        teacher: Teacher,
         input_ids: np.ndarray,
         first_index: int,
         *,
         distributions: bool = True,
         states: bool = False,
     ) -> CapturedRows:
-        """As `VllmTeacher.score`, with the rows of earlier answers at hand."""
+        """As `Teacher.score`, with the rows of earlier answers at hand."""
         earlier = Earlier(tuple(self._answers), input_ids, first_index)
         answer = _Answer(input_ids, first_index, asyncio.get_running_loop().create_future())
         self._answers.append(answer)

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -24,10 +24,8 @@ from pipeline.fingerprint import digest_bytes, sequence_id
 from pipeline.layout import Layout
 from pipeline.records import Prompt, TokenSequence
 from pipeline.synthesis_index import Outcome, new_prompts, shard_digest, write_record
+from teachers.engine import Teacher
 from teachers.vocabulary import answer_text, load_tokenizer, prompt_ids, tokenizer_hash
-
-if TYPE_CHECKING:
-    from teachers.vllm_teacher import VllmTeacher
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class SynthesisTask:
             )
         )
 
-    async def run(self, teacher: VllmTeacher) -> dict[str, Any]:
+    async def run(self, teacher: Teacher) -> dict[str, Any]:
         """Asks the teacher for all answers and writes the shard.
 
         Returns:
@@ -87,7 +85,10 @@ class SynthesisTask:
         answers = await asyncio.gather(
             *(
                 teacher.generate(
-                    ids, self.sampling | {"seed": self._seed(prompt)}, self.samples_per_prompt
+                    ids,
+                    self.sampling | {"seed": self._seed(prompt)},
+                    self.samples_per_prompt,
+                    prompt,
                 )
                 for prompt, ids in fitting
             )
@@ -108,6 +109,10 @@ class SynthesisTask:
                     outcome.reject(prompt, who, "truncated", detail, text)
                 elif not text.strip():
                     outcome.reject(prompt, who, "empty", "", text)
+                elif len(ids) + len(sample.token_ids) > self._most_tokens:
+                    # An endpoint counts `max_tokens` of its own.
+                    detail = f"{len(ids) + len(sample.token_ids)} tokens"
+                    outcome.reject(prompt, who, "too_long", detail, text)
                 else:
                     answer = sample.token_ids
                     outcome.keep(self._sequence(prompt, ids, answer, reason, tokenizer_digest))

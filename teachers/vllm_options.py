@@ -6,6 +6,7 @@ What they must not contradict, and which of them are ours, stands in `teachers/a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Set
 from typing import Any
 
 from vllm import SamplingParams
@@ -32,16 +33,23 @@ def check_engine_arguments(
         arguments.check_hidden_states(block)
 
 
-def check_sampling_parameters(block: dict[str, Any], samples_per_prompt: int = 1) -> None:
+def check_sampling_parameters(
+    block: dict[str, Any], samples_per_prompt: int = 1, endpoint_apis: Set[str] = frozenset()
+) -> None:
     """Checks a `sampling:` block before any hardware is asked for.
+
+    Args:
+        endpoint_apis: of the endpoints that it is sent to.
 
     Raises:
         ConfigError: vLLM does not know a key (the closest one is named), a key is ours,
             `max_tokens` is missing (vLLM's default of 16 would cut answers), vLLM refuses a value,
-            or greedy sampling is asked for several answers.
+            greedy sampling is asked for several answers, or an endpoint would ignore a key.
     """
     known = {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}
     arguments.check_sampling(block, known, samples_per_prompt)
+    for api in sorted(endpoint_apis):
+        arguments.check_endpoint_sampling(block, api)
     try:
         SamplingParams(**block)
     except (VLLMError, TypeError, ValueError) as error:

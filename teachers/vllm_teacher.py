@@ -29,6 +29,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.logprobs import LogprobsProcessor
 
 from pipeline.errors import TeacherError
+from pipeline.records import Prompt
 from teachers import arguments, hardware, prompt_topk
 from teachers.canary import CANARY_TOKENS, Canary, canary_ids, died_of, full_step, states_agree
 from teachers.engine import (
@@ -150,11 +151,16 @@ class VllmTeacher:
         return self._canary
 
     async def generate(
-        self, prompt_ids: list[int], sampling: dict[str, Any], num_samples: int
+        self,
+        prompt_ids: list[int],
+        sampling: dict[str, Any],
+        num_samples: int,
+        prompt: Prompt | None = None,
     ) -> list[GeneratedAnswer]:
         """Answers to one prompt.
 
         Args:
+            prompt: what the ids were made of; an engine takes the ids alone.
             sampling: vLLM's parameters, `max_tokens` among them. Sample `i` has the seed
                 `seed + i`, so derive a prompt's seed from a hash; without one, runs differ.
 

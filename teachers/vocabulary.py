@@ -14,7 +14,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from pipeline.config import Config, TeacherConfig
+from pipeline.config import Config
+from pipeline.config_base import ModelFiles
 from pipeline.config_training import StudentConfig
 from pipeline.errors import ConfigError, VocabularyMismatchError
 from pipeline.fingerprint import digest_bytes, digest_json
@@ -24,7 +25,7 @@ ENTRIES_LISTED = 8
 PROMPTS_COMPARED = 1000
 
 
-def load_tokenizer(model: TeacherConfig | StudentConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: ModelFiles | StudentConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub id.
 
     Raises:
@@ -89,7 +90,8 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str
 def check_vocabularies(config: Config, prompts: Sequence[Prompt]) -> str:
     """Compares every teacher's tokenizer with the student's; returns the student's tokenizer hash.
 
-    Ids that no tokenizer uses (the padding of an embedding matrix) are left aside.
+    Ids that no tokenizer uses (the padding of an embedding matrix) are left aside, and so are
+    teachers that exchange text alone.
 
     Raises:
         ConfigError: a tokenizer cannot be loaded, or the student's has no end-of-sequence token.
@@ -102,7 +104,9 @@ def check_vocabularies(config: Config, prompts: Sequence[Prompt]) -> str:
     sample = prompts[::step][:PROMPTS_COMPARED]
     problems = []
     for name, teacher in config.teachers.items():
-        tokenizer = load_tokenizer(teacher)
+        if teacher.files is None:
+            continue  # its answers are text, tokenized with the student's
+        tokenizer = load_tokenizer(teacher.files)
         lines = _differences(student, tokenizer)
         if not lines and not teacher.allow_chat_template_difference:
             lines = _rendering_differences(student, tokenizer, sample)

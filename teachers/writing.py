@@ -8,18 +8,16 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.config_training import StudentConfig
 from pipeline.fingerprint import digest_bytes
 from pipeline.layout import Layout
 from pipeline.prompt_writing import Request, new_prompt, read_reply
 from pipeline.synthesis_index import Outcome, new_prompts, shard_digest, write_record
+from teachers.engine import Teacher
 from teachers.synthesis import student_tokenizer
 from teachers.vocabulary import answer_text, prompt_ids
-
-if TYPE_CHECKING:
-    from teachers.vllm_teacher import VllmTeacher
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class WritingTask:
         errors = {request.asked.prompt_id: error for request in self.requests}
         self._record(Outcome(counts=Counter(quarantined=len(self)), errors=errors))
 
-    async def run(self, teacher: VllmTeacher) -> dict[str, Any]:
+    async def run(self, teacher: Teacher) -> dict[str, Any]:
         """Asks the teacher and records the prompts that it wrote.
 
         Returns:
@@ -77,7 +75,9 @@ class WritingTask:
                 outcome.reject(request.source, self.generator, "too_long", detail)
         replies = await asyncio.gather(
             *(
-                teacher.generate(ids, self.sampling | {"seed": self._seed(request)}, 1)
+                teacher.generate(
+                    ids, self.sampling | {"seed": self._seed(request)}, 1, request.asked
+                )
                 for request, ids in fitting
             )
         )

@@ -144,7 +144,16 @@ class FabricatedRun:
         identities = {name: {"weights": name} for name in config.teachers}
         recipes = cache_recipes(config, identities, TOKENIZER)
         prepared = Prepared(
-            preparation_key(config), "p", {}, 4, TOKENIZER, 1, recipes, {}, {"model": "student"}
+            preparation_key(config),
+            "p",
+            {},
+            4,
+            TOKENIZER,
+            1,
+            recipes,
+            {},
+            {"model": "student"},
+            identities=identities,
         )
         storage.write_json(self.layout.prepared, asdict(prepared))
         return prepared

@@ -71,7 +71,7 @@ class _Engine:
     name: str
 
     async def generate(
-        self, ids: list[int], sampling: dict[str, Any], num_samples: int
+        self, ids: list[int], sampling: dict[str, Any], num_samples: int, prompt: Prompt
     ) -> list[GeneratedAnswer]:
         tokenizer = self.engines.tokenizer
         text = tokenizer.decode(ids, skip_special_tokens=True)
@@ -112,7 +112,9 @@ class Run:
         scoring = {t: scoring_recipe(config, t, identities[t], "hash") for t in identities}
         digest = write_prompts(layout_of(config), self.prompts)
         recipes = synthesis_recipes(config, identities, "hash")
-        return Prepared("key", digest, {}, 90, "hash", 1, scoring, recipes, {}, before)
+        return Prepared(
+            "key", digest, {}, 90, "hash", 1, scoring, recipes, {}, before, identities=identities
+        )
 
     def synthesize(self, recipes: list[Block], filters: Sequence[Block] = ()) -> dict[str, Any]:
         self.engines.asked.clear()

@@ -34,7 +34,7 @@ class ScriptedTeacher:
         self.seeds: list[int] = []
 
     async def generate(
-        self, ids: list[int], sampling: dict[str, Any], num_samples: int
+        self, ids: list[int], sampling: dict[str, Any], num_samples: int, prompt: Prompt
     ) -> list[GeneratedAnswer]:
         self.seeds.append(sampling["seed"])
         texts = self._answers["".join(self._tokenizer.convert_ids_to_tokens(ids))][:num_samples]

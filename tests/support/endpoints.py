@@ -1,0 +1,180 @@
+"""OpenAI-compatible servers on loopback, in threads of the test's own process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from teachers.dispatch import PoolReport
+from teachers.endpoint import EndpointTeacher
+from tests.support.fabricated import FakeTeacher
+
+Json = dict[str, Any]
+SERVED = "served"
+MAX_MODEL_LEN = 512
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a server says; `content` None drops the connection without a word."""
+
+    content: bytes | None
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, value: Any, status: int = 200, **headers: str) -> Response:
+        return cls(json.dumps(value).encode(), status, headers)
+
+
+DROPPED = Response(None)
+
+
+@dataclass
+class Loopback:
+    """A server whose responses are a function of path and body.
+
+    Attributes:
+        requests: path, body and headers of all that were asked, in order.
+        open_at_once: most requests that were open at the same time.
+    """
+
+    respond: Callable[[str, Json], Response]
+    url: str = ""
+    requests: list[tuple[str, Json, dict[str, str]]] = field(default_factory=list)
+    open_at_once: int = 0
+
+    def bodies(self, path: str) -> list[Json]:
+        return [body for asked, body, _ in self.requests if asked == path]
+
+
+@contextmanager
+def loopback(respond: Callable[[str, Json], Response]) -> Iterator[Loopback]:
+    server, lock, now_open = Loopback(respond), threading.Lock(), 0
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._answer({})
+
+        def do_POST(self) -> None:
+            self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+        def _answer(self, body: Json) -> None:
+            nonlocal now_open
+            with lock:
+                now_open += 1
+                server.open_at_once = max(server.open_at_once, now_open)
+                server.requests.append((self.path, body, dict(self.headers)))
+            response = server.respond(self.path, body)
+            with lock:
+                now_open -= 1
+            if response.content is None:
+                self.close_connection = True
+                return
+            self.send_response(response.status)
+            for name, value in response.headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(response.content)))
+            self.end_headers()
+            self.wfile.write(response.content)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Says nothing."""
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.daemon_threads = True
+    server.url = f"http://127.0.0.1:{http.server_port}/v1"
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        http.shutdown()
+        thread.join()
+        http.server_close()
+
+
+def chat_reply(text: str | None, finish_reason: str = "stop", **message: Any) -> Response:
+    """As of `/chat/completions`."""
+    said = {"role": "assistant", "content": text} | message
+    choice = {"index": 0, "message": said, "finish_reason": finish_reason}
+    return Response.of({"id": "c", "choices": [choice], "usage": {"completion_tokens": 3}})
+
+
+def by_text(reply: Callable[[str], Response]) -> Callable[[str, Json], Response]:
+    """A text API whose reply is a function of the last message."""
+    return lambda path, body: reply(body["messages"][-1]["content"])
+
+
+@dataclass
+class FakeVllm:
+    """What a vLLM server says of a model that is a hash of the tokens before.
+
+    Attributes:
+        salt: another one makes another model of it.
+        answer: token ids and finish reason of an answer, by prompt.
+    """
+
+    salt: str = "model"
+    answer: Callable[[list[int]], tuple[list[int], str]] = lambda ids: ([5, 1], "stop")
+
+    def __call__(self, path: str, body: Json) -> Response:
+        if path == "/version":
+            return Response.of({"version": "0.32.0"})
+        if path == "/v1/models":
+            return Response.of({"data": [{"id": SERVED, "max_model_len": MAX_MODEL_LEN}]})
+        prompt = body["prompt"]
+        token_ids, finish_reason = self.answer(prompt)
+        choice: Json = {"prompt_token_ids": prompt, "token_ids": token_ids, "text": "…"}
+        choice["finish_reason"] = finish_reason
+        if "prompt_logprobs" in body:
+            choice["prompt_logprobs"] = self.prompt_logprobs(prompt, body["prompt_logprobs"])
+        return Response.of({"choices": [choice]})
+
+    def prompt_logprobs(self, prompt: list[int], width: int) -> list[Any]:
+        """As vLLM writes them: the gold token first, then the others in descending order."""
+        rows = asyncio.run(FakeTeacher(self.salt).score(prompt, 1))
+        positions: list[Any] = [None]
+        for j, gold in enumerate(prompt[1:]):
+            entries = {gold: float(rows.gold_logprobs[j])}
+            for token, logprob in zip(rows.token_ids[j], rows.logprobs[j], strict=True):
+                if len(entries) <= width - (gold in rows.token_ids[j, :width]):
+                    entries.setdefault(int(token), float(logprob))
+            positions.append(
+                {
+                    str(token): {"logprob": logprob, "rank": 1, "decoded_token": "x"}
+                    for token, logprob in entries.items()
+                }
+            )
+        return positions
+
+
+async def at_once(seconds: float) -> None:
+    """Stands for `asyncio.sleep` where nobody wants to wait."""
+
+
+def run_in_process(jobs: Sequence[Any]) -> dict[str, PoolReport]:
+    """Stands for `run_pools`: the real teacher of each endpoint, without Ray."""
+    return {job.name: asyncio.run(_run(job)) for job in jobs}
+
+
+async def _run(job: Any) -> PoolReport:
+    report = PoolReport()
+    if not job.tasks:
+        return report
+    teacher = await EndpointTeacher.start(job.spec, sleep=at_once)
+    try:
+        report.results = [await task.run(teacher) for task in job.tasks]
+        report.engines = [teacher.describe() | {"peak_memory_bytes": None}]
+    finally:
+        teacher.shutdown()
+        await asyncio.sleep(0)
+    return report
