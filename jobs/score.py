@@ -185,10 +185,12 @@ def scored_summary(name: str, report: PoolReport, num_quarantined: int) -> str:
     done: list[ScoredShard] = [shard for shard in report.results if name in shard.entries]
     positions = sum(shard.entries[name].num_positions for shard in done)
     size = sum(shard.entries[name].num_bytes for shard in done)
-    line = (
-        f"{name}: {positions} positions in {len(done)} new shards, "
-        f"{size / max(positions, 1):.1f} bytes each"
-    )
+    line = f"{name}: nothing new"
+    if done:
+        line = (
+            f"{name}: {positions} positions in {len(done)} new shards, "
+            f"{size / max(positions, 1):.1f} bytes each"
+        )
     if report.engines and not holds_features(name):
         line += f", captured by {' and '.join(sorted({e['capture'] for e in report.engines}))}"
     if any(engine["prefix_sharing"] for engine in report.engines):

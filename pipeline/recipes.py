@@ -100,8 +100,8 @@ def cache_recipes(
     }
     features = {
         features_of(name): feature_recipe(config, name, known[name], tokenizer_hash)
-        for name in config.training.teacher_layers
-        if name in known
+        for name in known
+        if name in config.training.teacher_layers
     }
     return distributions | features
 
