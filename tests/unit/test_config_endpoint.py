@@ -1,13 +1,16 @@
 """Teachers behind endpoints in a config: what is read, what is refused and with which words."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from jobs.dry_run import describe
 from pipeline.config import Config, TeacherConfig
-from pipeline.config_endpoint import EndpointTeacherConfig
+from pipeline.config_endpoint import EndpointConfig, EndpointTeacherConfig
 from pipeline.errors import ConfigError
 from pipeline.features import features_of
 from pipeline.loading import dump_config, load_config, local_paths
@@ -17,6 +20,7 @@ from pipeline.training import used_teachers
 from teachers.arguments import ENDPOINT_PARAMETERS
 from tests.support.command_line import QUICKSTART
 
+README = Path(__file__).resolve().parents[2] / "README.md"
 VLLM = "url: 'http://host:8000/v1', model: m, api: vllm, tokenizer: ./student"
 TEXT = "url: 'https://host/v1/', model: m, api: openai, scores: false"
 SCORING = f"teachers.third={{endpoint: {{{VLLM}}}, model_identity: m at 1}}"
@@ -120,6 +124,18 @@ def test_what_an_endpoint_cannot_do_is_refused(overrides: list[str], message: st
     with pytest.raises(ConfigError, match=message) as refused:
         load(*overrides)
     assert "sk-SECRET" not in str(refused.value)
+
+
+def test_the_teachers_of_the_readme_load() -> None:
+    blocks = re.findall(r"```yaml\n(teachers:.*?)```", README.read_text(), flags=re.DOTALL)
+    (teachers,) = [yaml.safe_load(block)["teachers"] for block in blocks if "endpoint:" in block]
+    config = load(*(f"teachers.{name}={json.dumps(value)}" for name, value in teachers.items()))
+    assert config.scoring_teachers == ["arithmetic", "words", "large"]
+
+
+def test_every_field_is_in_the_readme() -> None:
+    for field in EndpointConfig.model_fields:
+        assert f"`{field}`" in README.read_text(), field
 
 
 def test_a_server_that_gives_more_is_believed() -> None:
