@@ -199,7 +199,8 @@ class EndpointTeacher:
         vocabulary = max(self._tokenizer.get_vocab().values()) + 1
         head = min(HEAD_ENTRIES, self._endpoint.max_logprobs)
         width = max(self._spec.num_logprobs, head)
-        rows = await self._rows(canary_ids(CANARY_TOKENS, vocabulary), 1, width)
+        length = min(CANARY_TOKENS, (self._max_model_len or CANARY_TOKENS + 1) - 1)
+        rows = await self._rows(canary_ids(length, vocabulary), 1, width)
         engine = {key: self.describe()[key] for key in ("engine_version", "dtype", "quantization")}
         self._canary = Canary.of(rows, engine | {"device": self.describe()["device"]})
         name = f"{self._endpoint.url} ({self._endpoint.model})"

@@ -12,7 +12,6 @@ import os
 import random
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
@@ -41,9 +40,8 @@ NEEDS_ANOTHER_CONFIG = {
 Reply = TypeVar("Reply")
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """Why a try gave nothing.
+class _TryFailed(Exception):
+    """One try gave nothing.
 
     Attributes:
         error: of the kind to raise when no further try is made.
@@ -51,9 +49,11 @@ class _Failure:
         wait_seconds: what the server asks to wait.
     """
 
-    error: TeacherError | ConfigError
-    passes: bool
-    wait_seconds: float = 0.0
+    def __init__(
+        self, error: TeacherError | ConfigError, passes: bool, wait_seconds: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.error, self.passes, self.wait_seconds = error, passes, wait_seconds
 
 
 class Requester:
@@ -98,7 +98,7 @@ class Requester:
                 try:
                     return await self._once(url, kind, body)
                 except _TryFailed as failed:
-                    failure = failed.failure
+                    failure = failed
                 if not failure.passes:
                     raise failure.error
                 if failure.wait_seconds > self._endpoint.timeout_seconds:
@@ -128,31 +128,25 @@ class Requester:
         except TimeoutError:
             seconds = self._endpoint.timeout_seconds
             problem = f"{asked}: no answer within {seconds:g} s (endpoint.timeout_seconds)"
-            raise _TryFailed(_Failure(EngineDiedError(problem), True)) from None
+            raise _TryFailed(EngineDiedError(problem), True) from None
         except (aiohttp.ClientError, OSError) as error:
             problem = self._clean(f"{asked}: {type(error).__name__}: {error}")
-            raise _TryFailed(_Failure(EngineDiedError(problem), True)) from None
+            raise _TryFailed(EngineDiedError(problem), True) from None
         text = _shortened(self._clean(content.decode(errors="replace")))
         shown = f"{asked}: status {status}: {text}"
         if status != 200:
-            raise _TryFailed(_refusal(status, shown, _seconds(asks_to_wait))) from None
+            raise _refusal(status, shown, _seconds(asks_to_wait))
         try:
             return kind.validate_json(content)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
             place = ".".join(map(str, first["loc"])) or "the reply"
             problem = f"{shown}: not the reply expected, at {place}: {first['msg']}"
-            raise _TryFailed(_Failure(TeacherError(problem), True)) from None
+            raise _TryFailed(TeacherError(problem), True) from None
 
     def _clean(self, text: str) -> str:
         """Without the key, which a server may repeat."""
         return text.replace(self._key, "***") if self._key else text
-
-
-class _TryFailed(Exception):
-    def __init__(self, failure: _Failure) -> None:
-        super().__init__()
-        self.failure = failure
 
 
 def _key(endpoint: EndpointConfig) -> str | None:
@@ -168,14 +162,14 @@ def _key(endpoint: EndpointConfig) -> str | None:
     return key
 
 
-def _refusal(status: int, shown: str, wait_seconds: float) -> _Failure:
+def _refusal(status: int, shown: str, wait_seconds: float) -> _TryFailed:
     if status in NEEDS_ANOTHER_CONFIG:
-        return _Failure(ConfigError(f"{shown} -- {NEEDS_ANOTHER_CONFIG[status]}"), False)
+        return _TryFailed(ConfigError(f"{shown} -- {NEEDS_ANOTHER_CONFIG[status]}"), False)
     if status < 400:
-        return _Failure(ConfigError(f"{shown} -- name the final address in endpoint.url"), False)
+        return _TryFailed(ConfigError(f"{shown} -- name the final address in endpoint.url"), False)
     if status in AWAY:
-        return _Failure(EngineDiedError(shown), True, wait_seconds)
-    return _Failure(TeacherError(shown), status in PASSING or status >= 500, wait_seconds)
+        return _TryFailed(EngineDiedError(shown), True, wait_seconds)
+    return _TryFailed(TeacherError(shown), status in PASSING or status >= 500, wait_seconds)
 
 
 def _wait(number: int, asked_seconds: float) -> float:

@@ -204,8 +204,9 @@ def test_the_first_canary_is_kept_and_every_start_is_held_to_it(spec: EndpointSp
         canary = teacher.canary()
         assert canary is not None and canary.gold_logprobs.shape == (32,)
         assert storage.exists(spec.canary_path or "")
-        # A narrower capture says the same; so does another address.
+        # A narrower capture and a shorter context say the same; so does another address.
         asked(replace(at(spec, server.url), num_logprobs=2), nothing)
+        asked(replace(at(spec, server.url, max_model_len=20), min_model_len=20), nothing)
     with loopback(FakeVllm()) as server:
         asked(at(spec, server.url), nothing)
     with loopback(FakeVllm(salt="other weights")) as server:
