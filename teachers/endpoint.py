@@ -8,6 +8,7 @@ the difference. T are the tokens of a sequence.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from pipeline.errors import ConfigError, TeacherError
 from pipeline.records import Prompt
 from teachers.canary import CANARY_TOKENS, HEAD_ENTRIES, Canary, canary_ids, hold_to_first
 from teachers.endpoint_replies import (
+    ANYTHING,
     MODELS,
     TEXT_REPLY,
     TOKEN_REPLY,
@@ -31,6 +33,8 @@ from teachers.prompt_topk import BrokenRowsError
 from teachers.requesting import Requester
 from teachers.siblings import Earlier
 from teachers.synthesis import student_tokenizer
+
+logger = logging.getLogger(__name__)
 
 Reply = TypeVar("Reply")
 FINISHED = {
@@ -63,7 +67,8 @@ class EndpointTeacher:
     async def start(
         cls, spec: EndpointSpec, sleep: Callable[[float], Awaitable[object]] = asyncio.sleep
     ) -> EndpointTeacher:
-        """Asks the server who it is and, where rows are captured from it, for the canary.
+        """Asks the server who it is, or at least whether it is there; where rows are captured from
+        it, also for the canary.
 
         Args:
             sleep: waits so many seconds between tries.
@@ -77,6 +82,8 @@ class EndpointTeacher:
         try:
             if spec.endpoint.api == "vllm":
                 await teacher._ask_who_it_is()
+            else:
+                await teacher._reach()
             if spec.canary_path is not None:
                 await teacher._score_canary(spec.canary_path)
         except EngineDiedError as error:  # another actor would find nobody there either
@@ -193,6 +200,15 @@ class EndpointTeacher:
             self._version = (await self._ask(f"{root}/version", VERSION))["version"]
         except ConfigError:  # a proxy that shows the API alone
             self._version = None
+
+    async def _reach(self) -> None:
+        """Is anybody there? Not every API lists its models, so a refusal will do."""
+        try:
+            await self._ask("/models", ANYTHING)
+        except EngineDiedError:
+            raise
+        except (ConfigError, TeacherError) as error:
+            logger.info("%s", error)
 
     async def _score_canary(self, path: str) -> None:
         """Shows that so many log-probabilities come back, and that the model is still the same."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 from operator import itemgetter
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field, TypeAdapter
@@ -68,6 +68,7 @@ class Version(TypedDict):
 
 TOKEN_REPLY, TEXT_REPLY = TypeAdapter(TokenReply), TypeAdapter(TextReply)
 MODELS, VERSION = TypeAdapter(Models), TypeAdapter(Version)
+ANYTHING: TypeAdapter[Any] = TypeAdapter(Any)
 
 
 def sorted_rows(

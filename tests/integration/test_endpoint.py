@@ -43,7 +43,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 T = TypeVar("T")
 KEY = "sk-SECRET-0123456789"
-WIDTH, MAX_MODEL_LEN, SECOND_EOS = 8, 64, 5
+WIDTH, MAX_MODEL_LEN, EOS = 8, 64, 1
 
 
 @dataclass
@@ -102,7 +102,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose tokenizer has a token for every id."""
+    """A model whose tokenizer has a token for every id, and an end of sequence of its own."""
     folder = tmp_path_factory.mktemp("models") / "teacher"
     save_tiny_llama(folder, seed=0)
     others = [chr(0x100 + i) for i in range(VOCABULARY - len(SPECIAL))]
@@ -127,7 +127,7 @@ def engine(folder: Path) -> Iterator[Running]:
         min_model_len=MAX_MODEL_LEN,
         vllm=block,
         num_logprobs=WIDTH,
-        eos_token_ids=(SECOND_EOS,),
+        eos_token_ids=(EOS,),
     )
     with started(spec) as running:
         yield running
@@ -145,7 +145,7 @@ def spec(server: Server, folder: Path, tmp_path: Path) -> EndpointSpec:
         student=StudentConfig(model=str(folder), initialization="random"),
         min_model_len=MAX_MODEL_LEN,
         num_logprobs=WIDTH,
-        eos_token_ids=(SECOND_EOS,),
+        eos_token_ids=(EOS,),
         canary_path=str(tmp_path / "canary.json"),
     )
 

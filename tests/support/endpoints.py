@@ -41,7 +41,7 @@ class Loopback:
     """A server whose responses are a function of path and body.
 
     Attributes:
-        requests: path, body and headers of all that were asked, in order.
+        requests: path, body and headers of all that was posted, in order.
         open_at_once: most requests that were open at the same time.
     """
 
@@ -72,7 +72,8 @@ def loopback(respond: Callable[[str, Json], Response]) -> Iterator[Loopback]:
             with lock:
                 now_open += 1
                 server.open_at_once = max(server.open_at_once, now_open)
-                server.requests.append((self.path, body, dict(self.headers)))
+                if body:
+                    server.requests.append((self.path, body, dict(self.headers)))
             response = server.respond(self.path, body)
             with lock:
                 now_open -= 1
@@ -110,8 +111,9 @@ def chat_reply(text: str | None, finish_reason: str = "stop", **message: Any) ->
 
 
 def by_text(reply: Callable[[str], Response]) -> Callable[[str, Json], Response]:
-    """A text API whose reply is a function of the last message."""
-    return lambda path, body: reply(body["messages"][-1]["content"])
+    """A text API whose reply is a function of the last message; it lists no models."""
+    missing = Response.of({"error": "Not Found"}, 404)
+    return lambda path, body: reply(body["messages"][-1]["content"]) if body else missing
 
 
 @dataclass

@@ -257,6 +257,14 @@ def test_a_server_that_is_not_there_ends_the_run_and_not_one_actor_after_another
     assert type(refused.value) is TeacherError and "run it again" in str(refused.value)
 
 
+def test_so_does_a_text_api_that_is_not_there(spec: EndpointSpec) -> None:
+    with loopback(lambda path, body: DROPPED) as server:
+        refused = pytest.raises(TeacherError, match=r"/v1/models.*given up after 2 tries.*again")
+        with refused as error:
+            asked(text_spec(spec, server.url), nothing)
+    assert type(error.value) is TeacherError
+
+
 def test_a_proxy_that_hides_the_version_is_fine(spec: EndpointSpec) -> None:
     fake = FakeVllm()
     missing = Response.of({"detail": "Not Found"}, 404)

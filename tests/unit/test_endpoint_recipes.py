@@ -303,6 +303,8 @@ def test_what_passes_is_outlasted_and_nothing_is_asked_twice(run: Run) -> None:
 
     def shaky(path: str, body: Block) -> Response:
         nonlocal number
+        if not body:
+            return Response.of({"data": []})
         number += 1
         if number % 3 == 1:
             return Response.of({"error": "busy"}, 429, **{"Retry-After": "1"})

@@ -44,7 +44,10 @@ def ask(
     async def run(url: str) -> list[Any]:
         requester = Requester(endpoint(url, **settings), sleep)
         try:
-            each = [requester.ask("/chat/completions", TEXT_REPLY, {}) for _ in range(num_requests)]
+            each = [
+                requester.ask("/chat/completions", TEXT_REPLY, {"a": 1})
+                for _ in range(num_requests)
+            ]
             return await asyncio.gather(*each, return_exceptions=True)
         finally:
             await requester.close()
@@ -156,7 +159,7 @@ def test_no_answer_in_time_is_tried_again() -> None:
     async def run(url: str) -> None:
         requester = Requester(endpoint(url, max_retries=1, timeout_seconds=0.05), at_once)
         try:
-            await requester.ask("/chat/completions", TEXT_REPLY, {})
+            await requester.ask("/chat/completions", TEXT_REPLY, {"a": 1})
         finally:
             await requester.close()
 
