@@ -198,7 +198,7 @@ class EndpointTeacher:
         try:
             root = self._endpoint.url.removesuffix("/v1")
             self._version = (await self._ask(f"{root}/version", VERSION))["version"]
-        except ConfigError:  # a proxy that shows the API alone
+        except (ConfigError, TeacherError):  # a proxy that shows the API alone
             self._version = None
 
     async def _reach(self) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -85,7 +85,8 @@ def loopback(respond: Callable[[str, Json], Response]) -> Iterator[Loopback]:
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(response.content)))
             self.end_headers()
-            self.wfile.write(response.content)
+            with suppress(ConnectionError):  # the client has given up
+                self.wfile.write(response.content)
 
         def log_message(self, format: str, *args: Any) -> None:
             """Says nothing."""
