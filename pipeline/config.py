@@ -234,17 +234,19 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _recipes_name_teachers(self) -> Config:
+        choices = {*self.teachers, "domain_teacher", "every_teacher", STUDENT}
         for i, recipe in enumerate(self.synthesis.recipes):
+            place = f"synthesis.recipes.{i} ({recipe.type})"
             named = [recipe.teacher] if isinstance(recipe, Writing) else []
             if isinstance(recipe, Answering):
-                named = [recipe.by, *recipe.sampling_of]
-            known = {*self.teachers, "domain_teacher", "every_teacher", STUDENT}
+                named = list(recipe.sampling_of)
+                if recipe.by not in choices:
+                    hint = closest(recipe.by, choices)
+                    raise ValueError(f"{place} is by {recipe.by!r}, who is nobody; {hint}")
             for name in named:
-                if name not in known:
-                    raise ValueError(
-                        f"synthesis.recipes.{i} ({recipe.type}) names the teacher {name!r}; "
-                        f"{closest(name, known)}"
-                    )
+                if name not in self.teachers:
+                    hint = closest(name, self.teachers)
+                    raise ValueError(f"{place} names the teacher {name!r}; {hint}")
         return self
 
     @model_validator(mode="after")

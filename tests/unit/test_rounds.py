@@ -191,6 +191,7 @@ def test_rounds_change_nothing_of_the_first_one(tmp_path: Path) -> None:
         ([*TWO_ROUNDS, "synthesis.recipes.1.by=studnt"], "did you mean 'student'"),
         ([*TWO_ROUNDS, "synthesis.filters.0.spares=[studnt]"], "did you mean 'student'"),
         ([*TWO_ROUNDS, "synthesis.recipes.1.train_rounds=second"], "'all', 'first', 'later'"),
+        ([*TWO_ROUNDS, "synthesis.recipes.1.sampling_of={student: {}}"], "names the teacher"),
         (["teachers.student={model: ./student}"], "cannot be named 'student'"),
     ],
 )
