@@ -1,6 +1,7 @@
 """The command line as a user meets it: a process of its own, its exit code and what it prints."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -68,10 +69,18 @@ class RunningCommand:
         return self.stdout.read_text() + self.stderr.read_text()
 
 
+def hear_interrupts() -> None:
+    """Undoes what a background job inherits from its shell: that interrupts are ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start_polystill(
     folder: Path, *arguments: str | Path, env: Mapping[str, str] | None = None
 ) -> RunningCommand:
-    """Starts one command whose output goes to files in `folder`; `env` is added."""
+    """Starts one command whose output goes to files in `folder`; `env` is added.
+
+    It hears Ctrl-C as in a terminal, also where a shell runs the tests in the background.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     stdout, stderr = folder / "stdout", folder / "stderr"
     with stdout.open("wb") as out, stderr.open("wb") as err:
@@ -82,6 +91,7 @@ def start_polystill(
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
+            preexec_fn=hear_interrupts,
         )
     return RunningCommand(process, stdout, stderr)
 

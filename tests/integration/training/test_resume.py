@@ -1,0 +1,225 @@
+"""Training goes on where it was broken off, on as many workers or others, or is refused."""
+
+import dataclasses
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import ray
+
+from pipeline.config_training import CrossEntropy
+from pipeline.datasets import read_dataset, write_dataset
+from pipeline.errors import TrainingError
+from students.checkpoint import latest_complete
+from students.export import export_student
+from students.launch import remove_stale_build_locks, train_student
+from tests.support.trainings import (
+    STEPS,
+    TOLERANCE,
+    WEIGHTS_TOLERANCE,
+    curve,
+    final_weights,
+    make_job,
+    steps_of,
+)
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.integration]
+
+
+@pytest.mark.parametrize(("workers", "zero_stage"), [(1, 0), (2, 2), (2, 3)])
+def test_resume_equals_the_unbroken_run(run, material, workers, zero_stage):
+    options = {"workers": workers, "zero_stage": zero_stage}
+    whole = run(make_job(material, f"whole{workers}{zero_stage}", **options))
+    broken = make_job(material, f"broken{workers}{zero_stage}", loader_processes=2, **options)
+    with pytest.raises(InterruptedError):
+        run(broken, stop_before=5)
+    assert latest_complete(broken.folder).name == "step-00000004"
+    assert steps_of(broken) == [1, 2, 3, 4, 5]
+    with Path(broken.folder, "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 6, "trai')
+    # a checkpoint that was not finished does not count
+    shutil.copytree(
+        latest_complete(broken.folder),
+        Path(broken.folder, "checkpoints", "step-00000005"),
+        ignore=shutil.ignore_patterns("COMPLETE", "state.json"),
+    )
+    run(broken)
+    assert steps_of(broken) == STEPS
+    for name in ("train/loss", "train/grad_norm", "train/learning_rate", "holdout/loss"):
+        assert curve(broken, name) == curve(whole, name), name
+    for name, value in final_weights(broken).items():
+        assert np.array_equal(value, final_weights(whole)[name]), name
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [(0, 0), (1, 1), (2, 2), (3, 3), (1, 2), (2, 1)],
+    ids=lambda stages: "z{}z{}".format(*stages),
+)
+def test_resume_on_other_workers_and_at_other_stages(run, reference, material, stages):
+    """From 2 workers on 1 and on 4, and from 1 on 2."""
+    old, new = stages
+    broken = {
+        workers: make_job(material, f"w{workers}z{old}z{new}", workers=workers, zero_stage=old)
+        for workers in (1, 2)
+    }
+    for job in broken.values():
+        with pytest.raises(InterruptedError):
+            run(job, stop_before=5)
+    # of a conversion that was killed
+    Path(latest_complete(broken[2].folder), ".universal-0", "zero").mkdir(parents=True)
+    for before, after in ((2, 1), (2, 4), (1, 2)):
+        name = f"w{before}w{after}z{old}z{new}"
+        job = make_job(material, name, workers=after, zero_stage=new)
+        shutil.copytree(broken[before].folder, job.folder)
+        run(job)
+        universal = Path(job.folder, "checkpoints", "step-00000004", "universal")
+        assert universal.exists() == (old > 0)
+        assert old == 0 or not list(universal.parent.glob(".universal-*"))
+        assert steps_of(job) == STEPS
+        for metric in ("train/loss", "train/grad_norm", "holdout/loss"):
+            expected = pytest.approx(curve(reference[0], metric), rel=TOLERANCE)
+            assert curve(job, metric) == expected, (name, metric)
+        for key, value in final_weights(job).items():
+            assert np.abs(value - final_weights(reference[0])[key]).max() < WEIGHTS_TOLERANCE, (
+                name,
+                key,
+            )
+
+
+def test_resume_of_another_training_is_refused(run, material):
+    broken = make_job(material, "moved")
+    with pytest.raises(InterruptedError):
+        run(broken, stop_before=4)
+    root, dataset_digest, caches = material
+    entries = read_dataset(broken.layout, dataset_digest)
+    other = (root, write_dataset(broken.layout, entries[:-1]), caches)
+    changed = make_job(other, "moved", workers=2, zero_stage=1, weight_decay=0.2)
+    changed = dataclasses.replace(changed, losses=(CrossEntropy(type="cross_entropy", weight=1.0),))
+    with pytest.raises(TrainingError) as refusal:
+        train_student(changed)
+    for difference in (
+        f"dataset_digest: {dataset_digest!r} -> {other[1]!r}",
+        "losses: [{'weight': 1.0, 'temperature': 1.0, 'type': 'forward_kl'}, "
+        "{'weight': 0.5, 'type': 'cross_entropy'}]"
+        " -> [{'weight': 1.0, 'type': 'cross_entropy'}]",
+        "training.weight_decay: 0.1 -> 0.2",
+        "zero_optimization.stage: 0 -> 1",
+    ):
+        assert difference in str(refusal.value)
+
+
+def test_an_allowed_change_holds_after_the_resume(run, material, tmp_path):
+    """DeepSpeed would go on with the optimizer's settings that are in the checkpoint."""
+    weights = {}
+    for zero_stage, weight_decay in ((0, 0.1), (0, 0.9), (2, 0.9), (3, 0.9)):
+        name = f"decays{zero_stage}{weight_decay}"
+        with pytest.raises(InterruptedError):
+            run(make_job(material, name, zero_stage=zero_stage), stop_before=3)
+        changed = {"weight_decay": weight_decay, "allow_resume_with": ["training.weight_decay"]}
+        job = run(make_job(material, name, zero_stage=zero_stage, **changed))
+        assert steps_of(job) == STEPS
+        weights[zero_stage, weight_decay] = final_weights(job)
+    for name, value in weights[0, 0.9].items():
+        if value.ndim == 2:
+            assert np.abs(value - weights[0, 0.1][name]).max() > 10 * WEIGHTS_TOLERANCE, name
+        for stage in (2, 3):
+            assert np.abs(value - weights[stage, 0.9][name]).max() < WEIGHTS_TOLERANCE, name
+    export_student(job, str(tmp_path / "export"))
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "training.weight_decay: 0.1 -> 0.9" in card
+
+
+def test_a_killed_worker_is_replaced_and_training_goes_on_exactly(
+    run, cluster, material, monkeypatch, tmp_path
+):
+    """Rank 1 of 2 kills itself by its id in step 6 and leaves the lock of an unfinished build."""
+    whole = run(make_job(material, "alive", workers=2))
+    job, marker = make_job(material, "dies", workers=2, max_failures=1), tmp_path / "died"
+    monkeypatch.setattr("students.launch._worker", dying_worker(marker, cluster))
+    train_student(job)
+    assert marker.exists() and not cluster.exists()
+    assert steps_of(job) == STEPS
+    assert curve(job) == curve(whole)
+    assert curve(job, "holdout/loss") == curve(whole, "holdout/loss")
+
+
+def dying_worker(marker, lock):
+    def worker(config):
+        import students.launch
+
+        original = students.launch._worker
+        if ray.train.get_context().get_world_rank() == 1 and not marker.exists():
+            os.environ["DS_ACCELERATOR"] = "cpu"
+            import students.trainer
+
+            step = students.trainer.train_step
+
+            def train_step(engine, *args):
+                if engine.deepspeed.global_steps == 5:
+                    lock.touch()
+                    marker.touch()
+                    os.kill(os.getpid(), 9)
+                return step(engine, *args)
+
+            students.trainer.train_step = train_step
+        original(config)
+
+    return worker
+
+
+def test_a_killed_trainer_actor_ends_the_run_and_the_next_goes_on_exactly(
+    reference, material, monkeypatch
+):
+    job = make_job(material, "headless", max_failures=3)
+    with monkeypatch.context() as patch:
+        patch.setattr("students.launch._worker", worker_that_kills_its_controller)
+        with pytest.raises(TrainingError, match="run the same command again to resume"):
+            train_student(job)
+    assert latest_complete(job.folder).name == "step-00000004"
+    train_student(job)
+    assert steps_of(job) == STEPS
+    assert curve(job) == curve(reference[0])
+
+
+def worker_that_kills_its_controller(config):
+    """In place of the fifth step, by the id of the one that has the same parent."""
+    import students.launch
+
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import students.trainer
+
+    step = students.trainer.train_step
+
+    def train_step(engine, *args):
+        if engine.deepspeed.global_steps == 4:
+            siblings = psutil.Process(os.getppid()).children()
+            (controller,) = [p for p in siblings if "TrainController" in " ".join(p.cmdline())]
+            os.kill(controller.pid, signal.SIGKILL)
+            signal.pause()
+        return step(engine, *args)
+
+    students.trainer.train_step = train_step
+    students.launch._worker(config)
+
+
+def test_an_error_of_the_users_is_not_tried_again(cluster, material):
+    job = make_job(
+        material, "lacking", caches={"first": material[2]["first"]}, max_failures=-1, steps=3
+    )
+    with pytest.raises(TrainingError) as error:
+        train_student(job)
+    assert "second" in str(error.value) and "Traceback" not in str(error.value)
+
+
+def test_only_locks_without_a_living_builder_are_removed(tmp_path):
+    for name in ("dead", "alive"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lock").touch()
+    with (tmp_path / "alive" / "lock").open():
+        assert remove_stale_build_locks(tmp_path) == [tmp_path / "dead" / "lock"]
+    assert (tmp_path / "alive" / "lock").exists()

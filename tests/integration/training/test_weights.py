@@ -1,0 +1,132 @@
+"""Weights out of a training, and into another one."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from pipeline.cache_index import open_cache
+from pipeline.datasets import read_dataset
+from pipeline.errors import ConfigError, TrainingError
+from students.checkpoint import latest_complete
+from students.dataset import open_examples
+from students.evaluation import holdout_numbers, teacher_holdout_numbers
+from students.export import export_student
+from students.model import build_student
+from teachers.identity import student_identity
+from tests.support.trainings import DOMAINS, VOCABULARY, curve, final_weights, make_job, steps_of
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.integration]
+
+
+def test_export_loads_and_evaluates_like_training(reference, material, tmp_path):
+    job, summary, _ = reference
+    figures = export_student(job, str(tmp_path / "export"))
+    assert figures["largest_difference_nats"] <= figures["tolerance_nats"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
+    assert tokenizer.eos_token_id == 1
+    assert (
+        tokenizer.chat_template
+        == AutoTokenizer.from_pretrained(job.config.student.model).chat_template
+    )
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "export").generation_config.eos_token_id
+        == 1
+    )
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert job.dataset_digest in card
+    entries = [
+        entry for entry in read_dataset(job.layout, job.dataset_digest) if entry.split == "holdout"
+    ]
+    examples = open_examples(
+        job.layout, job.caches, list(job.config.teachers), job.config.combine, entries, VOCABULARY
+    )
+    numbers = holdout_numbers(tmp_path / "export", entries, examples, 64)
+    assert set(numbers) == {"all", *DOMAINS}
+    assert numbers["all"]["loss"] == pytest.approx(
+        summary["final"]["holdout/cross_entropy"], rel=1e-4
+    )
+    assert numbers["all"]["kl_to_mixture"] == pytest.approx(
+        summary["final"]["holdout/forward_kl"], rel=1e-4
+    )
+    assert numbers["all"]["tokens"] == sum(entry.num_positions for entry in entries)
+    readers = {name: open_cache(cache) for name, cache in job.caches.items()}
+    teachers = teacher_holdout_numbers(entries, examples, readers)
+    # `first` alone is the mixture of `sums`
+    assert teachers["first"]["sums"]["kl_to_mixture"] == pytest.approx(0, abs=1e-4)
+    assert teachers["first"]["sums"]["agreement"] == 1
+    assert teachers["first"]["sums"]["bounded_mass"] == 0
+    assert teachers["second"]["sums"]["kl_to_mixture"] > 0.1
+
+
+def test_a_training_starts_from_old_weights(run, reference, material, tmp_path):
+    """Of checkpoints at every kind of stage and of an export: the weights, and nothing else."""
+    job, expected = reference[0], final_weights(reference[0])
+    export_student(job, str(tmp_path / "export"))
+    sources = {"export": str(tmp_path / "export"), "z0": str(latest_complete(job.folder))}
+    trained = {"export": expected, "z0": expected}
+    for stage in (2, 3):
+        partitioned = run(make_job(material, f"source{stage}", workers=2, zero_stage=stage))
+        sources[f"z{stage}"] = str(latest_complete(partitioned.folder))
+        trained[f"z{stage}"] = final_weights(partitioned)
+    identities = set()
+    for name, source in sources.items():
+        options = {"initial_weights": source}
+        following = make_job(material, f"after_{name}", student_options=options, steps=3)
+        state = build_student(following.config.student, 7).state_dict()
+        for key, value in trained[name].items():
+            assert np.array_equal(state[key].numpy(), value), (name, key)
+        identity = student_identity(following.config.student, following.layout)
+        identities.add(identity["initial_weights"])
+    assert len(identities) == 4
+    following = run(dataclasses.replace(following, start=identity))
+    assert steps_of(following) == [1, 2, 3]
+    assert curve(following)[1] < 0.8 * curve(job)[1]
+    assert curve(following, "train/learning_rate")[1] == pytest.approx(0.01)
+    export_student(following, str(tmp_path / "following"))
+    card = (tmp_path / "following" / "README.md").read_text()
+    assert sources["z3"] in card and identity["initial_weights"] in card
+    assert "initial_step: '6'" in card
+
+
+def test_old_weights_that_do_not_fit_are_refused(reference, material, tmp_path):
+    checkpoint = tmp_path / "step-00000006"
+    shutil.copytree(latest_complete(reference[0].folder), checkpoint)
+    job = make_job(
+        material,
+        "unfit",
+        student_options={"model": str(tmp_path / "wide"), "initial_weights": str(checkpoint)},
+    )
+    config = LlamaConfig.from_pretrained(reference[0].config.student.model)
+    config.num_hidden_layers, config.intermediate_size = 3, 64
+    config.save_pretrained(tmp_path / "wide")
+    with pytest.raises(TrainingError) as refusal:
+        build_student(job.config.student, 0)
+    assert "model.layers.2.mlp.up_proj.weight is missing" in str(refusal.value)
+    shapes = "model.layers.0.mlp.gate_proj.weight has shape (48, 32), the student's (64, 32)"
+    assert shapes in str(refusal.value)
+    config.num_hidden_layers, config.intermediate_size, config.tie_word_embeddings = 2, 48, True
+    config.save_pretrained(tmp_path / "wide")
+    with pytest.raises(TrainingError, match="is tied to another matrix"):
+        build_student(job.config.student, 0)
+    (checkpoint / "COMPLETE").unlink()
+    with pytest.raises(TrainingError, match="neither a complete checkpoint nor"):
+        build_student(job.config.student, 0)
+    with pytest.raises(ConfigError, match="neither a complete checkpoint"):
+        student_identity(job.config.student, job.layout)
+
+
+def test_export_refuses_other_weights(reference, material, tmp_path):
+    job = make_job(material, "tampered")
+    shutil.copytree(reference[0].folder, job.folder)
+    weights = final_weights(job)
+    weights["lm_head.weight"] = weights["lm_head.weight"][::-1].copy()
+    save_file(weights, Path(job.folder, "final", "weights.safetensors"))
+    with pytest.raises(TrainingError, match="differs from the trained one"):
+        export_student(job, str(tmp_path / "export"))
+    with pytest.raises(TrainingError, match="no finished training"):
+        export_student(dataclasses.replace(job, student="twin"), str(tmp_path / "export"))
