@@ -16,6 +16,7 @@ from pipeline.loading import evaluation_files
 from pipeline.prompt_writing import make_requests, rubric_of
 from pipeline.recipes import judging_recipe, sampling_of, synthesis_recipe
 from pipeline.records import Prompt
+from pipeline.rounds import rounds_of
 from pipeline.synthesis_steps import steps_of
 from teachers.judging import grade_tokens
 from teachers.vllm_options import check_sampling_parameters
@@ -25,13 +26,14 @@ Identities = Mapping[str, dict[str, str]]
 
 
 def check_sampling(config: Config) -> None:
-    """Checks the SamplingParams of every step.
+    """Checks the SamplingParams of every step of every round.
 
     Raises:
         ConfigError: vLLM refuses them, or they leave no room for a prompt.
     """
     most = config.synthesis.max_sequence_tokens
-    for step in steps_of(config):
+    steps = {step.label: step for each in rounds_of(config) for step in steps_of(each)}
+    for step in steps.values():
         if isinstance(step.recipe, GivenAnswers):
             continue
         place = f"synthesis.recipes ({step.label})"
@@ -113,7 +115,7 @@ def synthesis_recipes(
     """By step, what decides its answers or prompts.
 
     Args:
-        identities: of the teachers' models.
+        identities: of the generators' models.
     """
     return {
         step.label: synthesis_recipe(

@@ -169,6 +169,7 @@ def model_card(job: TrainingJob) -> str:
             }
             for name, teacher in config.teachers.items()
         },
+        "round": config.round,
         "initial_weights": config.student.initial_weights,
         "dataset": job.dataset_digest,
         "steps": summary["steps"],
