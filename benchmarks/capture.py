@@ -59,6 +59,7 @@ SIBLINGS_WIDTH = 64
 COMMON = 64  # tokens with which answers begin that are alike
 EXAMPLES = 4  # worked examples before a question that gets several answers
 NUM_SHARDS = 4
+TURN_SECONDS = 3.0  # a way is repeated for so long in every round
 MASS, MAX_ENTRIES = 0.99, 64
 
 
@@ -88,6 +89,7 @@ class Bench:
     alone: list[TokenSequence]
     siblings: list[TokenSequence]
     alike: list[TokenSequence]
+    written: dict[str, list[tuple[str, tuple[str, ...]]]] = dataclasses.field(default_factory=dict)
 
     async def bare(self, width: int) -> None:
         """The forward pass alone."""
@@ -141,6 +143,21 @@ class Bench:
         cache, _ = self._cache(SIBLINGS_WIDTH, share_prefixes)
         return read_shard(cache.shard(shard.entries["teacher"].digest))
 
+    def _shards(self, sequences: list[TokenSequence]) -> list[tuple[str, tuple[str, ...]]]:
+        """The files of the sequences, with their ids; written when they are first asked for."""
+        key = sequences[0].sequence_id
+        if key not in self.written:
+            layout, size = Layout(str(self.folder), "benchmark"), -(-len(sequences) // NUM_SHARDS)
+            groups = [sequences[i : i + size] for i in range(0, len(sequences), size)]
+            self.written[key] = [
+                (
+                    f"{layout.root}/{write_sequences(layout, 'gsm8k', group)}",
+                    tuple(each.sequence_id for each in group),
+                )
+                for group in groups
+            ]
+        return self.written[key]
+
     def _cache(self, width: int, share_prefixes: bool) -> tuple[CacheLayout, str]:
         fingerprint = digest_json([width, share_prefixes])
         return Layout(str(self.folder), "benchmark").cache("teacher", fingerprint), fingerprint
@@ -162,17 +179,10 @@ class Bench:
     ) -> list[ScoredShard]:
         """As a pool does: several shards, some of them in flight at once."""
         self._set(width, share_prefixes)
-        layout = Layout(str(self.folder), "benchmark")
-        size = -(-len(sequences) // NUM_SHARDS)
         selection = TopP(type="top_p", mass=MASS, max_entries=min(width, MAX_ENTRIES))
         cache, fingerprint = self._cache(width, share_prefixes)
-        tasks = []
-        for start in range(0, len(sequences), size):
-            group = sequences[start : start + size]
-            shard = write_sequences(layout, "gsm8k", group)
-            ids = tuple(each.sequence_id for each in group)
-            output = Output("teacher", cache, fingerprint, selection)
-            tasks.append(ScoringTask(f"{layout.root}/{shard}", ids, (output,)))
+        output = Output("teacher", cache, fingerprint, selection)
+        tasks = [ScoringTask(uri, ids, (output,)) for uri, ids in self._shards(sequences)]
         slots = asyncio.Semaphore(TASKS_IN_FLIGHT)
 
         async def run(task: ScoringTask) -> ScoredShard:
@@ -199,10 +209,11 @@ async def measure(bench: Bench, size: Size) -> list[dict[str, Any]]:
         random.Random(turn).shuffle(order)
         for i in order:
             _, width, way, sequences = ways[i]
-            started = time.perf_counter()
-            shards[i] = await way(width or 0) or []
-            seconds = time.perf_counter() - started
-            rates[i].append(sum(len(each.input_ids) for each in sequences) / seconds)
+            started, turns = time.perf_counter(), 0
+            while (seconds := time.perf_counter() - started) < TURN_SECONDS:
+                shards[i] = await way(width or 0) or []
+                turns += 1
+            rates[i].append(turns * sum(len(each.input_ids) for each in sequences) / seconds)
         print(f"round {turn + 1} of {size.rounds}", flush=True)
     written = {name: found for (name, *_), found in zip(ways, shards, strict=True)}
     return [

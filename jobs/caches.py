@@ -27,6 +27,7 @@ from pipeline.fingerprint import digest_bytes, digest_ids, digest_json
 from pipeline.layout import CacheLayout, Layout
 from pipeline.prepared import Prepared, preparation_key
 from pipeline.records import SparseLogprobs, TokenSequence
+from pipeline.rounds import rounds_of
 from pipeline.text import closest
 from teachers.layers import text_config
 from teachers.vocabulary import load_tokenizer
@@ -37,6 +38,7 @@ class RunCaches:
     """A run's sequences and caches, as its last prepare and synthesize left them.
 
     Attributes:
+        config: that of the newest round with sequences, as are layout and preparation.
         is_current: whether the config is still the one that was prepared.
         dataset: digest of the run's sequences.
     """
@@ -88,22 +90,31 @@ class RunCaches:
 def open_run(config: Config) -> RunCaches:
     """Reads what a run has; a config that was changed since gets the recipes that it now asks for.
 
+    Of several rounds it has the sequences of all, and the caches that the newest of them uses.
+
     Raises:
         ConfigError: the run has no sequences yet.
     """
-    layout = layout_of(config)
-    dataset = read_record(layout, "synthesize").get("dataset")
-    if dataset is None or not storage.exists(layout.prepared):
+    rounds = [each for each in rounds_of(config) if _dataset_of(each) is not None]
+    newest = rounds[-1] if rounds else config
+    layout = layout_of(newest)
+    if not rounds or not storage.exists(layout.prepared):
         raise ConfigError(
             f"run {config.name} has no sequences below {layout.root} yet, so it has no caches: "
             "`polystill run CONFIG` makes them"
         )
     prepared = Prepared(**storage.read_json(layout.prepared))
-    is_current = prepared.key == preparation_key(config)
+    is_current = prepared.key == preparation_key(newest)
     if not is_current:
-        prepared = replace(prepared, scoring_recipes=expected_recipes(config, prepared))
-    entries = read_dataset(layout, dataset)
-    return RunCaches(config, layout, prepared, is_current, dataset, entries)
+        prepared = replace(prepared, scoring_recipes=expected_recipes(newest, prepared))
+    datasets = [str(_dataset_of(each)) for each in rounds]
+    entries = {e.sequence_id: e for digest in datasets for e in read_dataset(layout, digest)}
+    dataset = datasets[0] if len(datasets) == 1 else digest_json(datasets)
+    return RunCaches(newest, layout, prepared, is_current, dataset, list(entries.values()))
+
+
+def _dataset_of(config: Config) -> str | None:
+    return read_record(layout_of(config), "synthesize").get("dataset")
 
 
 def status(run: RunCaches) -> str:

@@ -14,7 +14,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 import jobs
 from jobs.follow import PREAMBLE, failure_message, follow
 from jobs.local_head import local_head
-from jobs.plan import STAGES, StagePlan, layout_of, make_plan
+from jobs.plan import STAGES, StagePlan, layout_of, make_plan, plan_rounds, stages_of
 from jobs.submit import build_upload, connect, job_logs, submit_stage
 from pipeline import storage
 from pipeline.config import Config
@@ -22,6 +22,7 @@ from pipeline.config_base import Resources
 from pipeline.errors import ClusterError, ConfigError, StorageError
 from pipeline.fingerprint import digest_json
 from pipeline.loading import dump_config, local_paths
+from pipeline.rounds import rounds_of
 
 PACKAGES_ROOT = Path(jobs.__file__).resolve().parent.parent
 LOCAL_CUSTOM_RESOURCE = 1000.0
@@ -31,7 +32,8 @@ Say = Callable[[str], object]
 
 
 def run(config: Config, address: str | None, say: Say, stages: Sequence[str] = STAGES) -> None:
-    """Runs every stage that has something to do, on a cluster or on a head of its own.
+    """Runs every stage of every round that has something to do, on a cluster or on a head of its
+    own.
 
     Args:
         stages: all, or the first of them.
@@ -44,23 +46,36 @@ def run(config: Config, address: str | None, say: Say, stages: Sequence[str] = S
     if address is not None:
         check_shared_paths(config)
     visible = is_visible(config, address)
-    plans = make_plan(config)[: len(stages)] if visible else []
-    if plans and not any(plan.todo for plan in plans):
+    plans = plan_rounds(config, stages) if visible else []
+    if plans and not any(plan.todo for of_round in plans for plan in of_round):
         say("nothing to do: every stage is complete")
         say(where(config, stages))
         return
     with cluster(config, address) as url:
         client = connect(url)
-        for number, stage in enumerate(stages, start=1):
-            say_stage = _prefixed(say, f"[{number}/{len(stages)} {stage}]")
-            plan = _plan_of(config, stage) if visible else None
-            if plan is not None and plan.todo == 0:
-                say_stage(f"up to date ({plan.summary})")
-                continue
-            started = time.monotonic()
-            run_stage(client, address, config, stage, say_stage)
-            say_stage(f"done in {time.monotonic() - started:.0f} s")
+        for each in rounds_of(config):
+            _run_round(client, address, each, stages_of(each, stages), visible, say)
     say(where(config, stages))
+
+
+def _run_round(
+    client: JobSubmissionClient,
+    address: str | None,
+    config: Config,
+    stages: Sequence[str],
+    visible: bool,
+    say: Say,
+) -> None:
+    of_round = f"round {config.round}/{config.rounds}, " if config.rounds > 1 else ""
+    for number, stage in enumerate(stages, start=1):
+        say_stage = _prefixed(say, f"[{of_round}{number}/{len(stages)} {stage}]")
+        plan = _plan_of(config, stage) if visible else None
+        if plan is not None and plan.todo == 0:
+            say_stage(f"up to date ({plan.summary})")
+            continue
+        started = time.monotonic()
+        run_stage(client, address, config, stage, say_stage)
+        say_stage(f"done in {time.monotonic() - started:.0f} s")
 
 
 def run_stage(
@@ -127,7 +142,7 @@ def submit(client: JobSubmissionClient, config: Config, stage: str, command: Seq
         return submit_stage(
             client,
             run=config.name,
-            stage=stage,
+            stage=stage if config.round == 1 else f"round{config.round}-{stage}",
             digest=digest_json(config.model_dump(mode="json"))[:12],
             entrypoint=f"python -u -m jobs {shlex.join(command)} config.yaml",
             working_dir=upload,
@@ -160,8 +175,8 @@ def check_shared_paths(config: Config) -> None:
 
 
 def where(config: Config, stages: Sequence[str]) -> str:
-    """Where the results of a run's stages lie, one a line."""
-    layout = layout_of(config)
+    """Where the results of a run's stages lie, of its last round, one a line."""
+    layout = layout_of(rounds_of(config)[-1])
     report = {"report": layout.report_html, "figures": layout.report_json}
     places = (report if stages[-1] == STAGES[-1] else {}) | {
         "caches": storage.join(layout.root, "caches"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from jobs.plan import layout_of, make_plan, scored_dataset
+from jobs.plan import layout_of, plan_rounds, scored_dataset
 from pipeline.cache_status import stale_caches
 from pipeline.config import Config
 from pipeline.config_base import Resources
 from pipeline.config_endpoint import EndpointTeacherConfig
+from pipeline.config_recipes import Writing
 from pipeline.prepared import load_prepared
+from pipeline.rounds import is_by_student, rounds_of
 from pipeline.training import training_jobs
 
 
@@ -19,13 +21,17 @@ def describe(config: Config) -> str:
         TrainingError: the run holds another training.
     """
     lines = ["# plan"]
-    for plan in make_plan(config):
-        lines.append(f"{plan.stage:11} {'cached' if plan.todo == 0 else 'to do':7} {plan.summary}")
+    for each, plans in zip(rounds_of(config), plan_rounds(config), strict=True):
+        lines += [f"round {each.round} of {each.rounds}"] if each.rounds > 1 else []
+        for plan in plans:
+            state = "cached" if plan.todo == 0 else "to do"
+            lines.append(f"{plan.stage:11} {state:7} {plan.summary}")
     layout = layout_of(config)
     prepared = load_prepared(config, layout)
     if prepared is not None:
         lines += [f"stale       {line}" for line in stale_caches(layout, prepared)]
-    _check(config)
+    for each in rounds_of(config):
+        _check(each)
     lines += ["# resources", *_resources(config)]
     return "\n".join(lines)
 
@@ -34,6 +40,8 @@ def _check(config: Config) -> None:
     """All that a stage would refuse and that can be seen from here. Engines are slow to import."""
     layout = layout_of(config)
     prepared = load_prepared(config, layout)
+    if prepared is None and config.round > 1:
+        return  # its inputs were those of the round before
     if prepared is None:
         from jobs.prepare import check_inputs
 
@@ -53,6 +61,10 @@ def _resources(config: Config) -> list[str]:
             line += f", {teacher.endpoint.max_concurrency} requests at once to "
             line += teacher.endpoint.url + ("" if teacher.scores else ", which only writes")
         lines.append(line)
+    recipes = config.synthesis.recipes
+    if any(not isinstance(recipe, Writing) and is_by_student(recipe) for recipe in recipes):
+        engines = _text(config.evaluation.resources)
+        lines.append(f"student, writing: {config.student.replicas} x {engines}")
     lines.append(f"student: {config.training.workers} x {_text(config.training.resources)}")
     lines.append(f"evaluation: {_text(config.evaluation.resources)}")
     lines.append(f"each stage's job: {_text(config.cluster.job_resources)}")

@@ -31,7 +31,7 @@ def pool_job(
     hidden_layers: tuple[int, ...] = (),
     share_prefixes: bool = False,
 ) -> PoolJob:
-    """The work of one teacher, with the engine that it needs.
+    """The work of one teacher, or of the student that writes, with the engine that it needs.
 
     Args:
         min_model_len: tokens that the engine must hold.
@@ -40,7 +40,7 @@ def pool_job(
         hidden_layers: whose states it captures.
         share_prefixes: several sequences to score begin with one prompt.
     """
-    teacher = config.teachers[name]
+    teacher = config.generator(name)
     if isinstance(teacher, EndpointTeacherConfig):
         spec = endpoint_spec(
             config, name, prepared, min_model_len=min_model_len, num_logprobs=num_logprobs
@@ -95,7 +95,7 @@ def engine_seconds(
 ) -> dict[str, float]:
     """By model, the seconds of its engines, each as long as the whole stage: an upper bound."""
     return {
-        name: config.teachers[name].replicas * seconds
+        name: config.generator(name).replicas * seconds
         for name, report in reports.items()
         if report.engines
     }

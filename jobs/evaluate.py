@@ -12,7 +12,8 @@ import numpy as np
 
 from jobs.engines import endpoint_spec
 from jobs.holdout import holdout_figures, renormalised_sequences
-from jobs.plan import cache_totals, read_record, students_of
+from jobs.plan import cache_totals, read_record, round_layouts, students_of
+from jobs.round_figures import round_rows, stage_rows
 from pipeline import storage
 from pipeline.config import Config
 from pipeline.config_base import Resources
@@ -24,7 +25,7 @@ from pipeline.learned_weights import learned_provenance
 from pipeline.prepared import Prepared
 from pipeline.prompts import load_prompts
 from pipeline.records import Prompt, TokenSequence
-from pipeline.report import render_html, text_summary
+from pipeline.report import render_html, rounds_summary, text_summary
 from pipeline.training import stage_cost
 from teachers.answering import AnsweredPrompts, AnsweringTask
 from teachers.engine import EngineSpec
@@ -59,7 +60,10 @@ def evaluate(config: Config, layout: Layout, prepared: Prepared, dataset: str) -
     caches = prepared.distributions(layout)
     prompts = _holdout_prompts(config, load_prompts(layout, prepared.prompts))
     compared = _compared_sequences(layout, entries)
-    figures = holdout_figures(config, layout, entries, compared, caches, students_of(config))
+    former = round_layouts(config)[:-1]
+    figures = holdout_figures(
+        config, layout, entries, compared, caches, students_of(config), former
+    )
     figures["renormalised_sequences"] = renormalised_sequences(config, layout, whole, caches)
     models, took, too_long = [], {}, 0
     for name in [*config.scoring_teachers, *students_of(config)]:
@@ -79,9 +83,11 @@ def evaluate(config: Config, layout: Layout, prepared: Prepared, dataset: str) -
     own = {"seconds": time.time() - started, "engine_seconds": took}
     cost = stage_cost(config, own)
     report["stages"].append({"stage": "evaluate", "cost": cost, "detail": "", **own})
+    report["rounds"] = round_rows(config, figures) if former else []
     storage.write_json(layout.report_json, report)
     storage.write_bytes(layout.report_html, render_html(report).encode())
-    return {"engine_seconds": took, "summary": f"{text_summary(report)}\n{layout.report_html}"}
+    summary = f"{rounds_summary(report)}{text_summary(report)}\n{layout.report_html}"
+    return {"engine_seconds": took, "summary": summary}
 
 
 def _serve(
@@ -180,10 +186,7 @@ def _report(
     figures: Json,
     check: Json,
 ) -> Json:
-    records = {
-        stage: read_record(layout, stage)
-        for stage in ("prepare", "synthesize", "score", "train", "export")
-    }
+    records = {stage: read_record(layout, stage) for stage in ("synthesize", "score")}
     refused = records["score"].get("quarantined", {})
     return {
         "run": {
@@ -197,19 +200,10 @@ def _report(
             "caches": {
                 name: cache.shards_folder for name, cache in prepared.caches(layout).items()
             },
-            "identities": prepared.identities,
+            "identities": {name: prepared.identities[name] for name in config.teachers},
         },
         "models": models,
-        # A stage that was stopped between its last output and its record has none.
-        "stages": [
-            {
-                "stage": stage,
-                "seconds": record.get("seconds", 0.0),
-                "cost": stage_cost(config, record),
-                "detail": record.get("summary", "no record"),
-            }
-            for stage, record in records.items()
-        ],
+        "stages": stage_rows(config),
         "caches": {
             name: {**found, "quarantined": refused.get(name, 0)}
             for name, found in cache_totals(layout, prepared).items()

@@ -31,23 +31,26 @@ def holdout_figures(
     compared: Sequence[TokenSequence],
     caches: dict[str, CacheLayout],
     students: Sequence[str],
+    former: Sequence[Layout] = (),
 ) -> Json:
     """Runs on the resources of the evaluation.
 
     Args:
         compared: sequences whose log-probabilities the serving engine must reproduce.
+        former: rounds whose students are measured on the same sequences.
 
     Returns:
         `weights`, the mean weight of each teacher by domain; `product`, of a product of teachers by
         domain the mean `assumed_mass` and the share of positions `floored`; and for each model
         `domains`, by domain `holdout_tokens`, `holdout_loss`, `kl_to_mixture`, `kl_bounded_mass`
-        and `top1_agreement`; for each student also `gold_logprobs`.
+        and `top1_agreement`; for each student also `gold_logprobs`; and `former`, the `domains`
+        of each former round's student.
     """
     resources = config.evaluation.resources
     task = ray.remote(_figures).options(
         num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, resources=resources.custom
     )
-    return ray.get(task.remote(config, layout, entries, compared, caches, students))
+    return ray.get(task.remote(config, layout, entries, compared, caches, students, former))
 
 
 def renormalised_sequences(
@@ -80,6 +83,7 @@ def _figures(
     compared: Sequence[TokenSequence],
     caches: dict[str, CacheLayout],
     students: Sequence[str],
+    former: Sequence[Layout],
 ) -> Json:
     from students.dataset import open_examples
     from students.evaluation import holdout_numbers, teacher_holdout_numbers
@@ -95,22 +99,18 @@ def _figures(
         for name, numbers in teacher_holdout_numbers(entries, examples, readers).items()
     }
     device = "cuda" if config.evaluation.resources.num_gpus else "cpu"
+    budget, packing = config.training.tokens_per_micro_batch, config.training.packing
+
+    def domains(folder: str) -> Json:
+        return _renamed(holdout_numbers(folder, entries, examples, budget, device, trust, packing))
+
     for label in students:
         folder = layout.export_folder(label)
-        training = config.training
-        numbers = holdout_numbers(
-            folder,
-            entries,
-            examples,
-            training.tokens_per_micro_batch,
-            device,
-            trust,
-            training.packing,
-        )
         found[label] = {
-            "domains": _renamed(numbers),
+            "domains": domains(folder),
             "gold_logprobs": gold_logprobs(folder, compared, trust, device),
         }
+    found["former"] = [domains(each.export_folder(students[0])) for each in former]
     ordered = {name: readers[name] for name in teachers}
     return found | combination_figures(combine, entries, examples, ordered, vocabulary)
 

@@ -18,6 +18,7 @@ from pipeline.layout import Layout
 from pipeline.loading import check_model_folders
 from pipeline.prepared import Prepared, load_prepared
 from pipeline.prompts import load_prompts, read_prompts
+from pipeline.rounds import is_asked, rounds_of
 from pipeline.synthesis_index import new_prompts
 from pipeline.synthesis_steps import walk
 from pipeline.training import training_jobs
@@ -39,8 +40,20 @@ class StagePlan:
 
 
 def layout_of(config: Config) -> Layout:
-    """The paths of a run."""
-    return Layout(config.storage.root, config.name, config.storage.models_root)
+    """The paths of a run, in its round."""
+    return round_layouts(config)[-1]
+
+
+def round_layouts(config: Config) -> list[Layout]:
+    """The paths of every round up to the config's own."""
+    first = Layout(config.storage.root, config.name, config.storage.models_root)
+    return [first.of_round(number) for number in range(1, config.round + 1)]
+
+
+def stages_of(config: Config, stages: Sequence[str] = STAGES) -> list[str]:
+    """Those of the stages that a run has in a round: only the last one is evaluated."""
+    is_last = config.round == config.rounds
+    return [stage for stage in stages if is_last or stage != "evaluate"]
 
 
 def students_of(config: Config) -> list[str]:
@@ -48,8 +61,25 @@ def students_of(config: Config) -> list[str]:
     return ["student", "twin"] if config.evaluation.twin else ["student"]
 
 
+def plan_rounds(config: Config, stages: Sequence[str] = STAGES) -> list[list[StagePlan]]:
+    """The plans of each round; nothing is known of a round before the one before it is complete.
+
+    Raises:
+        PromptError, StorageError: as in `make_plan`.
+    """
+    plans: list[list[StagePlan]] = []
+    for each in rounds_of(config):
+        wanted = stages_of(each, stages)
+        if plans and any(plan.todo for plan in plans[-1]):
+            after = f"after round {each.round - 1}"
+            plans.append([StagePlan(stage, 1, after) for stage in wanted])
+        else:
+            plans.append([plan for plan in make_plan(each) if plan.stage in wanted])
+    return plans
+
+
 def make_plan(config: Config) -> list[StagePlan]:
-    """The plan of every stage, in order.
+    """The plan of every stage of the config's round, in order.
 
     Raises:
         PromptError: the prompts have to be read and are bad.
@@ -65,7 +95,7 @@ def make_plan(config: Config) -> list[StagePlan]:
         work.step.label: len(new_prompts(layout, work.digest, work.prompts))
         for work in walk(config, layout, prepared, prompts)
     }
-    digest = dataset_of(layout, prepared)
+    digest = dataset_of(config, layout, prepared)
     todo = sum(unanswered.values()) or int(digest is None)
     plans.append(StagePlan("synthesize", todo, f"prompts to answer: {_counts(unanswered)}"))
     if todo or digest is None:
@@ -126,16 +156,17 @@ def read_record(layout: Layout, stage: str) -> dict[str, Any]:
     return storage.read_json(path) if storage.exists(path) else {}
 
 
-def synthesis_key(prepared: Prepared) -> str:
-    """Hash of what decides the dataset: prompts, recipes of their answers, filters."""
+def synthesis_key(config: Config, prepared: Prepared) -> str:
+    """Hash of what decides the dataset: prompts, who answers which of them how, filters."""
+    recipes = [recipe.model_dump(mode="json") for recipe in config.synthesis.recipes]
     filters = prepared.filters_before_scoring
-    return digest_json([prepared.prompts, prepared.synthesis_digests, filters])
+    return digest_json([prepared.prompts, recipes, prepared.synthesis_digests, filters])
 
 
-def dataset_of(layout: Layout, prepared: Prepared) -> str | None:
+def dataset_of(config: Config, layout: Layout, prepared: Prepared) -> str | None:
     """The digest of the run's dataset; None until synthesize has finished for these recipes."""
     record = read_record(layout, "synthesize")
-    if record.get("key") != synthesis_key(prepared) or not storage.exists(
+    if record.get("key") != synthesis_key(config, prepared) or not storage.exists(
         layout.dataset(record["dataset"])
     ):
         return None
@@ -145,7 +176,7 @@ def dataset_of(layout: Layout, prepared: Prepared) -> str | None:
 def score_key(config: Config, layout: Layout, prepared: Prepared) -> str:
     """Hash of what decides which sequences are scored, by whom, and which are trained on."""
     weights, filters = config.combine.model_dump(mode="json"), prepared.filters_after_scoring
-    dataset = dataset_of(layout, prepared)
+    dataset = dataset_of(config, layout, prepared)
     return digest_json([dataset, prepared.scoring_recipes, weights, filters])
 
 
@@ -189,8 +220,9 @@ def _plan_of_a_new_run(config: Config) -> list[StagePlan]:
             samples, most = recipe.samples_per_prompt, recipe.sampling.get("max_tokens")
             samples *= len(config.teachers) if recipe.by == "every_teacher" else 1
         if not isinstance(recipe, Writing):
-            num_answers += len(prompts) * samples
-            longest = max(longest, most or 0)
+            asked = sum(is_asked(recipe, prompt.split, config.round) for prompt in prompts)
+            num_answers += asked * samples
+            longest = max(longest, (most or 0) if asked else 0)
     steps = " -> ".join(recipe.type for recipe in config.synthesis.recipes)
     num_scoring = len(config.scoring_teachers)
     size = f"{num_answers} sequences for each of {num_scoring} teachers"

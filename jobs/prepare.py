@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from jobs.plan import layout_of
+from jobs.plan import layout_of, read_record, round_layouts
 from jobs.synthesis_checks import (
     check_filters,
     check_recipes,
@@ -16,6 +16,7 @@ from jobs.synthesis_checks import (
 from pipeline.config import Config, TeacherConfig
 from pipeline.config_base import ModelFiles
 from pipeline.config_endpoint import EndpointTeacherConfig
+from pipeline.config_recipes import STUDENT
 from pipeline.config_targets import ByDomainWeights, LearnedWeights
 from pipeline.config_training import StudentConfig
 from pipeline.errors import ConfigError
@@ -24,6 +25,7 @@ from pipeline.prepared import Prepared, preparation_key, save_prepared
 from pipeline.prompts import read_prompts, write_prompts
 from pipeline.recipes import cache_recipes
 from pipeline.records import Prompt
+from pipeline.synthesis_steps import steps_of
 from teachers.identity import check_model, model_identity, student_identity
 from teachers.layers import check_layers, text_config
 from teachers.vllm_options import check_engine_arguments, check_sampling_parameters
@@ -38,6 +40,7 @@ def prepare(config: Config) -> Prepared:
             taken.
     """
     layout = layout_of(config)
+    _check_start(config)
     prompts, counts = check_inputs(config)
     for files in [*(teacher.files for teacher in config.teachers.values()), config.student]:
         if files is not None:
@@ -45,8 +48,11 @@ def prepare(config: Config) -> Prepared:
     tokenizer_digest = check_vocabularies(config, prompts)
     _check_vocabulary_sizes(config)
     check_layers(config)
+    # The student's weights are a generator's only where it writes in this round.
+    writers = {step.generator for step in steps_of(config)} & {STUDENT}
     identities = {
-        name: model_identity(teacher, layout) for name, teacher in config.teachers.items()
+        name: model_identity(config.generator(name), layout)
+        for name in [*config.teachers, *sorted(writers)]
     }
     tokenizer = load_tokenizer(config.student)
     eos_token_id = tokenizer.eos_token_id
@@ -71,6 +77,23 @@ def prepare(config: Config) -> Prepared:
     )
     save_prepared(layout, prepared)
     return prepared
+
+
+def _check_start(config: Config) -> None:
+    """Checks that the student of the round before is exported.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if config.round == 1:
+        return
+    if not read_record(round_layouts(config)[-2], "export"):
+        before = config.round - 1
+        raise ConfigError(
+            f"round {config.round} of run {config.name} starts from the student of round {before}, "
+            f"which is not exported yet: submit that round's stages first (round={before}), or "
+            "`polystill run` the whole"
+        )
 
 
 def check_inputs(config: Config) -> tuple[list[Prompt], dict[str, int]]:

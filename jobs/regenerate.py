@@ -136,7 +136,7 @@ def prepared_run(config: Config) -> RunCaches:
     run = open_run(config)
     if run.is_current:
         return run
-    run_stage("prepare", config)
+    run_stage("prepare", run.config)
     return open_run(config)
 
 

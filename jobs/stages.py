@@ -74,7 +74,9 @@ def _score(config: Config, layout: Layout) -> Outcome:
     from jobs.score import score
 
     prepared = _prepared(config, layout)
-    return score(config, layout, prepared, _required(dataset_of(layout, prepared), "synthesize"))
+    return score(
+        config, layout, prepared, _required(dataset_of(config, layout, prepared), "synthesize")
+    )
 
 
 def _train(config: Config, layout: Layout) -> Outcome:

@@ -17,6 +17,7 @@ from pipeline.loading import evaluation_files
 from pipeline.prompt_writing import make_requests, rubric_of
 from pipeline.recipes import judging_recipe, sampling_of, synthesis_recipe
 from pipeline.records import Prompt
+from pipeline.rounds import rounds_of
 from pipeline.synthesis_steps import steps_of
 from teachers.judging import grade_tokens
 from teachers.vllm_options import check_sampling_parameters
@@ -26,20 +27,21 @@ Identities = Mapping[str, dict[str, str]]
 
 
 def check_sampling(config: Config) -> None:
-    """Checks the SamplingParams of every step.
+    """Checks the SamplingParams of every step of every round.
 
     Raises:
         ConfigError: vLLM refuses them, or they leave no room for a prompt.
     """
     most = config.synthesis.max_sequence_tokens
-    for step in steps_of(config):
+    steps = {step.label: step for each in rounds_of(config) for step in steps_of(each)}
+    for step in steps.values():
         if isinstance(step.recipe, GivenAnswers):
             continue
         place = f"synthesis.recipes ({step.label})"
         sampling = sampling_of(step.recipe, step.generator)
         answering = isinstance(step.recipe, Answering)
         samples = step.recipe.samples_per_prompt if isinstance(step.recipe, Answering) else 1
-        teacher = config.teachers[step.generator]
+        teacher = config.generator(step.generator)
         apis = {teacher.endpoint.api} if isinstance(teacher, EndpointTeacherConfig) else set()
         try:
             check_sampling_parameters(sampling, samples, apis)
@@ -117,7 +119,7 @@ def synthesis_recipes(
     """By step, what decides its answers or prompts.
 
     Args:
-        identities: of the teachers' models.
+        identities: of the generators' models.
     """
     return {
         step.label: synthesis_recipe(

@@ -12,7 +12,7 @@ from jobs.engines import engine_seconds, pool_job
 from jobs.filtering import filter_answers
 from jobs.plan import synthesis_key
 from pipeline.config import Config
-from pipeline.config_recipes import Answering, Complete, GivenAnswers, Writing
+from pipeline.config_recipes import Answer, Answering, Complete, GivenAnswers, Recipe, Writing
 from pipeline.datasets import write_dataset
 from pipeline.errors import TeacherError
 from pipeline.filters import summary
@@ -56,7 +56,7 @@ def synthesize(config: Config, layout: Layout, prepared: Prepared) -> dict[str, 
     took.update(filtered.engine_seconds)
     dropped = f"; dropped by filters: {summary(filtered.counts)}" if filtered.counts else ""
     return {
-        "key": synthesis_key(prepared),
+        "key": synthesis_key(config, prepared),
         "dataset": write_dataset(layout, filtered.entries),
         "counts": counts,
         "filters": filtered.counts,
@@ -99,7 +99,7 @@ def _write_prompts(
 def _write_answers(
     config: Config, layout: Layout, prepared: Prepared, steps: Sequence[Work]
 ) -> dict[str, float]:
-    """Has all teachers answer at once what they have not answered yet; returns engine seconds."""
+    """Has all generators answer at once what they have not answered yet; returns engine seconds."""
     tasks: dict[str, list[SynthesisTask]] = {}
     for work in steps:
         found = plan_synthesis(
@@ -140,8 +140,12 @@ def _template(config: Config, layout: Layout, work: Work) -> SynthesisTask:
         samples_per_prompt=recipe.samples_per_prompt if isinstance(recipe, Answering) else 1,
         max_sequence_tokens=config.synthesis.max_sequence_tokens,
         seed=config.seed,
-        finish_reasons=("stop", "length") if isinstance(recipe, Complete) else ("stop",),
+        finish_reasons=("stop", "length") if _may_be_cut(recipe) else ("stop",),
     )
+
+
+def _may_be_cut(recipe: Recipe) -> bool:
+    return isinstance(recipe, Complete) or (isinstance(recipe, Answer) and recipe.keep_truncated)
 
 
 def _longest_answer(config: Config, tasks: Sequence[SynthesisTask]) -> int:

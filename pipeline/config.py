@@ -12,9 +12,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.config_base import Count, ModelFiles, Name, Resources, Section
-from pipeline.config_endpoint import EndpointTeacherConfig
+from pipeline.config_endpoint import EndpointTeacherConfig, check_endpoints
 from pipeline.config_prompts import PromptsConfig
-from pipeline.config_recipes import Answer, Answering, Complete, Writing
+from pipeline.config_recipes import DATASET_GENERATOR, STUDENT, Answer, Answering, Complete, Writing
 from pipeline.config_synthesis import Checker, Judge, SynthesisConfig, scoring_teacher
 from pipeline.config_targets import (
     ByDomainWeights,
@@ -25,6 +25,7 @@ from pipeline.config_targets import (
     StaticWeights,
 )
 from pipeline.config_training import StateLoss, StudentConfig, TrainingConfig
+from pipeline.rounds import check_rounds
 from pipeline.text import closest
 
 LINEAR_LOSSES = frozenset({"forward_kl", "cross_entropy"})
@@ -129,7 +130,7 @@ class EvaluationConfig(Section):
     twin: bool = True
     """Also train a twin on the same sequences by cross-entropy alone, to show the difference."""
     resources: Resources = Resources()
-    """Of the engine that serves the student, and of the task that computes its hold-out losses."""
+    """Of an engine that serves the student, and of the task that computes its hold-out losses."""
 
 
 class ClusterConfig(Section):
@@ -154,6 +155,10 @@ class Config(Section):
     """Name of the run; its outputs lie in `<storage.root>/runs/<name>`."""
     seed: int
     """Of sampling, initialisation and data order."""
+    rounds: Count = 1
+    """How often answers are written, scored and trained on, each time from the student before."""
+    round: Count = 1
+    """The round that a stage or a command about caches is about; a run begins with it."""
     storage: StorageConfig
     prompts: PromptsConfig
     teachers: Annotated[dict[Name, AnyTeacher], Field(min_length=1)]
@@ -164,6 +169,35 @@ class Config(Section):
     training: TrainingConfig
     evaluation: EvaluationConfig
     cluster: ClusterConfig = ClusterConfig()
+
+    def generator(self, name: str) -> TeacherConfig | EndpointTeacherConfig:
+        """Who writes under a name, as it is served: a teacher, or the student that the round's
+        training starts from.
+        """
+        if name != STUDENT:
+            return self.teachers[name]
+        student, start = self.student, self.student.initial_weights
+        return TeacherConfig(
+            model=start or student.model,
+            revision=None if start else student.revision,
+            trust_remote_code=student.trust_remote_code,
+            vllm=student.vllm,
+            replicas=student.replicas,
+            resources=self.evaluation.resources,
+            cost_per_hour=student.cost_per_hour,
+        )
+
+    @model_validator(mode="after")
+    def _names_are_free(self) -> Config:
+        for name in (STUDENT, "twin", DATASET_GENERATOR):
+            if name in self.teachers:
+                raise ValueError(f"a teacher cannot be named {name!r}, which means another model")
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_differ(self) -> Config:
+        check_rounds(self)
+        return self
 
     @model_validator(mode="after")
     def _weights_name_teachers(self) -> Config:
@@ -252,17 +286,19 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _recipes_name_teachers(self) -> Config:
+        choices = {*self.teachers, "domain_teacher", "every_teacher", STUDENT}
         for i, recipe in enumerate(self.synthesis.recipes):
+            place = f"synthesis.recipes.{i} ({recipe.type})"
             named = [recipe.teacher] if isinstance(recipe, Writing) else []
             if isinstance(recipe, Answering):
-                named = [recipe.by, *recipe.sampling_of]
-            known = {*self.teachers, "domain_teacher", "every_teacher"}
+                named = list(recipe.sampling_of)
+                if recipe.by not in choices:
+                    hint = closest(recipe.by, choices)
+                    raise ValueError(f"{place} is by {recipe.by!r}, who is nobody; {hint}")
             for name in named:
-                if name not in known:
-                    raise ValueError(
-                        f"synthesis.recipes.{i} ({recipe.type}) names the teacher {name!r}; "
-                        f"{closest(name, known)}"
-                    )
+                if name not in self.teachers:
+                    hint = closest(name, self.teachers)
+                    raise ValueError(f"{place} names the teacher {name!r}; {hint}")
         return self
 
     @model_validator(mode="after")
@@ -281,6 +317,10 @@ class Config(Section):
                     f"{place} needs cached rows of {teacher!r}, which does not score; it can be "
                     f"of {self.scoring_teachers}"
                 )
+            generators = {*self.teachers, STUDENT, DATASET_GENERATOR}
+            for name in rule.spares:
+                if name not in generators:
+                    raise ValueError(f"{place} spares {name!r}; {closest(name, generators)}")
         return self
 
     @property
@@ -292,21 +332,5 @@ class Config(Section):
     def _endpoints_can_do_it(self) -> Config:
         if not self.scoring_teachers:
             raise ValueError("no teacher scores, so there is nothing to distil: add one that does")
-        width = self.scoring.num_logprobs
-        for name, teacher in self.teachers.items():
-            if not isinstance(teacher, EndpointTeacherConfig):
-                continue
-            endpoint = teacher.endpoint
-            if endpoint.scores and width > endpoint.max_logprobs:
-                raise ValueError(
-                    f"scoring.num_logprobs is {width}, but teachers.{name}.endpoint returns at "
-                    f"most {endpoint.max_logprobs}: start the server with `--max-logprobs {width}` "
-                    f"and set teachers.{name}.endpoint.max_logprobs, or lower num_logprobs"
-                )
-            if endpoint.api_key_env in self.cluster.env_vars:
-                raise ValueError(
-                    f"cluster.env_vars holds {endpoint.api_key_env}, the key of teacher {name!r}: "
-                    "there it would stand in the config and in what Ray says of its jobs. Export "
-                    "it where Ray is started"
-                )
+        check_endpoints(self.teachers, self.scoring.num_logprobs, self.cluster.env_vars)
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container, Mapping
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -139,3 +140,34 @@ class EndpointTeacherConfig(Section):
     def max_model_len(self) -> int | None:
         """Tokens that it holds, where the config says so."""
         return self.endpoint.max_model_len
+
+
+def check_endpoints(
+    teachers: Mapping[str, object], num_logprobs: int, env_vars: Container[str]
+) -> None:
+    """Checks what is asked of endpoints elsewhere in a config.
+
+    Args:
+        teachers: of both kinds.
+        num_logprobs: capture width of the run.
+        env_vars: names in `cluster.env_vars`.
+
+    Raises:
+        ValueError: one returns too few log-probabilities, or its key would be written down.
+    """
+    for name, teacher in teachers.items():
+        if not isinstance(teacher, EndpointTeacherConfig):
+            continue
+        endpoint, place = teacher.endpoint, f"teachers.{name}.endpoint"
+        if endpoint.scores and num_logprobs > endpoint.max_logprobs:
+            raise ValueError(
+                f"scoring.num_logprobs is {num_logprobs}, but {place} returns at most "
+                f"{endpoint.max_logprobs}: start the server with `--max-logprobs {num_logprobs}` "
+                f"and set {place}.max_logprobs, or lower num_logprobs"
+            )
+        if endpoint.api_key_env in env_vars:
+            raise ValueError(
+                f"cluster.env_vars holds {endpoint.api_key_env}, the key of teacher {name!r}: "
+                "there it would stand in the config and in what Ray says of its jobs. Export it "
+                "where Ray is started"
+            )

@@ -8,8 +8,11 @@ from pydantic import Field
 
 from pipeline.config_base import Count, Name, Section
 
+STUDENT, DATASET_GENERATOR = "student", "dataset"
 By = Name
-"""`domain_teacher` (the one that names the prompt's domain), `every_teacher`, or a teacher."""
+"""`domain_teacher` (the one that names the prompt's domain), `every_teacher`, a teacher, or
+`student`: the model that the round's training starts from."""
+TrainRounds = Literal["all", "first", "later", "none"]
 
 
 class Answer(Section):
@@ -17,7 +20,10 @@ class Answer(Section):
 
     type: Literal["answer"]
     by: By
-    """`domain_teacher`, `every_teacher`, or the name of a teacher."""
+    """`domain_teacher`, `every_teacher`, the name of a teacher, or `student`, who answers train
+    prompts alone: validation and hold-out stay the same in every round."""
+    train_rounds: TrainRounds = "all"
+    """In which rounds train prompts are answered; all other prompts are in every round."""
     samples_per_prompt: Count = 1
     """Answers asked of each teacher for each prompt."""
     sampling: dict[str, Any]
@@ -26,6 +32,8 @@ class Answer(Section):
     """SamplingParams of single teachers, laid over `sampling`."""
     system_prompt: str | None = None
     """Put before chat prompts without one; it is part of the sequence that is trained on."""
+    keep_truncated: bool = False
+    """Also keep answers that were cut at `max_tokens`; they have no end of sequence."""
 
 
 class Complete(Section):
@@ -33,7 +41,9 @@ class Complete(Section):
 
     type: Literal["complete"]
     by: By
-    """`domain_teacher`, `every_teacher`, or the name of a teacher."""
+    """`domain_teacher`, `every_teacher`, the name of a teacher, or `student`, as in `answer`."""
+    train_rounds: TrainRounds = "all"
+    """In which rounds train prompts are continued; all other prompts are in every round."""
     samples_per_prompt: Count = 1
     """Continuations asked of each teacher for each prompt."""
     sampling: dict[str, Any]
@@ -46,6 +56,8 @@ class GivenAnswers(Section):
     """Takes the references of the prompts as answers."""
 
     type: Literal["dataset"]
+    train_rounds: TrainRounds = "all"
+    """In which rounds those of train prompts are taken; all others are in every round."""
 
 
 class Paraphrase(Section):

@@ -17,7 +17,14 @@ Script = Literal[
 Compared = Literal["prompt", "answer", "both"]
 
 
-class Length(Section):
+class FilterSection(Section):
+    """What all filters share."""
+
+    spares: list[Name] = Field(default_factory=list)
+    """Generators whose answers pass unseen: a student on its own policy trains on its mistakes."""
+
+
+class Length(FilterSection):
     """Drops answers that are too short or too long."""
 
     type: Literal["length"]
@@ -32,7 +39,7 @@ class Length(Section):
         return self
 
 
-class Alphabet(Section):
+class Alphabet(FilterSection):
     """Drops answers in another alphabet than the expected ones."""
 
     type: Literal["alphabet"]
@@ -42,7 +49,7 @@ class Alphabet(Section):
     """Smallest share of an answer's letters that belong to them."""
 
 
-class Repetition(Section):
+class Repetition(FilterSection):
     """Drops answers that go round in a loop."""
 
     type: Literal["repetition"]
@@ -52,7 +59,7 @@ class Repetition(Section):
     """Largest share of an answer's n-grams that stood in it before."""
 
 
-class ExactDuplicate(Section):
+class ExactDuplicate(FilterSection):
     """Drops sequences of the train split that repeat an earlier one but for case and spaces."""
 
     type: Literal["exact_duplicate"]
@@ -60,7 +67,7 @@ class ExactDuplicate(Section):
     """What is compared; answers to one prompt are no duplicates in their `prompt`."""
 
 
-class NearDuplicate(Section):
+class NearDuplicate(FilterSection):
     """Drops sequences of the train split that are nearly an earlier one (MinHash, exact check).
 
     Broder, On the resemblance and containment of documents, 1997.
@@ -84,7 +91,7 @@ class EvaluationFile(Section):
     """Columns whose texts are compared."""
 
 
-class Contamination(Section):
+class Contamination(FilterSection):
     """Drops what shares n-grams with the hold-out prompts or with evaluation files.
 
     Hold-out sequences are left alone. Words are compared without case and marks (n-grams of 13
@@ -98,13 +105,13 @@ class Contamination(Section):
     """Beside the run's own hold-out prompts."""
 
 
-class Checker(Section):
+class Checker(FilterSection):
     """Drops answers that `prompts.checker` finds wrong; those without a reference pass."""
 
     type: Literal["checker"]
 
 
-class Judge(Section):
+class Judge(FilterSection):
     """Drops answers that a teacher grades low by a rubric; it can write nothing but a grade."""
 
     type: Literal["judge"]
@@ -116,7 +123,7 @@ class Judge(Section):
     """Text file with `{prompt}` and `{answer}` in it; pipeline/templates/judge.txt without one."""
 
 
-class Agreement(Section):
+class Agreement(FilterSection):
     """Keeps the answers to a prompt that most samples of all generators agree on."""
 
     type: Literal["agreement"]
@@ -126,7 +133,7 @@ class Agreement(Section):
     """Smallest share of a prompt's samples that the winner needs; a tie has no winner."""
 
 
-class BestOf(Section):
+class BestOf(FilterSection):
     """Keeps the best answers to each prompt."""
 
     type: Literal["best_of"]
@@ -144,7 +151,7 @@ class BestOf(Section):
         return self
 
 
-class Balance(Section):
+class Balance(FilterSection):
     """Drops sequences of the train split by chance until the domains have the given shares."""
 
     type: Literal["balance"]
@@ -152,7 +159,7 @@ class Balance(Section):
     """Relative size of every domain; as much is kept as the scarcest domain allows."""
 
 
-class Perplexity(Section):
+class Perplexity(FilterSection):
     """Drops answers that a teacher finds too likely or too unlikely, from its cached rows.
 
     Runs after scoring, and so do all filters behind it.

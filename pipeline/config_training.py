@@ -32,7 +32,9 @@ class StudentConfig(Section):
     cost_per_hour: Annotated[float, Field(ge=0)] = 0.0
     """Price of the hardware of one serving engine."""
     vllm: dict[str, Any] = Field(default_factory=dict)
-    """Engine arguments of vLLM when the exported student is evaluated, verbatim."""
+    """Engine arguments of vLLM when the student writes or is evaluated, verbatim."""
+    replicas: Count = 1
+    """Number of engines when it writes."""
 
 
 class LossSection(Section):

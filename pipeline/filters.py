@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from pipeline.checkers import checker_identity
 from pipeline.config_synthesis import Checker as CheckerFilter
 from pipeline.config_synthesis import Contamination, Filter
+from pipeline.datasets import DatasetEntry
 from pipeline.errors import FilterError
 from pipeline.filters_groups import agreement, balance, best_of
 from pipeline.filters_likeness import contamination, exact_duplicate, near_duplicate
@@ -54,7 +55,7 @@ def run_filters(
     candidates: Sequence[Candidate],
     evidence: Evidence,
 ) -> tuple[list[Candidate], list[Counts]]:
-    """Runs filters one after another.
+    """Runs filters one after another; each looks at what it does not spare.
 
     Args:
         digest: of the candidates' dataset and of the filters; names the folder of what is dropped.
@@ -69,11 +70,17 @@ def run_filters(
     """
     left, done = list(candidates), []
     for position, rule in enumerate(rules):
-        dropped = FILTERS[rule.type](rule, left, evidence)
+        seen = [
+            i
+            for i, candidate in enumerate(left)
+            if not set(rule.spares) & set(candidate.entry.generators)
+        ]
+        found = FILTERS[rule.type](rule, [left[i] for i in seen], evidence)
+        dropped = {seen[i]: detail for i, detail in found.items()}
         path = layout.rejected(digest, f"{position}-{rule.type}")
         if dropped:
             write_rejected(path, [_rejected(left[i], rule, why) for i, why in dropped.items()])
-        done.append(_counts(rule, left, dropped))
+        done.append(_counts(rule, len(seen), [left[i].entry for i in dropped], dropped.values()))
         splits = {candidate.entry.split for candidate in left}
         left = [candidate for i, candidate in enumerate(left) if i not in dropped]
         _check_left(splits & set(NEEDED_SPLITS), left, rule, done, path)
@@ -132,13 +139,15 @@ def _rejected(candidate: Candidate, rule: Filter, detail: str) -> Rejected:
     )
 
 
-def _counts(rule: Filter, seen: Sequence[Candidate], dropped: Mapping[int, str]) -> Counts:
+def _counts(
+    rule: Filter, num_seen: int, dropped: Sequence[DatasetEntry], details: Iterable[str]
+) -> Counts:
     return {
         "filter": rule.type,
-        "seen": len(seen),
+        "seen": num_seen,
         "dropped": len(dropped),
-        "dropped_by_domain": dict(Counter(seen[i].entry.domain for i in dropped)),
-        "examples": list(dict.fromkeys(dropped.values()))[:EXAMPLES_SHOWN],
+        "dropped_by_domain": dict(Counter(entry.domain for entry in dropped)),
+        "examples": list(dict.fromkeys(details))[:EXAMPLES_SHOWN],
     }
 
 

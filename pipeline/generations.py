@@ -120,7 +120,7 @@ def named_generations(layout: Layout) -> Names:
     def name(folder: str, generation: int, who: str) -> None:
         names.setdefault(folder, {}).setdefault(generation, []).append(who)
 
-    for run in storage.list_folders(layout.runs_folder):
+    for run in _runs(layout):
         of_run = replace(layout, run=run)
         pins = pinned_generations(of_run)
         for folder, generation in pins.items():
@@ -134,6 +134,13 @@ def named_generations(layout: Layout) -> Names:
                     cache = layout.cache(cache_name, used["fingerprint"])
                     name(cache.name, used["generation"], f"{who} of run {run}")
     return names
+
+
+def _runs(layout: Layout) -> Iterator[str]:
+    """The folders of all runs below the root and of their later rounds."""
+    for run in storage.list_folders(layout.runs_folder):
+        rounds = storage.list_folders(storage.join(layout.runs_folder, run, "rounds"))
+        yield from (run, *(f"{run}/rounds/{number}" for number in rounds))
 
 
 def _prepared_caches(layout: Layout) -> list[CacheLayout]:

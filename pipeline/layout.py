@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.storage import join
 
@@ -54,6 +54,7 @@ class Layout:
     """Paths of a storage root, and of one run in it.
 
     Attributes:
+        run: its folder below `runs/`; a later round's is `<name>/rounds/<number>`.
         models_root: file system folder for checkpoints and exports, where `root` is a URI.
     """
 
@@ -72,6 +73,11 @@ class Layout:
     @property
     def run_folder(self) -> str:
         return join(self.runs_folder, self.run)
+
+    def of_round(self, number: int) -> Layout:
+        """Of one of the run's rounds: the first one has the run's own folder."""
+        below = "" if number == 1 else f"/rounds/{number}"
+        return replace(self, run=f"{self.run}{below}")
 
     @property
     def resolved_config(self) -> str:

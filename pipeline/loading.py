@@ -15,10 +15,13 @@ from pipeline.config import Config, TeacherConfig
 from pipeline.config_recipes import Evolve, Paraphrase, SelfInstruct
 from pipeline.config_synthesis import Contamination, EvaluationFile, Judge
 from pipeline.errors import ConfigError
+from pipeline.rounds import of_round
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Reads a config file with dotted `key=value` overrides, checks it, makes its paths absolute.
+
+    The student of a later round starts from that of the round before.
 
     Raises:
         ConfigError: the file is missing or not YAML, an override is malformed, a key is unknown
@@ -42,7 +45,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(
             f"{path}: " + "\n  ".join(_explain(item) for item in error.errors())
         ) from error
-    return absolute_paths(config, path.resolve().parent)
+    return of_round(absolute_paths(config, path.resolve().parent), config.round)
 
 
 def dump_config(config: Config) -> str:

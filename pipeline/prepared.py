@@ -98,7 +98,7 @@ def preparation_key(config: Config) -> str:
                 include={"seed", "prompts", "teachers", "synthesis", "scoring", "combine"},
                 exclude={"teachers": {"__all__": NEUTRAL_TEACHER_KEYS}},
             ),
-            config.student.model_dump(mode="json", exclude={"cost_per_hour"}),
+            config.student.model_dump(mode="json", exclude={"cost_per_hour", "replicas"}),
             config.training.teacher_layers,
             [storage.file_states(path) for path in paths],
         ]

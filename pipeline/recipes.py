@@ -11,7 +11,7 @@ from typing import Any
 from pipeline import cache_features, cache_logprobs
 from pipeline.config import Config, TeacherConfig
 from pipeline.config_endpoint import EndpointTeacherConfig
-from pipeline.config_recipes import Answering, GivenAnswers, Recipe
+from pipeline.config_recipes import Answer, Answering, GivenAnswers, Recipe
 from pipeline.config_synthesis import Judge
 from pipeline.features import features_of
 from pipeline.fingerprint import digest_bytes, digest_json
@@ -44,7 +44,6 @@ NEUTRAL_ENGINE_KEYS = frozenset(
         "tensor_parallel_size",
     }
 )
-DATASET_GENERATOR = "dataset"
 
 
 def _engine(teacher: TeacherConfig | EndpointTeacherConfig) -> dict[str, Any]:
@@ -119,7 +118,7 @@ def synthesis_recipe(
     by their content.
 
     Args:
-        identity: of the teacher's model; unused for given answers.
+        identity: of the generator's model; unused for given answers.
 
     Raises:
         ConfigError: a template cannot be used.
@@ -135,9 +134,11 @@ def synthesis_recipe(
     common |= {
         "model": identity,
         "sampling": sampling_of(recipe, generator),
-        "vllm": _engine(config.teachers[generator]),
+        "vllm": _engine(config.generator(generator)),
         "seed": config.seed,
     }
+    if isinstance(recipe, Answer) and recipe.keep_truncated:
+        common |= {"keep_truncated": True}
     if isinstance(recipe, Answering):
         return common | {
             "samples_per_prompt": recipe.samples_per_prompt,

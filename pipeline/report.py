@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.text import table
+
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
 
@@ -131,6 +133,23 @@ def text_summary(report: dict[str, Any]) -> str:
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def rounds_summary(report: dict[str, Any]) -> str:
+    """A table for a terminal with a row per round; empty where there was only one."""
+    if not report["rounds"]:
+        return ""
+    header = ["round", "sequences", "of the student", "steps", "tokens", "hold-out loss"]
+    rows = [
+        [
+            *(f"{row[key]:,}" for key in ("round", "sequences", "by_student", "steps", "tokens")),
+            number(pooled(row)["holdout_loss"]),
+            number(pooled(row)["kl_to_mixture"]),
+            number(row["seconds"], 0),
+        ]
+        for row in report["rounds"]
+    ]
+    return table([*header, "KL to mixture", "seconds"], rows) + "\n"
 
 
 def render_html(report: dict[str, Any]) -> str:

@@ -10,13 +10,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.config import Config
-from pipeline.config_recipes import Answer, Answering, Complete, GivenAnswers, Recipe, Writing
+from pipeline.config_recipes import (
+    DATASET_GENERATOR,
+    Answer,
+    Answering,
+    Complete,
+    GivenAnswers,
+    Recipe,
+    Writing,
+)
 from pipeline.fingerprint import digest_json
 from pipeline.layout import Layout
 from pipeline.prepared import Prepared
 from pipeline.prompt_writing import Request, make_requests
-from pipeline.recipes import DATASET_GENERATOR
 from pipeline.records import Prompt
+from pipeline.rounds import is_asked, is_by_student
 from pipeline.synthesis_index import written_prompts
 
 
@@ -26,7 +34,7 @@ class Step:
 
     Attributes:
         label: names its recipe and its counts; the generator's name where that is unique.
-        generator: a teacher, or `dataset`.
+        generator: a teacher, `student`, or `dataset`.
     """
 
     label: str
@@ -53,9 +61,11 @@ class Work:
 
 
 def steps_of(config: Config) -> list[Step]:
-    """The steps, in the order of the recipes and of the teachers."""
+    """The steps of the config's round, in the order of the recipes and of the teachers."""
     steps: list[Step] = []
     for recipe in config.synthesis.recipes:
+        if not isinstance(recipe, Writing) and not _is_in_round(config, recipe):
+            continue
         for generator in generators_of(config, recipe):
             kind = "" if isinstance(recipe, Answer | GivenAnswers) else f"{recipe.type} by "
             label = base = f"{kind}{generator}"
@@ -115,13 +125,20 @@ def all_prompts(work: Sequence[Work], prompts: Sequence[Prompt]) -> list[Prompt]
     return list(found.values())
 
 
+def _is_in_round(config: Config, recipe: Answering | GivenAnswers) -> bool:
+    """A student that writes nothing in a round may have no weights yet that could be served."""
+    return not is_by_student(recipe) or is_asked(recipe, "train", config.round)
+
+
 def _answers(config: Config, step: Step, prompt: Prompt) -> bool:
     recipe = step.recipe
+    assert not isinstance(recipe, Writing), "prompts are written from requests"
+    if not is_asked(recipe, prompt.split, config.round):
+        return False
     if isinstance(recipe, GivenAnswers):
         return prompt.reference is not None
     if isinstance(recipe, Complete) and prompt.text is None:
         return False
-    assert isinstance(recipe, Answering), "prompts are written from requests"
     return recipe.by != "domain_teacher" or prompt.domain in config.teachers[step.generator].domains
 
 

@@ -36,7 +36,7 @@ NEUTRAL_TRAINING_KEYS = {
 """Training keys that may change between two starts; `losses` enters as those of the job, and
 `deepspeed` without its ZeRO stage.
 """
-NEUTRAL_STUDENT_KEYS = {"cost_per_hour", "vllm", "model", "revision", "initial_weights"}
+NEUTRAL_STUDENT_KEYS = {"cost_per_hour", "vllm", "replicas", "model", "revision", "initial_weights"}
 COMPLETE = "COMPLETE"
 """The file that a checkpoint's folder gets last of all."""
 
@@ -66,6 +66,11 @@ class TrainingJob:
     start: dict[str, str] = field(default_factory=dict)
     tokenizer: str = ""
     learned: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> int:
+        """Of initialisation and data order; each round has its own."""
+        return self.config.seed + self.config.round - 1
 
     @property
     def folder(self) -> str:
@@ -107,7 +112,7 @@ class TrainingJob:
         used = used_teachers(self.config) if self.uses_teachers else []
         used += [features_of(teacher) for teacher in self.feature_teachers]
         return {
-            "seed": self.config.seed,
+            "seed": self.seed,
             "tokenizer": self.tokenizer,
             "dataset_digest": self.dataset_digest,
             "caches": {

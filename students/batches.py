@@ -135,7 +135,7 @@ class BatchSource:
         self.states = TeacherStates(job.caches, job.feature_teachers, used)
         self._order = DataOrder(
             [entry.shard for entry in self.train],
-            job.config.seed,
+            job.seed,
             job.dataset_digest,
             training.sequences_per_step,
         )

@@ -166,6 +166,7 @@ def model_card(job: TrainingJob) -> str:
             name: _origin(teacher) | {"cache": job.cache_fingerprints.get(name)}
             for name, teacher in config.teachers.items()
         },
+        "round": config.round,
         "initial_weights": config.student.initial_weights,
         "dataset": job.dataset_digest,
         "steps": summary["steps"],

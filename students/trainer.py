@@ -48,8 +48,8 @@ def train(job: TrainingJob, device: torch.device) -> None:
         CacheError: a cache is corrupt or does not cover the data.
     """
     training, started = job.config.training, time.monotonic()
-    torch.manual_seed(job.config.seed + dist.get_rank())
-    model = build_student(job.config.student, job.config.seed)
+    torch.manual_seed(job.seed + dist.get_rank())
+    model = build_student(job.config.student, job.seed)
     if job.config.student.attn_implementation.startswith("flash"):
         torch.nn.Module.to(model, device)
     check_architecture(model, training.packing)
@@ -175,7 +175,7 @@ def feature_losses(
     if not terms:
         return None
     hidden_size = model.config.get_text_config().hidden_size
-    return FeatureLosses(terms, hidden_size, widths, job.config.seed).to(model.dtype)
+    return FeatureLosses(terms, hidden_size, widths, job.seed).to(model.dtype)
 
 
 def finish(

@@ -14,13 +14,14 @@ from jobs.synthesize import synthesize
 from pipeline import storage
 from pipeline.cache_index import open_cache
 from pipeline.config import Config
+from pipeline.config_recipes import DATASET_GENERATOR
 from pipeline.datasets import read_dataset
 from pipeline.errors import FilterError
 from pipeline.filters import filter_identity
 from pipeline.loading import load_config
 from pipeline.prepared import Prepared
 from pipeline.prompts import read_prompts, write_prompts
-from pipeline.recipes import DATASET_GENERATOR, scoring_recipe, synthesis_recipe
+from pipeline.recipes import scoring_recipe, synthesis_recipe
 from tests.support import fabricated
 from tests.support.command_line import QUICKSTART
 from tests.support.fabricated import FakePools
@@ -73,7 +74,7 @@ def stage(config: Config, name: str) -> dict[str, Any]:
     if name == "synthesize":
         outcome = synthesize(config, layout, found)
     else:
-        digest = dataset_of(layout, found)
+        digest = dataset_of(config, layout, found)
         assert digest is not None
         outcome = score(config, layout, found, digest)
     storage.write_json(layout.stage_record(name), outcome)
@@ -86,7 +87,7 @@ def test_another_filter_makes_another_dataset_and_asks_nobody_again(arguments: l
     layout = layout_of(config)
     before = storage.file_states(f"{layout.root}/synthesis")
     short = config_with(arguments, "[{type: length, max_tokens: 4}]")
-    assert dataset_of(layout, prepared(short)) is None
+    assert dataset_of(short, layout, prepared(short)) is None
     outcome = stage(short, "synthesize")
     assert outcome["filters"][0]["dropped"] == NUM_TRAIN + NUM_HOLDOUT, "words have five tokens"
     assert outcome["filters"][0]["dropped_by_domain"] == {"words": NUM_TRAIN + NUM_HOLDOUT}

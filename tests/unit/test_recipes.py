@@ -93,8 +93,10 @@ class Run:
     prompts: list[Prompt]
     engines: Engines
 
-    def config(self, recipes: list[Block], filters: Sequence[Block] = ()) -> Config:
-        values = yaml.safe_load((QUICKSTART / "config.yaml").read_text())
+    def config(
+        self, recipes: list[Block], filters: Sequence[Block] = (), others: Block | None = None
+    ) -> Config:
+        values = yaml.safe_load((QUICKSTART / "config.yaml").read_text()) | (others or {})
         values["synthesis"] = {"recipes": recipes, "filters": list(filters)}
         values["storage"]["root"] = str(self.root / "out")
         values["student"]["model"] = str(self.root / "student")
@@ -107,11 +109,12 @@ class Run:
 
     def prepared(self, config: Config) -> Prepared:
         identities = {name: {"weights": name} for name in config.teachers}
+        writers = identities | {"student": {"weights": f"before round {config.round}"}}
         synthesis = config.synthesis
         before = filter_identities(config, synthesis.filters_before_scoring, identities, "hash")
         scoring = {t: scoring_recipe(config, t, identities[t], "hash") for t in identities}
         digest = write_prompts(layout_of(config), self.prompts)
-        recipes = synthesis_recipes(config, identities, "hash")
+        recipes = synthesis_recipes(config, writers, "hash")
         return Prepared(
             "key", digest, {}, 90, "hash", 1, scoring, recipes, {}, before, identities=identities
         )

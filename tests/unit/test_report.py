@@ -13,6 +13,7 @@ from pipeline.report import (
     headlines,
     pooled,
     render_html,
+    rounds_summary,
     scaled,
     significant,
     text_summary,
@@ -148,6 +149,7 @@ def report():
             "words": {"algebraist": 0.45, "logician": 0.55},
         },
         "combine": "mixture",
+        "rounds": [],
         "product": {},
         "learned_weights": None,
         "renormalised_sequences": 3,
@@ -554,3 +556,30 @@ def test_every_filter_is_shown_with_its_counts(report):
     assert "Checker 3,891 0 0.0 %" in words
     report["filters"] = []
     assert "Share dropped" not in Page(render_html(report)).words
+
+
+def test_every_round_is_shown_where_there_are_several(report):
+    assert "Rounds" not in Page(render_html(report)).words and rounds_summary(report) == ""
+    figures = {"holdout_tokens": 100, "kl_bounded_mass": 0.0, "exact_match": None, "prompts": 0}
+    report["rounds"] = [
+        {
+            "round": number,
+            "sequences": 1_369,
+            "by_student": 1_200 * (number - 1),
+            "steps": 500,
+            "tokens": 90_000 + number,
+            "seconds": 61.5,
+            "domains": {
+                "algebra": figures
+                | {"holdout_loss": loss, "kl_to_mixture": kl, "top1_agreement": 0.5}
+            },
+        }
+        for number, loss, kl in ((1, 0.7112, 0.2), (2, 0.6334, None))
+    ]
+    words = Page(render_html(report)).words
+    assert "1 1,369 0 500 90,001 0.711 0.200 50.0 % 61.5" in words
+    assert "2 1,369 1,200 500 90,002 0.633 — 50.0 % 61.5" in words
+    header, first, second = rounds_summary(report).splitlines()
+    assert header.split()[:2] == ["round", "sequences"]
+    assert first.split()[-3:] == ["0.711", "0.200", "62"]
+    assert second.split()[-3:] == ["0.633", "—", "62"]
