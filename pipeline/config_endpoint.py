@@ -165,7 +165,7 @@ def check_endpoints(
                 f"{endpoint.max_logprobs}: start the server with `--max-logprobs {num_logprobs}` "
                 f"and set {place}.max_logprobs, or lower num_logprobs"
             )
-        if endpoint.api_key_env in env_vars:
+        if endpoint.api_key_env is not None and endpoint.api_key_env in env_vars:
             raise ValueError(
                 f"cluster.env_vars holds {endpoint.api_key_env}, the key of teacher {name!r}: "
                 "there it would stand in the config and in what Ray says of its jobs. Export it "

@@ -223,6 +223,7 @@ class EndpointTeacher:
         await asyncio.to_thread(hold_to_first, path, name, self._canary)
 
     async def _rows(self, input_ids: list[int], first_index: int, width: int) -> CapturedRows:
+        self._check_length(input_ids, 1)
         body = {
             "prompt": input_ids,
             "add_special_tokens": False,
@@ -245,6 +246,7 @@ class EndpointTeacher:
         return captured.rows([*input_ids], first_index, width)
 
     async def _tokens(self, prompt_ids: list[int], sampling: dict[str, Any]) -> GeneratedAnswer:
+        self._check_length(prompt_ids, sampling["max_tokens"])
         started = time.monotonic()
         end_ids = () if sampling.get("ignore_eos") else self._spec.eos_token_ids
         body = PLAIN_SAMPLING | sampling
@@ -287,6 +289,15 @@ class EndpointTeacher:
     ) -> Any:
         named = None if body is None else {"model": self._endpoint.model, **body}
         return await self._requester.ask(path, kind, named)
+
+    def _check_length(self, token_ids: list[int], new_tokens: int) -> None:
+        """Refuses what the server would cut: it lowers `max_tokens` to what its context leaves."""
+        limit = self._max_model_len
+        if limit is not None and len(token_ids) + new_tokens > limit:
+            raise TeacherError(
+                f"{self._endpoint.url}: {len(token_ids)} tokens and room for {new_tokens} exceed "
+                f"its max_model_len {limit}; raise it or leave such sequences out"
+            )
 
     def _check_prompt(self, choice: TokenChoice, input_ids: list[int]) -> None:
         """Refuses a server that cut or changed what it was sent."""

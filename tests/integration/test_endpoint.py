@@ -236,9 +236,16 @@ def test_more_log_probabilities_than_the_server_gives_are_refused_at_start(
         asked(replace(spec, num_logprobs=21), description)
 
 
-def test_a_sequence_that_the_server_refuses_is_named(spec: EndpointSpec) -> None:
-    with pytest.raises(TeacherError, match=r"status 400.*maximum context length"):
+def test_what_the_server_would_cut_is_refused(spec: EndpointSpec) -> None:
+    with pytest.raises(TeacherError, match="64 tokens and room for 1 exceed its max_model_len 64"):
         asked(spec, lambda teacher: teacher.score(tokens(MAX_MODEL_LEN, seed=0), 1))
+    with pytest.raises(TeacherError, match="room for 61"):
+        asked(spec, lambda teacher: teacher.generate([7, 8, 9, 10], {"max_tokens": 61}, 1))
+
+
+def test_what_the_server_refuses_is_said_in_its_words(spec: EndpointSpec) -> None:
+    with pytest.raises(TeacherError, match=r"status 400.*vocab"):
+        asked(spec, lambda teacher: teacher.score([7, VOCABULARY], 1))
 
 
 @dataclass
