@@ -37,6 +37,7 @@ from torch import Tensor
 
 from benchmarks.common import print_table, write_json
 from benchmarks.distributions import (
+    CAPTURED,
     TOKENS,
     Batch,
     Captured,
@@ -73,8 +74,8 @@ def _top_p(mass: float) -> TopP:
     return TopP(type="top_p", mass=mass, max_entries=64)
 
 
-def _sampled(draws: int) -> Sampled:
-    return Sampled(type="sampled", num_draws=draws)
+def _sampled(draws: int, renormalise: bool = False) -> Sampled:
+    return Sampled(type="sampled", num_draws=draws, renormalise=renormalise)
 
 
 def _headed(mass: float, most: int, draws: int) -> HeadAndSampled:
@@ -96,8 +97,12 @@ SELECTIONS: dict[str, Selection] = {
     "head 4 + 12 draws": _headed(1.0, 4, 12),
     "head 0.5 + 16 draws": _headed(0.5, 64, 16),
     "head 0.8 + 16 draws": _headed(0.8, 64, 16),
+    "sampled 12 of 256": _sampled(12),
+    "sampled 12 of 256, renormalised": _sampled(12, renormalise=True),
 }
-ON_SYNTHETIC = (REFERENCE, TIMED, "sampled 12", "head 0.5 + 16 draws")
+NARROW = {name: 256 for name in SELECTIONS if "of 256" in name}
+"""Entries that are captured where it is fewer than all: what lies beyond is lost to draws."""
+ON_SYNTHETIC = (REFERENCE, TIMED, "sampled 12", *NARROW, "head 0.5 + 16 draws")
 
 
 READERS: dict[str, Callable[[str], list[SparseLogprobs]]] = {
@@ -157,7 +162,7 @@ def fidelity(
             rule = SELECTIONS[name]
             repeats = num_draws if isinstance(rule, Sampled | HeadAndSampled) else 1
             for repeat in range(repeats):
-                gradient = _gradient(batch, _targets(batch.captured, rule, f"teacher-{repeat}"))
+                gradient = _gradient(batch, _targets(batch.captured, name, f"teacher-{repeat}"))
                 directions.add(gradient, dense)
     assert dense_total is not None
     figures = {
@@ -197,13 +202,13 @@ def _flat(gradients: tuple[Tensor, ...]) -> Tensor:
     return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
-def _targets(captured: Iterable[Captured], rule: Selection, teacher: str) -> Targets:
+def _targets(captured: Iterable[Captured], name: str, teacher: str) -> Targets:
     """Through the steps of training, cut to `TOKENS` positions."""
     examples = [
         example_of(
             CombinedTargets(
                 one.sequence,
-                (_row(one, rule, teacher),),
+                (_row(one, name, teacher),),
                 np.ones((1, one.sequence.num_positions), np.float32),
             )
         )
@@ -220,13 +225,14 @@ def _targets(captured: Iterable[Captured], rule: Selection, teacher: str) -> Tar
     )
 
 
-def _row(one: Captured, rule: Selection, teacher: str) -> SparseLogprobs:
+def _row(one: Captured, name: str, teacher: str) -> SparseLogprobs:
+    width = NARROW.get(name, CAPTURED)
     return select(
         one.sequence.sequence_id,
-        one.token_ids_PK,
-        one.logprobs_PK,
+        one.token_ids_PK[:, :width],
+        one.logprobs_PK[:, :width],
         one.gold_logprobs_P,
-        rule,
+        SELECTIONS[name],
         teacher=teacher,
     )
 
@@ -240,7 +246,7 @@ def size_and_fidelity(
     """One row per selection, with the bytes of a shard of all `captured` sequences."""
     rows = []
     for name, found in figures.items():
-        shard = [_row(one, SELECTIONS[name], "teacher") for one in captured]
+        shard = [_row(one, name, "teacher") for one in captured]
         entry = write_shard(str(folder / "shard.parquet"), shard, "benchmark")
         rows.append(
             {
@@ -260,7 +266,7 @@ def size_and_fidelity(
 
 def speed(captured: list[Captured], rounds: int, folder: Path) -> list[dict[str, Any]]:
     """Tokens per second of both formats, medians of alternating rounds with their spread."""
-    rows = [_row(one, SELECTIONS[TIMED], "teacher") for one in captured]
+    rows = [_row(one, TIMED, "teacher") for one in captured]
     num_positions = sum(row.num_positions for row in rows)
     ours, nested = str(folder / "shard.parquet"), str(folder / "nested.parquet")
     paths = {"cache": ours, NESTED: nested, FLATTENED: nested}
@@ -337,20 +343,21 @@ def parse_arguments() -> argparse.Namespace:
 def measure(data: Path, output: Path, scale: Scale) -> tuple[list[dict], dict[str, float | None]]:
     """Prints a table for speed and for each kind of text; returns all rows, and the ratios."""
     models = train_models(data, output, scale.seconds)
-    captured = real_text(models, data, scale.positions)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        times = speed(captured, scale.rounds, folder)
+        text = list(real_text(models, data, scale.positions, width=64))
+        times = speed(text, scale.rounds, folder)
         print_table(times)
-        batches = real_batches(models, captured, scale.batches)
-        figures, _ = fidelity(batches, SELECTIONS, scale.draws)
+        batches = real_batches(models, data, scale.batches)
+        figures, seen = fidelity(batches, SELECTIONS, scale.draws)
+        captured = [one for members in seen for one in members]
         real = size_and_fidelity("GSM8K", captured, figures, folder)
         print_table(real)
         batches = synthetic_batches(scale.synthetic_batches, scale.synthetic_vocabulary)
         figures, seen = fidelity(batches, ON_SYNTHETIC, num_draws=1)
         made_up = [one for members in seen for one in members]
-        text = f"synthetic, V = {scale.synthetic_vocabulary:,}"
-        synthetic = size_and_fidelity(text, made_up, figures, folder)
+        kind = f"synthetic, V = {scale.synthetic_vocabulary:,}"
+        synthetic = size_and_fidelity(kind, made_up, figures, folder)
         print_table(synthetic)
     small = best_small(real)
     read = {row["format"]: row["tokens_per_second"] for row in times if row["what"] == "read"}
