@@ -305,7 +305,8 @@ class VllmTeacher:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         output, _ = await self._finish(before, parameters)
-        (position,) = output.outputs[0].logprobs or ()
+        found: Any = output.outputs[0].logprobs
+        (position,) = found
         return position[token].logprob
 
     def _rows(self, output: RequestOutput, input_ids: list[int], first_index: int) -> CapturedRows:
