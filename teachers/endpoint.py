@@ -157,7 +157,7 @@ class EndpointTeacher:
             "api": self._endpoint.api,
             "url": self._endpoint.url,
             "served_model": self._endpoint.model,
-            "capture": "endpoint",
+            "capture": "endpoint" if most else "none",
             "capture_reason": f"a server elsewhere, at most {most} log-probabilities a position",
             "max_logprobs": most,
             "prefix_sharing": False,
