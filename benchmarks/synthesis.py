@@ -9,7 +9,7 @@ with the same sampling and seeds, in alternating rounds:
 - `stage`: what a run's synthesize stage does: it reads the prompts, plans, keeps several shards in
   flight, makes sequences of the answers, writes shards and records, builds the dataset, and runs
   filters on it. The engine is in this process, where a run has it in a Ray actor; every round has
-  a storage of its own.
+  a storage of its own. `share_asking` is the part of its time in which answers are written.
 
 Without `--model` the engine is a small Llama of random weights, whose answers end by chance (at one
 of every 64 tokens), so that most are short and a few are many times longer.
@@ -115,6 +115,7 @@ class Bench:
         self._numbers = itertools.count()
         self.tasks: Sequence[SynthesisTask] = ()
         self.outcome: dict[str, Any] = {}
+        self.seconds_asking: list[float] = []
 
     async def stage(self) -> tuple[int, float]:
         """Generated tokens and seconds, without what the prepare stage does before."""
@@ -162,10 +163,12 @@ class Bench:
     def _run_pools(self, jobs: Sequence[PoolJob]) -> dict[str, PoolReport]:
         """The pool's own dispatcher with the engine of this process."""
         (job,) = jobs
-        self.tasks = job.tasks
+        self.tasks, started = job.tasks, time.perf_counter()
         dispatcher = Dispatcher(job.name, lambda: Replica(self._teacher), job.replicas, job.tasks)
         running = asyncio.run_coroutine_threadsafe(dispatcher.run(), self._loop)
-        return {job.name: running.result()}
+        report = running.result()
+        self.seconds_asking.append(time.perf_counter() - started)
+        return {job.name: report}
 
 
 async def measure(bench: Bench, rounds: int) -> list[dict[str, Any]]:
@@ -174,10 +177,13 @@ async def measure(bench: Bench, rounds: int) -> list[dict[str, Any]]:
     ways = {"engine": bench.engine, "stage": bench.stage}
     tokens: dict[str, int] = {}
     rates: dict[str, list[float]] = {name: [] for name in ways}
+    shares: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds):
         for name in list(ways) if turn % 2 else reversed(ways):
             tokens[name], seconds = await ways[name]()
             rates[name].append(tokens[name] / seconds)
+            asking = bench.seconds_asking[-1] if name == "stage" else seconds
+            shares[name].append(asking / seconds)
         print(f"round {turn + 1} of {rounds}", flush=True)
     counts = bench.outcome["counts"][TEACHER]
     kept = {"engine": None, "stage": int(counts["kept"])}
@@ -192,6 +198,7 @@ async def measure(bench: Bench, rounds: int) -> list[dict[str, Any]]:
             "tokens_per_second": statistics.median(found),
             "lowest": min(found),
             "highest": max(found),
+            "share_asking": statistics.median(shares[name]),
         }
         for name, found in rates.items()
     ]

@@ -28,6 +28,7 @@ def test_the_stage_is_measured_beside_the_engine(tmp_path: Path) -> None:
     # The same seeds; in bfloat16 what is computed beside an answer may still turn it elsewhere.
     assert stage["generated_tokens"] == pytest.approx(engine["generated_tokens"], rel=0.2)
     assert stage["kept"] > 100 > stage["dropped_by_filters"] >= 0
+    assert engine["share_asking"] == 1 > stage["share_asking"] > 0
     ratio = stage["tokens_per_second"] / engine["tokens_per_second"]
     assert document["ratios"] == {"stage_over_engine": ratio}
     assert f"stage_over_engine: {ratio:.3g}" in done.stdout
