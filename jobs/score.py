@@ -150,7 +150,7 @@ def _layers(tasks: Sequence[ScoringTask]) -> tuple[int, ...]:
     """The layers that the tasks' outputs keep, all of the same rule; an engine without any needs
     no connector.
     """
-    rules = {output.rule for task in tasks for output in task.outputs if output.holds_features}
+    rules = (output.rule for task in tasks for output in task.outputs)
     return next((rule.layers for rule in rules if isinstance(rule, FeatureRule)), ())
 
 

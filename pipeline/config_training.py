@@ -317,7 +317,8 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _groups_fill_the_batch(self) -> TrainingConfig:
-        sizes = {loss.sequences for loss in self.losses if isinstance(loss, Relation)} - {None}
+        groups = (loss.sequences for loss in self.losses if isinstance(loss, Relation))
+        sizes = {size for size in groups if size is not None}
         if len(sizes) > 1:
             raise ValueError(
                 f"relation losses with groups of {sorted(sizes)} sequences: groups stay in one "

@@ -172,36 +172,6 @@ CacheRow = SparseLogprobs | HiddenStates
 """A row of either kind of cache."""
 
 
-@dataclass(frozen=True, eq=False)
-class HiddenStates:
-    """What is kept of one teacher's hidden states over one sequence.
-
-    The states of position `j` are those at index `i_j - 1`, from which the distribution over the
-    token at index `i_j` is computed.
-
-    Attributes:
-        states: uint16[P, L, D], the bits of bfloat16; L layers in the order of the recipe, D the
-            hidden size, or the dimensions of the projection.
-    """
-
-    sequence_id: str
-    states: np.ndarray
-
-    @property
-    def num_positions(self) -> int:
-        """P."""
-        return len(self.states)
-
-    @property
-    def values(self) -> np.ndarray:
-        """float32[P, L, D]."""
-        return (self.states.astype("<u4") << 16).view("<f4")
-
-
-CacheRow = SparseLogprobs | HiddenStates
-"""A row of either kind of cache."""
-
-
 @dataclass(frozen=True)
 class CombinedTargets:
     """The targets of one sequence: every teacher's kept entries and how much each teacher weighs.

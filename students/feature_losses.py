@@ -94,7 +94,8 @@ def distance(student_GH: Tensor, teacher_GD: Tensor) -> Tensor:
     """
     first, second = torch.triu_indices(len(student_GH), len(student_GH), 1)
     lengths = [(x[first] - x[second]).norm(dim=-1) for x in (student_GH, teacher_GD)]
-    return smooth_l1_loss(*(each / each.mean().clamp_min(SMALLEST) for each in lengths))
+    student, teacher = (each / each.mean().clamp_min(SMALLEST) for each in lengths)
+    return smooth_l1_loss(student, teacher)
 
 
 def angle(student_GH: Tensor, teacher_GD: Tensor) -> Tensor:
@@ -107,11 +108,11 @@ def angle(student_GH: Tensor, teacher_GD: Tensor) -> Tensor:
         torch.cat([one, corner, corner]),
         torch.cat([other, other, one]),
     ]
-    cosines = [
+    student, teacher = (
         (_unit(x[triples[1]] - x[triples[0]]) * _unit(x[triples[2]] - x[triples[0]])).sum(dim=-1)
         for x in (student_GH, teacher_GD)
-    ]
-    return smooth_l1_loss(*cosines)
+    )
+    return smooth_l1_loss(student, teacher)
 
 
 OF_POSITIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mse, "cosine": cosine}

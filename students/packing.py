@@ -14,6 +14,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -73,7 +74,7 @@ def pack(examples: Sequence[Example], padded: bool = False) -> PackedBatch:
     )
 
 
-def _targets(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+def _targets(examples: Sequence[Example]) -> dict[str, Any]:
     """Of all positions, one sequence after another."""
     edges = np.cumsum([0] + [len(example.gold_ids) for example in examples])
     num_teachers = max(example.token_ids.shape[0] for example in examples)

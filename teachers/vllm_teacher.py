@@ -299,8 +299,9 @@ class VllmTeacher:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         output, _ = await self._finish(before, parameters)
-        (position,) = output.outputs[0].logprobs or ()
-        return position[token].logprob
+        found = output.outputs[0].logprobs
+        assert found is not None, "it was asked for"
+        return found[0][token].logprob
 
     def _rows(self, output: RequestOutput, input_ids: list[int], first_index: int) -> CapturedRows:
         num_cached = output.num_cached_tokens or 0

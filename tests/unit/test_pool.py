@@ -274,4 +274,7 @@ def test_environment_of_the_user_and_of_the_job_wins() -> None:
     assert mine["VLLM_LOGGING_LEVEL"] == "DEBUG"
     assert "VLLM_CPU_KVCACHE_SPACE" not in mine
     assert mine["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert mine["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    bound = engine_env_vars(Resources(), {"VLLM_CPU_OMP_THREADS_BIND": "0-7"}, {})
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in bound, "only a worker process binds threads"
     assert "VLLM_CPU_OMP_THREADS_BIND" not in engine_env_vars(Resources(num_gpus=1), {}, {})
