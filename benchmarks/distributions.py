@@ -72,7 +72,7 @@ def train_models(data: Path, output: Path, seconds: float) -> Path:
     if (folder / "student" / "config.json").exists():
         return folder
     rows = gsm8k.read_rows(data / "train.jsonl")
-    tokenizer = gsm8k.build_tokenizer(rows, VOCABULARY)
+    tokenizer = gsm8k.build_tokenizer((row.text for row in rows), VOCABULARY)
     sequences = gsm8k.encode(tokenizer, rows)
     configs = {
         "teacher": gsm8k.teacher_config(tokenizer),

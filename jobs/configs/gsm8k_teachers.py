@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,10 @@ class Row:
     def response(self) -> str:
         return f" {self.answer}"
 
+    @property
+    def text(self) -> str:
+        return self.prompt + self.response
+
 
 def read_rows(path: Path) -> list[Row]:
     """Reads JSON lines with the fields `question` and `answer`.
@@ -65,11 +69,10 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def build_tokenizer(rows: Sequence[Row], vocabulary_size: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer on the rows' text.
+def build_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE tokenizer; every digit is a token of its own.
 
     Args:
-        rows: Training rows; every digit is a token of its own.
         vocabulary_size: Most entries; a small text gives fewer.
     """
     backend = Tokenizer(models.BPE())
@@ -86,7 +89,7 @@ def build_tokenizer(rows: Sequence[Row], vocabulary_size: int) -> PreTrainedToke
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator((row.prompt + row.response for row in rows), trainer)
+    backend.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,
@@ -287,7 +290,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(arguments.threads)
     train_rows = read_rows(arguments.data / "train.jsonl")
-    tokenizer = build_tokenizer(train_rows, arguments.vocabulary_size)
+    tokenizer = build_tokenizer((row.text for row in train_rows), arguments.vocabulary_size)
     test_halves = {
         name: encode(tokenizer, rows[:100])
         for name, rows in halves_by_answer_length(read_rows(arguments.data / "test.jsonl")).items()
