@@ -239,8 +239,8 @@ def _plan_of_a_new_run(config: Config) -> list[StagePlan]:
 
 
 def cache_totals(layout: Layout, prepared: Prepared) -> dict[str, dict[str, float]]:
-    """Size and quality of each teacher's distributions."""
-    caches = prepared.distributions(layout)
+    """Size and quality of each teacher's caches."""
+    caches = prepared.caches(layout)
     return {name: totals(load_index(cache)) for name, cache in caches.items()}
 
 

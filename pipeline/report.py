@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.features import teacher_of
 from pipeline.text import table
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ CURVES = {
 }
 """Titles of the first panels; each model's own objective differs, cross-entropy compares."""
 LOSS_FORMS = ("o-", "s--", "^:", "D-.", "v-")
+OWN_UNITS = ("holdout/hidden_state", "holdout/relation")
 NO_LOSSES = re.compile(r"holdout/(loss|cross_entropy|union_error_bound|.*_floored)")
 
 
@@ -210,8 +212,9 @@ def _domains(report: dict[str, Any]) -> list[str]:
 def _colours(report: dict[str, Any]) -> dict[str, str]:
     """One colour per model, in every plot and table."""
     teachers = [model["name"] for model in report["models"] if model["role"] == "teacher"]
-    named = enumerate(dict.fromkeys([*teachers, *report["caches"]]))
+    named = enumerate(dict.fromkeys([*teachers, *map(teacher_of, report["caches"])]))
     colours = {name: TEACHER_COLOURS[index % len(TEACHER_COLOURS)] for index, name in named}
+    colours |= {cache: colours[teacher_of(cache)] for cache in report["caches"]}
     pair = [model for model in report["models"] if model["role"] in ROLE_COLOURS]
     return colours | {model["name"]: ROLE_COLOURS[model["role"]] for model in pair}
 
@@ -273,8 +276,10 @@ def _loss_panel(report: dict[str, Any]) -> dict[str, dict[str, str]]:
     keys = dict.fromkeys(key for line in lines for key in line if key.startswith("holdout/"))
     shown = [key for key in keys if not NO_LOSSES.fullmatch(key)]
     title = f"Hold-out {shown[0].partition('/')[2]}" if len(shown) == 1 else "Hold-out losses"
+    in_nats = not any(key.startswith(OWN_UNITS) for key in shown)
     forms = (LOSS_FORMS[index % len(LOSS_FORMS)] for index in range(len(shown)))
-    return {f"{title}, nats/token": dict(zip(shown, forms, strict=True))}
+    unit = "nats/token" if in_nats else "each in its unit"
+    return {f"{title}, {unit}": dict(zip(shown, forms, strict=True))}
 
 
 def _curves(report: dict[str, Any]) -> str:

@@ -449,6 +449,22 @@ def test_an_empty_cache_has_a_page(report):
     assert "logician" in Page(render_html(report)).words
 
 
+def test_hidden_states_stand_beside_their_teachers_distributions(report):
+    sizes = {"num_shards": 2, "num_sequences": 8, "num_positions": 90, "num_bytes": 9_000}
+    report["caches"]["logician+features"] = sizes | {"bytes_per_token": 100.0, "quarantined": 0}
+    for line in report["curves"]["student"]:
+        if "holdout/loss" in line:
+            line["holdout/relation_angle_logician_4_2"] = 0.25
+    html = render_html(report)
+    page = Page(html)
+    assert "logician+features" in page.words and "8.79 KiB" in html
+    chips = set(re.findall(r'(#\w+)"></span><span class="name">(logician.*?)<', html))
+    assert {name for _, name in chips} == {"logician", "logician+features"}
+    assert len({colour for colour, _ in chips}) == 1
+    assert "Hold-out losses, each in its unit" in html
+    assert "Hold-out losses, nats/token" not in html
+
+
 def test_text_summary_is_aligned(report):
     summary = text_summary(rename(report, "logician", "a-logician-with-a-long-name"))
     lines = summary.splitlines()
