@@ -1,6 +1,7 @@
 """A run that is killed ends like one that nobody disturbed, on heads that leave nothing.
 
-Kills while scoring are in `test_faults.py`.
+It is the README's quickstart with losses on hidden states, made small: every stage for real. Kills
+while scoring are in `test_faults.py`.
 """
 
 import json
@@ -11,11 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
+import pyarrow.parquet as pq
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from jobs.local_head import LocalHead
-from tests.support.caches import assert_rows_agree, cached_rows, dataset, shards
+from tests.support.caches import assert_rows_agree, cache_folder, cached_rows, dataset, shards
 from tests.support.command_line import (
     QUICKSTART,
     ROOT,
@@ -28,9 +33,11 @@ from tests.support.command_line import (
     token_environment,
 )
 from tests.support.quickstart import DOMAINS, read_lines, some_prompts
+from tests.unit.test_readme import of_kind, with_stand_ins
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
-TEACHERS = DOMAINS
+TEACHERS, RUN = DOMAINS, "features"
+STATE_LOSSES = ("hidden_state_cosine_words_4_2", "relation_distance_arithmetic_4_2")
 STAGES = ("prepare", "synthesize", "score", "train", "export", "evaluate")
 NUM_TRAIN, NUM_HOLDOUT = 150, 20  # prompts of each domain
 STEPS, CHECKPOINT_EVERY = 60, 10
@@ -47,7 +54,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        return self.root / "runs/quickstart"
+        return self.root / "runs" / RUN
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -69,7 +76,7 @@ class Disturbed(Run):
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The quickstart made small: 18 shards a teacher, and steps slow enough to be interrupted."""
+    """What makes it small: 18 shards a teacher, and steps slow enough to be interrupted."""
     folder = tmp_path_factory.mktemp("prompts")
     return {
         "prompts.sources.0.path": some_prompts("prompts.jsonl", NUM_TRAIN, folder),
@@ -88,9 +95,9 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def run_arguments(settings: dict[str, Any], root: Path) -> list[str]:
+    (written,) = [each for each in of_kind("polystill run") if "hidden_state" in each]
     values = {"storage.root": root, **settings}
-    config = str(QUICKSTART / "config.yaml")
-    return ["run", config, *(f"{key}={value}" for key, value in values.items())]
+    return [*with_stand_ins(written)[1:], *(f"{key}={value}" for key, value in values.items())]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +119,7 @@ def disturbed(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
     """The run on heads of its own: killed while it trains, then ended."""
     root = tmp_path_factory.mktemp("disturbed")
     arguments = run_arguments(settings, root)
-    student = root / "runs/quickstart/student"
+    student = root / "runs" / RUN / "student"
 
     command = start_polystill(tmp_path_factory.mktemp("logs"), *arguments)
     command.wait_until("a checkpoint", lambda: bool(complete_checkpoints(student)), 700)
@@ -165,8 +172,8 @@ def test_every_stage_of_the_undisturbed_run_is_told(undisturbed: Run) -> None:
 
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_both_runs_have_the_same_rows(undisturbed: Run, disturbed: Disturbed, teacher: str) -> None:
-    sequences = dataset(undisturbed.root, "quickstart")
-    assert list(dataset(disturbed.root, "quickstart")) == list(sequences)
+    sequences = dataset(undisturbed.root, RUN)
+    assert list(dataset(disturbed.root, RUN)) == list(sequences)
     # Most answers of these teachers are right and kept.
     assert len(sequences) > len(DOMAINS) * NUM_TRAIN
     expected = cached_rows(shards(undisturbed.root, teacher))
@@ -200,6 +207,53 @@ def test_both_trainings_take_the_same_steps_to_the_same_loss(
     assert losses[0][-1] < 0.9 * losses[0][0]
     # Same data in the same order; at most the rounding of a few float16 targets differs.
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_losses_on_hidden_states_are_logged_apart_and_leave_no_weights(undisturbed: Run) -> None:
+    lines = undisturbed.metrics
+    for name in STATE_LOSSES:
+        values = [line[f"train/{name}"] for line in lines if "train/loss" in line]
+        assert len(values) == STEPS and all(np.isfinite(values)) and min(values) > 0
+        assert [line["step"] for line in lines if f"holdout/{name}" in line] == [STEPS]
+    first = lines[0]
+    weighted = [0.2 * first[f"train/{name}"] for name in STATE_LOSSES]
+    assert first["train/loss"] == pytest.approx(first["train/forward_kl"] + sum(weighted), rel=1e-5)
+    exported = AutoModelForCausalLM.from_pretrained(undisturbed.folder / "export/student")
+    assert not [name for name in exported.state_dict() if "projection" in name]
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_stored_states_are_what_the_final_norm_gets(undisturbed: Run, teacher: str) -> None:
+    """As transformers computes them."""
+    model = AutoModelForCausalLM.from_pretrained(
+        QUICKSTART / "teachers" / teacher, dtype=torch.float32
+    )
+    before_norm = []
+    model.model.norm.register_forward_pre_hook(lambda _, inputs: before_norm.append(inputs[0][0]))
+    stored = {
+        row["sequence_id"]: np.frombuffer(row["states"], "<u2").reshape(-1, 128)
+        for path in shards(undisturbed.root, f"{teacher}+features")
+        for row in pq.read_table(path).to_pylist()
+    }
+    sequences = dataset(undisturbed.root, RUN)
+    assert stored.keys() == sequences.keys()
+    for identifier, sequence in list(sequences.items())[:4]:
+        with torch.no_grad():
+            model(torch.tensor(sequence.input_ids[None].astype(np.int64)))
+        expected = before_norm.pop()[sequence.positions - 1].numpy()
+        values = (stored[identifier].astype("<u4") << 16).view("<f4")
+        # half a step of bfloat16 is 2**-9 of a value; and float32 sums in another order
+        np.testing.assert_allclose(values, expected, rtol=2**-8, atol=1e-3)
+    folder = cache_folder(undisturbed.root, f"{teacher}+features")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["provenance"]["engines"][0]["hidden_layers"] == [4]
+
+
+def test_all_caches_pass_their_checks(disturbed: Disturbed) -> None:
+    checked = polystill("cache", "verify", *disturbed.arguments[1:])
+    assert checked.returncode == 0, checked.stdout
+    names = [name for teacher in TEACHERS for name in (teacher, f"{teacher}+features")]
+    assert all(f"{name}: " in checked.stdout for name in names)
 
 
 def state_of(name: str, status: str) -> str:
