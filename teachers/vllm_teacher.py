@@ -89,8 +89,11 @@ class VllmTeacher:
         folder = StateFolder() if spec.hidden_layers else None
         if folder is not None:
             chosen |= folder.engine_arguments(spec.hidden_layers, on_cpu=on_cpu)
-        if chosen.get("enable_prefix_caching") and on_cpu:
+        if on_cpu and chosen.get("enable_prefix_caching"):
             chosen.setdefault("block_size", CPU_BLOCK_SIZE)
+        if on_cpu and "max_num_batched_tokens" not in chosen:
+            # A step that cuts a prompt with a seed in two kills vLLM 0.32's engine on a CPU.
+            chosen.setdefault("enable_chunked_prefill", False)
         started, quiet = time.monotonic(), chosen["disable_log_stats"]
         try:
             config = AsyncEngineArgs(**chosen).create_engine_config()

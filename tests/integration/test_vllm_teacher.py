@@ -274,6 +274,21 @@ def test_either_sign_of_incomplete_rows_is_enough(
     assert_same_rows([found], [expected])
 
 
+def test_more_prompts_with_seeds_than_a_step_holds_are_answered(tiny_teacher_folder: Path) -> None:
+    """vLLM's engine on a CPU dies where a step cuts one of them in two."""
+    writer = replace(spec(tiny_teacher_folder), vllm={"enforce_eager": True}, num_logprobs=0)
+    sampling = {"max_tokens": 4, "temperature": 1.0, "seed": 1, "ignore_eos": True}
+    with started(writer) as running:
+        steps = running.teacher._config.scheduler_config.max_num_batched_tokens
+        prompts = [sequence(41, seed=n) for n in range(2 * steps // 41)]
+
+        async def answers() -> list:
+            generate = running.teacher.generate
+            return await asyncio.gather(*(generate(each, sampling, 1) for each in prompts))
+
+        assert {len(answer.token_ids) for (answer,) in running(answers())} == {4}
+
+
 def test_an_engine_for_single_answers_keeps_no_prefixes(running: Running) -> None:
     input_ids = sequence(47, seed=5)
     for _ in range(2):
