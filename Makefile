@@ -1,8 +1,10 @@
 # `make help` lists the targets. DEVICE=cpu or DEVICE=cuda overrides what set-up detects,
-# PYTHON=/path/to/python3.11 names the interpreter, PYTEST_ARGS="-k name" goes to pytest.
+# PYTHON=/path/to/python3.11 names the interpreter, PYTEST_ARGS="-k name" goes to pytest,
+# TEST_PROCESSES=1 runs the suite in one process instead of two, each taking whole files.
 DEVICE ?= $(POLYSTILL_DEVICE)
 PYTHON ?=
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 BIN := .venv/bin
 ANY_PYTHON := $(or $(shell command -v python3),$(shell command -v python3.11),$(PYTHON))
 
@@ -17,7 +19,7 @@ setup: ## make .venv from the lock, build DeepSpeed's CPU ops; at once when noth
 	@$(ANY_PYTHON) requirements/setup.py --device "$(DEVICE)" --python "$(PYTHON)"
 
 test: setup ## the whole test suite
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 faults: setup ## kill a scoring run 20 times at random moments, fill its disk: a table, ten minutes and more
 	$(BIN)/python -m pytest -m faults $(PYTEST_ARGS)

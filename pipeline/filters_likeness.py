@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import xxhash
+
 from pipeline.config_synthesis import (
     Compared,
     Contamination,
@@ -50,10 +52,11 @@ def near_duplicate(
     # A pair too many costs a comparison, one too few stays in: few are missed by these weights.
     weights = (0.1, 0.9)
     index = MinHashLSH(rule.min_similarity, num_perm=NUM_PERMUTATIONS, weights=weights)
+    blank = MinHash(num_perm=NUM_PERMUTATIONS, seed=1, hashfunc=xxhash.xxh32_intdigest)
     dropped = {}
     for i, candidate in _of_train(candidates):
         shingles = shingles_of(compared_text(candidate, rule.of), rule.shingle)
-        sketch = MinHash(num_perm=NUM_PERMUTATIONS, seed=1)
+        sketch = blank.copy()
         sketch.update_batch([shingle.encode() for shingle in shingles])
         alike: list[Any] = index.query(sketch)
         likeness = {

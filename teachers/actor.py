@@ -18,7 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from pipeline.config_base import Resources
 from teachers.canary import Canary
-from teachers.dispatch import ReplicaDied, Task
+from teachers.dispatch import TASKS_IN_FLIGHT, ReplicaDied, Task
 from teachers.engine import EndpointSpec, EngineDiedError, EngineSpec, Teacher
 
 ENGINE_ENV_VARS = {
@@ -37,7 +37,7 @@ CPU_ENV_VARS = {
     MULTIPROCESSING: "0",
 }
 SHUTDOWN_SECONDS = 20
-MAX_CONCURRENCY = 8
+MAX_CONCURRENCY = TASKS_IN_FLIGHT + 2  # tasks, and questions beside them
 
 
 class TeacherActor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,9 @@ from teachers.engine import Teacher
 
 logger = logging.getLogger(__name__)
 
-TASKS_IN_FLIGHT = 3
+# Answers differ in length: while the longest of a task is still being written, the others keep the
+# engine full.
+TASKS_IN_FLIGHT = 6
 TRIES = 2
 # One item that kills its engine costs at most five deaths in a row: among others, twice in its
 # task, twice in the first half of it.
@@ -118,6 +121,8 @@ class Dispatcher:
         self._name = name
         self._launch = launch
         self._num_slots = min(replicas, len(tasks))
+        # No replica takes at once what another, still starting, could share.
+        self._num_lanes = min(TASKS_IN_FLIGHT, math.ceil(len(tasks) / max(self._num_slots, 1)))
         self._progress = progress
         self._total = self._open_items = sum(len(task) for task in tasks)
         # Last in, first out: what failed is settled before new work begins.
@@ -210,7 +215,7 @@ class Dispatcher:
     async def _run_lanes(self, replica: Replica, suspects: deque[_Attempt]) -> None:
         in_flight: list[_Attempt] = []
         lanes = [
-            asyncio.create_task(self._lane(replica, in_flight)) for _ in range(TASKS_IN_FLIGHT)
+            asyncio.create_task(self._lane(replica, in_flight)) for _ in range(self._num_lanes)
         ]
         try:
             await asyncio.gather(*lanes)

@@ -40,7 +40,7 @@ def cluster(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")
         patch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
         lock = extensions / "deepspeed_shm_comm" / "lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         yield lock
