@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable
 from dataclasses import asdict
@@ -61,8 +62,8 @@ def publish(
     """Writes index and manifest from the shards that exist; returns the manifest.
 
     The manifest names the newest complete generation: one older than that gets its index alone.
-    Several jobs may publish one cache at once: each looks again after it has written, so that the
-    last one to write has seen every shard.
+    Several jobs may publish one cache at once: each reads again what lies there after it has
+    written, so that the last one to write leaves index and manifest of every shard.
 
     Raises:
         CorruptShardError: as `load_index`.
@@ -83,9 +84,23 @@ def publish(
 
 
 def is_published(cache: CacheLayout) -> bool:
-    """Whether there is a manifest, and the index has exactly the shards that exist."""
-    indexed = [entry.digest for entry in read_index(cache)]
-    return storage.exists(cache.manifest) and indexed == list(_shard_files(cache))
+    """Whether the index has exactly the shards that exist, and the manifest what the index says."""
+    entries = read_index(cache)
+    indexed = [entry.digest for entry in entries]
+    is_complete = storage.exists(cache.manifest) and indexed == list(_shard_files(cache))
+    return is_complete and manifest_fits(cache, entries)
+
+
+def manifest_fits(cache: CacheLayout, entries: list[ShardEntry]) -> bool:
+    """Whether the manifest has the totals of an index, or is about another generation."""
+    manifest = storage.read_json(cache.manifest)
+    if manifest["generation"] != cache.generation:
+        return True
+    found, expected = manifest["totals"], totals(entries)
+    # Sums are added in another order on other machines.
+    return found.keys() == expected.keys() and all(
+        math.isclose(found[name], expected[name], rel_tol=1e-12) for name in expected
+    )
 
 
 def forget(cache: CacheLayout, digests: Container[str]) -> None:
