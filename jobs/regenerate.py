@@ -15,12 +15,22 @@ from jobs.score import fill_caches, has_new_shards, provenance_of, scored_summar
 from jobs.stages import join_cluster, log_our_lines, run_stage
 from jobs.submit import connect
 from pipeline import storage
-from pipeline.cache_index import is_published, missing_sequences, publish, quarantined
+from pipeline.cache_index import (
+    is_published,
+    missing_sequences,
+    publish,
+    quarantined,
+)
 from pipeline.config import Config
 from pipeline.datasets import DatasetEntry
 from pipeline.features import teacher_of
 from pipeline.fingerprint import digest_json
-from pipeline.generations import begin_generation, current_generation, end_generation
+from pipeline.generations import (
+    begin_generation,
+    current_generation,
+    end_generation,
+    is_regenerated,
+)
 from pipeline.layout import CacheLayout
 from pipeline.regeneration import (
     Damage,
@@ -28,6 +38,7 @@ from pipeline.regeneration import (
     find_damage,
     lacking,
     matching,
+    retry_quarantined,
     set_aside,
     take_over,
 )
@@ -110,6 +121,9 @@ def regenerate_inside_job(config: Config, request: Request, say: Say) -> None:
         _publish(run, name, each, report)
         say(scored_summary(name, report, len(quarantined(each.cache))))
         say(_who_uses(run, name, each))
+    if request.force:  # only when all are published: interrupted, the same command knows which are
+        for each in work.values():
+            end_generation(each.cache)
 
 
 def submit_job(
@@ -165,13 +179,20 @@ def _begin(run: RunCaches, name: str, request: Request, say: Say) -> Work:
     damage = find_damage(cache, run.fingerprint(name))
     _mend(cache, damage, name, say)
     entries = lacking(run.layout, cache, chosen, damage.lost)
-    if not request.force:
-        return Work(cache, entries)
-    if not storage.exists(cache.manifest):  # nothing that a new generation could follow
+    if not request.force or not storage.list_files(cache.shards_folder, ".parquet"):
         return Work(cache, entries)
     asked = {"dataset": run.dataset, "where": dict(request.where)}
+    if is_regenerated(cache, asked):
+        say(
+            f"{name}: generation {cache.generation} was complete when this command was "
+            "interrupted; the command after this one scores anew again"
+        )
+        return Work(cache, entries)
+    if not storage.exists(cache.manifest):
+        _publish(run, name, Work(cache, []), PoolReport())
     target = begin_generation(cache.folder, asked)
     anew = {entry.sequence_id for entry in chosen}
+    retry_quarantined(target, anew)
     taken = take_over(cache, target, anew, run.fingerprint(name))
     say(
         f"{name}: generation {target.generation} takes over {taken} shards of generation "
@@ -190,7 +211,6 @@ def _publish(run: RunCaches, name: str, work: Work, report: PoolReport) -> None:
     if work.source is not None:
         check_whole(work.source, cache)
         publish(cache, recipe, provenance | {"follows_generation": work.source.generation})
-        end_generation(cache)
     elif has_new_shards(report, name) or not is_published(cache):
         publish(cache, recipe, provenance)
 

@@ -48,7 +48,10 @@ class Damage:
 
 
 def parse_where(texts: Sequence[str]) -> dict[str, str]:
-    """Conditions `field=value`, all of which must hold.
+    """Conditions `field=value` or `field!=value,value`, all of which must hold.
+
+    Returns:
+        The values by field; those of the second form by the field and a `!`.
 
     Raises:
         ConfigError: a field is unknown, or a text is of another form.
@@ -57,9 +60,9 @@ def parse_where(texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not value:
-            raise ConfigError(f"--where {text!r} is not of the form field=value")
-        if name not in WHERE:
-            raise ConfigError(f"--where knows no field {name!r}; {closest(name, WHERE)}")
+            raise ConfigError(f"--where {text!r} is not of the form field=value or field!=value")
+        if (field := name.removesuffix("!")) not in WHERE:
+            raise ConfigError(f"--where knows no field {field!r}; {closest(field, WHERE)}")
         where[name] = value
     return where
 
@@ -68,14 +71,18 @@ def matching(entries: Iterable[DatasetEntry], where: Mapping[str, str]) -> list[
     """The sequences for which all conditions hold.
 
     Raises:
-        ConfigError: no sequence has such a value.
+        ConfigError: no sequence has such a value, or all sequences are left out.
     """
     found = list(entries)
     for name, value in where.items():
-        values = {known for entry in found for known in WHERE[name](entry)}
-        found = [entry for entry in found if value in WHERE[name](entry)]
-        if not found:
-            raise ConfigError(f"no sequence has {name}={value}; {closest(value, values)}")
+        field = name.removesuffix("!")
+        wanted = set(value.split(",")) if name != field else {value}
+        known = {each for entry in found for each in WHERE[field](entry)}
+        for each in wanted - known:
+            raise ConfigError(f"no sequence has {field}={each}; {closest(each, known)}")
+        found = [e for e in found if wanted.isdisjoint(WHERE[field](e)) == (name != field)]
+    if not found:
+        raise ConfigError("no sequence fulfils all conditions of --where")
     return found
 
 
@@ -155,23 +162,33 @@ def take_over(
     for identifier, error in quarantined(source).items():
         if identifier not in anew:
             storage.write_json(
-                storage.join(target.quarantine, f"{identifier}.json"),
-                {"sequence_id": identifier, "error": error},
+                target.quarantine_record(identifier), {"sequence_id": identifier, "error": error}
             )
     return taken
 
 
+def retry_quarantined(target: CacheLayout, anew: Collection[str]) -> None:
+    """Removes the records of what could not be scored anew when a regeneration was interrupted."""
+    for identifier in quarantined(target).keys() & set(anew):
+        storage.remove(target.quarantine_record(identifier))
+
+
 def check_whole(source: CacheLayout, target: CacheLayout) -> None:
-    """Checks that a generation has all that the one before it has.
+    """Checks that a generation has a row for all that have one in the generation before it.
 
     Raises:
-        CacheError: a sequence is neither scored nor quarantined.
+        CacheError: a sequence has none, be it that it could not be scored anew.
     """
     had = {identifier for entry in load_index(source) for identifier in entry.sequence_ids}
     has = {identifier for entry in load_index(target) for identifier in entry.sequence_ids}
-    lacking = had - has - quarantined(target).keys()
-    if lacking:
-        raise CacheError(
-            f"{target.shards_folder} lacks {len(lacking)} of the {len(had)} sequences of "
-            f"generation {source.generation}, which stays the current one; the same command goes on"
-        )
+    if not (lacking := had - has):
+        return
+    refused = quarantined(target)
+    named = [f"{identifier} ({refused[identifier]})" for identifier in lacking & refused.keys()]
+    why = f"; could not be scored anew: {', '.join(sorted(named)[:3])}" if named else ""
+    raise CacheError(
+        f"{target.shards_folder} lacks {len(lacking)} of the {len(had)} sequences of generation "
+        f"{source.generation}, which stays the current one{why}. The same command goes on and "
+        "tries them again; or begin anew, after `polystill cache gc CONFIG --unfinished`, with "
+        "`--where sequence_id!=ID`, which leaves a sequence its old row"
+    )

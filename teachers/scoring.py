@@ -117,7 +117,7 @@ class ScoringTask:
         for output in self.outputs:
             for identifier in self.sequence_ids:
                 storage.write_json(
-                    storage.join(output.cache.quarantine, f"{identifier}.json"),
+                    output.cache.quarantine_record(identifier),
                     {"sequence_id": identifier, "error": error},
                 )
 

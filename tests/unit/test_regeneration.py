@@ -24,6 +24,7 @@ from pipeline.generations import (
 from pipeline.layout import CacheLayout
 from pipeline.regeneration import parse_where
 from pipeline.training import training_jobs
+from teachers.scoring import ScoringTask
 from tests.support.caches import flip_bit
 from tests.support.command_line import file_times
 from tests.support.fabricated import FabricatedRun, FakePools
@@ -308,6 +309,95 @@ def test_a_generation_that_lacks_what_the_old_one_had_never_becomes_the_current_
     assert current_generation(cache_of(run).folder) == 1
 
 
+class Sick(FakePools):
+    """Engines that return no row that can be used, and are sound enough for a control."""
+
+    def __call__(self, jobs):
+        for job in jobs:
+            for each in (half for task in job.tasks for half in singles(task)):
+                each.quarantine("broken rows")
+        return super().__call__([replace(job, tasks=[]) for job in jobs])
+
+
+def singles(task: ScoringTask) -> list[ScoringTask]:
+    return [replace(task, sequence_ids=(each,)) for each in task.sequence_ids]
+
+
+def test_a_row_is_never_traded_for_a_quarantine_record(
+    run: FabricatedRun, pools: FakePools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = Request(teacher="words", where={"domain": "words"}, force=True)
+    before, chosen = golds(cache_of(run)), {e.sequence_id for e in run.entries()[4:8]}
+    monkeypatch.setattr("jobs.score.run_pools", Sick())
+    for _ in range(2):
+        with pytest.raises(CacheError, match=r"lacks 8 of the 16 .*anew: \w+ \(broken rows\)"):
+            redo(run, request)
+        assert current_generation(cache_of(run).folder) == 1
+    monkeypatch.setattr("jobs.score.run_pools", pools)
+    redo(run, request)
+    assert current_generation(cache_of(run).folder) == 2
+    assert golds(cache_of(run, generation=2)).keys() == before.keys() > chosen
+    assert not list(Path(cache_of(run, generation=2).quarantine).iterdir())
+
+
+def test_sequences_left_out_keep_their_rows(run: FabricatedRun, pools: FakePools) -> None:
+    left_out = [entry.sequence_id for entry in run.entries()[:2]]
+    where = parse_where([f"sequence_id!={','.join(left_out)}"])
+    request = Request("words", where, force=True)
+    assert parse_where([request.arguments[3]]) == where
+    pools.salts = {"words": "words, other weights"}
+    redo(run, request)
+    old, new = golds(cache_of(run)), golds(cache_of(run, generation=2))
+    assert sorted(i for i in old if new[i] == old[i]) == sorted(left_out)
+    assert len(pools.scored) == 14
+
+
+def test_interrupted_after_the_manifest_a_forced_regeneration_scores_nothing_again(
+    run: FabricatedRun, pools: FakePools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, calls = regenerate.publish, []
+
+    def once(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return publish(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(regenerate, "publish", once)
+        redo(run, FORCE)
+    caches = [cache_of(run, name) for name in ("arithmetic", "words")]
+    assert [current_generation(cache.folder) for cache in caches] == [2, 1]
+    pools.scored.clear()
+    said = redo(run, FORCE)
+    assert any("generation 2 was complete when this command was interrupted" in s for s in said)
+    assert pools.scored == []
+    assert [current_generation(cache.folder) for cache in caches] == [2, 2]
+    redo(run, FORCE)
+    assert [current_generation(cache.folder) for cache in caches] == [3, 3]
+
+
+@pytest.mark.parametrize("lost", ["manifest", "index and manifest"])
+def test_force_needs_no_manifest(run: FabricatedRun, pools: FakePools, lost: str) -> None:
+    """The first scoring was killed before it wrote them."""
+    cache, old = cache_of(run), golds(cache_of(run))
+    Path(cache.manifest).unlink()
+    if "index" in lost:
+        Path(cache.index).unlink()
+    pools.salts = {"words": "words, other weights"}
+    redo(run, Request(teacher="words", force=True))
+    assert len(pools.scored) == 16 and current_generation(cache.folder) == 2
+    assert golds(cache) == old != golds(cache_of(run, generation=2))
+
+
+def test_force_without_any_shard_fills_the_first_generation(tmp_path: Path, pools) -> None:
+    made = FabricatedRun(tmp_path)
+    made.prepare()
+    made.write_answers(0, 4)
+    redo(made, FORCE)
+    assert len(pools.scored) == 16 and current_generation(cache_of(made).folder) == 1
+
+
 def test_force_tries_quarantined_sequences_again_and_keeps_the_record_of_others(
     run: FabricatedRun, pools: FakePools
 ) -> None:
@@ -343,6 +433,8 @@ def test_pins_are_written_before_the_first_row(run: FabricatedRun, pools: FakePo
     [
         (Request(teacher="word"), "there is no teacher 'word'; did you mean 'words'"),
         (Request(where={"domain": "wrds"}), "no sequence has domain=wrds; did you mean 'words'"),
+        (Request(where={"domain!": "wrds"}), "no sequence has domain=wrds; did you mean 'words'"),
+        (Request(where={"domain!": "words,arithmetic"}), "no sequence fulfils all conditions"),
     ],
 )
 def test_what_does_not_exist_is_named(
@@ -359,6 +451,7 @@ def test_conditions_are_checked() -> None:
         parse_where(["domian=words"])
     with pytest.raises(ConfigError, match="not of the form field=value"):
         parse_where(["domain"])
+    assert parse_where(["sequence_id!=a,b"]) == {"sequence_id!": "a,b"}
 
 
 def test_a_run_without_sequences_is_told_in_one_sentence(tmp_path: Path) -> None:
