@@ -228,10 +228,11 @@ def import_distillkit(run: RunCaches, teacher: str, folder: str) -> str:
             f"{len(missing)} sequences that the cache of {name} lacks ({incomplete} have them "
             "without values at every position)"
         )
-    for found in rows.values():
-        write_shard(cache.shard(digest_ids(found)), list(found.values()), run.fingerprint(name))
+    written = {digest_ids(found): list(found.values()) for found in rows.values()}
+    for digest, members in written.items():
+        write_shard(cache.shard(digest), members, run.fingerprint(name))
     provenance = {"teacher": name, "imported_from": folder, "engines": []}
-    publish(cache, run.prepared.scoring_recipes[name], provenance)
+    publish(cache, run.prepared.scoring_recipes[name], provenance, written)
     imported = sum(map(len, rows.values()))
     return f"{imported} of {read} sequences imported into {cache.shards_folder}"
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from jobs import distill
 from jobs.caches import RunCaches, open_run
-from jobs.score import fill_caches, has_new_shards, provenance_of, scored_summary
+from jobs.score import fill_caches, new_shards, provenance_of, scored_summary
 from jobs.stages import join_cluster, log_our_lines, run_stage
 from jobs.submit import connect
 from pipeline import storage
@@ -162,11 +162,14 @@ def _open_work(run: RunCaches, request: Request) -> list[str]:
         cache = run.caches[name]
         damage = find_damage(cache, run.fingerprint(name))
         parts = [f"{len(damage.corrupt)} corrupt shards"] if damage.corrupt else []
+        parts += [f"{len(damage.gone)} shards that are gone"] if damage.gone else []
         parts += ["an index that is wrong"] if damage.index else []
         if request.force:
             parts.append(f"{len(chosen)} sequences to score anew")
-        elif not damage and (missing := missing_sequences(chosen, cache)):
+        elif not damage.corrupt and (missing := missing_sequences(chosen, cache)):
             parts.append(f"{len(missing)} sequences without a row")
+        elif not parts and not is_published(cache):
+            parts.append("an index or a manifest to be written")
         lines += [f"{name}: {', '.join(parts)}"] if parts else []
     return lines
 
@@ -208,11 +211,12 @@ def _publish(run: RunCaches, name: str, work: Work, report: PoolReport) -> None:
     """
     cache, recipe = work.cache, run.prepared.scoring_recipes[name]
     provenance = provenance_of(run.config, name, report, cache)
+    written = new_shards(report, name)
     if work.source is not None:
         check_whole(work.source, cache)
-        publish(cache, recipe, provenance | {"follows_generation": work.source.generation})
-    elif has_new_shards(report, name) or not is_published(cache):
-        publish(cache, recipe, provenance)
+        publish(cache, recipe, provenance | {"follows_generation": work.source.generation}, written)
+    elif written or not is_published(cache):
+        publish(cache, recipe, provenance, written)
 
 
 def _mend(cache: CacheLayout, damage: Damage, name: str, say: Say) -> None:
@@ -220,8 +224,9 @@ def _mend(cache: CacheLayout, damage: Damage, name: str, say: Say) -> None:
         say(f"{name}: shard {digest} is corrupt and set aside in {cache.aside}: {reason}")
     if damage.index is not None:
         say(f"{name}: {cache.index} is made anew: {damage.index}")
-    if damage:
-        set_aside(cache, damage)
+    for digest in sorted(damage.gone):
+        say(f"{name}: shard {digest} is gone")
+    set_aside(cache, damage)
 
 
 def _who_uses(run: RunCaches, name: str, work: Work) -> str:

@@ -48,9 +48,10 @@ def score(config: Config, layout: Layout, prepared: Prepared, dataset: str) -> d
     seconds = time.monotonic() - started
     for name, cache in caches.items():
         report = reports[teacher_of(name)]
-        if has_new_shards(report, name) or not is_published(cache):
+        written = new_shards(report, name)
+        if written or not is_published(cache):
             provenance = provenance_of(config, name, report, cache)
-            publish(cache, prepared.scoring_recipes[name], provenance)
+            publish(cache, prepared.scoring_recipes[name], provenance, written)
     refused = {name: quarantined(cache) for name, cache in caches.items()}
     combine = config.combine
     if isinstance(combine.weights, LearnedWeights):
@@ -154,9 +155,9 @@ def _layers(tasks: Sequence[ScoringTask]) -> tuple[int, ...]:
     return next((rule.layers for rule in rules if isinstance(rule, FeatureRule)), ())
 
 
-def has_new_shards(report: PoolReport, name: str) -> bool:
-    """Whether the teacher's engines have written to the cache of that name."""
-    return any(name in shard.entries for shard in report.results)
+def new_shards(report: PoolReport, name: str) -> set[str]:
+    """Digests of the shards that the teacher's engines have written to the cache of that name."""
+    return {shard.entries[name].digest for shard in report.results if name in shard.entries}
 
 
 def longest_sequence(entries: Sequence[DatasetEntry]) -> int:
@@ -171,7 +172,7 @@ def provenance_of(
 
     That of the manifest before, where a job was killed before it could name its engines.
     """
-    if not has_new_shards(report, name) and storage.exists(cache.manifest):
+    if not new_shards(report, name) and storage.exists(cache.manifest):
         return storage.read_json(cache.manifest)["provenance"]
     teacher = teacher_of(name)
     asked = config.teachers[teacher]

@@ -63,8 +63,8 @@ class ShardEntry:
 
 
 @dataclass(frozen=True)
-class _Shard:
-    """A shard as it was read: columns, and its metadata without the prefix of the keys."""
+class Shard:
+    """A shard that passed its checks: columns, and its metadata without the prefix of the keys."""
 
     content: ModuleType
     identifiers: list[str]
@@ -75,8 +75,25 @@ class _Shard:
     def facts(self) -> dict[str, str]:
         return {key: self.metadata[key] for key in self.content.FACTS}
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the recipe that it was made under."""
+        return self.metadata["fingerprint"]
+
     def rows(self) -> list[Any]:
+        """Its rows, of either kind."""
         return self.content.decode(self.identifiers, self.columns, self.facts)
+
+    def entry(self, num_bytes: int) -> ShardEntry:
+        """Its index entry; `num_bytes` are those of the file."""
+        return ShardEntry(
+            digest=digest_ids(self.identifiers),
+            sequence_ids=tuple(self.identifiers),
+            positions=tuple(self.content.positions(self.columns, self.facts)),
+            num_bytes=num_bytes,
+            checksum=self.metadata["checksum"],
+            figures=json.loads(self.metadata["quality"]),
+        )
 
 
 def write_shard(path: str, rows: Sequence[CacheRow], fingerprint: str) -> ShardEntry:
@@ -140,40 +157,28 @@ def read_features(path: str) -> list[HiddenStates]:
     return _rows_of(path, cache_features)
 
 
-def read_rows(path: str) -> list[CacheRow]:
-    """Reads a shard of either kind.
-
-    Raises:
-        CorruptShardError, CacheError, StorageError: as `read_shard`.
-    """
-    return _read(path).rows()
-
-
 def describe_shard(path: str, num_bytes: int) -> ShardEntry:
     """The index entry of a shard, which is checked as in `read_shard`.
 
     Raises:
         CorruptShardError, CacheError, StorageError: as `read_shard`.
     """
-    shard = _read(path)
-    return ShardEntry(
-        digest=digest_ids(shard.identifiers),
-        sequence_ids=tuple(shard.identifiers),
-        positions=tuple(shard.content.positions(shard.columns, shard.facts)),
-        num_bytes=num_bytes,
-        checksum=shard.metadata["checksum"],
-        figures=json.loads(shard.metadata["quality"]),
-    )
+    return open_shard(path).entry(num_bytes)
 
 
 def _rows_of(path: str, content: ModuleType) -> list[Any]:
-    shard = _read(path)
+    shard = open_shard(path)
     if shard.content is not content:
         raise CorruptShardError(path, f"its columns are {list(shard.columns)}")
     return shard.rows()
 
 
-def _read(path: str) -> _Shard:
+def open_shard(path: str) -> Shard:
+    """Reads a shard of either kind, once, whatever is asked of it.
+
+    Raises:
+        CorruptShardError, CacheError, StorageError: as `read_shard`.
+    """
     try:
         table = storage.read_table(path)
     except CorruptFileError as error:
@@ -197,7 +202,7 @@ def _read(path: str) -> _Shard:
     if _checksum(identifiers, columns, *described) != metadata["checksum"]:
         reason = "it fails its checksum: its content was changed after it was written"
         raise CorruptShardError(path, reason)
-    return _Shard(content, identifiers, columns, metadata)
+    return Shard(content, identifiers, columns, metadata)
 
 
 def _schema(content: ModuleType) -> pa.Schema:

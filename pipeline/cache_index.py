@@ -46,7 +46,11 @@ def load_index(cache: CacheLayout) -> list[ShardEntry]:
         CorruptShardError: such a shard does not pass its checks.
         StorageError: it cannot be read.
     """
-    known = {entry.digest: entry for entry in read_index(cache)}
+    return _load_index(cache, written=())
+
+
+def _load_index(cache: CacheLayout, written: Container[str]) -> list[ShardEntry]:
+    known = {e.digest: e for e in read_index(cache) or () if e.digest not in written}
     entries = []
     for digest, num_bytes in _shard_files(cache).items():
         entry = known.get(digest)
@@ -57,7 +61,10 @@ def load_index(cache: CacheLayout) -> list[ShardEntry]:
 
 
 def publish(
-    cache: CacheLayout, recipe: dict[str, Any], provenance: dict[str, Any]
+    cache: CacheLayout,
+    recipe: dict[str, Any],
+    provenance: dict[str, Any],
+    written: Container[str] = (),
 ) -> dict[str, Any]:
     """Writes index and manifest from the shards that exist; returns the manifest.
 
@@ -65,11 +72,15 @@ def publish(
     Several jobs may publish one cache at once: each reads again what lies there after it has
     written, so that the last one to write leaves index and manifest of every shard.
 
+    Args:
+        written: digests of shards that the caller wrote: the index may know others of these names,
+            even of the same size.
+
     Raises:
         CorruptShardError: as `load_index`.
     """
     while True:
-        entries = load_index(cache)
+        entries = _load_index(cache, written)
         _write_index(cache, entries)
         manifest = {
             "recipe": recipe,
@@ -86,9 +97,9 @@ def publish(
 def is_published(cache: CacheLayout) -> bool:
     """Whether the index has exactly the shards that exist, and the manifest what the index says."""
     entries = read_index(cache)
-    indexed = [entry.digest for entry in entries]
-    is_complete = storage.exists(cache.manifest) and indexed == list(_shard_files(cache))
-    return is_complete and manifest_fits(cache, entries)
+    if entries is None or [entry.digest for entry in entries] != list(_shard_files(cache)):
+        return False
+    return storage.exists(cache.manifest) and manifest_fits(cache, entries)
 
 
 def manifest_fits(cache: CacheLayout, entries: list[ShardEntry]) -> bool:
@@ -101,12 +112,6 @@ def manifest_fits(cache: CacheLayout, entries: list[ShardEntry]) -> bool:
     return found.keys() == expected.keys() and all(
         math.isclose(found[name], expected[name], rel_tol=1e-12) for name in expected
     )
-
-
-def forget(cache: CacheLayout, digests: Container[str]) -> None:
-    """Takes shards out of the index, so that files of the same name are read anew."""
-    if storage.exists(cache.index):
-        _write_index(cache, [entry for entry in read_index(cache) if entry.digest not in digests])
 
 
 def totals(entries: list[ShardEntry]) -> dict[str, float]:
@@ -261,10 +266,10 @@ def _shard_files(cache: CacheLayout) -> dict[str, int]:
     return {info.base_name.removesuffix(".parquet"): info.size for info in files}
 
 
-def read_index(cache: CacheLayout) -> list[ShardEntry]:
+def read_index(cache: CacheLayout) -> list[ShardEntry] | None:
     """The index as it was written, whether or not its shards still exist.
 
-    Empty when there is none, or none that can be used: it can be made again.
+    Empty when there is none, and None when there is one that cannot be used: it is made again.
     """
     if not storage.exists(cache.index):
         return []
@@ -272,9 +277,9 @@ def read_index(cache: CacheLayout) -> list[ShardEntry]:
         table = storage.read_table(cache.index)
     except CorruptFileError as error:
         logger.warning("%s; it is made again from the shards", error)
-        return []
+        return None
     if not table.schema.equals(_INDEX_SCHEMA):
-        return []
+        return None
     return [
         ShardEntry(
             **row

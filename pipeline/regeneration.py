@@ -11,11 +11,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipeline import storage
-from pipeline.cache import read_rows, write_shard
-from pipeline.cache_index import forget, load_index, missing_sequences, quarantined, read_index
-from pipeline.cache_verify import corrupt_shards, index_problem
+from pipeline.cache import ShardEntry, open_shard, write_shard
+from pipeline.cache_index import load_index, missing_sequences, quarantined, read_index
+from pipeline.cache_verify import index_problem, trusted_shard
 from pipeline.datasets import DatasetEntry, read_dataset
-from pipeline.errors import CacheError, ConfigError
+from pipeline.errors import CacheError, ConfigError, CorruptFileError
 from pipeline.fingerprint import digest_ids
 from pipeline.layout import CacheLayout, Layout
 from pipeline.text import closest
@@ -35,16 +35,15 @@ class Damage:
 
     Attributes:
         corrupt: shards by digest, with the reason.
+        gone: digests of shards that the index names and that do not exist.
         lost: the sequences that only these shards held, as far as the index knows them.
         index: why the index cannot be used; None when it can.
     """
 
     corrupt: dict[str, str] = field(default_factory=dict)
+    gone: frozenset[str] = frozenset()
     lost: frozenset[str] = frozenset()
     index: str | None = None
-
-    def __bool__(self) -> bool:
-        return bool(self.corrupt) or self.index is not None
 
 
 def parse_where(texts: Sequence[str]) -> dict[str, str]:
@@ -87,23 +86,33 @@ def matching(entries: Iterable[DatasetEntry], where: Mapping[str, str]) -> list[
 
 
 def find_damage(cache: CacheLayout, fingerprint: str) -> Damage:
-    """Reads every shard of a generation and its index."""
-    corrupt, index = corrupt_shards(cache, fingerprint), index_problem(cache)
-    if not corrupt or index is not None:
-        return Damage(corrupt, frozenset(), index)
+    """Reads every shard of a generation, once, and its index."""
+    corrupt: dict[str, str] = {}
+    found: dict[str, ShardEntry] = {}
+    for info in storage.list_files(cache.shards_folder, ".parquet"):
+        digest = info.base_name.removesuffix(".parquet")
+        try:
+            found[digest] = trusted_shard(cache, digest, fingerprint).entry(info.size)
+        except (CacheError, CorruptFileError) as error:  # not where the storage does not answer
+            corrupt[digest] = str(error)
     indexed = read_index(cache)
-    held = {i for entry in indexed if entry.digest not in corrupt for i in entry.sequence_ids}
-    lost = {i for entry in indexed if entry.digest in corrupt for i in entry.sequence_ids}
-    return Damage(corrupt, frozenset(lost - held), None)
+    known = {entry.digest for entry in indexed or ()}
+    held = {i for entry in found.values() for i in entry.sequence_ids}
+    lost = {i for entry in indexed or () for i in entry.sequence_ids} - held
+    gone = known - found.keys() - corrupt.keys()
+    return Damage(corrupt, frozenset(gone), frozenset(lost), index_problem(indexed, found))
 
 
 def set_aside(cache: CacheLayout, damage: Damage) -> None:
-    """Moves corrupt shards out of the generation; what they held is missing from now on."""
+    """Moves corrupt shards out of the generation; what they held is missing from now on.
+
+    The index goes on naming them until it is published again: so an interrupted command knows,
+    when it is repeated, what other runs have lost.
+    """
     if damage.index is not None:
         storage.remove(cache.index)
     for digest in damage.corrupt:
         storage.move(cache.shard(digest), storage.join(cache.aside, f"{digest}.parquet"))
-    forget(cache, damage.corrupt)
 
 
 def entries_of(layout: Layout, sequence_ids: Collection[str]) -> list[DatasetEntry]:
@@ -124,7 +133,7 @@ def lacking(
     """The sequences to score: those of `entries` without a row, and lost ones of other runs.
 
     Args:
-        lost: of the shards that were set aside.
+        lost: of the shards that are gone or set aside.
     """
     elsewhere = set(lost) - {entry.sequence_id for entry in entries}
     others = entries_of(layout, elsewhere) if elsewhere else []
@@ -157,7 +166,7 @@ def take_over(
         if len(kept) == len(entry.sequence_ids):
             storage.link_or_copy(source.shard(entry.digest), path)
         else:
-            rows = {row.sequence_id: row for row in read_rows(source.shard(entry.digest))}
+            rows = {row.sequence_id: row for row in open_shard(source.shard(entry.digest)).rows()}
             write_shard(path, [rows[identifier] for identifier in kept], fingerprint)
     for identifier, error in quarantined(source).items():
         if identifier not in anew:

@@ -11,8 +11,7 @@ from jobs.caches import open_run
 from jobs.regenerate import Request, regenerate_inside_job
 from pipeline import storage
 from pipeline.cache import read_shard
-from pipeline.cache_index import load_index, open_cache, read_index
-from pipeline.cache_verify import index_problem
+from pipeline.cache_index import is_published, load_index, open_cache, read_index
 from pipeline.errors import CacheError, ConfigError, TeacherError
 from pipeline.generations import (
     begin_generation,
@@ -22,7 +21,7 @@ from pipeline.generations import (
     unfinished_generation,
 )
 from pipeline.layout import CacheLayout
-from pipeline.regeneration import parse_where
+from pipeline.regeneration import find_damage, parse_where, set_aside
 from pipeline.training import training_jobs
 from teachers.scoring import ScoringTask
 from tests.support.caches import flip_bit
@@ -86,7 +85,7 @@ def test_with_nothing_to_do_no_cluster_is_started(
     os.unlink(cache_of(run).shard(next(iter(run.shards("words")))))
     with pytest.raises(AssertionError, match="a cluster was asked for"):
         regenerate.regenerate(run.config, None, Request(), said.append)
-    assert said[-1] == "words: 4 sequences without a row"
+    assert said[-1] == "words: 1 shards that are gone, 4 sequences without a row"
 
 
 def test_new_prompts_are_scored_and_no_old_shard_is_touched(
@@ -156,7 +155,8 @@ def test_the_index_describes_the_mended_shard_and_not_the_corrupt_one(
     flip_bit(Path(cache.shard(next(iter(run.shards("words"))))))
     pools.salts = {"words": "the same weights on another machine"}
     redo(run)
-    assert len(pools.scored) == 4 and index_problem(cache) is None
+    assert len(pools.scored) == 4
+    assert find_damage(cache, open_run(run.config).fingerprint("words")).index is None
 
 
 def test_a_corrupt_shard_of_another_run_is_mended_as_well(
@@ -180,6 +180,42 @@ def test_a_corrupt_shard_of_another_run_is_mended_as_well(
     words = {entry.sequence_id for entry in other.entries() if entry.domain == "words"}
     assert {identifier for _, identifier in pools.scored} == words
     assert bad in run.shards("words")
+
+
+@pytest.mark.parametrize("harm", ["gone", "corrupt"])
+def test_interrupted_what_another_run_has_lost_is_still_known(
+    run: FabricatedRun, pools: FakePools, harm: str
+) -> None:
+    other = FabricatedRun(run.root, "other")
+    other.prepare()
+    other.write_answers(20, 24)
+    other.score()
+    own, ours = cache_of(run), {entry.sequence_id for entry in run.entries()}
+    bad = next(e.digest for e in load_index(own) if ours.isdisjoint(e.sequence_ids))
+    held = {row.sequence_id for row in read_shard(own.shard(bad))}
+    if harm == "gone":
+        Path(own.shard(bad)).unlink()
+    else:
+        Path(own.shard(bad)).write_bytes(b"nothing")
+        set_aside(own, find_damage(own, open_run(run.config).fingerprint("words")))
+    pools.scored.clear()
+    redo(run)
+    assert {identifier for _, identifier in pools.scored} == held
+    assert is_published(own) and bad in run.shards("words")
+
+
+def test_a_stale_manifest_is_written_again(
+    run: FabricatedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, said = cache_of(run), []
+    manifest = storage.read_json(cache.manifest)
+    storage.write_json(cache.manifest, manifest | {"totals": {}})
+    with monkeypatch.context() as patch, pytest.raises(AssertionError, match="a cluster was asked"):
+        forbid_clusters(patch)
+        regenerate.regenerate(run.config, None, Request(), said.append)
+    assert said == ["words: an index or a manifest to be written"]
+    redo(run)
+    assert storage.read_json(cache.manifest) == manifest
 
 
 def test_a_corrupt_index_is_made_anew(run: FabricatedRun, pools: FakePools) -> None:
