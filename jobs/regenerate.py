@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from jobs import distill
 from jobs.caches import RunCaches, open_run
-from jobs.score import fill_caches, new_shards, provenance_of, scored_summary
+from jobs.score import fill_caches, new_shards, scored_summary
 from jobs.stages import join_cluster, log_our_lines, run_stage
 from jobs.submit import connect
 from pipeline import storage
@@ -32,6 +32,7 @@ from pipeline.generations import (
     is_regenerated,
 )
 from pipeline.layout import CacheLayout
+from pipeline.recipes import provenance_of
 from pipeline.regeneration import (
     Damage,
     check_whole,
@@ -210,13 +211,11 @@ def _publish(run: RunCaches, name: str, work: Work, report: PoolReport) -> None:
     new generation that is whole.
     """
     cache, recipe = work.cache, run.prepared.scoring_recipes[name]
-    provenance = provenance_of(run.config, name, report, cache)
     written = new_shards(report, name)
     if work.source is not None:
         check_whole(work.source, cache)
-        publish(cache, recipe, provenance | {"follows_generation": work.source.generation}, written)
-    elif written or not is_published(cache):
-        publish(cache, recipe, provenance, written)
+    if work.source is not None or written or not is_published(cache):
+        publish(cache, recipe, provenance_of(run.config, name), written)
 
 
 def _mend(cache: CacheLayout, damage: Damage, name: str, say: Say) -> None:

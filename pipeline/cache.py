@@ -35,6 +35,8 @@ METADATA_KEYS = {
     "polystill.fingerprint",
     "polystill.quality",
 }
+DESCRIBED = ("fingerprint", "quality", "origin")
+"""Metadata that the checksum covers, beside the facts; a shard of unknown origin has none."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class ShardEntry:
         num_bytes: of the file.
         checksum: of the decoded payload and of what its metadata says about it.
         figures: of its quality, see `figures` of its content's module.
+        origin: what made its rows, such as an engine; None where nobody says.
     """
 
     digest: str
@@ -55,6 +58,7 @@ class ShardEntry:
     num_bytes: int
     checksum: str
     figures: dict[str, Any]
+    origin: dict[str, Any] | None
 
     @property
     def num_positions(self) -> int:
@@ -93,14 +97,21 @@ class Shard:
             num_bytes=num_bytes,
             checksum=self.metadata["checksum"],
             figures=json.loads(self.metadata["quality"]),
+            origin=json.loads(self.metadata.get("origin", "null")),
         )
 
 
-def write_shard(path: str, rows: Sequence[CacheRow], fingerprint: str) -> ShardEntry:
+def write_shard(
+    path: str,
+    rows: Sequence[CacheRow],
+    fingerprint: str,
+    origin: dict[str, Any] | None = None,
+) -> ShardEntry:
     """Encodes a shard in memory and writes it in one call.
 
     Args:
         rows: all of one kind.
+        origin: what made them, as a JSON value.
 
     Raises:
         CacheError: a row breaks an invariant of the format.
@@ -111,17 +122,16 @@ def write_shard(path: str, rows: Sequence[CacheRow], fingerprint: str) -> ShardE
     columns, facts = content.encode(rows), content.facts(rows)
     identifiers = [row.sequence_id for row in rows]
     figures = content.figures(rows)
-    quality = json.dumps(figures)
-    checksum = _checksum(identifiers, columns, fingerprint, quality, *facts.values())
+    told = {"fingerprint": fingerprint, "quality": json.dumps(figures)}
+    told |= ({} if origin is None else {"origin": json.dumps(origin)}) | facts
+    checksum = _checksum(identifiers, columns, *told.values())
     metadata = {
         "polystill.schema_version": str(content.SCHEMA_VERSION),
         "polystill.alignment": content.ALIGNMENT,
         "polystill.dtypes": json.dumps(content.DTYPES),
         "polystill.num_rows": str(len(rows)),
         "polystill.checksum": checksum,
-        "polystill.fingerprint": fingerprint,
-        "polystill.quality": quality,
-        **{f"polystill.{key}": value for key, value in facts.items()},
+        **{f"polystill.{key}": value for key, value in told.items()},
     }
     cells = {name: column.to_arrow() for name, column in columns.items()}
     schema = _schema(content).with_metadata(metadata)
@@ -134,6 +144,7 @@ def write_shard(path: str, rows: Sequence[CacheRow], fingerprint: str) -> ShardE
         num_bytes=num_bytes,
         checksum=checksum,
         figures=figures,
+        origin=origin,
     )
 
 
@@ -198,7 +209,7 @@ def open_shard(path: str) -> Shard:
     except ValueError as error:
         raise CorruptShardError(path, str(error)) from error
     identifiers = table.column("sequence_id").to_pylist()
-    described = [metadata[key] for key in ("fingerprint", "quality", *content.FACTS)]
+    described = [metadata[key] for key in (*DESCRIBED, *content.FACTS) if key in metadata]
     if _checksum(identifiers, columns, *described) != metadata["checksum"]:
         reason = "it fails its checksum: its content was changed after it was written"
         raise CorruptShardError(path, reason)

@@ -73,6 +73,7 @@ def publish(
     written, so that the last one to write leaves index and manifest of every shard.
 
     Args:
+        provenance: what the manifest says of the teacher, beside the engines that shards name.
         written: digests of shards that the caller wrote: the index may know others of these names,
             even of the same size.
 
@@ -85,7 +86,7 @@ def publish(
         manifest = {
             "recipe": recipe,
             "generation": cache.generation,
-            "provenance": provenance,
+            "provenance": provenance | {"engines": origins(entries)},
             "totals": totals(entries),
         }
         if cache.generation >= current_generation(cache.folder):
@@ -103,15 +104,25 @@ def is_published(cache: CacheLayout) -> bool:
 
 
 def manifest_fits(cache: CacheLayout, entries: list[ShardEntry]) -> bool:
-    """Whether the manifest has the totals of an index, or is about another generation."""
+    """Whether the manifest has the totals and engines of an index, or is about another
+    generation.
+    """
     manifest = storage.read_json(cache.manifest)
     if manifest["generation"] != cache.generation:
         return True
+    if manifest["provenance"]["engines"] != origins(entries):
+        return False
     found, expected = manifest["totals"], totals(entries)
     # Sums are added in another order on other machines.
     return found.keys() == expected.keys() and all(
         math.isclose(found[name], expected[name], rel_tol=1e-12) for name in expected
     )
+
+
+def origins(entries: Iterable[ShardEntry]) -> list[dict[str, Any]]:
+    """Whatever made the rows, each once, in the order of the shards."""
+    found = {json.dumps(entry.origin): entry.origin for entry in entries}
+    return [origin for origin in found.values() if origin is not None]
 
 
 def totals(entries: list[ShardEntry]) -> dict[str, float]:
@@ -251,12 +262,16 @@ _INDEX_SCHEMA = pa.schema(
         ("num_bytes", pa.int64()),
         ("checksum", pa.string()),
         ("figures", pa.string()),
+        ("origin", pa.string()),
     ]
 )
 
 
 def _write_index(cache: CacheLayout, entries: list[ShardEntry]) -> None:
-    rows = [asdict(entry) | {"figures": json.dumps(entry.figures)} for entry in entries]
+    rows = [
+        asdict(e) | {"figures": json.dumps(e.figures), "origin": json.dumps(e.origin)}
+        for e in entries
+    ]
     storage.write_table(cache.index, pa.Table.from_pylist(rows, schema=_INDEX_SCHEMA))
 
 
@@ -284,7 +299,7 @@ def read_index(cache: CacheLayout) -> list[ShardEntry] | None:
         ShardEntry(
             **row
             | {name: tuple(row[name]) for name in ("sequence_ids", "positions")}
-            | {"figures": json.loads(row["figures"])}
+            | {name: json.loads(row[name]) for name in ("figures", "origin")}
         )
         for row in table.to_pylist()
     ]

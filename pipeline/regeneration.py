@@ -167,7 +167,8 @@ def take_over(
             storage.link_or_copy(source.shard(entry.digest), path)
         else:
             rows = {row.sequence_id: row for row in open_shard(source.shard(entry.digest)).rows()}
-            write_shard(path, [rows[identifier] for identifier in kept], fingerprint)
+            left = [rows[identifier] for identifier in kept]
+            write_shard(path, left, fingerprint, entry.origin)
     for identifier, error in quarantined(source).items():
         if identifier not in anew:
             storage.write_json(

@@ -204,6 +204,33 @@ def test_interrupted_what_another_run_has_lost_is_still_known(
     assert is_published(own) and bad in run.shards("words")
 
 
+def versions(cache: CacheLayout) -> list[str]:
+    manifest = storage.read_json(cache.manifest)
+    return sorted(engine["engine_version"] for engine in manifest["provenance"]["engines"])
+
+
+def test_the_manifest_names_every_engine_whose_rows_are_there(
+    run: FabricatedRun, pools: FakePools
+) -> None:
+    cache = cache_of(run)
+    assert versions(cache) == ["1"]
+    assert "max_model_len" not in storage.read_json(cache.manifest)["provenance"]["engines"][0]
+    pools.version = "2"
+    run.write_answers(8, 10)
+    redo(run)
+    assert versions(cache) == ["1", "2"]
+    Path(cache.manifest).unlink()  # as if the job had been killed before it
+    Path(cache.index).unlink()
+    run.score()
+    assert versions(cache) == ["1", "2"]
+    pools.version = "3"
+    wanted = run.entries()[0].sequence_id
+    redo(run, Request(teacher="words", where={"sequence_id": wanted}, force=True))
+    assert versions(cache) == ["1", "2", "3"]
+    redo(run, Request(teacher="words", force=True))
+    assert versions(cache) == ["3"]
+
+
 def test_a_stale_manifest_is_written_again(
     run: FabricatedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
