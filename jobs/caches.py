@@ -236,7 +236,11 @@ def import_distillkit(run: RunCaches, teacher: str, folder: str) -> str:
     recipe = run.prepared.scoring_recipes[name]
     publish(cache, recipe, provenance_of(run.config, name), written)
     imported = sum(map(len, rows.values()))
-    return f"{imported} of {read} sequences imported into {cache.shards_folder}"
+    return (
+        f"{imported} of {read} sequences imported into {cache.shards_folder}; `polystill cache "
+        f"verify CONFIG --teacher {name} --rescore {min(imported, 100)}` compares rows with what "
+        "the teacher says"
+    )
 
 
 def collect_garbage(config: Config, dry_run: bool, unfinished: bool) -> str:

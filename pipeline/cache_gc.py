@@ -57,21 +57,24 @@ def find_garbage(layout: Layout, now: float, unfinished: bool = False) -> list[G
     Raises:
         StorageError: a record of a run cannot be read, so that nothing is known to be unneeded.
     """
-    names = named_generations(layout)
     found = list(_leftovers(layout, now))
-    for folder in storage.list_folders(layout.caches_folder):
-        path = storage.join(layout.caches_folder, folder)
+    folders = storage.list_folders(layout.caches_folder)
+    paths = {folder: storage.join(layout.caches_folder, folder) for folder in folders}
+    # Listed before it is asked who uses what: a generation or a name may come in between, and what
+    # is then listed and unnamed is older than all names that are read.
+    numbers = {folder: generations(path) for folder, path in paths.items()}
+    names = named_generations(layout)
+    for folder, path in paths.items():
         begun = None if unfinished else unfinished_generation(path)
         if folder not in names and begun is None:
             found += _files(path, "", "no run names this cache")
             continue
-        kept = {current_generation(path), begun, *names.get(folder, {})}
-        for number in generations(path):
-            cache = CacheLayout(path, number)
-            if number not in kept:
+        current = current_generation(path)
+        for number in numbers[folder]:
+            if number in {current, begun, *names.get(folder, {})}:
+                found += _inside(CacheLayout(path, number), is_begun=number == begun)
+            elif number < current or unfinished:
                 found += _files(path, f"g{number}", "nobody names this generation")
-            else:
-                found += _inside(cache, is_begun=number == begun)
     unique = {garbage.path: garbage for garbage in found}
     return list(unique.values())
 
@@ -90,8 +93,11 @@ def describe_garbage(garbage: Iterable[Garbage]) -> str:
 
 
 def remove_garbage(layout: Layout, garbage: Iterable[Garbage]) -> None:
-    """Removes the files, and the folders of caches that are empty then."""
-    for item in garbage:
+    """Removes the files, and the folders of caches that are empty then.
+
+    The mark of an unfinished generation goes last: what is left of it is never taken for whole.
+    """
+    for item in sorted(garbage, key=lambda item: item.path.endswith(".regeneration.json")):
         storage.remove(item.path)
     for folder in storage.list_folders(layout.caches_folder):
         path = storage.join(layout.caches_folder, folder)

@@ -126,7 +126,8 @@ def origins(entries: Iterable[ShardEntry]) -> list[dict[str, Any]]:
 
 
 def totals(entries: list[ShardEntry]) -> dict[str, float]:
-    """Sums over sequences, each counted once, where its row is read; bytes are those of all shards.
+    """Sums over sequences, each counted once, where its row is read; bytes and masked gold tokens
+    are those of all shards.
 
     Qualities are means over positions, a shard's mean standing for each of its sequences;
     `kept_mass_p01` is the worst shard's.
@@ -150,7 +151,8 @@ def totals(entries: list[ShardEntry]) -> dict[str, float]:
         return sizes
     weights /= num_positions
     sizes["bytes_per_token"] = num_bytes / num_positions
-    shards = {name: [entry.figures[name] for entry in entries] for name in entries[0].figures}
+    names = entries[0].figures.keys() - {"num_masked_gold"}
+    shards = {name: [entry.figures[name] for entry in entries] for name in names}
     if "mean_norm" in shards:
         return sizes | {"mean_norm": float(weights @ shards["mean_norm"])}
     kept_mass = float(weights @ shards["kept_mass"])
@@ -161,6 +163,7 @@ def totals(entries: list[ShardEntry]) -> dict[str, float]:
         "kept_mass_p01": min(shards["kept_mass_p01"]),
         **_losses(shards["draw_variance"], weights, kept_mass),
         "gold_logprob": float(weights @ shards["gold_logprob"]),
+        "num_masked_gold": sum(entry.figures.get("num_masked_gold", 0) for entry in entries),
     }
 
 

@@ -111,17 +111,20 @@ def figures(rows: Sequence[SparseLogprobs]) -> dict[str, float | int | None]:
 
     `kept_mass`: mean over positions of the probability inside the kept entries; with draws, inside
     the captured ones. `kept_mass_p01`: its 1st percentile. `gold_logprob`: mean log-probability of
-    the gold tokens in nats. `draw_variance`: mean over positions of the variance that draws give
-    the estimate, summed over the vocabulary; None where nothing is drawn.
+    the gold tokens in nats, without the `num_masked_gold` that the model rules out.
+    `draw_variance`: mean over positions of the variance that draws give the estimate, summed over
+    the vocabulary; None where nothing is drawn.
     """
     kept = 1 - np.concatenate([row.tail_mass for row in rows]).astype(np.float64)
     gold = np.concatenate([row.gold_logprobs for row in rows]).astype(np.float64)
+    masked = gold <= np.finfo(np.float16).min
     return {
         "num_positions": len(kept),
         "num_entries": sum(len(row.token_ids) for row in rows),
         "kept_mass": float(kept.mean()),
         "kept_mass_p01": float(np.quantile(kept, 0.01)),
-        "gold_logprob": float(gold.mean()),
+        "gold_logprob": float(gold[~masked].mean()) if not masked.all() else 0.0,
+        "num_masked_gold": int(masked.sum()),
         "draw_variance": (
             float(np.concatenate([draw_variance(row) for row in rows]).mean())
             if any(row.is_drawn for row in rows)

@@ -34,6 +34,15 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 PAUSES_SECONDS = (2.0, 8.0)
+# What file systems answer that have no hard links, or no more of them.
+NO_LINK = {
+    errno.EPERM,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.EMLINK,
+    errno.EXDEV,
+}
 # What an object store says that no second try changes.
 LASTING = re.compile(
     "ACCESS_DENIED|NO_SUCH_BUCKET|INVALID|SIGNATURE|VALIDATION|EXPIRED|PERMISSION_DENIED"
@@ -122,11 +131,7 @@ def _write_local(path: str, data: bytes | memoryview | pa.Buffer) -> None:
         if os.path.exists(temporary):
             os.unlink(temporary)
         raise
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _sync(folder)
 
 
 @_patient
@@ -145,9 +150,12 @@ def link_or_copy(source: str, target: str) -> None:
         try:
             os.link(source, path)
         except FileExistsError:
-            return
-        except PermissionError:  # what a file system without hard links answers
+            pass
+        except OSError as error:
+            if error.errno not in NO_LINK:
+                raise
             write_bytes(target, read_bytes(source))
+        _sync(os.path.dirname(path))
 
 
 def move(source: str, target: str) -> None:
@@ -304,8 +312,12 @@ def join(root: str, *parts: str) -> str:
 def sync_folder(folder: Path) -> None:
     """Has all below a local folder, and the folder itself, on disk when it returns."""
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(path)
+
+
+def _sync(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

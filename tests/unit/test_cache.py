@@ -124,6 +124,18 @@ def test_a_row_that_breaks_an_invariant_is_never_written(
     assert not path.exists()
 
 
+def test_a_masked_gold_token_is_counted_and_left_out_of_the_mean(tmp_path: Path) -> None:
+    cache = CacheLayout(str(tmp_path / "teacher-abc"), 1)
+    row = make_row("a", 10, 1)
+    gold = row.gold_logprobs.copy()
+    gold[3] = np.finfo(np.float16).min
+    write_shard(cache.shard(digest_ids(["a"])), [replace(row, gold_logprobs=gold)], "f")
+    found = publish(cache, {}, {})["totals"]
+    assert found["num_masked_gold"] == 1
+    rest = np.delete(row.gold_logprobs, 3).astype(np.float64)
+    assert found["gold_logprob"] == pytest.approx(rest.mean())
+
+
 def test_a_full_disk_leaves_nothing_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

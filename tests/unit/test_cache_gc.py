@@ -9,10 +9,11 @@ import pytest
 from jobs import regenerate
 from jobs.caches import collect_garbage, open_run
 from jobs.regenerate import Request, regenerate_inside_job
-from pipeline import storage
+from pipeline import cache_gc, storage
 from pipeline.cache_gc import LEFTOVER_AGE_SECONDS, find_garbage
 from pipeline.errors import StorageError, TeacherError
 from pipeline.fingerprint import digest_json
+from pipeline.generations import begin_generation
 from tests.support.caches import flip_bit
 from tests.support.command_line import file_times
 from tests.support.fabricated import FabricatedRun, FakePools
@@ -150,6 +151,36 @@ def test_an_unfinished_generation_stays_unless_asked_for(
     pools.fails = None
     force(run)
     assert len(run.shards("words", 2)) == 2 and garbage(run) == {}
+
+
+def test_a_generation_that_begins_meanwhile_is_not_garbage(
+    run: FabricatedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is looked for before its mark is written, and listed after."""
+    folder = open_run(run.config).caches["words"].folder
+    look = cache_gc.unfinished_generation
+
+    def begin_after(path: str) -> int | None:
+        found = look(path)
+        if path == folder:
+            begin_generation(folder, {"dataset": "d", "where": {}})
+            storage.write_bytes(f"{folder}/g2/new.parquet", b"rows")
+        return found
+
+    monkeypatch.setattr(cache_gc, "unfinished_generation", begin_after)
+    assert garbage(run) == {}
+
+
+def test_the_mark_of_an_unfinished_generation_is_removed_last(
+    run: FabricatedRun, pools: FakePools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools.fails = TeacherError("killed")
+    with pytest.raises(TeacherError):
+        force(run)
+    removed: list[str] = []
+    monkeypatch.setattr(storage, "remove", removed.append)
+    collect_garbage(run.config, False, True)
+    assert len(removed) == 2 and removed[-1].endswith("g2.regeneration.json")
 
 
 def test_nothing_is_garbage_when_a_record_cannot_be_read(run: FabricatedRun) -> None:

@@ -1,5 +1,6 @@
 """Second names, moves and removals of files: on a disk, and in an object store on loopback."""
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,3 +74,26 @@ def test_a_second_name_on_a_disk_takes_no_room(tmp_path: Path) -> None:
     # Replacing one name leaves the other with its old content.
     storage.write_bytes(f"{tmp_path}/a", b"2")
     assert storage.read_bytes(f"{tmp_path}/new/a") == b"1"
+
+
+@pytest.mark.parametrize("code", sorted(storage.NO_LINK))
+def test_without_hard_links_a_second_name_is_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", refuse)
+    storage.write_bytes(f"{tmp_path}/a", b"1")
+    storage.link_or_copy(f"{tmp_path}/a", f"{tmp_path}/new/a")
+    assert storage.read_bytes(f"{tmp_path}/new/a") == b"1"
+
+
+def test_another_refusal_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "read-only")
+
+    monkeypatch.setattr(os, "link", refuse)
+    storage.write_bytes(f"{tmp_path}/a", b"1")
+    with pytest.raises(StorageError, match="read-only"):
+        storage.link_or_copy(f"{tmp_path}/a", f"{tmp_path}/new/a")
