@@ -40,6 +40,12 @@ def add_to(
             command.add_argument(
                 "--rescore", type=_count, default=0, metavar="N", help="score N rows again"
             )
+            command.add_argument(
+                "--seed",
+                type=_count,
+                metavar="S",
+                help="draws them; the config's if not given",
+            )
         else:
             command.add_argument(
                 "--where",
@@ -77,7 +83,7 @@ def _teacher(command: argparse.ArgumentParser, text: str, required: bool = False
 
 def _count(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of rows")
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
     return int(text)
 
 
@@ -108,11 +114,11 @@ def _regenerate(options: argparse.Namespace) -> None:
 def _verify(options: argparse.Namespace) -> None:
     from jobs import verify
 
-    config = _load(options)
+    config, asked = _load(options), (options.teacher, options.rescore, options.seed)
     if options.inside_job:
-        verify.verify_inside_job(config, options.teacher, options.rescore, _say)
+        verify.verify_inside_job(config, *asked, _say)
     else:
-        verify.verify_rows(config, options.address, options.teacher, options.rescore, _say)
+        verify.verify_rows(config, options.address, *asked, _say)
 
 
 def _show(options: argparse.Namespace) -> None:

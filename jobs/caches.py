@@ -24,6 +24,7 @@ from pipeline.datasets import DatasetEntry, SequenceReader, read_dataset
 from pipeline.errors import CacheError, ConfigError
 from pipeline.features import holds_features, teacher_of
 from pipeline.fingerprint import digest_bytes, digest_ids, digest_json
+from pipeline.generations import named_generations
 from pipeline.layout import CacheLayout, Layout
 from pipeline.prepared import Prepared, preparation_key
 from pipeline.recipes import provenance_of
@@ -120,8 +121,9 @@ def _dataset_of(config: Config) -> str | None:
 
 def status(run: RunCaches) -> str:
     """Per teacher what its cache holds and lacks, who names it, and stale caches, as a table."""
+    recipes, names = run.prepared.scoring_recipes, named_generations(run.layout)
     found = [
-        teacher_status(run.layout, name, run.prepared.scoring_recipes[name], cache, run.entries)
+        teacher_status(run.layout, name, recipes[name], cache, run.entries, names)
         for name, cache in run.caches.items()
     ]
     lines = [status_table(run.config.name, run.entries, found)]

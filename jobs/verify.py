@@ -28,9 +28,17 @@ Say = Callable[[str], object]
 
 
 def verify_rows(
-    config: Config, address: str | None, teacher: str | None, rescore: int, say: Say
+    config: Config,
+    address: str | None,
+    teacher: str | None,
+    rescore: int,
+    seed: int | None,
+    say: Say,
 ) -> None:
     """Checks caches; with `rescore` scores so many rows of each teacher again, as a Ray job.
+
+    Args:
+        seed: draws these rows; None means the config's.
 
     Raises:
         CacheError: something is wrong; every problem was said before.
@@ -40,12 +48,15 @@ def verify_rows(
         return
     command = ["cache", "verify", "--inside-job", "--rescore", str(rescore)]
     command += [] if teacher is None else ["--teacher", teacher]
+    command += [] if seed is None else ["--seed", str(seed)]
     if distill.is_visible(config, address):
         open_run(config).chosen(teacher)
     submit_job(config, address, "verify", command, say)
 
 
-def verify_inside_job(config: Config, teacher: str | None, rescore: int, say: Say) -> None:
+def verify_inside_job(
+    config: Config, teacher: str | None, rescore: int, seed: int | None, say: Say
+) -> None:
     """What the job of `verify_rows` does.
 
     Raises:
@@ -57,7 +68,8 @@ def verify_inside_job(config: Config, teacher: str | None, rescore: int, say: Sa
     _say_checks(verify(run, teacher), say)
     if rescore:
         join_cluster()
-        tasks = {name: _rows_to_rescore(run, name, rescore) for name in run.distributions(teacher)}
+        seed = config.seed if seed is None else seed
+        tasks = {n: rows_to_rescore(run, n, rescore, seed) for n in run.distributions(teacher)}
         _say_differences(run_rescoring(run, tasks), say)
 
 
@@ -83,12 +95,12 @@ def run_rescoring(
     )
 
 
-def _rows_to_rescore(run: RunCaches, name: str, count: int) -> list[RescoringTask]:
-    """Rows of the run's sequences drawn by the config's seed, one task a sequence shard."""
+def rows_to_rescore(run: RunCaches, name: str, count: int, seed: int) -> list[RescoringTask]:
+    """Rows of the run's sequences, drawn by the seed; one task a sequence shard."""
     cache = run.caches[name]
     scored = {i for entry in load_index(cache) for i in entry.sequence_ids}
     known = [entry for entry in run.entries if entry.sequence_id in scored]
-    drawn = random.Random(run.config.seed).sample(known, min(count, len(known)))
+    drawn = random.Random(seed).sample(known, min(count, len(known)))
     groups: dict[str, list[str]] = {}
     for entry in drawn:
         groups.setdefault(entry.shard, []).append(entry.sequence_id)

@@ -113,7 +113,8 @@ def _inside(cache: CacheLayout, is_begun: bool) -> Iterator[Garbage]:
         yield from _files(cache.folder, f"g{cache.generation}.regeneration", "it is complete")
     records = storage.list_files(cache.quarantine, ".json")
     if records:
-        scored = {i for entry in load_index(cache) for i in entry.sequence_ids}
+        entries = load_index(cache, corrupt=[])
+        scored = {i for entry in entries for i in entry.sequence_ids}
         for info in records:
             path = storage.join(cache.quarantine, info.base_name)
             if json.loads(storage.read_bytes(path))["sequence_id"] in scored:

@@ -26,7 +26,7 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.cache import ShardEntry, describe_shard, read_features, read_shard
 from pipeline.datasets import DatasetEntry
-from pipeline.errors import CacheError, CorruptFileError
+from pipeline.errors import CacheError, CorruptFileError, CorruptShardError
 from pipeline.generations import current_generation
 from pipeline.layout import CacheLayout
 from pipeline.records import CacheRow, HiddenStates, SparseLogprobs
@@ -37,25 +37,35 @@ DECODED_SHARDS_KEPT = 64
 Row = TypeVar("Row", bound=CacheRow)
 
 
-def load_index(cache: CacheLayout) -> list[ShardEntry]:
+def load_index(
+    cache: CacheLayout,
+    written: Container[str] = (),
+    corrupt: list[CorruptShardError] | None = None,
+) -> list[ShardEntry]:
     """The entries of a generation's complete shards, in name order.
 
     A shard without an entry, or of another size than its entry says, is read and checked.
 
+    Args:
+        written: digests of shards that are described anew, whatever the index says of them.
+        corrupt: takes what shards do not pass their checks, which then have no entry.
+
     Raises:
-        CorruptShardError: such a shard does not pass its checks.
+        CorruptShardError: such a shard does not pass its checks, and `corrupt` is not given.
         StorageError: it cannot be read.
     """
-    return _load_index(cache, written=())
-
-
-def _load_index(cache: CacheLayout, written: Container[str]) -> list[ShardEntry]:
     known = {e.digest: e for e in read_index(cache) or () if e.digest not in written}
     entries = []
     for digest, num_bytes in _shard_files(cache).items():
         entry = known.get(digest)
         if entry is None or entry.num_bytes != num_bytes:
-            entry = describe_shard(cache.shard(digest), num_bytes)
+            try:
+                entry = describe_shard(cache.shard(digest), num_bytes)
+            except CorruptShardError as error:
+                if corrupt is None:
+                    raise
+                corrupt.append(error)
+                continue
         entries.append(entry)
     return entries
 
@@ -81,7 +91,7 @@ def publish(
         CorruptShardError: as `load_index`.
     """
     while True:
-        entries = _load_index(cache, written)
+        entries = load_index(cache, written)
         _write_index(cache, entries)
         manifest = {
             "recipe": recipe,

@@ -10,12 +10,13 @@ from pipeline import storage
 from pipeline.cache_index import load_index, quarantined, totals
 from pipeline.config import Config
 from pipeline.datasets import DatasetEntry
+from pipeline.errors import CorruptShardError
 from pipeline.features import teacher_of
 from pipeline.fingerprint import differences
 from pipeline.generations import (
+    Names,
     current_generation,
     generations,
-    named_generations,
     unfinished_generation,
 )
 from pipeline.layout import CacheLayout, Layout
@@ -45,6 +46,7 @@ class TeacherStatus:
 
     Attributes:
         missing: sequences of the run's dataset that are neither scored nor quarantined.
+        corrupt: shards whose size is not that of the index, and that do not pass their checks.
         totals: of the index: shards, sequences, positions, bytes, kept mass.
         generations: one line each.
     """
@@ -52,6 +54,7 @@ class TeacherStatus:
     teacher: str
     cache: CacheLayout
     missing: int
+    corrupt: list[str]
     refused: dict[str, str]
     totals: dict[str, float]
     generations: list[str]
@@ -72,20 +75,25 @@ def teacher_status(
     recipe: dict[str, Any],
     cache: CacheLayout,
     entries: Sequence[DatasetEntry],
+    names: Names,
 ) -> TeacherStatus:
     """Reads what one teacher's cache holds.
+
+    Args:
+        names: who uses which generation of which cache below the root.
 
     Raises:
         StorageError: an index, a manifest or a shard without an index entry cannot be read.
     """
-    shards = load_index(cache)
+    corrupt: list[CorruptShardError] = []
+    shards = load_index(cache, corrupt=corrupt)
     refused = quarantined(cache)
     scored = {identifier for shard in shards for identifier in shard.sequence_ids}
-    names = named_generations(layout)
     return TeacherStatus(
         teacher=teacher,
         cache=cache,
         missing=sum(e.sequence_id not in scored and e.sequence_id not in refused for e in entries),
+        corrupt=[str(error) for error in corrupt],
         refused=refused,
         totals=totals(shards),
         generations=_generation_lines(cache, names.get(cache.name, {})),
@@ -122,7 +130,7 @@ def status_table(run: str, entries: Sequence[DatasetEntry], found: Sequence[Teac
     lines = [f"run {run}: {len(entries):,} sequences, {positions:,} tokens to score"]
     lines += [table([*header, "bytes/token", "kept mass"], rows)]
     for status in found:
-        lines += [f"{status.teacher}: {line}" for line in status.generations]
+        lines += [f"{status.teacher}: {line}" for line in status.generations + status.corrupt]
         lines += [
             f"{status.teacher}: quarantined {identifier}: {error}"
             for identifier, error in status.refused.items()

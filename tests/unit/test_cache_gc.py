@@ -11,6 +11,7 @@ from jobs.caches import collect_garbage, open_run
 from jobs.regenerate import Request, regenerate_inside_job
 from pipeline import cache_gc, storage
 from pipeline.cache_gc import LEFTOVER_AGE_SECONDS, find_garbage
+from pipeline.cache_index import load_index
 from pipeline.errors import StorageError, TeacherError
 from pipeline.fingerprint import digest_json
 from pipeline.generations import begin_generation
@@ -133,6 +134,9 @@ def test_corrupt_shards_old_unfinished_writes_and_outdated_quarantine_go(
         f"{cache.name}/g1.aside/{bad}.parquet": "a corrupt shard that was set aside",
         f"{cache.name}/g1.quarantine/{scored}.json": "this sequence has a row by now",
     }
+    assert garbage(run, now=now) == expected
+    held = next(e.digest for e in load_index(cache) if scored not in e.sequence_ids)
+    Path(cache.shard(held)).write_bytes(b"corrupt")
     assert garbage(run, now=now) == expected
     later = garbage(run, now=now + LEFTOVER_AGE_SECONDS + 60)
     assert later == expected | {"../sequences/words/.x.parquet.0123abcd.tmp": "an unfinished write"}

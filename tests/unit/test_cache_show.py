@@ -48,6 +48,16 @@ def test_status_counts_what_is_there_and_what_is_not(run: FabricatedRun) -> None
     assert 0.99 < float(figures[-1]) < 1
 
 
+def test_status_shows_the_rest_beside_a_truncated_shard(run: FabricatedRun) -> None:
+    cache = open_run(run.config).caches["words"]
+    bad = Path(cache.shard(next(iter(run.shards("words")))))
+    bad.write_bytes(bad.read_bytes()[:-10])
+    told = status(open_run(run.config))
+    assert line_of(told, "words")[2:4] == ["1", "4"]
+    assert f"words: the cache shard {bad} is corrupt" in told
+    assert line_of(told, "arithmetic")[2:4] == ["2", "0"]
+
+
 def test_status_of_a_changed_config_shows_old_beside_new(run: FabricatedRun) -> None:
     old = open_run(run.config).caches["words"].name
     run.overrides = ["teachers.words.vllm.dtype=bfloat16", "scoring.selection.max_entries=12"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jobs.caches import open_run, verify
-from jobs.verify import _say_differences, verify_rows
+from jobs.verify import _say_differences, rows_to_rescore, verify_rows
 from pipeline import storage
 from pipeline.cache import read_shard, write_shard
 from pipeline.cache_index import publish
@@ -174,7 +174,7 @@ def test_a_bad_shard_is_named_and_the_exit_is_an_error(
     harm(path, read_shard(str(path)), opened.fingerprint("words"))
     said: list[str] = []
     with pytest.raises(CacheError, match=r"problems in the caches.*cache regenerate CONFIG"):
-        verify_rows(run.config, None, None, 0, said.append)
+        verify_rows(run.config, None, None, 0, None, said.append)
     assert any(line.startswith(f"words: {path}") and message in line for line in said)
     assert any(line.startswith("arithmetic:") and "no problems" in line for line in said)
 
@@ -231,6 +231,15 @@ def rescore(run: FabricatedRun, salt: str, name: str = "words") -> PoolReport:
     job = SimpleNamespace(name=name, tasks=tasks, spec=EngineSpec(model="", min_model_len=1))
     (report,) = FakePools({"words": salt})([job]).values()
     return report
+
+
+def test_another_seed_draws_other_rows(run: FabricatedRun) -> None:
+    def drawn_by(seed: int) -> set[str]:
+        tasks = rows_to_rescore(open_run(run.config), "words", 3, seed)
+        return {identifier for task in tasks for identifier in task.sequence_ids}
+
+    assert drawn_by(1) == drawn_by(1) and len(drawn_by(1)) == 3
+    assert len({frozenset(drawn_by(seed)) for seed in range(8)}) > 4
 
 
 def test_rows_scored_again_by_the_same_teacher_agree(run: FabricatedRun) -> None:
