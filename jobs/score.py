@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from jobs.engines import engine_seconds, pool_job
 from jobs.filtering import Filtered, filter_scored
 from jobs.plan import score_key
 from pipeline.cache_index import is_published, publish, quarantined
-from pipeline.config import Config
+from pipeline.config import Config, TeacherConfig
 from pipeline.config_targets import CombineConfig, LearnedWeights
 from pipeline.datasets import DatasetEntry, read_dataset, write_dataset
 from pipeline.features import FeatureRule, holds_features, teacher_of
@@ -24,6 +26,7 @@ from pipeline.learned_weights import learn_weights, with_learned
 from pipeline.prepared import Prepared
 from pipeline.recipes import provenance_of
 from pipeline.targets import required_teachers
+from teachers.canary import Canary, hold_to_cache
 from teachers.dispatch import PoolReport
 from teachers.pool import run_pools
 from teachers.scoring import Output, ScoredShard, ScoringTask, plan_scoring
@@ -125,20 +128,29 @@ def fill_caches(
         tasks = plan_scoring(layout.root, outputs)
         entries = [entry for _, members in outputs for entry in members]
         prompts_of = {entry.sequence_id: entry.prompt_id for entry in entries}
-        pools.append(
-            pool_job(
-                config,
-                teacher,
-                prepared,
-                tasks,
-                min_model_len=longest_sequence(entries) + 1,
-                num_logprobs=config.scoring.num_logprobs,
-                hidden_layers=_layers(tasks),
-                unit="sequences",
-                share_prefixes=len(set(prompts_of.values())) < len(prompts_of),
-            )
+        pool = pool_job(
+            config,
+            teacher,
+            prepared,
+            tasks,
+            min_model_len=longest_sequence(entries) + 1,
+            num_logprobs=config.scoring.num_logprobs,
+            hidden_layers=_layers(tasks),
+            unit="sequences",
+            share_prefixes=len(set(prompts_of.values())) < len(prompts_of),
         )
+        pools.append(replace(pool, judge=_judge(config, teacher, tasks)))
     return run_pools(pools)
+
+
+def _judge(
+    config: Config, teacher: str, tasks: Sequence[ScoringTask]
+) -> Callable[[Canary], None] | None:
+    """Holds engines to those that began the caches; an endpoint is held to its own identity."""
+    if not isinstance(config.teachers[teacher], TeacherConfig):
+        return None
+    filled = {output.cache.canary for task in tasks for output in task.outputs}
+    return partial(hold_to_cache, sorted(filled), teacher)
 
 
 def _output(config: Config, prepared: Prepared, name: str, cache: CacheLayout) -> Output:

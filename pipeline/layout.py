@@ -27,6 +27,11 @@ class CacheLayout:
         return join(self.folder, f"g{self.generation}.index.parquet")
 
     @property
+    def canary(self) -> str:
+        """What the first engine that wrote to the generation said of the canary."""
+        return join(self.folder, f"g{self.generation}.canary.json")
+
+    @property
     def quarantine(self) -> str:
         return join(self.folder, f"g{self.generation}.quarantine")
 

@@ -169,6 +169,8 @@ def take_over(
             rows = {row.sequence_id: row for row in open_shard(source.shard(entry.digest)).rows()}
             left = [rows[identifier] for identifier in kept]
             write_shard(path, left, fingerprint, entry.origin)
+    if taken and storage.exists(source.canary):  # rows of both engines will lie side by side
+        storage.link_or_copy(source.canary, target.canary)
     for identifier, error in quarantined(source).items():
         if identifier not in anew:
             storage.write_json(

@@ -1,7 +1,8 @@
 """Canaries: what an engine scores before its first shard, and what is concluded from it.
 
 A short one proves the capture and is compared between the replicas of one teacher, for replicas
-that disagree would write two teachers into one cache. A full one asks for the largest step that
+that disagree would write two teachers into one cache; that of the engine which begins a cache is
+kept beside it, for all later ones. A full one asks for the largest step that
 scoring can cause: prompt log-probabilities are not in vLLM's memory profile, so an engine that has
 too little memory must fail here and not hours later. A control is asked when items fail and nothing
 else is left that could show whose fault it is.
@@ -11,7 +12,9 @@ Axis names: P positions, K entries.
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +24,8 @@ from pipeline import storage
 from pipeline.errors import TeacherError
 from pipeline.records import Prompt
 from teachers.engine import CapturedRows, EngineSpec, Teacher
+
+logger = logging.getLogger(__name__)
 
 CANARY_TOKENS = 33
 CONTROL_TOKENS, CONTROL_VOCABULARY = 4, 16  # few and low ids, which every model has
@@ -92,16 +97,7 @@ def hold_to_first(path: str, name: str, found: Canary) -> None:
     Raises:
         TeacherError: it says something else by more than the tolerance of its dtype.
     """
-    values = _values(found)
-    if not storage.exists(path):
-        shown = {"engine": found.engine, "gold_and_head_logprobs": values.tolist()}
-        storage.write_json(path, shown)
-        return
-    stored = np.array(storage.read_json(path)["gold_and_head_logprobs"], np.float64)
-    # A shorter context or a narrower capture leaves less to compare.
-    rows, columns = np.minimum(stored.shape, values.shape)
-    mean = float(np.abs(stored[:rows, :columns] - values[:rows, :columns]).mean())
-    tolerance = MEAN_TOLERANCES[str(found.engine["dtype"])]
+    mean, tolerance = _distance_to_first(path, found), MEAN_TOLERANCES[str(found.engine["dtype"])]
     if not mean <= tolerance:
         raise TeacherError(
             f"{name} does not say of the canary what it said when it was first asked ({path}): "
@@ -109,6 +105,56 @@ def hold_to_first(path: str, name: str, found: Canary) -> None:
             f"{found.engine['dtype']} is {tolerance}. If another model or quantisation is served "
             "there now, give it another `model_identity`, and its rows go to a cache of their own"
         )
+
+
+def hold_to_cache(paths: Sequence[str], name: str, found: Canary) -> None:
+    """Compares an engine with those that began the caches which it is to fill; of a cache that
+    nobody has begun it is the first. Another version of the engine is only said.
+
+    Args:
+        paths: of the caches' canaries.
+        name: of the teacher, for the message.
+
+    Raises:
+        TeacherError: it computes in another dtype or quantisation, or says something else by more
+            than the tolerance of its dtype.
+    """
+    for path in paths:
+        mean, tolerance = (
+            _distance_to_first(path, found),
+            MEAN_TOLERANCES[str(found.engine["dtype"])],
+        )
+        first = storage.read_json(path)["engine"]
+        changes = {
+            key: f"{key} {first[key]}, now {found.engine[key]}"
+            for key in ("dtype", "quantization", "engine_version")
+            if first[key] != found.engine[key]
+        }
+        if changes.keys() - {"engine_version"} or not mean <= tolerance:
+            raise TeacherError(
+                f"{name}: this engine does not say of the canary what the one said that began the "
+                f"cache ({path}): log-probabilities are {mean:.4g} nats apart on average, the "
+                f"tolerance for {found.engine['dtype']} is {tolerance}"
+                f"{''.join(f'; {change}' for change in changes.values())}. One cache cannot hold "
+                "rows of both: name the first one's dtype and quantisation in the teacher's "
+                "`vllm:` block, or this one's for a cache of its own, or score all rows anew with "
+                "`polystill cache regenerate CONFIG --force`"
+            )
+        if changes:
+            logger.warning("%s: the cache was begun with %s", name, changes["engine_version"])
+
+
+def _distance_to_first(path: str, found: Canary) -> float:
+    """Nats on average between a canary and the one stored, which it becomes where nothing lies."""
+    values = _values(found)
+    if not storage.exists(path):
+        shown = {"engine": found.engine, "gold_and_head_logprobs": values.tolist()}
+        storage.write_json(path, shown)
+        return 0.0
+    stored = np.array(storage.read_json(path)["gold_and_head_logprobs"], np.float64)
+    # A shorter context or a narrower capture leaves less to compare.
+    rows, columns = np.minimum(stored.shape, values.shape)
+    return float(np.abs(stored[:rows, :columns] - values[:rows, :columns]).mean())
 
 
 def died_of(step: str, spec: EngineSpec, config: Any) -> str:

@@ -118,8 +118,10 @@ class Dispatcher:
         replicas: int,
         tasks: Sequence[Task],
         progress: Progress | None = None,
+        judge: Callable[[Canary], None] | None = None,
     ) -> None:
-        self._name = name
+        """`judge` refuses an engine by its canary, beside what the engines say of one another."""
+        self._name, self._judge = name, judge
         self._launch = launch
         self._num_slots = min(replicas, len(tasks))
         # No replica takes at once what another, still starting, could share.
@@ -192,7 +194,7 @@ class Dispatcher:
     async def _start(self, replica: Replica) -> None:
         try:
             description = await replica.ready()
-            self._compare(await replica.canary())
+            await self._compare(await replica.canary())
         except (DistillationError, ReplicaDied):
             raise
         except Exception as error:
@@ -202,13 +204,15 @@ class Dispatcher:
         self._running[replica] = description | {"peak_memory_bytes": None}
         self._report.engines.append(self._running[replica])
 
-    def _compare(self, canary: Canary | None) -> None:
+    async def _compare(self, canary: Canary | None) -> None:
         """Refuses an engine that says something else than the first one, dead or alive."""
         if canary is None:
             return
         if self._first_canary is None:
             self._first_canary = canary
         refuse_difference(self._name, self._first_canary, canary)
+        if self._judge is not None:
+            await asyncio.to_thread(self._judge, canary)
 
     async def _run_lanes(self, replica: Replica, suspects: deque[_Attempt]) -> None:
         in_flight: list[_Attempt] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import ray
 from pipeline.config_base import Resources
 from pipeline.errors import ClusterError
 from teachers.actor import RayReplica
+from teachers.canary import Canary
 from teachers.dispatch import Dispatcher, PoolReport, Progress, Task, cancel
 from teachers.engine import EndpointSpec, EngineSpec
 
@@ -31,6 +32,7 @@ class PoolJob:
         progress: called in the driver with items done, items in all, and the result of the task
             just finished.
         autoscaling: the cluster adds nodes on demand, so what no present node can hold waits.
+        judge: refuses an engine by what it says of the canary.
     """
 
     name: str
@@ -41,6 +43,7 @@ class PoolJob:
     env_vars: Mapping[str, str] = field(default_factory=dict)
     progress: Progress | None = None
     autoscaling: bool = False
+    judge: Callable[[Canary], None] | None = None
 
     def launch(self) -> RayReplica:
         """A new actor."""
@@ -61,7 +64,9 @@ def run_pools(jobs: Sequence[PoolJob]) -> dict[str, PoolReport]:
 
 
 async def _run_all(jobs: Sequence[PoolJob]) -> dict[str, PoolReport]:
-    dispatchers = [Dispatcher(j.name, j.launch, j.replicas, j.tasks, j.progress) for j in jobs]
+    dispatchers = [
+        Dispatcher(j.name, j.launch, j.replicas, j.tasks, j.progress, j.judge) for j in jobs
+    ]
     running = [asyncio.create_task(each.run()) for each in dispatchers]
     try:
         reports = await asyncio.gather(*running)

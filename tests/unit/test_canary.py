@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from teachers.canary import (
     Canary,
     ControlTask,
     full_step,
+    hold_to_cache,
     refuse_difference,
 )
 from teachers.engine import CapturedRows
@@ -61,6 +63,27 @@ def test_other_kinds_of_engine_are_refused_with_both_names(key: str) -> None:
 
 def test_a_teacher_may_run_on_several_kinds_of_device() -> None:
     refuse_difference("teacher", canary(), canary(device="there"))
+
+
+def test_later_engines_are_held_to_the_one_that_began_the_cache(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    hold_to_cache(paths[:1], "teacher", canary())
+    first = (tmp_path / "a.json").read_bytes()
+    hold_to_cache(paths, "teacher", canary(0.1, device="there", load_seconds="2"))
+    assert (tmp_path / "a.json").read_bytes() == first and (tmp_path / "b.json").exists()
+    assert not caplog.records
+    hold_to_cache(paths[:1], "teacher", canary(engine_version="0.33.0"))
+    assert "begun with engine_version 0.32.0, now 0.33.0" in caplog.text
+    for other, message in (
+        (canary(dtype="bfloat16"), r"tolerance for bfloat16.*; dtype float32, now bfloat16"),
+        (canary(quantization="fp8"), "quantization None, now fp8"),
+        (canary(-3.0), r"0\.01042 nats apart on average.*--force"),
+        (canary(math.nan), "nan nats apart"),
+    ):
+        with pytest.raises(TeacherError, match=message):
+            hold_to_cache(paths[:1], "teacher", other)
 
 
 @pytest.mark.parametrize(

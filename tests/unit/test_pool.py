@@ -223,6 +223,17 @@ def test_the_successor_of_a_dead_replica_is_compared_with_the_first() -> None:
         run(cluster, [4] * 4, replicas=1)
 
 
+def test_an_engine_that_its_judge_refuses_does_nothing() -> None:
+    def refuse(canary: Canary) -> None:
+        raise TeacherError(f"{canary.engine['device']} is not what began the cache")
+
+    cluster, quarantined = Cluster(gold_logprobs=[-2.0]), []
+    task = NumbersTask((0, 1), quarantined)
+    with pytest.raises(TeacherError, match="gpu 0 is not what began the cache"):
+        asyncio.run(Dispatcher("fake", cluster.launch, 1, [task], judge=refuse).run())
+    assert not cluster.calls and cluster.alive == 0
+
+
 def test_an_engine_that_never_starts_is_given_up() -> None:
     cluster = Cluster(failing_starts=99)
     with pytest.raises(TeacherError, match="no memory"):

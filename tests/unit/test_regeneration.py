@@ -453,6 +453,26 @@ def test_force_needs_no_manifest(run: FabricatedRun, pools: FakePools, lost: str
     assert golds(cache) == old != golds(cache_of(run, generation=2))
 
 
+def test_engines_are_held_to_the_rows_that_they_join(
+    run: FabricatedRun, pools: FakePools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Judged(FakePools):
+        def __call__(self, jobs):
+            found.update({job.name: job.judge.args for job in jobs if job.tasks})
+            return super().__call__(jobs)
+
+    found: dict[str, tuple] = {}
+    monkeypatch.setattr("jobs.score.run_pools", Judged())
+    cache = cache_of(run)
+    Path(cache.canary).write_text("of generation 1")
+    redo(run, Request(teacher="words", where={"domain": "words"}, force=True))
+    second = cache_of(run, generation=2).canary
+    assert found == {"words": ([second], "words")}
+    assert Path(second).read_text() == "of generation 1"
+    redo(run, Request(teacher="words", force=True))
+    assert not Path(cache_of(run, generation=3).canary).exists()
+
+
 def test_force_without_any_shard_fills_the_first_generation(tmp_path: Path, pools) -> None:
     made = FabricatedRun(tmp_path)
     made.prepare()
