@@ -40,12 +40,13 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from benchmarks.common import print_table, write_json
 from pipeline.cache import read_shard
+from pipeline.config_base import Resources
 from pipeline.config_targets import TopP
 from pipeline.datasets import write_sequences
 from pipeline.fingerprint import digest_json
 from pipeline.layout import CacheLayout, Layout
 from pipeline.records import SparseLogprobs, TokenSequence
-from teachers.actor import CPU_ENV_VARS, ENGINE_ENV_VARS
+from teachers.actor import engine_env_vars
 from teachers.dispatch import TASKS_IN_FLIGHT
 from teachers.engine import EngineSpec
 from teachers.scoring import Output, ScoredShard, ScoringTask
@@ -323,10 +324,15 @@ def _sequence(prompt: list[int], answer: list[int], prompt_id: str) -> TokenSequ
     )
 
 
+def set_engine_environment() -> None:
+    """Gives this process what an actor has on this machine; vLLM reads it when it is imported."""
+    here = Resources(num_gpus=torch.cuda.device_count())
+    os.environ.update(engine_env_vars(here, {}, os.environ))
+
+
 async def run(data: Path, model: str | None, size: Size, vocabulary: int) -> list[dict[str, Any]]:
     """Makes the material, starts the engine and measures."""
-    for key, value in (ENGINE_ENV_VARS | CPU_ENV_VARS).items():
-        os.environ.setdefault(key, value)  # vLLM reads them when it is imported
+    set_engine_environment()
     from teachers.vllm_teacher import VllmTeacher
 
     rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]

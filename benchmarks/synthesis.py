@@ -21,7 +21,6 @@ import argparse
 import asyncio
 import itertools
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -36,14 +35,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from transformers import AutoTokenizer
 
-from benchmarks.capture import make_model
+from benchmarks.capture import make_model, set_engine_environment
 from benchmarks.common import print_table, write_json
 from jobs import synthesize
 from jobs.plan import layout_of
 from jobs.prepare import prepare
 from pipeline.config import Config
 from pipeline.prepared import Prepared
-from teachers.actor import CPU_ENV_VARS, ENGINE_ENV_VARS
 from teachers.dispatch import Dispatcher, PoolReport
 from teachers.engine import EngineSpec
 from teachers.pool import PoolJob
@@ -263,8 +261,7 @@ def config_of(data: Path, root: Path, model: str, stops: list[int], size: Size) 
 
 async def run(data: Path, model: str | None, size: Size, vocabulary: int) -> list[dict[str, Any]]:
     """Makes the material, starts the engine and measures."""
-    for key, value in (ENGINE_ENV_VARS | CPU_ENV_VARS).items():
-        os.environ.setdefault(key, value)  # vLLM reads them when it is imported
+    set_engine_environment()
     from teachers.vllm_teacher import VllmTeacher
 
     with tempfile.TemporaryDirectory() as scratch:
