@@ -27,8 +27,9 @@ def select(
     """Applies a selection rule to captured distributions.
 
     `top_k` keeps the first `max_entries`; `top_p` the smallest prefix whose mass reaches `mass`, at
-    most `max_entries`. `sampled` keeps ids drawn in proportion to their probability, `head_and_sampled` a prefix like that of `top_p` and draws from the other captured
-    entries. Entries of probability zero are never kept.
+    most `max_entries`. `sampled` keeps ids drawn in proportion to their probability,
+    `head_and_sampled` a prefix like that of `top_p` and draws from the other captured entries.
+    Entries of probability zero are never kept.
 
     `tail_mass` is what lies outside the kept entries, from the log-probabilities as they are
     stored; with draws it is what lies outside the captured ones. It is never below 0. `entropies`
