@@ -66,7 +66,7 @@ def train_models(data: Path, output: Path, seconds: float) -> Path:
     Args:
         seconds: training time of the teacher; the student gets a fifth.
     """
-    sources = [Path(gsm8k.__file__), data / "train.jsonl"]
+    sources = [Path(__file__), Path(gsm8k.__file__), data / "train.jsonl"]
     settings = f"{VOCABULARY} {seconds}".encode()
     digest = digest_bytes(*(path.read_bytes() for path in sources), settings)
     folder = output / f"cache-models-{digest[:12]}"
