@@ -6,7 +6,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from ray.job_submission import JobStatus, JobSubmissionClient
@@ -14,7 +14,8 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 import jobs
 from jobs.follow import PREAMBLE, failure_message, follow
 from jobs.local_head import local_head
-from jobs.plan import STAGES, StagePlan, layout_of, make_plan, plan_rounds, stages_of
+from jobs.plan import STAGES, StagePlan, layout_of, make_plan, plan_rounds, round_layouts, stages_of
+from jobs.run_lock import alone
 from jobs.submit import build_upload, connect, job_logs, submit_stage
 from pipeline import storage
 from pipeline.config import Config
@@ -51,7 +52,10 @@ def run(config: Config, address: str | None, say: Say, stages: Sequence[str] = S
         say("nothing to do: every stage is complete")
         say(where(config, stages))
         return
-    with cluster(config, address) as url:
+    # A head of its own knows no job of another's.
+    lock = round_layouts(config)[0].lock("run")
+    only_one = alone(lock, f"the run {config.name}") if address is None else nullcontext()
+    with only_one, cluster(config, address) as url:
         client = connect(url)
         for each in rounds_of(config):
             _run_round(client, address, each, stages_of(each, stages), visible, say)
@@ -144,6 +148,7 @@ def submit(client: JobSubmissionClient, config: Config, stage: str, command: Seq
             run=config.name,
             stage=stage if config.round == 1 else f"round{config.round}-{stage}",
             digest=digest_json(config.model_dump(mode="json"))[:12],
+            folder=round_layouts(config)[0].models_folder,
             entrypoint=f"python -u -m jobs {shlex.join(command)} config.yaml",
             working_dir=upload,
             env_vars=stage_environment(config),

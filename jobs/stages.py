@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import ray
@@ -19,6 +20,7 @@ from jobs.plan import (
     scored_dataset,
     stage_key,
 )
+from jobs.run_lock import alone
 from pipeline import storage
 from pipeline.cache_status import stale_caches
 from pipeline.config import Config
@@ -29,6 +31,8 @@ from pipeline.prepared import Prepared, load_prepared
 from pipeline.training import training_jobs
 
 Outcome = dict[str, Any]
+ALONE = ("train", "export")
+"""Stages that write files in place; whatever two of the others write at once is the same."""
 
 
 def run_stage(stage: str, config: Config) -> None:
@@ -46,7 +50,9 @@ def run_stage(stage: str, config: Config) -> None:
     started = time.time()
     if stage != "prepare":
         join_cluster()
-    outcome = STAGES[stage](config, layout)
+    lock = alone(layout.lock(stage), f"{stage} of the run {config.name}")
+    with lock if stage in ALONE else nullcontext():
+        outcome = STAGES[stage](config, layout)
     # A refused stage leaves the config that made what lies there.
     storage.write_bytes(layout.resolved_config, dump_config(config).encode())
     _keep_record(layout, stage, {"seconds": time.time() - started, "started": started, **outcome})

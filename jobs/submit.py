@@ -26,6 +26,7 @@ PACKAGES = ("pipeline", "teachers", "students", "jobs")
 # Metadata of our jobs; a run is found by these, since its name may hold the hyphens that separate a
 # submission id.
 RUN, STAGE, DIGEST = "polystill.run", "polystill.stage", "polystill.digest"
+FOLDER = "polystill.folder"
 
 
 def build_upload(packages_root: Path, config_text: str, folder: Path) -> Path:
@@ -104,6 +105,7 @@ def submit_stage(
     run: str,
     stage: str,
     digest: str,
+    folder: str,
     entrypoint: str,
     working_dir: Path | None,
     env_vars: Mapping[str, str],
@@ -115,6 +117,7 @@ def submit_stage(
     """Submits a stage, or attaches to its job of the same run and digest if that still goes.
 
     Args:
+        folder: of the run; a stage works in it with one config at a time.
         entrypoint: shell command; it runs in the unpacked upload.
         working_dir: the staged upload; None for none.
         env_vars: for the job and all its tasks and actors. Ray expands `$NAME` in the values, and
@@ -129,22 +132,31 @@ def submit_stage(
         The submission id of the job.
 
     Raises:
-        ClusterError: the job server refused or cannot be reached.
+        ClusterError: the stage still goes with another config, or the job server refused or cannot
+            be reached.
     """
     runtime_env: dict[str, Any] = {"env_vars": dict(env_vars)}
     if working_dir is not None:
         runtime_env["working_dir"] = str(working_dir)
     for _ in range(3):
-        known = [(job.submission_id or "", job.status) for job in list_jobs(client)]
+        jobs = list_jobs(client)
+        known = [(job.submission_id or "", job.status) for job in jobs]
         name, going = choose_submission(known, run, stage, digest)
         if going:
             return name
+        _refuse_other_configs(jobs, run, stage, folder)
         try:
             return client.submit_job(
                 entrypoint=entrypoint,
                 submission_id=name,
                 runtime_env=runtime_env,
-                metadata={**(metadata or {}), RUN: run, STAGE: stage, DIGEST: digest},
+                metadata={
+                    **(metadata or {}),
+                    RUN: run,
+                    STAGE: stage,
+                    DIGEST: digest,
+                    FOLDER: folder,
+                },
                 entrypoint_num_cpus=num_cpus,
                 entrypoint_num_gpus=num_gpus,
                 entrypoint_resources=dict(custom_resources or {}),
@@ -156,6 +168,24 @@ def submit_stage(
     raise ClusterError(
         f"The ids of {run}-{stage}-{digest} are all taken: other submitters are quicker. Try again."
     )
+
+
+def _refuse_other_configs(jobs: Iterable[JobDetails], run: str, stage: str, folder: str) -> None:
+    """Two trainings in one folder would write one another's checkpoints.
+
+    Raises:
+        ClusterError: the stage still goes in this folder; with another config, or its job would
+            have been attached to.
+    """
+    for job in jobs:
+        found = job.metadata or {}
+        if job.status.is_terminal() or (found.get(STAGE), found.get(FOLDER)) != (stage, folder):
+            continue
+        raise ClusterError(
+            f"The job {job.submission_id} does {stage} of the run {run} with another config. Wait "
+            f"for its end, stop it (polystill stop {job.submission_id} --address …), or give this "
+            "run another name."
+        )
 
 
 def list_jobs(client: JobSubmissionClient, run: str | None = None) -> list[JobDetails]:

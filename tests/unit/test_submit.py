@@ -1,17 +1,36 @@
 """Submission ids, uploads and log lines: what needs no cluster."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from ray._private.runtime_env.packaging import get_uri_for_directory
 from ray.job_submission import JobStatus
 
+from jobs import distill, stages
 from jobs.follow import LogLines, follow
 from jobs.local_head import local_head
-from jobs.submit import PACKAGES, build_upload, choose_submission, submission_id
+from jobs.plan import layout_of
+from jobs.run_lock import alone
+from jobs.submit import (
+    DIGEST,
+    FOLDER,
+    PACKAGES,
+    RUN,
+    STAGE,
+    build_upload,
+    choose_submission,
+    submission_id,
+    submit_stage,
+)
 from pipeline.errors import ClusterError, ConfigError
+from pipeline.loading import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_ids_name_run_stage_digest_and_attempt():
@@ -50,6 +69,114 @@ def test_ids_name_run_stage_digest_and_attempt():
 )
 def test_a_going_job_is_attached_to_and_an_ended_one_followed(known, expected):
     assert choose_submission(known.items(), "r", "score", "d") == expected
+
+
+class JobServer:
+    """A job server that takes whatever it is offered."""
+
+    def __init__(self, *jobs: SimpleNamespace):
+        self.jobs = list(jobs)
+
+    def list_jobs(self) -> list[SimpleNamespace]:
+        return self.jobs
+
+    def submit_job(self, submission_id: str, metadata: dict[str, str], **_: Any) -> str:
+        self.jobs.append(job(submission_id, metadata))
+        return submission_id
+
+
+def job(name: str, metadata: dict[str, str] | None, status=JobStatus.RUNNING) -> SimpleNamespace:
+    return SimpleNamespace(submission_id=name, status=status, start_time=0, metadata=metadata)
+
+
+def submit(server: JobServer, stage="train", digest="new", folder="/out/runs/r") -> str:
+    return submit_stage(
+        server,  # pyright: ignore[reportArgumentType]
+        run="r",
+        stage=stage,
+        digest=digest,
+        folder=folder,
+        entrypoint="python",
+        working_dir=None,
+        env_vars={},
+    )
+
+
+@pytest.mark.parametrize("status", [JobStatus.RUNNING, JobStatus.PENDING])
+def test_a_stage_that_goes_with_another_config_is_not_started_beside_it(status: JobStatus):
+    server = JobServer()
+    first = submit(server, digest="old")
+    server.jobs[0].status = status
+    with pytest.raises(ClusterError, match=rf"{first} does train of the run r .*stop {first} "):
+        submit(server)
+    assert submit(server, digest="old") == first and len(server.jobs) == 1
+    server.jobs[0].status = JobStatus.FAILED
+    assert submit(server) == "r-train-new-a1"
+
+
+def test_other_stages_folders_and_foreign_jobs_stand_in_nobodys_way():
+    server = JobServer(job("foreign", None))
+    submit(server, digest="old", stage="round2-train")
+    submit(server, digest="old", folder="/elsewhere/runs/r")
+    assert submit(server) == "r-train-new-a1"
+    assert server.jobs[-1].metadata == {
+        RUN: "r", STAGE: "train", DIGEST: "new", FOLDER: "/out/runs/r"
+    }  # fmt: skip
+
+
+def test_a_lock_is_held_by_one_process_and_gone_with_it(tmp_path: Path):
+    path = str(tmp_path / "new folder" / "run.lock")
+    holding = f"from jobs.run_lock import alone\nwith alone({path!r}, 'work'): print(1); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-u", "-c", holding],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == b"1\n"
+    with pytest.raises(
+        ClusterError, match=rf"the run r goes on .*process {holder.pid} on "
+    ) as told:
+        alone(path, "the run r").__enter__()
+    assert path in str(told.value)
+    holder.kill()
+    holder.communicate()
+    with alone(path, "the run r"):
+        assert f"process {os.getpid()} " in Path(path).read_text()
+    with alone(path, "the run r"):
+        pass
+
+
+def test_two_commands_with_heads_of_their_own_do_not_share_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = load_config(
+        ROOT / "examples/quickstart/config.yaml", [f"storage.root={tmp_path}", "name=r"]
+    )
+    monkeypatch.setattr(distill, "cluster", lambda *_: pytest.fail("a head is started"))
+    lock = layout_of(config).lock
+    with alone(lock("run"), "x"), pytest.raises(ClusterError, match="the run r goes on"):
+        distill.run(config, None, lambda line: None)
+    # On a cluster jobs tell, so the lock is not asked for.
+    with alone(lock("run"), "x"), pytest.raises(pytest.fail.Exception, match="a head"):
+        shared = config.storage.model_copy(update={"shared_roots": ["/"]})
+        distill.run(config.model_copy(update={"storage": shared}), "http://h", lambda line: None)
+
+
+@pytest.mark.parametrize("stage", stages.ALONE)
+def test_a_stage_that_writes_in_place_runs_once_whoever_starts_it(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = load_config(
+        ROOT / "examples/quickstart/config.yaml", [f"storage.root={tmp_path}", "name=r"]
+    )
+    monkeypatch.setattr(stages, "join_cluster", lambda: None)
+    monkeypatch.setitem(stages.STAGES, stage, lambda *_: pytest.fail("it runs"))
+    with (
+        alone(layout_of(config).lock(stage), "x"),
+        pytest.raises(ClusterError, match=f"{stage} of the run r goes on"),
+    ):
+        stages.run_stage(stage, config)
 
 
 def make_packages(root: Path) -> Path:
