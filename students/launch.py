@@ -28,6 +28,7 @@ from pipeline.errors import DistillationError, TrainingError
 from pipeline.fingerprint import differences
 from pipeline.training import TrainingJob
 from students.checkpoint import check_resume, prepare_resume
+from students.deepspeed_options import check_deepspeed_options
 from students.progress import FollowedMetrics, describe
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ def train_student(job: TrainingJob) -> dict[str, Any]:
     Raises:
         TrainingError: the folder holds another training, or the workers failed more often than
             allowed.
+        ConfigError: DeepSpeed refuses its block.
     """
     if "://" in job.folder:
         raise TrainingError(
@@ -49,6 +51,7 @@ def train_student(job: TrainingJob) -> dict[str, Any]:
         )
     if storage.exists(job.summary_path):
         return _finished(job)
+    check_deepspeed_options(job.config.training.deepspeed)
     resumed, training = prepare_resume(job), job.config.training
     logger.info(
         "%s: step %d of %d, workers: %d",
@@ -89,10 +92,12 @@ def check_training(job: TrainingJob) -> None:
 
     Raises:
         TrainingError: it holds another training, or a checkpoint that does not fit.
+        ConfigError: DeepSpeed refuses its block.
     """
     if storage.exists(job.summary_path):
         _finished(job)
     else:
+        check_deepspeed_options(job.config.training.deepspeed)
         check_resume(job)
 
 
