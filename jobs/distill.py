@@ -16,7 +16,7 @@ from jobs.follow import PREAMBLE, failure_message, follow
 from jobs.local_head import local_head
 from jobs.plan import STAGES, StagePlan, layout_of, make_plan, plan_rounds, round_layouts, stages_of
 from jobs.run_lock import alone
-from jobs.submit import build_upload, connect, job_logs, submit_stage
+from jobs.submit import DETACHED, build_upload, connect, job_logs, submit_stage
 from pipeline import storage
 from pipeline.config import Config
 from pipeline.config_base import Resources
@@ -27,7 +27,6 @@ from pipeline.rounds import rounds_of
 
 PACKAGES_ROOT = Path(jobs.__file__).resolve().parent.parent
 LOCAL_CUSTOM_RESOURCE = 1000.0
-DETACHED = "run"
 
 Say = Callable[[str], object]
 
@@ -110,12 +109,22 @@ def run_job(
     Args:
         name: of the work, as it stands in the job's id; equal names mean equal commands.
 
+    An interrupt ends the following alone, unless the job's head ends with this command.
+
     Raises:
         ClusterError: the job failed or was stopped; the message has its last lines.
     """
     identifier = submit(client, config, name, command)
     say(f"job {identifier}")
-    status = follow(client, identifier, lambda line: PREAMBLE.match(line) or say(line))
+    try:
+        status = follow(client, identifier, lambda line: PREAMBLE.match(line) or say(line))
+    except KeyboardInterrupt:
+        if address is not None:
+            say(
+                f"the job {identifier} goes on; stop it with: polystill stop {identifier} "
+                f"--address {address}"
+            )
+        raise
     show_all = f"polystill logs {identifier} --address {address}"
     if address is None:
         show_all = _keep_log(config, client, identifier)

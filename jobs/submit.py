@@ -8,7 +8,7 @@ the next attempt.
 import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from jobs.connection import cluster_errors
 from jobs.connection import connect as connect
 from jobs.connection import job_server_address_inside_job as job_server_address_inside_job
+from jobs.plan import STAGES
 from pipeline.errors import ClusterError, ConfigError
 
 # Code, configs and templates; never results that somebody keeps inside a package's folder.
@@ -27,6 +28,8 @@ PACKAGES = ("pipeline", "teachers", "students", "jobs")
 # submission id.
 RUN, STAGE, DIGEST = "polystill.run", "polystill.stage", "polystill.digest"
 FOLDER = "polystill.folder"
+# The stage of a job that submits all others of its run.
+DETACHED = "run"
 
 
 def build_upload(packages_root: Path, config_text: str, folder: Path) -> Path:
@@ -247,6 +250,36 @@ def stop_job(client: JobSubmissionClient, submission_id: str, timeout: float = 6
         f"The job {submission_id} is still {status}, {timeout:.0f} seconds after it was asked to "
         "stop."
     )
+
+
+def stop_with_stages(
+    client: JobSubmissionClient, submission_id: str, timeout: float = 60.0
+) -> Iterator[tuple[str, JobStatus]]:
+    """Stops a job; with the job of a detached run also that of the stage which it has begun.
+
+    Yields:
+        The id and last status of each, as it has ended.
+
+    Raises:
+        ClusterError: as in `stop_job`.
+    """
+    # In this order: else the run would begin its next stage.
+    yield submission_id, stop_job(client, submission_id, timeout)
+    jobs = list_jobs(client)
+    stopped = next((job.metadata or {} for job in jobs if job.submission_id == submission_id), {})
+    if stopped.get(STAGE) != DETACHED:
+        return
+    going = {
+        job.submission_id or "": found[STAGE]
+        for job in jobs
+        if not job.status.is_terminal()
+        and (found := job.metadata or {}).get(FOLDER) == stopped[FOLDER]
+    }
+    if DETACHED in going.values():
+        return  # a later attempt, whose stages these are
+    for name, stage in going.items():
+        if re.sub(r"^round\d+-", "", stage) in STAGES:
+            yield name, stop_job(client, name, timeout)
 
 
 def job_logs(client: JobSubmissionClient, submission_id: str) -> str:

@@ -22,6 +22,7 @@ from jobs.submit import (
     job_logs,
     list_jobs,
     stop_job,
+    stop_with_stages,
     submit_stage,
 )
 from pipeline.errors import ClusterError
@@ -114,6 +115,22 @@ def test_a_running_job_is_attached_to_and_stopped_then_followed_by_a_new_attempt
     assert again == "tests-sleep-0a1b-a2"
     assert follow(client, again, lambda line: None) == JobStatus.SUCCEEDED
     assert submit(client, "sleep", "pass", folder="/another") == "tests-sleep-0a1b-a3"
+
+
+def test_a_detached_run_is_stopped_with_its_stage(client):
+    sleeper = "import time; print('asleep', flush=True); time.sleep(600)"
+    run, train, other = (
+        submit(client, stage, sleeper, folder=folder, digest=folder[1:])
+        for stage, folder in (("run", "/g"), ("train", "/g"), ("train", "/h"))
+    )
+    for name in (run, train):
+        wait_for_line(client, name, "asleep\n")
+    assert list(stop_with_stages(client, run, timeout=30)) == [
+        (run, JobStatus.STOPPED),
+        (train, JobStatus.STOPPED),
+    ]
+    assert not client.get_job_status(other).is_terminal()
+    assert stop_job(client, other, timeout=30) == JobStatus.STOPPED
 
 
 def test_jobs_are_listed_by_run(client):

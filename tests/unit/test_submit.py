@@ -12,6 +12,7 @@ from ray._private.runtime_env.packaging import get_uri_for_directory
 from ray.job_submission import JobStatus
 
 from jobs import distill, stages
+from jobs.__main__ import main
 from jobs.follow import LogLines, follow
 from jobs.local_head import local_head
 from jobs.plan import layout_of
@@ -24,6 +25,7 @@ from jobs.submit import (
     STAGE,
     build_upload,
     choose_submission,
+    stop_with_stages,
     submission_id,
     submit_stage,
 )
@@ -84,6 +86,17 @@ class JobServer:
         self.jobs.append(job(submission_id, metadata))
         return submission_id
 
+    def stop_job(self, submission_id: str) -> None:
+        found = self._job(submission_id)
+        if not found.status.is_terminal():
+            found.status = JobStatus.STOPPED
+
+    def get_job_status(self, submission_id: str) -> JobStatus:
+        return self._job(submission_id).status
+
+    def _job(self, submission_id: str) -> SimpleNamespace:
+        return next(job for job in self.jobs if job.submission_id == submission_id)
+
 
 def job(name: str, metadata: dict[str, str] | None, status=JobStatus.RUNNING) -> SimpleNamespace:
     return SimpleNamespace(submission_id=name, status=status, start_time=0, metadata=metadata)
@@ -122,6 +135,72 @@ def test_other_stages_folders_and_foreign_jobs_stand_in_nobodys_way():
     assert server.jobs[-1].metadata == {
         RUN: "r", STAGE: "train", DIGEST: "new", FOLDER: "/out/runs/r"
     }  # fmt: skip
+
+
+def stop(server: JobServer, name: str) -> dict[str, JobStatus]:
+    return dict(stop_with_stages(server, name))  # pyright: ignore[reportArgumentType]
+
+
+def test_with_a_detached_run_its_stage_is_stopped_and_nothing_else():
+    server = JobServer(job("foreign", None))
+    done = submit(server, stage="score")
+    server.jobs[-1].status = JobStatus.SUCCEEDED
+    run, stage = submit(server, stage="run"), submit(server, stage="round2-train")
+    others = [
+        submit(server, stage="train", folder="/out/runs/another"),
+        submit(server, stage="regenerate-0a1b"),
+    ]
+    # The run first, or it would begin its next stage.
+    assert list(stop(server, run).items()) == [
+        (run, JobStatus.STOPPED), (stage, JobStatus.STOPPED)
+    ]  # fmt: skip
+    going = [job.submission_id for job in server.jobs if job.status == JobStatus.RUNNING]
+    assert going == ["foreign", *others] and done not in going
+
+
+def test_an_earlier_attempt_has_no_stage_any_more_and_a_stage_stops_alone():
+    server = JobServer()
+    first = submit(server, stage="run")
+    server.jobs[-1].status = JobStatus.FAILED
+    second, stage = submit(server, stage="run"), submit(server)
+    assert stop(server, first) == {first: JobStatus.FAILED}
+    assert stop(server, stage) == {stage: JobStatus.STOPPED}
+    assert stop(server, second) == {second: JobStatus.STOPPED}
+
+
+@pytest.mark.parametrize("address", [None, "http://head"])
+def test_an_interrupt_says_what_goes_on_in_a_cluster(
+    address: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    config = load_config(ROOT / "examples/quickstart/config.yaml")
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill, "submit", lambda *_: "r-train-a-a1")
+    monkeypatch.setattr(distill, "follow", interrupted)
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        distill.run_stage(None, address, config, "train", said.append)  # pyright: ignore
+    stopping = "stop it with: polystill stop r-train-a-a1 --address http://head"
+    goes_on = [f"the job r-train-a-a1 goes on; {stopping}"] if address else []
+    assert said == ["job r-train-a-a1", *goes_on]
+
+
+@pytest.mark.parametrize(("status", "code"), [(JobStatus.SUCCEEDED, 0), (JobStatus.FAILED, 1)])
+def test_logs_are_followed_to_the_end(
+    status: JobStatus,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    client = UnsteadyClient(num_looks=1)
+    client.get_job_status = lambda _: status
+    monkeypatch.setattr("jobs.submit.connect", lambda url: client)
+    assert main(["logs", "r-run-a-a1", "--address", "http://head", "--follow"]) == code
+    printed = capsys.readouterr()
+    assert printed.out == client.LOG
+    assert printed.err == ("polystill: the job r-run-a-a1 ended as FAILED\n" if code else "")
 
 
 def test_a_lock_is_held_by_one_process_and_gone_with_it(tmp_path: Path):
