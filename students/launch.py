@@ -29,6 +29,7 @@ from pipeline.fingerprint import differences
 from pipeline.training import TrainingJob
 from students.checkpoint import check_resume, prepare_resume
 from students.deepspeed_options import check_deepspeed_options
+from students.full_disk import full_disk_told
 from students.progress import FollowedMetrics, describe
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ def train_student(job: TrainingJob) -> dict[str, Any]:
         TrainingError: the folder holds another training, or the workers failed more often than
             allowed.
         ConfigError: DeepSpeed refuses its block.
+        StorageError: the disk is full; its checkpoints are kept.
     """
     if "://" in job.folder:
         raise TrainingError(
@@ -64,7 +66,7 @@ def train_student(job: TrainingJob) -> dict[str, Any]:
         logger.warning(REMOVED_LOCK, lock)
     scratch = Path(job.folder, "ray_train")
     try:
-        with FollowedMetrics(job):
+        with FollowedMetrics(job), full_disk_told(job.folder):
             _trainer(job, scratch).fit()
     except ray.train.ControllerError as error:
         if isinstance(error.controller_failure, DistillationError):
@@ -195,7 +197,8 @@ def _worker(config: dict[str, Any]) -> None:
 
     device = get_device()
     assert isinstance(device, torch.device)  # a list only for workers with several GPUs
-    train(job, device)
+    with full_disk_told(job.folder):
+        train(job, device)
 
 
 def _finished(job: TrainingJob) -> dict[str, Any]:
