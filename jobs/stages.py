@@ -86,19 +86,22 @@ def _score(config: Config, layout: Layout) -> Outcome:
 
 
 def _train(config: Config, layout: Layout) -> Outcome:
+    from students.checkpoint import seconds_before
     from students.launch import train_student
     from teachers.pool import check_placement
 
+    started = time.time()
     prepared, dataset = _scored(config, layout)
     if not config.cluster.autoscaling:
         training = config.training
         check_placement("the student", training.resources, ray.nodes(), training.workers)
-    figures = {
-        job.student: train_student(job) for job in training_jobs(config, layout, prepared, dataset)
-    }
+    jobs = training_jobs(config, layout, prepared, dataset)
+    before = sum(seconds_before(job) for job in jobs)
+    figures = {job.student: train_student(job) for job in jobs}
     return {
         "key": stage_key(config, layout, prepared, "train"),
         "figures": figures,
+        "seconds": before + time.time() - started,
         # Of the summaries, which count all starts.
         "worker_seconds": config.training.workers * sum(f["seconds"] for f in figures.values()),
         "summary": "; ".join(
@@ -146,9 +149,11 @@ STAGES: dict[str, Callable[[Config, Layout], Outcome]] = {
 
 
 def _keep_record(layout: Layout, stage: str, record: Outcome) -> None:
-    """Writes the record of a stage; what earlier runs of the same work took is added."""
+    """Writes the record of a stage; what earlier runs of the same work took is added (train counts
+    that by its checkpoints).
+    """
     before = read_record(layout, stage)
-    if before.get("key") == record["key"]:
+    if stage != "train" and before.get("key") == record["key"]:
         record["seconds"] += before["seconds"]
         took = Counter(before.get("engine_seconds", {}))
         took.update(record.get("engine_seconds", {}))
