@@ -13,7 +13,7 @@ from ray.job_submission import JobStatus
 
 from jobs import distill, stages
 from jobs.__main__ import main
-from jobs.follow import LogLines, follow
+from jobs.follow import LogLines, failure_message, follow
 from jobs.local_head import local_head
 from jobs.plan import layout_of
 from jobs.run_lock import alone
@@ -350,6 +350,26 @@ def test_following_survives_dropped_streams_and_unanswered_questions():
     assert follow(client, "job", written.append, poll_seconds=0.01) == JobStatus.SUCCEEDED
     assert written == client.LOG.splitlines()
     assert client.streams > 1
+
+
+def failure(*log: str) -> list[str]:
+    client = SimpleNamespace(
+        get_job_info=lambda _: SimpleNamespace(status="FAILED", driver_exit_code=1, message=None),
+        get_job_logs=lambda _: "\n".join(log),
+    )
+    first, *shown, last = failure_message(client, "id", "less id.log").splitlines()  # pyright: ignore
+    assert first.startswith("The job id ended as FAILED") and last == "All of it: less id.log"
+    return [line.removeprefix("  ") for line in shown]
+
+
+def test_a_reason_of_many_lines_is_shown_from_its_headline_on():
+    numbered = [f"  id {i} is 'a', the student's is 'b'" for i in range(100)]
+    reason = ["polystill: teachers and student must share one vocabulary", *numbered[:24]]
+    assert failure("loading", *reason) == reason
+    longest = failure("loading", reason[0], *numbered)
+    assert longest == [reason[0], *numbered[:29], "… 41 lines …", *numbered[-30:]]
+    # A traceback says at its end what is wrong.
+    assert failure("loading", *numbered) == numbered[-15:]
 
 
 def test_following_gives_up_on_a_server_that_stays_away():
