@@ -20,6 +20,13 @@ MEMORY_ADVICE = (
     "Ray ended processes of it because the node ran out of memory: free some, or give the stage a "
     "larger node."
 )
+WRONG_PYTHON = re.compile(
+    r"\bpython: (command )?not found|No module named '?(ray|yaml|pydantic|pyarrow)"
+)
+PYTHON_ADVICE = (
+    "Jobs run the `python` that the node's Ray finds first: put polystill's .venv/bin at the start "
+    "of PATH there, then start Ray again."
+)
 COMMAND_ERROR = "polystill: "
 LONGEST_REASON = 60  # lines; a few teachers' vocabularies fit, a worker's traceback does not
 # Ray's own two lines at the top of every job's log.
@@ -170,7 +177,8 @@ def failure_message(
     else:
         shown = (printed or (info.message or "Ray gives no reason.").splitlines())[-lines:]
     told = [*log, *(info.message or "").splitlines()]
-    why = [MEMORY_ADVICE] if any(OUT_OF_MEMORY.search(line) for line in told) else []
+    causes = {MEMORY_ADVICE: OUT_OF_MEMORY, PYTHON_ADVICE: WRONG_PYTHON}
+    why = [advice for advice, words in causes.items() if any(map(words.search, told))]
     code = "" if info.driver_exit_code is None else f" with exit code {info.driver_exit_code}"
     return "\n".join(
         [

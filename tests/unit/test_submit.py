@@ -372,6 +372,22 @@ def test_a_reason_of_many_lines_is_shown_from_its_headline_on():
     assert failure("loading", *numbered) == numbered[-15:]
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "/bin/sh: 1: python: not found",
+        "bash: line 1: python: command not found",
+        "ModuleNotFoundError: No module named 'yaml'",
+        "ModuleNotFoundError: No module named 'pydantic'",
+    ],
+)
+def test_a_head_that_was_started_with_another_python_is_explained(said: str):
+    assert "put polystill's .venv/bin at the start of PATH" in failure(said)[-1]
+    assert failure("ModuleNotFoundError: No module named 'house_rules'") == [
+        "ModuleNotFoundError: No module named 'house_rules'"
+    ]
+
+
 def test_following_gives_up_on_a_server_that_stays_away():
     def no_answer(_job):
         raise ConnectionError("refused")
