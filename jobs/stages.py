@@ -112,11 +112,14 @@ def _train(config: Config, layout: Layout) -> Outcome:
 
 
 def _export(config: Config, layout: Layout) -> Outcome:
+    from jobs.holdout import run_on_evaluation_resources
     from students.export import export_student
 
     prepared, dataset = _scored(config, layout)
     figures = {
-        job.student: export_student(job, layout.export_folder(job.student))
+        job.student: run_on_evaluation_resources(
+            config, export_student, job, layout.export_folder(job.student)
+        )
         for job in training_jobs(config, layout, prepared, dataset)
     }
     return {
