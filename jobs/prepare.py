@@ -146,6 +146,10 @@ def _check_upstream_options(config: Config) -> None:
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from error
     check_sampling(config)
+    if config.training.deepspeed:
+        from students.deepspeed_options import check_deepspeed_options
+
+        check_deepspeed_options(config.training.deepspeed)
 
 
 def _check_prompts(config: Config, prompts: Sequence[Prompt]) -> None:

@@ -100,6 +100,18 @@ def check_resume(job: TrainingJob) -> Resume | None:
     return Resume(path, state, needs_conversion(old, new), allowed)
 
 
+def seconds_before(job: TrainingJob) -> float:
+    """Seconds that earlier starts of a training took, up to what they have left behind.
+
+    Raises:
+        TrainingError: its checkpoint belongs to another training.
+    """
+    if storage.exists(job.summary_path):
+        return storage.read_json(job.summary_path)["seconds"]
+    resume = check_resume(job)
+    return resume.state.seconds if resume is not None else 0.0
+
+
 def prepare_resume(job: TrainingJob) -> Resume | None:
     """`check_resume`, and the universal form of the checkpoint where the workers need that; one
     process calls it before the workers start.

@@ -9,7 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from jobs import stages
 from jobs.__main__ import _load, main, parse
+from jobs.plan import read_record
+from pipeline import storage
 from pipeline.config_training import IDENTITY
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.layout import Layout
@@ -97,13 +100,44 @@ def test_old_checkpoints_go_only_after_a_newer_one_is_complete(tmp_path):
     assert check_resume(training).state.step == 30
 
 
-@pytest.mark.parametrize("stages", list(itertools.product(range(4), range(4))))
-def test_stages_and_workers_that_resume_and_how(tmp_path, stages):
-    old, new = stages
+def test_the_seconds_of_training_are_those_of_all_its_starts(tmp_path, monkeypatch):
+    """A start was killed after a checkpoint of the twin and the end of the student."""
+    student = job(tmp_path)
+    twin = dataclasses.replace(student, student="twin")
+    clock = SimpleNamespace(now=1000.0)
+
+    def train(job):
+        clock.now += 7
+        summary = {"steps": 20, "tokens": 200, "seconds": 47.0 if job is twin else 300.0}
+        storage.write_json(job.summary_path, summary)
+        return summary
+
+    monkeypatch.setattr(stages, "time", SimpleNamespace(time=lambda: clock.now))
+    monkeypatch.setattr(stages, "ray", SimpleNamespace(nodes=list))
+    monkeypatch.setattr(stages, "_scored", lambda *_: (None, "d"))
+    monkeypatch.setattr(stages, "stage_key", lambda *_: "key")
+    monkeypatch.setattr(stages, "training_jobs", lambda *_: [student, twin])
+    monkeypatch.setattr("teachers.pool.check_placement", lambda *_: None)
+    monkeypatch.setattr("students.launch.train_student", train)
+    storage.write_json(student.summary_path, {"steps": 20, "tokens": 200, "seconds": 300.0})
+    save_checkpoint(Engine(), twin, TrainingState(10, 100, 40.0))
+
+    outcome = stages._train(student.config, student.layout)
+    assert outcome["seconds"] == 300 + 40 + 2 * 7
+    # Again, as when a file of the weights was lost: all of it is known already.
+    stages._keep_record(student.layout, "train", outcome)
+    again = stages._train(student.config, student.layout)
+    stages._keep_record(student.layout, "train", again)
+    assert read_record(student.layout, "train")["seconds"] == 300 + 47 + 2 * 7
+
+
+@pytest.mark.parametrize("old_new", list(itertools.product(range(4), range(4))))
+def test_stages_and_workers_that_resume_and_how(tmp_path, old_new):
+    old, new = old_new
     save(job(tmp_path, old, workers=2), 10)
     for workers in (1, 2, 4):
         wanted = job(tmp_path, new, workers)
-        if stages in WORKS:
+        if old_new in WORKS:
             assert check_resume(wanted).universal == (old > 0 and (old != new or workers != 2))
             continue
         at = {0: "0", 1: "1 or 2", 2: "1 or 2", 3: "3"}[old]

@@ -13,10 +13,11 @@ import ray
 
 from pipeline.config_training import CrossEntropy
 from pipeline.datasets import read_dataset, write_dataset
-from pipeline.errors import TrainingError
+from pipeline.errors import StorageError, TrainingError
 from students.checkpoint import latest_complete
 from students.export import export_student
 from students.launch import remove_stale_build_locks, train_student
+from tests.support.disks import small_disk
 from tests.support.trainings import (
     STEPS,
     TOLERANCE,
@@ -89,6 +90,29 @@ def test_resume_on_other_workers_and_at_other_stages(run, reference, material, s
                 name,
                 key,
             )
+
+
+def test_a_full_disk_is_told_once_and_training_goes_on_when_there_is_room(
+    run, material, reference, tmp_path
+):
+    with small_disk(tmp_path / "disk", mebibytes=8) as disk:
+        if not disk.mounted:
+            pytest.skip("a disk that fills up is a tmpfs here: mounting one needs root")
+        job = make_job(material, "full", max_failures=2)
+        job = dataclasses.replace(
+            job, layout=dataclasses.replace(job.layout, models_root=str(disk.folder))
+        )
+        with pytest.raises(InterruptedError):
+            run(job, stop_before=3)
+        # Room for metrics and Ray Train's own files; a checkpoint has 200 KB.
+        disk.fill(leave_bytes=100_000)
+        with pytest.raises(StorageError) as told:
+            train_student(job)
+        assert all(part in str(told.value) for part in disk.message_parts), told.value
+        assert latest_complete(job.folder).name == "step-00000002"
+        disk.free()
+        assert train_student(job)["steps"] == STEPS[-1]
+        assert curve(job) == pytest.approx(curve(reference[0]), rel=TOLERANCE)
 
 
 def test_resume_of_another_training_is_refused(run, material):
