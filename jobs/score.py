@@ -11,9 +11,8 @@ from typing import Any
 from jobs.engines import engine_seconds, pool_job
 from jobs.filtering import Filtered, filter_scored
 from jobs.plan import score_key
-from pipeline import storage
 from pipeline.cache_index import is_published, publish, quarantined
-from pipeline.config import Config, TeacherConfig
+from pipeline.config import Config
 from pipeline.config_targets import CombineConfig, LearnedWeights
 from pipeline.datasets import DatasetEntry, read_dataset, write_dataset
 from pipeline.features import FeatureRule, holds_features, teacher_of
@@ -23,6 +22,7 @@ from pipeline.generations import pin_generations
 from pipeline.layout import CacheLayout, Layout
 from pipeline.learned_weights import learn_weights, with_learned
 from pipeline.prepared import Prepared
+from pipeline.recipes import provenance_of
 from pipeline.targets import required_teachers
 from teachers.dispatch import PoolReport
 from teachers.pool import run_pools
@@ -48,9 +48,10 @@ def score(config: Config, layout: Layout, prepared: Prepared, dataset: str) -> d
     seconds = time.monotonic() - started
     for name, cache in caches.items():
         report = reports[teacher_of(name)]
-        if has_new_shards(report, name) or not is_published(cache):
-            provenance = provenance_of(config, name, report, cache)
-            publish(cache, prepared.scoring_recipes[name], provenance)
+        written = new_shards(report, name)
+        if written or not is_published(cache):
+            recipe = prepared.scoring_recipes[name]
+            publish(cache, recipe, provenance_of(config, name), written)
     refused = {name: quarantined(cache) for name, cache in caches.items()}
     combine = config.combine
     if isinstance(combine.weights, LearnedWeights):
@@ -154,30 +155,14 @@ def _layers(tasks: Sequence[ScoringTask]) -> tuple[int, ...]:
     return next((rule.layers for rule in rules if isinstance(rule, FeatureRule)), ())
 
 
-def has_new_shards(report: PoolReport, name: str) -> bool:
-    """Whether the teacher's engines have written to the cache of that name."""
-    return any(name in shard.entries for shard in report.results)
+def new_shards(report: PoolReport, name: str) -> set[str]:
+    """Digests of the shards that the teacher's engines have written to the cache of that name."""
+    return {shard.entries[name].digest for shard in report.results if name in shard.entries}
 
 
 def longest_sequence(entries: Sequence[DatasetEntry]) -> int:
     """Tokens of the longest sequence."""
     return max((entry.num_tokens for entry in entries), default=1)
-
-
-def provenance_of(
-    config: Config, name: str, report: PoolReport, cache: CacheLayout
-) -> dict[str, Any]:
-    """What the manifest keeps of how rows came to be.
-
-    That of the manifest before, where a job was killed before it could name its engines.
-    """
-    if not has_new_shards(report, name) and storage.exists(cache.manifest):
-        return storage.read_json(cache.manifest)["provenance"]
-    teacher = teacher_of(name)
-    asked = config.teachers[teacher]
-    own = isinstance(asked, TeacherConfig)
-    model = {"model": asked.model} if own else {"endpoint_model": asked.endpoint.model}
-    return {"engines": report.engines, "teacher": teacher, **model}
 
 
 def scored_summary(name: str, report: PoolReport, num_quarantined: int) -> str:

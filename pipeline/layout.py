@@ -45,6 +45,9 @@ class CacheLayout:
         """Corrupt shards, out of the way of their successors."""
         return join(self.folder, f"g{self.generation}.aside")
 
+    def quarantine_record(self, sequence_id: str) -> str:
+        return join(self.quarantine, f"{sequence_id}.json")
+
     def shard(self, digest: str) -> str:
         return join(self.shards_folder, f"{digest}.parquet")
 

@@ -32,6 +32,26 @@ from teachers.engine import CapturedRows, Teacher
 from teachers.siblings import Siblings
 
 SEQUENCES_IN_FLIGHT = 256
+ORIGIN = (
+    "engine",
+    "engine_version",
+    "model_runner",
+    "capture",
+    "capture_reason",
+    "prefix_sharing",
+    "hidden_layers",
+    "dtype",
+    "quantization",
+    "device",
+    "num_devices",
+    "api",
+    "url",
+    "served_model",
+    "max_logprobs",
+)
+"""What a shard says of the teacher that made it: all that can change its numbers, and nothing that
+depends on the job.
+"""
 
 
 @dataclass(frozen=True)
@@ -117,7 +137,7 @@ class ScoringTask:
         for output in self.outputs:
             for identifier in self.sequence_ids:
                 storage.write_json(
-                    storage.join(output.cache.quarantine, f"{identifier}.json"),
+                    output.cache.quarantine_record(identifier),
                     {"sequence_id": identifier, "error": error},
                 )
 
@@ -143,12 +163,13 @@ class ScoringTask:
         )
         by_id = {s.sequence_id: each for s, each in zip(sequences, scored, strict=True)}
         in_order = [by_id[identifier] for identifier in self.sequence_ids]
-        entries = {}
+        entries, told = {}, teacher.describe()
+        origin = {key: told[key] for key in ORIGIN if key in told}
         for i, output in enumerate(self.outputs):
             path = output.cache.shard(digest_ids(self.sequence_ids))
             rows = [each.rows[i] for each in in_order]
             entries[output.name] = await asyncio.to_thread(
-                write_shard, path, rows, output.fingerprint
+                write_shard, path, rows, output.fingerprint, origin
             )
         return ScoredShard(
             entries,

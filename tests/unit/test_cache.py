@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from pipeline import storage
 from pipeline.cache import ShardEntry, describe_shard, read_shard, write_shard
-from pipeline.cache_index import is_published, load_index, open_cache, publish
+from pipeline.cache_index import is_published, load_index, open_cache, publish, read_index
 from pipeline.config_targets import TopP
 from pipeline.errors import CacheError, CorruptShardError, StorageError
 from pipeline.fingerprint import digest_ids
@@ -240,6 +241,64 @@ def test_whoever_publishes_last_has_seen_every_shard(
     assert publish(cache, {}, {})["totals"]["num_sequences"] == 3
     assert is_published(cache)
     assert storage.read_json(cache.manifest)["totals"]["num_shards"] == 3
+
+
+def test_a_manifest_that_another_job_writes_late_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two jobs: while one is between its index and its manifest, the other writes a shard and
+    publishes both.
+    """
+    cache = CacheLayout(str(tmp_path / "teacher-abc"), 1)
+    write_group(cache, ["a"])
+    write_json = storage.write_json
+
+    def be_overtaken(uri: str, value: object) -> None:
+        monkeypatch.setattr(storage, "write_json", write_json)
+        write_group(cache, ["b"])
+        publish(cache, {}, {})
+        write_json(uri, value)
+
+    monkeypatch.setattr(storage, "write_json", be_overtaken)
+    assert publish(cache, {}, {})["totals"]["num_sequences"] == 2
+    assert is_published(cache)
+    assert storage.read_json(cache.manifest)["totals"]["num_shards"] == 2
+
+
+def test_killed_between_index_and_manifest_a_cache_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = CacheLayout(str(tmp_path / "teacher-abc"), 1)
+    write_group(cache, ["a"])
+    publish(cache, {}, {})
+    write_group(cache, ["b"])
+
+    def be_killed(uri: str, value: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(storage, "write_json", be_killed)
+        publish(cache, {}, {})
+    assert [entry.digest for entry in load_index(cache)] == [e.digest for e in read_index(cache)]
+    assert not is_published(cache)
+    publish(cache, {}, {})
+    assert is_published(cache)
+
+
+def test_the_index_describes_what_the_job_itself_has_written(tmp_path: Path) -> None:
+    """Another machine's last bits make another shard of one name, and often of the same size."""
+    cache = CacheLayout(str(tmp_path / "teacher-abc"), 1)
+    row = make_row("a", 10, 1)
+    first = write_shard(cache.shard(digest_ids(["a"])), [row], "f")
+    publish(cache, {}, {})
+    for bits in range(1, 64):
+        moved = replace(row, gold_logprobs=(row.gold_logprobs.view("u2") ^ bits).view("f2"))
+        again = write_shard(cache.shard(first.digest), [moved], "f")
+        if again.num_bytes == first.num_bytes:
+            break
+    assert again.num_bytes == first.num_bytes and again.checksum != first.checksum
+    publish(cache, {}, {}, {first.digest})
+    assert load_index(cache) == [again]
 
 
 def test_a_deleted_shard_is_missing_whatever_the_index_says(tmp_path: Path) -> None:

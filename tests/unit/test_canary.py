@@ -1,12 +1,20 @@
 """What is concluded from canaries, and what they consist of."""
 
+import asyncio
 import math
 
 import numpy as np
 import pytest
 
 from pipeline.errors import TeacherError
-from teachers.canary import HEAD_ENTRIES, MEAN_TOLERANCES, Canary, full_step, refuse_difference
+from teachers.canary import (
+    HEAD_ENTRIES,
+    MEAN_TOLERANCES,
+    Canary,
+    ControlTask,
+    full_step,
+    refuse_difference,
+)
 from teachers.engine import CapturedRows
 
 ENGINE = {"engine_version": "0.32.0", "dtype": "float32", "quantization": None, "device": "here"}
@@ -66,3 +74,22 @@ def test_the_full_step_overflows_one_step_and_no_more(
     assert [len(sequence) for sequence in sequences] == [length] * count
     assert len({sequence[0] for sequence in sequences}) == count
     assert all(0 <= token < 512 for sequence in sequences for token in sequence)
+
+
+@pytest.mark.parametrize("scores", [True, False])
+def test_a_control_asks_for_what_every_teacher_of_its_kind_can_do(scores: bool) -> None:
+    asked: list[tuple] = []
+
+    class Asked:
+        def canary(self) -> Canary | None:
+            return canary() if scores else None
+
+        async def score(self, *arguments: object) -> None:
+            asked.append(("score", *arguments))
+
+        async def generate(self, *arguments: object) -> None:
+            asked.append(("generate", *arguments))
+
+    asyncio.run(ControlTask().run(Asked()))  # pyright: ignore[reportArgumentType]
+    (found,) = asked
+    assert found[0] == ("score" if scores else "generate") and max(found[1]) < 20

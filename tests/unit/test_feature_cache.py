@@ -17,7 +17,7 @@ from jobs import regenerate
 from jobs.caches import collect_garbage, open_run, status, verify
 from jobs.regenerate import Request, regenerate_inside_job
 from pipeline import storage
-from pipeline.cache import describe_shard, read_features, read_rows, read_shard, write_shard
+from pipeline.cache import describe_shard, open_shard, read_features, read_shard, write_shard
 from pipeline.cache_index import open_cache, open_features
 from pipeline.cache_verify import row_problems
 from pipeline.errors import CacheError, ConfigError, CorruptShardError
@@ -266,7 +266,7 @@ def test_a_forced_regeneration_captures_both_again(run: FabricatedRun, pools: Fa
     for name in ("words", NAME):
         cache = replace(open_run(run.config).caches[name], generation=2)
         shards = storage.list_files(cache.shards_folder, ".parquet")
-        held = [r.sequence_id for i in shards for r in read_rows(cache.shard(i.base_name[:-8]))]
+        held = [s for i in shards for s in open_shard(cache.shard(i.base_name[:-8])).identifiers]
         assert len(held) == len(set(held)) == 8
 
 

@@ -99,6 +99,9 @@ class FromTheTables:
     def __init__(self, name, captured):
         self.name, self.captured = name, captured
 
+    def describe(self):
+        return {}
+
     async def score(
         self, input_ids, first_index, earlier=None, *, distributions=True, states=False
     ):

@@ -26,6 +26,9 @@ class Recorder:
     def __init__(self) -> None:
         self.asked: list[int] = []
 
+    def describe(self) -> dict[str, str | float]:
+        return {"engine": "recorder", "load_seconds": 1.5}
+
     async def score(
         self,
         input_ids: list[int],
