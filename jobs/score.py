@@ -59,7 +59,8 @@ def score(config: Config, layout: Layout, prepared: Prepared, dataset: str) -> d
             layout, prepared.distributions(layout), fingerprints, dataset, entries
         )
         combine = with_learned(combine, learned)
-    covered = [entry for entry in entries if is_covered(combine, entry, refused)]
+    of_distributions = {name: refused[name] for name in prepared.distributions(layout)}
+    covered = [entry for entry in entries if is_covered(combine, entry, of_distributions)]
     if len(covered) < len(entries):
         logger.warning(
             "%d sequences are left out of training: every teacher that weighs anything in their "
@@ -91,7 +92,7 @@ def is_covered(
     """Whether a teacher that weighs anything in the sequence's domain has a row for it.
 
     Args:
-        refused: by teacher, the sequences that it has quarantined.
+        refused: by teacher, the sequences whose distributions it has quarantined.
     """
     weighing = required_teachers(combine, list(refused), entry.domain)
     return any(entry.sequence_id not in refused[name] for name in weighing)
