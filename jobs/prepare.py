@@ -27,7 +27,7 @@ from pipeline.recipes import cache_recipes
 from pipeline.records import Prompt
 from pipeline.synthesis_steps import steps_of
 from teachers.identity import check_model, model_identity, student_identity
-from teachers.layers import check_layers, text_config
+from teachers.layers import check_layers, hidden_sizes, text_config
 from teachers.vllm_options import check_engine_arguments, check_sampling_parameters
 from teachers.vocabulary import check_vocabularies, load_tokenizer, prompt_ids
 
@@ -74,6 +74,7 @@ def prepare(config: Config) -> Prepared:
             config, config.synthesis.filters_after_scoring, identities, tokenizer_digest
         ),
         identities=identities,
+        hidden_sizes=hidden_sizes(config),
     )
     save_prepared(layout, prepared)
     return prepared

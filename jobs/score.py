@@ -144,7 +144,7 @@ def fill_caches(
 def _output(config: Config, prepared: Prepared, name: str, cache: CacheLayout) -> Output:
     recipe = prepared.scoring_recipes[name]
     rule = FeatureRule.of_recipe(recipe) if holds_features(name) else config.scoring.selection
-    return Output(name, cache, digest_json(recipe), rule)
+    return Output(name, cache, digest_json(recipe), rule, prepared.position_bytes(name))
 
 
 def _layers(tasks: Sequence[ScoringTask]) -> tuple[int, ...]:

@@ -154,6 +154,7 @@ class FabricatedRun:
             {},
             {"model": "student"},
             identities=identities,
+            hidden_sizes=dict.fromkeys(config.training.teacher_layers, HIDDEN),
         )
         storage.write_json(self.layout.prepared, asdict(prepared))
         return prepared
