@@ -49,10 +49,20 @@ class DataOrder:
     """Which sequences each step trains on: the epochs one after another, cut into equal batches."""
 
     def __init__(
-        self, shards: Sequence[str], seed: int, dataset_digest: str, sequences_per_step: int
+        self,
+        shards: Sequence[str],
+        seed: int,
+        dataset_digest: str,
+        sequences_per_step: int,
+        origin: int = 0,
     ) -> None:
-        """`shards` names the sequence shard of every sequence, in the dataset's order."""
+        """
+        Args:
+            shards: names the sequence shard of every sequence, in the dataset's order.
+            origin: see `Share`.
+        """
         self._seed, self._digest, self._batch = seed, dataset_digest, sequences_per_step
+        self._origin = origin
         names, codes = np.unique(np.asarray(shards), return_inverse=True)
         self._members = np.split(
             np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1]
@@ -84,7 +94,7 @@ class DataOrder:
 
     def batch(self, step: int) -> np.ndarray:
         """int64[sequences_per_step]: the sequences of a step, counted from 0."""
-        places = np.arange(step * self._batch, (step + 1) * self._batch)
+        places = self._origin + np.arange(step * self._batch, (step + 1) * self._batch)
         epochs, within = np.divmod(places, self._num_sequences)
         return np.concatenate([self.epoch(int(e))[within[epochs == e]] for e in np.unique(epochs)])
 
@@ -95,12 +105,15 @@ class Share:
 
     Attributes:
         vocabulary: rows of the student's head.
+        origin: the place in the order of the data that step 0 would begin at; not 0 where the steps
+            before a resume had batches of another size.
     """
 
     job: TrainingJob
     vocabulary: int
     rank: int
     world_size: int
+    origin: int = 0
 
 
 class BatchSource:
@@ -138,6 +151,7 @@ class BatchSource:
             job.seed,
             job.dataset_digest,
             training.sequences_per_step,
+            share.origin,
         )
 
     def step(self, step: int) -> StepBatch[PackedBatch]:

@@ -29,6 +29,7 @@ from students.universal_checkpoint import (
     convert,
     needs_conversion,
     partitioning,
+    refuse_other_version,
     refused_changes,
     stored_partitioning,
 )
@@ -39,9 +40,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """How far a training has come: optimizer steps, tokens of them, seconds spent in all starts."""
+    """How far a training has come: optimizer steps, sequences and tokens of them, seconds spent in
+    all starts. The number of sequences is the place in the order of the data, whatever the batches
+    of earlier starts were.
+    """
 
     step: int
+    sequences: int
     tokens: int
     seconds: float
 
@@ -78,6 +83,7 @@ def check_resume(job: TrainingJob) -> Resume | None:
     if path is None:
         return None
     stored = storage.read_json(str(path / "state.json"))
+    refuse_other_version(stored, [field.name for field in fields(TrainingState)], path)
     old, new = stored_partitioning(stored, path), partitioning(job)
     changes = differences(stored["identity"], job.identity())
     allowed = [line for line in changes if _is_allowed(line, job)]

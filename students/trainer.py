@@ -54,7 +54,7 @@ def train(job: TrainingJob, device: torch.device) -> None:
         torch.nn.Module.to(model, device)
     check_architecture(model, training.packing)
     data = TrainingData(job, output_head(model).out_features, device)
-    state, resume = TrainingState(step=0, tokens=0, seconds=0.0), check_resume(job)
+    state, resume = TrainingState(step=0, sequences=0, tokens=0, seconds=0.0), check_resume(job)
     universal = resume is not None and resume.universal
     module = StudentModule(model, loss_terms(job), feature_losses(job, model, data.state_widths))
     engine = StudentEngine(module, job, universal)
@@ -64,11 +64,16 @@ def train(job: TrainingJob, device: torch.device) -> None:
     started -= state.seconds
     window_started, window_tokens = time.monotonic(), 0
 
-    for batch in data.training_batches(state.step):
+    for batch in data.training_batches(state.step, state.sequences):
         rate = learning_rate(training, batch.step)
         sums = train_step(engine, batch, rate)
         now, window_tokens = time.monotonic(), window_tokens + batch.num_tokens
-        state = TrainingState(batch.step + 1, state.tokens + batch.num_tokens, now - started)
+        state = TrainingState(
+            batch.step + 1,
+            state.sequences + training.sequences_per_step,
+            state.tokens + batch.num_tokens,
+            now - started,
+        )
         evaluates = is_due(state.step, training.evaluate_every_steps, training)
         saves = is_due(state.step, training.checkpoint_every_steps, training)
         logs = state.step == 1 or is_due(state.step, training.log_every_steps, training)

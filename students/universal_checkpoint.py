@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,14 +56,24 @@ def stored_partitioning(state: dict[str, Any], checkpoint: str | Path) -> Partit
     Raises:
         TrainingError: the checkpoint does not say.
     """
-    if "partitioning" not in state:
-        raise TrainingError(
-            f"checkpoint {checkpoint} does not say on how many workers and at which ZeRO stage it "
-            "was written, so another version of this program made it and it cannot be read: remove "
-            "it to resume from the one before it or to train from the start, or go on with the "
-            "version that wrote it"
-        )
+    refuse_other_version(state, ("partitioning",), checkpoint)
     return Partitioning(**state["partitioning"])
+
+
+def refuse_other_version(
+    state: dict[str, Any], needed: Sequence[str], checkpoint: str | Path
+) -> None:
+    """Refuses a checkpoint whose `state.json` lacks what is needed of it.
+
+    Raises:
+        TrainingError: naming what it lacks.
+    """
+    if missing := [key for key in needed if key not in state]:
+        raise TrainingError(
+            f"checkpoint {checkpoint} does not say its {', '.join(missing)}, so another version of "
+            "this program made it and it cannot be read: remove it to resume from the one before "
+            "it or to train from the start, or go on with the version that wrote it"
+        )
 
 
 def refused_changes(old: Partitioning, new: Partitioning) -> list[str]:

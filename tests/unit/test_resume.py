@@ -76,7 +76,7 @@ def process_group(tmp_path_factory):
 
 def save(job, *steps, fails=False):
     for step in steps:
-        save_checkpoint(Engine(fails), job, TrainingState(step, 10 * step, 1.0))
+        save_checkpoint(Engine(fails), job, TrainingState(step, 8 * step, 10 * step, 1.0))
 
 
 def complete(job):
@@ -90,7 +90,7 @@ def test_old_checkpoints_go_only_after_a_newer_one_is_complete(tmp_path):
         save(training, 30, fails=True)
     assert Path(training.folder, "checkpoints/step-00000030/zero/state.pt").exists()
     assert complete(training) == ["step-00000010", "step-00000020"]
-    assert check_resume(training).state == TrainingState(20, 200, 1.0)
+    assert check_resume(training).state == TrainingState(20, 160, 200, 1.0)
     save(training, 30)
     assert complete(training) == ["step-00000020", "step-00000030"]
     assert len(list(Path(training.folder, "checkpoints").iterdir())) == 2
@@ -111,15 +111,18 @@ def test_stages_and_workers_that_resume_and_how(tmp_path, stages):
             check_resume(wanted)
 
 
-def test_a_checkpoint_that_does_not_say_how_it_was_written_is_named(tmp_path):
+@pytest.mark.parametrize("key", ["partitioning", "sequences"])
+def test_a_checkpoint_that_does_not_say_what_resume_needs_is_named(tmp_path, key):
     training = job(tmp_path)
     save(training, 10)
     path = Path(training.folder, "checkpoints/step-00000010")
     state = json.loads((path / "state.json").read_text())
-    del state["partitioning"]
+    del state[key]
     (path / "state.json").write_text(json.dumps(state))
-    for read in (lambda: check_resume(training), lambda: checkpoint_weights(path)):
-        with pytest.raises(TrainingError, match=r"step-00000010 does not say .*: remove it to"):
+    reads = [lambda: check_resume(training), lambda: checkpoint_weights(path)]
+    for read in reads if key == "partitioning" else reads[:1]:
+        message = rf"step-00000010 does not say its {key}, .*: remove it to"
+        with pytest.raises(TrainingError, match=message):
             read()
 
 
@@ -156,7 +159,7 @@ def test_exceptions_are_named_one_by_one_and_recorded(tmp_path):
     allowed = f"training.allow_resume_with={json.dumps(names)}"
     changed = job(tmp_path, tokenizer="other", overrides=[*changes, allowed])
     resume, engine = check_resume(changed), Engine()
-    assert load_checkpoint(engine, changed, resume) == TrainingState(10, 100, 1.0)
+    assert load_checkpoint(engine, changed, resume) == TrainingState(10, 80, 100, 1.0)
     assert engine.loaded == [resume.path]
     (kept,) = allowed_changes(changed.folder)
     assert kept == {"step": 10, "differences": resume.changes}

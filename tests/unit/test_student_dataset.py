@@ -64,6 +64,17 @@ def test_batches_cut_the_epochs_end_to_end(shards, size, steps):
     assert np.array_equal(DataOrder(shards, 0, DIGEST, size).batch(steps - 1), batches[-1])
 
 
+@given(shards=SHARDS, sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)))
+def test_batches_of_another_size_go_on_where_those_before_ended(shards, sizes):
+    before, after = sizes
+    first = DataOrder(shards, 0, DIGEST, before)
+    begun = np.concatenate([first.batch(step) for step in range(5)])
+    order = DataOrder(shards, 0, DIGEST, after, origin=5 * before - 5 * after)
+    found = np.concatenate([begun, *(order.batch(step) for step in range(5, 8))])
+    epochs = [order.epoch(n) for n in range(-(-len(found) // len(shards)))]
+    assert np.array_equal(found, np.concatenate(epochs)[: len(found)])
+
+
 def test_sequences_are_shuffled_within_windows_of_shards():
     """A reader holds a window's shards decoded; more would be read again and again."""
     shards = [f"shard{n // 4}" for n in range(4 * 3 * SHUFFLE_WINDOW_SHARDS)]

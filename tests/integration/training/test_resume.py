@@ -14,6 +14,8 @@ import ray
 from pipeline.config_training import CrossEntropy
 from pipeline.datasets import read_dataset, write_dataset
 from pipeline.errors import TrainingError
+from pipeline.storage import read_json
+from students.batches import DataOrder
 from students.checkpoint import latest_complete
 from students.export import export_student
 from students.launch import remove_stale_build_locks, train_student
@@ -132,6 +134,20 @@ def test_an_allowed_change_holds_after_the_resume(run, material, tmp_path):
     export_student(job, str(tmp_path / "export"))
     card = (tmp_path / "export" / "README.md").read_text()
     assert "training.weight_decay: 0.1 -> 0.9" in card
+
+
+def test_batches_of_another_size_skip_no_data_and_repeat_none(run, material):
+    """Four steps of 8 sequences before the resume and two of 4 after it."""
+    with pytest.raises(InterruptedError):
+        run(make_job(material, "smaller"), stop_before=5)
+    options = {"sequences_per_step": 4, "allow_resume_with": ["training.sequences_per_step"]}
+    job = run(make_job(material, "smaller", loader_processes=2, **options))
+    assert steps_of(job) == STEPS
+    entries = read_dataset(job.layout, job.dataset_digest)
+    train = [entry for entry in entries if entry.split == "train"]
+    order = DataOrder([e.shard for e in train], job.config.seed, job.dataset_digest, 1)
+    seen = [train[i].num_tokens for place in range(4 * 8 + 2 * 4) for i in order.batch(place)]
+    assert read_json(job.summary_path)["tokens"] == sum(seen)
 
 
 def test_a_killed_worker_is_replaced_and_training_goes_on_exactly(
