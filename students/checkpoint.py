@@ -34,6 +34,8 @@ from students.universal_checkpoint import (
     stored_partitioning,
 )
 
+SHOWN = 10
+
 if TYPE_CHECKING:
     from students.engine import StudentEngine
 
@@ -63,12 +65,14 @@ class Resume:
 
     Attributes:
         universal: it is loaded in its universal form.
+        shapes: of the parameters, by name.
         changes: differences from the training that wrote it, all of them allowed.
     """
 
     path: Path
     state: TrainingState
     universal: bool
+    shapes: dict[str, list[int]]
     changes: list[str]
 
 
@@ -83,7 +87,8 @@ def check_resume(job: TrainingJob) -> Resume | None:
     if path is None:
         return None
     stored = storage.read_json(str(path / "state.json"))
-    refuse_other_version(stored, [field.name for field in fields(TrainingState)], path)
+    needed = [*(field.name for field in fields(TrainingState)), "shapes"]
+    refuse_other_version(stored, needed, path)
     old, new = stored_partitioning(stored, path), partitioning(job)
     changes = differences(stored["identity"], job.identity())
     allowed = [line for line in changes if _is_allowed(line, job)]
@@ -103,7 +108,26 @@ def check_resume(job: TrainingJob) -> Resume | None:
             f"checkpoint {path} is beyond the last step, training.steps is "
             f"{job.config.training.steps}: raise it"
         )
-    return Resume(path, state, needs_conversion(old, new), allowed)
+    return Resume(path, state, needs_conversion(old, new), stored["shapes"], allowed)
+
+
+def agreed_resume(job: TrainingJob, device: torch.device) -> Resume | None:
+    """`check_resume` as rank 0 sees it, on every rank: a shared file system may show its nodes the
+    newest checkpoint at different times. All ranks call it.
+
+    Raises:
+        TrainingError: as `check_resume`.
+    """
+    found: list[Resume | TrainingError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [check_resume(job)]
+        except TrainingError as error:
+            found = [error]
+    dist.broadcast_object_list(found, device=device)
+    if isinstance(found[0], TrainingError):
+        raise found[0]
+    return found[0]
 
 
 def prepare_resume(job: TrainingJob) -> Resume | None:
@@ -129,6 +153,8 @@ def save_checkpoint(engine: StudentEngine, job: TrainingJob, state: TrainingStat
     engine.deepspeed.save_checkpoint(str(path), tag=TAG, save_latest=False)
     torch.save(_rng_state(), path / f"rng-{rank}.pt")
     dist.barrier()
+    storage.sync_folder(path)  # by every rank: it cannot flush what another node has written
+    dist.barrier()
     if rank == 0:
         storage.write_json(
             str(path / "state.json"),
@@ -136,6 +162,7 @@ def save_checkpoint(engine: StudentEngine, job: TrainingJob, state: TrainingStat
                 **asdict(state),
                 "partitioning": asdict(partitioning(job)),
                 "identity": job.identity(),
+                "shapes": engine.parameter_shapes,
             },
         )
         storage.sync_folder(path)
@@ -148,8 +175,9 @@ def load_checkpoint(engine: StudentEngine, job: TrainingJob, resume: Resume) -> 
     """Restores engine and random state; all ranks call it.
 
     Raises:
-        TrainingError: DeepSpeed cannot load the checkpoint.
+        TrainingError: its parameters are of other shapes, or DeepSpeed cannot load it.
     """
+    _refuse_other_shapes(resume, engine.parameter_shapes)
     folder = resume.path / UNIVERSAL if resume.universal else resume.path
     if not engine.load(folder, TAG):
         raise TrainingError(
@@ -191,6 +219,20 @@ def _other_matrices(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for identity in (old, new)
     )
     return [] if before == now else [f"learned projections: {before} -> {now}"]
+
+
+def _refuse_other_shapes(resume: Resume, shapes: dict[str, list[int]]) -> None:
+    """Allowed changes may have brought a student, or stored hidden states, of another size."""
+    found = differences(resume.shapes, shapes)
+    if found:
+        rest = [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+        raise TrainingError(
+            f"checkpoint {resume.path} does not fit this training: its parameters have other "
+            "shapes (old -> new):\n  "
+            + "\n  ".join(found[:SHOWN] + rest)
+            + "\nGo on with the models and scoring.features that it was written with, or choose "
+            "another `name` for the run."
+        )
 
 
 def _is_allowed(line: str, job: TrainingJob) -> bool:

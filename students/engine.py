@@ -35,6 +35,8 @@ class StudentEngine:
         self.module, self._universal = module, universal
         self._optimizer = make_optimizer(module, training)
         self._norm: torch.Tensor | None = None
+        # of the whole parameters, before DeepSpeed partitions them
+        self.parameter_shapes = {name: list(p.shape) for name, p in module.named_parameters()}
         if plain:
             self._clip_before_update(training.gradient_clipping)
         self.deepspeed, *_ = deepspeed.initialize(

@@ -25,8 +25,8 @@ from pipeline.training import TrainingJob
 from students.batches import StepBatch
 from students.checkpoint import (
     TrainingState,
+    agreed_resume,
     allowed_changes,
-    check_resume,
     load_checkpoint,
     save_checkpoint,
 )
@@ -54,7 +54,8 @@ def train(job: TrainingJob, device: torch.device) -> None:
         torch.nn.Module.to(model, device)
     check_architecture(model, training.packing)
     data = TrainingData(job, output_head(model).out_features, device)
-    state, resume = TrainingState(step=0, sequences=0, tokens=0, seconds=0.0), check_resume(job)
+    state = TrainingState(step=0, sequences=0, tokens=0, seconds=0.0)
+    resume = agreed_resume(job, device)
     universal = resume is not None and resume.universal
     module = StudentModule(model, loss_terms(job), feature_losses(job, model, data.state_widths))
     engine = StudentEngine(module, job, universal)

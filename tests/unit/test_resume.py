@@ -49,7 +49,8 @@ def job(tmp_path, stage=0, workers=1, tokenizer="one", overrides=()):
 class Engine:
     """Stands for DeepSpeed's: writes a file, which may fail."""
 
-    def __init__(self, fails=False):
+    def __init__(self, fails=False, width=4):
+        self.parameter_shapes = {"model.head": [7, 4], "features.projections.0.weight": [width, 4]}
         self.fails, self.deepspeed = fails, SimpleNamespace(save_checkpoint=self.save)
         self.loaded = []
 
@@ -111,7 +112,7 @@ def test_stages_and_workers_that_resume_and_how(tmp_path, stages):
             check_resume(wanted)
 
 
-@pytest.mark.parametrize("key", ["partitioning", "sequences"])
+@pytest.mark.parametrize("key", ["partitioning", "sequences", "shapes"])
 def test_a_checkpoint_that_does_not_say_what_resume_needs_is_named(tmp_path, key):
     training = job(tmp_path)
     save(training, 10)
@@ -201,6 +202,15 @@ def test_train_starts_from_a_checkpoint_and_ends_with_the_export(monkeypatch, tm
     assert config.student.initial_weights == str(tmp_path / "old: 1")
     assert (config.name, address) == ("again", None)
     assert stages == ("prepare", "synthesize", "score", "train", "export")
+
+
+def test_parameters_of_other_shapes_are_named_before_deepspeed_loads_any(tmp_path):
+    training, other = job(tmp_path), Engine(width=2)
+    save(training, 10)
+    with pytest.raises(TrainingError) as refusal:
+        load_checkpoint(other, training, check_resume(training))
+    assert "\n  features.projections.0.weight: [4, 4] -> [2, 4]\n" in str(refusal.value)
+    assert "model.head" not in str(refusal.value) and other.loaded == []
 
 
 def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path):

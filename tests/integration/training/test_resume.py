@@ -188,6 +188,27 @@ def dying_worker(marker, lock):
     return worker
 
 
+def test_all_workers_resume_from_one_checkpoint_whatever_each_sees(run, material, monkeypatch):
+    """Rank 1's node does not see the newest checkpoint yet."""
+    whole = run(make_job(material, "fresh", workers=2, zero_stage=2))
+    job = make_job(material, "stale", workers=2, zero_stage=2)
+    with pytest.raises(InterruptedError):
+        run(job, stop_before=5)
+    monkeypatch.setattr("students.launch._worker", worker_with_an_old_listing)
+    train_student(job)
+    assert steps_of(job) == STEPS
+    assert curve(job) == curve(whole)
+
+
+def worker_with_an_old_listing(config):
+    import students.checkpoint
+    import students.launch
+
+    if ray.train.get_context().get_world_rank() == 1:
+        students.checkpoint.latest_complete = lambda folder: None
+    students.launch._worker(config)
+
+
 def test_a_killed_trainer_actor_ends_the_run_and_the_next_goes_on_exactly(
     reference, material, monkeypatch
 ):
