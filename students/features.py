@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.cache_features import position_bytes
 from pipeline.cache_index import CacheReader, open_features
 from pipeline.datasets import DatasetEntry
 from pipeline.errors import CacheError, TrainingError
@@ -74,6 +75,11 @@ class TeacherStates:
     @property
     def widths(self) -> dict[str, int]:
         return {teacher: width for teacher, (_, width) in self._shapes.items()}
+
+    @property
+    def position_bytes(self) -> dict[str, int]:
+        """By teacher, what the states of a position take."""
+        return {teacher: position_bytes(*shape) for teacher, shape in self._shapes.items()}
 
     def batch(
         self, entries: Sequence[DatasetEntry], groups: Sequence[int]

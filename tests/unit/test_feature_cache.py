@@ -26,7 +26,8 @@ from pipeline.features import FeatureRule, features_of, projection_matrix, to_bf
 from pipeline.generations import named_generations
 from pipeline.records import HiddenStates
 from pipeline.training import training_jobs
-from tests.support.fabricated import HIDDEN, FabricatedRun, FakePools, make_sequence
+from students.batches import BatchSource, Share
+from tests.support.fabricated import HIDDEN, VOCABULARY, FabricatedRun, FakePools, make_sequence
 
 LOSS = "{type: hidden_state, weight: 1.0, teacher: words, layers: {4: 2, 1: 1}, measure: mse, "
 LOSSES = [f"training.losses=[{{type: forward_kl, weight: 1.0}}, {LOSS} projection: learned}}]"]
@@ -219,6 +220,21 @@ def test_hidden_states_alone_cover_no_sequence(per: str, tmp_path: Path, pools: 
     dataset = run.score()
     assert refused in open_features(open_run(run.config).caches[NAME])
     assert [e.sequence_id for e in read_dataset(run.layout, dataset)] == others
+
+
+def test_states_too_wide_for_the_memory_of_a_loader_are_named(
+    run: FabricatedRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    job, _ = training_jobs(run.config, run.layout, run.prepare(), run.score())
+    share = Share(job, VOCABULARY, rank=0, world_size=1)
+    BatchSource(share)
+    assert caplog.messages == []
+    most = sum(entry.num_positions for entry in run.entries()) * 2 * HIDDEN * 2
+    for kept, said in ((most, 0), (most - 1, 1)):
+        monkeypatch.setattr("students.batches.DECODED_BYTES_KEPT", kept)
+        BatchSource(share)
+        assert len(caplog.messages) == said
+    assert "hidden states of words take 48 bytes a position" in caplog.messages[0]
 
 
 def test_layers_and_projection_name_the_folder(run: FabricatedRun) -> None:

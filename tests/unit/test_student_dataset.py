@@ -13,7 +13,7 @@ from pipeline.datasets import DatasetEntry, write_sequences
 from pipeline.errors import TrainingError
 from pipeline.layout import Layout
 from pipeline.records import SparseLogprobs, TokenSequence
-from students.batches import SHUFFLE_WINDOW_SHARDS, DataOrder
+from students.batches import WINDOW_POSITIONS, WINDOW_SHARDS, DataOrder
 from students.dataset import Example, Examples
 from students.divergences import LossTerm
 from students.losses import distillation_loss
@@ -33,11 +33,16 @@ TERMS = (
 )
 
 
+def data_order(shards, *arguments, each=7, **options):
+    """Of sequences of so many positions each."""
+    return DataOrder(shards, [each] * len(shards), *arguments, **options)
+
+
 @given(shards=SHARDS, seed=st.integers(0, 2**32), epoch=st.integers(0, 5))
 def test_every_epoch_holds_every_sequence_once_and_is_a_pure_function(shards, seed, epoch):
-    order = DataOrder(shards, seed, DIGEST, 3).epoch(epoch)
+    order = data_order(shards, seed, DIGEST, 3).epoch(epoch)
     assert sorted(order) == list(range(len(shards)))
-    used = DataOrder(shards, seed, DIGEST, 7)
+    used = data_order(shards, seed, DIGEST, 7)
     for other in (epoch + 2, 0, epoch + 1):  # what was asked for before leaves no trace
         used.epoch(other)
     assert np.array_equal(used.epoch(epoch), order)
@@ -45,7 +50,7 @@ def test_every_epoch_holds_every_sequence_once_and_is_a_pure_function(shards, se
 
 def test_seed_epoch_and_digest_each_change_the_order():
     def order(seed=1, epoch=0, digest=DIGEST):
-        return DataOrder(["shard"] * 50, seed, digest, 1).epoch(epoch).tolist()
+        return data_order(["shard"] * 50, seed, digest, 1).epoch(epoch).tolist()
 
     orders = [order(), order(seed=2), order(epoch=1), order(digest="e" * 32)]
     assert len({tuple(found) for found in orders}) == 4
@@ -55,21 +60,21 @@ def test_seed_epoch_and_digest_each_change_the_order():
 
 @given(shards=SHARDS, size=st.integers(1, 40), steps=st.integers(1, 12))
 def test_batches_cut_the_epochs_end_to_end(shards, size, steps):
-    order = DataOrder(shards, 0, DIGEST, size)
+    order = data_order(shards, 0, DIGEST, size)
     batches = [order.batch(step) for step in range(steps)]
     assert all(len(batch) == size for batch in batches)
     epochs = [order.epoch(n) for n in range(-(-steps * size // len(shards)))]
     assert np.array_equal(np.concatenate(batches), np.concatenate(epochs)[: steps * size])
     # a resumed training asks for a later batch first
-    assert np.array_equal(DataOrder(shards, 0, DIGEST, size).batch(steps - 1), batches[-1])
+    assert np.array_equal(data_order(shards, 0, DIGEST, size).batch(steps - 1), batches[-1])
 
 
 @given(shards=SHARDS, sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)))
 def test_batches_of_another_size_go_on_where_those_before_ended(shards, sizes):
     before, after = sizes
-    first = DataOrder(shards, 0, DIGEST, before)
+    first = data_order(shards, 0, DIGEST, before)
     begun = np.concatenate([first.batch(step) for step in range(5)])
-    order = DataOrder(shards, 0, DIGEST, after, origin=5 * before - 5 * after)
+    order = data_order(shards, 0, DIGEST, after, origin=5 * before - 5 * after)
     found = np.concatenate([begun, *(order.batch(step) for step in range(5, 8))])
     epochs = [order.epoch(n) for n in range(-(-len(found) // len(shards)))]
     assert np.array_equal(found, np.concatenate(epochs)[: len(found)])
@@ -77,12 +82,22 @@ def test_batches_of_another_size_go_on_where_those_before_ended(shards, sizes):
 
 def test_sequences_are_shuffled_within_windows_of_shards():
     """A reader holds a window's shards decoded; more would be read again and again."""
-    shards = [f"shard{n // 4}" for n in range(4 * 3 * SHUFFLE_WINDOW_SHARDS)]
-    order = DataOrder(shards, 0, DIGEST, 1).epoch(0)
+    shards = [f"shard{n // 4}" for n in range(4 * 3 * WINDOW_SHARDS)]
+    order = data_order(shards, 0, DIGEST, 1).epoch(0)
     for window in np.split(order, 3):
-        assert len({shards[i] for i in window}) == SHUFFLE_WINDOW_SHARDS
+        assert len({shards[i] for i in window}) == WINDOW_SHARDS
         runs = [shards[a] == shards[b] for a, b in pairwise(window)]
         assert np.mean(runs) < 0.2
+
+
+@pytest.mark.parametrize(("each", "most"), [(WINDOW_POSITIONS // 12, 3), (WINDOW_POSITIONS, 1)])
+def test_windows_of_large_shards_hold_fewer(each, most):
+    """Of 4 sequences a shard; whatever their size, an epoch holds every sequence once."""
+    shards = [f"shard{n // 4}" for n in range(4 * 12)]
+    order = data_order(shards, 0, DIGEST, 1, each=each).epoch(0)
+    assert sorted(order) == list(range(len(shards)))
+    for window in np.split(order, 12 // most):
+        assert len({shards[i] for i in window}) == most
 
 
 @given(lengths=LENGTHS, extra=st.integers(0, 100), world_size=st.integers(1, 5))

@@ -145,7 +145,8 @@ def test_batches_of_another_size_skip_no_data_and_repeat_none(run, material):
     assert steps_of(job) == STEPS
     entries = read_dataset(job.layout, job.dataset_digest)
     train = [entry for entry in entries if entry.split == "train"]
-    order = DataOrder([e.shard for e in train], job.config.seed, job.dataset_digest, 1)
+    positions = [e.num_positions for e in train]
+    order = DataOrder([e.shard for e in train], positions, job.config.seed, job.dataset_digest, 1)
     seen = [train[i].num_tokens for place in range(4 * 8 + 2 * 4) for i in order.batch(place)]
     assert read_json(job.summary_path)["tokens"] == sum(seen)
 
