@@ -11,6 +11,7 @@ from pipeline.cache_index import load_index, missing_sequences, totals
 from pipeline.cache_logprobs import position_bytes
 from pipeline.config import Config
 from pipeline.config_recipes import Answering, Writing
+from pipeline.config_targets import LearnedWeights
 from pipeline.datasets import DatasetEntry, read_dataset
 from pipeline.fingerprint import digest_json
 from pipeline.layout import Layout
@@ -172,8 +173,12 @@ def score_key(config: Config, layout: Layout, prepared: Prepared) -> str:
 def scored_dataset(config: Config, layout: Layout, prepared: Prepared) -> str | None:
     """The digest of what is trained on: the dataset without sequences that nobody could score.
 
-    None before score has finished for this dataset and these recipes.
+    None before score has finished for this dataset and these recipes, and where the weights that it
+    learned are lost.
     """
+    learns = isinstance(config.combine.weights, LearnedWeights)
+    if learns and not storage.exists(layout.learned_weights):
+        return None
     record = read_record(layout, "score")
     if record.get("key") != score_key(config, layout, prepared) or not storage.exists(
         layout.dataset(record["dataset"])
