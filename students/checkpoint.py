@@ -89,7 +89,7 @@ def check_resume(job: TrainingJob) -> Resume | None:
     stored = storage.read_json(str(path / "state.json"))
     needed = [*(field.name for field in fields(TrainingState)), "shapes"]
     refuse_other_version(stored, needed, path)
-    old, new = stored_partitioning(stored, path), partitioning(job)
+    old, new = stored_partitioning(stored, path), partitioning(job.config.training)
     changes = differences(stored["identity"], job.identity())
     allowed = [line for line in changes if _is_allowed(line, job)]
     found = [line for line in changes if line not in allowed] + refused_changes(old, new)
@@ -160,7 +160,7 @@ def save_checkpoint(engine: StudentEngine, job: TrainingJob, state: TrainingStat
             str(path / "state.json"),
             {
                 **asdict(state),
-                "partitioning": asdict(partitioning(job)),
+                "partitioning": asdict(partitioning(job.config.training)),
                 "identity": job.identity(),
                 "shapes": engine.parameter_shapes,
             },

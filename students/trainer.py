@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -68,12 +69,12 @@ def train(job: TrainingJob, device: torch.device) -> None:
     for batch in data.training_batches(state.step, state.sequences):
         rate = learning_rate(training, batch.step)
         sums = train_step(engine, batch, rate)
-        now, window_tokens = time.monotonic(), window_tokens + batch.num_tokens
-        state = TrainingState(
-            batch.step + 1,
-            state.sequences + training.sequences_per_step,
-            state.tokens + batch.num_tokens,
-            now - started,
+        window_tokens += batch.num_tokens
+        state = replace(
+            state,
+            step=batch.step + 1,
+            sequences=state.sequences + training.sequences_per_step,
+            tokens=state.tokens + batch.num_tokens,
         )
         evaluates = is_due(state.step, training.evaluate_every_steps, training)
         saves = is_due(state.step, training.checkpoint_every_steps, training)
@@ -81,6 +82,8 @@ def train(job: TrainingJob, device: torch.device) -> None:
         if not (logs or evaluates or saves):
             continue
         values = mean_losses(sums, batch.num_positions, engine.module, "train")
+        now = time.monotonic()  # the device has finished the step
+        state = replace(state, seconds=now - started)
         values["train/grad_norm"] = engine.gradient_norm()
         refuse_divergence(values, state.step)  # before a checkpoint keeps such weights
         values["train/learning_rate"] = rate

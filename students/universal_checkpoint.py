@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import storage
+from pipeline.config_training import TrainingConfig
 from pipeline.errors import TrainingError
-from pipeline.training import TrainingJob
 
 TAG = "zero"
 UNIVERSAL = "universal"
@@ -43,10 +43,15 @@ class Partitioning:
     def stage(self) -> int:
         return int(self.zero_optimization.get("stage", 0))
 
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether DeepSpeed keeps and steps the optimizer on the CPU."""
+        offload = self.zero_optimization.get("offload_optimizer") or {}
+        return offload.get("device", "none") != "none"
 
-def partitioning(job: TrainingJob) -> Partitioning:
+
+def partitioning(training: TrainingConfig) -> Partitioning:
     """Of a training as its config asks for it."""
-    training = job.config.training
     return Partitioning(training.workers, training.deepspeed.get("zero_optimization", {}))
 
 
@@ -85,8 +90,8 @@ def refused_changes(old: Partitioning, new: Partitioning) -> list[str]:
             f"zero_optimization.stage: {old.stage} -> {new.stage} (DeepSpeed loads a checkpoint of "
             f"stage {old.stage} at stage {stages} only, there on any number of workers)"
         )
-    offloads = [p.zero_optimization.get("offload_optimizer") for p in (old, new)]
-    if bool(offloads[0]) != bool(offloads[1]):
+    if old.offloads_optimizer != new.offloads_optimizer:
+        offloads = [p.zero_optimization.get("offload_optimizer") for p in (old, new)]
         lines.append(
             f"zero_optimization.offload_optimizer: {offloads[0]} -> {offloads[1]} (the optimizers "
             "on the device and on the CPU keep different states)"

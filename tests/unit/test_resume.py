@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.optim import AdamW
 
 from jobs.__main__ import _load, main, parse
 from pipeline.config_training import IDENTITY
@@ -23,6 +24,7 @@ from students.checkpoint import (
     prepare_resume,
     save_checkpoint,
 )
+from students.engine import make_optimizer
 from students.initial_weights import checkpoint_weights
 
 CONFIG = Path(__file__).resolve().parents[2] / "examples/quickstart/config.yaml"
@@ -145,6 +147,15 @@ def test_an_optimizer_on_the_cpu_does_not_take_over_another(tmp_path):
     allow = "training.allow_resume_with=[training]"
     with pytest.raises(TrainingError, match="offload_optimizer: None -> "):
         check_resume(job(tmp_path, 2, overrides=[offload, allow]))
+
+
+def test_an_offload_to_nowhere_is_none(tmp_path):
+    save(job(tmp_path, 2), 10)
+    nowhere = "training.deepspeed.zero_optimization.offload_optimizer={device: none}"
+    allow = "training.allow_resume_with=[training.deepspeed]"
+    training = job(tmp_path, 2, overrides=[nowhere, allow])
+    assert check_resume(training).state.step == 10
+    assert type(make_optimizer(torch.nn.Linear(2, 2), training.config.training)) is AdamW
 
 
 def test_exceptions_are_named_one_by_one_and_recorded(tmp_path):

@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from hypothesis import example as case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +20,14 @@ from students.divergences import LossTerm
 from students.losses import distillation_loss
 from students.micro_batch import MicroBatch
 from students.outcomes import figure_names
-from students.packing import NOTHING, pack, plan_micro_batches, refuse_long_sequences
+from students.packing import (
+    NOTHING,
+    group_size,
+    pack,
+    plan_groups,
+    plan_micro_batches,
+    refuse_long_sequences,
+)
 
 SHARDS = st.lists(st.integers(0, 60), min_size=1, max_size=120).map(
     lambda codes: [f"shard{code}" for code in codes]
@@ -124,6 +132,27 @@ def test_padded_plans_count_padding_and_leave_a_rank_idle_only_without_work(
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     assert all(len(g) * max(lengths[i] for i in g) <= budget for g in groups if g)
     assert groups.count([]) == 0 or max(map(len, groups)) == 1
+
+
+@given(
+    lengths=LENGTHS,
+    extra=st.integers(0, 100),
+    world_size=st.integers(1, 3),
+    together=st.integers(1, 5),
+    padded=st.booleans(),
+)
+@case([10] * 4 + [13, 13, 12], 40, 1, 4, True)
+def test_groups_stay_together_within_the_budget(lengths, extra, world_size, together, padded):
+    """The last group may be incomplete, and the one with the longest rows."""
+    groups = [lengths[i : i + together] for i in range(0, len(lengths), together)]
+    budget = max(group_size(group, padded) for group in groups) + extra
+    plan = plan_groups(lengths, budget, world_size, padded, together)
+    assert len({len(rows) for rows in plan}) == 1 and len(plan) == world_size
+    batches = [row for rank in plan for row in rank]
+    assert sorted(i for row in batches for i in row) == list(range(len(lengths)))
+    where = {i: n for n, row in enumerate(batches) for i in row}
+    assert all(where[i] == where[i - i % together] for i in range(len(lengths)))
+    assert all(group_size([lengths[i] for i in row], padded) <= budget for row in batches if row)
 
 
 @given(lengths=LENGTHS, world_size=st.integers(1, 4))

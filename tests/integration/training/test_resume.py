@@ -258,6 +258,8 @@ def test_only_locks_without_a_living_builder_are_removed(tmp_path):
     for name in ("dead", "alive"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "lock").touch()
+    (tmp_path / "released").mkdir()
+    (tmp_path / "released" / "lock").symlink_to("gone by the time it is looked at")
     with (tmp_path / "alive" / "lock").open():
         assert remove_stale_build_locks(tmp_path) == [tmp_path / "dead" / "lock"]
     assert (tmp_path / "alive" / "lock").exists()

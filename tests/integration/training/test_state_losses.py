@@ -152,7 +152,7 @@ def assert_same_curves(job, expected, names=("loss", *NAMES_OF_STATE_LOSSES)):
         for prefix in ("train", "holdout"):
             metric = f"{prefix}/{name}"
             assert curve(job, metric) == pytest.approx(
-                curve(expected, metric), rel=TOLERANCE, abs=TOLERANCE
+                curve(expected, metric), rel=TOLERANCE, abs=1e-6
             ), metric
 
 
