@@ -60,7 +60,8 @@ def score(config: Config, layout: Layout, prepared: Prepared, dataset: str) -> d
             layout, prepared.distributions(layout), fingerprints, dataset, entries
         )
         combine = with_learned(combine, learned)
-    covered = [entry for entry in entries if is_covered(combine, entry, refused)]
+    of_distributions = {name: refused[name] for name in prepared.distributions(layout)}
+    covered = [entry for entry in entries if is_covered(combine, entry, of_distributions)]
     if len(covered) < len(entries):
         logger.warning(
             "%d sequences are left out of training: every teacher that weighs anything in their "
@@ -92,7 +93,7 @@ def is_covered(
     """Whether a teacher that weighs anything in the sequence's domain has a row for it.
 
     Args:
-        refused: by teacher, the sequences that it has quarantined.
+        refused: by teacher, the sequences whose distributions it has quarantined.
     """
     weighing = required_teachers(combine, list(refused), entry.domain)
     return any(entry.sequence_id not in refused[name] for name in weighing)
@@ -144,7 +145,7 @@ def fill_caches(
 def _output(config: Config, prepared: Prepared, name: str, cache: CacheLayout) -> Output:
     recipe = prepared.scoring_recipes[name]
     rule = FeatureRule.of_recipe(recipe) if holds_features(name) else config.scoring.selection
-    return Output(name, cache, digest_json(recipe), rule)
+    return Output(name, cache, digest_json(recipe), rule, prepared.position_bytes(name))
 
 
 def _layers(tasks: Sequence[ScoringTask]) -> tuple[int, ...]:

@@ -46,6 +46,13 @@ FACTS = ("renormalised",)
 ID_PLANES = ("token_ids_low", "token_ids_high")
 
 
+def position_bytes(max_entries: int) -> int:
+    """Most that a position takes before compression: its own numbers, and of each entry the id
+    planes and the log-probability. A drawn entry takes a byte less, its position one more.
+    """
+    return 7 + 5 * max_entries
+
+
 def check(rows: Sequence[SparseLogprobs]) -> None:
     """Checks what a shard's rows must fulfil, alone and together.
 

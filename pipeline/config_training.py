@@ -285,10 +285,19 @@ class TrainingConfig(Section):
     @field_validator("losses")
     @classmethod
     def _each_once(cls, losses: list[Loss]) -> list[Loss]:
-        names = [loss.name for loss in losses]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"{twice} stand twice in the list: add up their weights")
+        known: dict[str, dict[str, Any]] = {}
+        for loss in losses:
+            fields = loss.model_dump(exclude={"weight"})
+            before = known.setdefault(loss.name, fields)
+            if before is fields:
+                continue
+            other = sorted(key for key in fields if fields[key] != before[key])
+            raise ValueError(
+                f"{loss.name} stands twice in the list, with another {' and '.join(other)}, which "
+                "its name does not say: keep one of them"
+                if other
+                else f"{loss.name} stands twice in the list: add up their weights"
+            )
         return losses
 
     @property

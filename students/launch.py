@@ -151,12 +151,20 @@ def remove_stale_build_locks(folder: Path) -> list[Path]:
     that uses the folder a lock that no process has open belongs to nobody. Processes of other users
     cannot be looked into: a lock of another user is left alone.
     """
-    own = [path for path in folder.glob("**/lock") if path.stat().st_uid == os.getuid()]
+    own = [path for path in folder.glob("**/lock") if _owner(path) == os.getuid()]
     held = {name for pid in psutil.pids() for name in _open_files(pid)} if own else set()
     stale = [path for path in own if str(path.resolve()) not in held]
     for path in stale:
         path.unlink(missing_ok=True)
     return stale
+
+
+def _owner(path: Path) -> int | None:
+    """The user's number; None of a file that is gone."""
+    try:
+        return path.stat().st_uid
+    except FileNotFoundError:
+        return None
 
 
 def _extensions_folder() -> Path:

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from pipeline.errors import TeacherError
 from teachers.canary import (
     HEAD_ENTRIES,
     MEAN_TOLERANCES,
+    STATE_TOLERANCES,
     Canary,
     ControlTask,
+    doubt_of_shared_states,
     full_step,
     refuse_difference,
 )
@@ -61,6 +64,24 @@ def test_other_kinds_of_engine_are_refused_with_both_names(key: str) -> None:
 
 def test_a_teacher_may_run_on_several_kinds_of_device() -> None:
     refuse_difference("teacher", canary(), canary(device="there"))
+
+
+@pytest.mark.parametrize("dtype", STATE_TOLERANCES)
+def test_states_are_shared_where_some_were_read_and_all_agree(dtype: str) -> None:
+    states = np.random.default_rng(0).normal(size=(32, 2, 8)).astype(np.float32)
+    most = STATE_TOLERANCES[dtype] * np.abs(states).max()
+
+    def doubt(shift: float, num_cached: int) -> str | None:
+        other = states.copy()
+        other[5, 1, 3] += shift
+        nothing = CapturedRows.without_distributions(32)
+        anew, again = (replace(nothing, hidden_states=each) for each in (states, other))
+        return doubt_of_shared_states(anew, replace(again, num_cached_tokens=num_cached), dtype)
+
+    assert doubt(0.99 * most, 16) is None
+    assert "not those computed anew" in str(doubt(1.01 * most, 16))
+    assert "not those computed anew" in str(doubt(math.nan, 16))
+    assert "it shows nothing" in str(doubt(0, 0))
 
 
 @pytest.mark.parametrize(
