@@ -178,7 +178,7 @@ def test_written_prompts_are_answered_and_trained_on(run: Run) -> None:
     )
     outcome = run.synthesize([EVOLVE, ANSWER])
     counts = outcome["counts"]["evolve by words"]
-    assert {k: v for k, v in counts.items() if k not in ("seconds", "generated_tokens")} == {
+    assert {k: v for k, v in counts.items() if k != "generated_tokens"} == {
         "answers": 3,
         "kept": 1,
         "prompts_written": 1,
@@ -303,6 +303,23 @@ def test_a_request_that_is_too_long_is_counted_and_not_asked(run: Run) -> None:
     run.engines.reply = scripted({"Request:\n": ("<prompt>harder</prompt>", "stop")})
     outcome = synthesize(config, layout_of(config), run.prepared(config))
     assert outcome["counts"]["evolve by words"]["too_long"] == 1
+
+
+def test_a_vote_counts_the_samples_of_one_teacher_in_two_recipes(run: Run) -> None:
+    """Four of its seven samples say 7; in the warmer recipe alone 8 would win."""
+    said = {0.1: ["7", "7"], 1.0: ["7", "8", "8", "8", "7"]}
+    cold = ANSWER | {"samples_per_prompt": 2, "sampling": {"max_tokens": 50, "temperature": 0.1}}
+    warm = cold | {"samples_per_prompt": 5, "sampling": {"max_tokens": 50, "temperature": 1.0}}
+
+    def reply(text: str, sample: int) -> Reply:
+        return said[run.engines.asked[-1][2]["temperature"]][sample], "stop"
+
+    run.engines.reply = reply
+    vote = {"type": "agreement", "by": "number", "min_share": 0.5}
+    outcome = run.synthesize([cold, warm], [vote])
+    assert run.texts(outcome) == {p.prompt_id: [f"{p.words}7"] for p in run.prompts}
+    most = {"type": "best_of", "keep": 1, "by": "samples"}
+    assert run.texts(run.synthesize([warm, cold], [most])) == run.texts(outcome)
 
 
 def test_steps_have_names_of_their_own(run: Run) -> None:

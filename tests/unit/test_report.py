@@ -97,7 +97,6 @@ def make_counts(answers, wrong):
         "empty": 2,
         "duplicate": 42,
         "generated_tokens": answers * 23,
-        "seconds": answers / 41,
     }
 
 
