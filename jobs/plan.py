@@ -8,8 +8,8 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.cache_index import load_index, missing_sequences, totals
-from pipeline.config import Config
-from pipeline.config_recipes import Answering, Writing
+from pipeline.config import Config, TeacherConfig
+from pipeline.config_recipes import STUDENT, Answering, Writing
 from pipeline.config_targets import selection_of
 from pipeline.datasets import DatasetEntry, read_dataset
 from pipeline.features import FeatureRule, holds_features
@@ -142,12 +142,22 @@ def stage_key(config: Config, layout: Layout, prepared: Prepared, stage: str) ->
     jobs = training_jobs(config, layout, prepared, digest)
     parts: list[Any] = [job.identity() for job in jobs]
     if stage == "evaluate":
-        parts += [prepared.prompts, prepared.scoring_recipes]
-        parts += [prepared.filters_before_scoring, prepared.filters_after_scoring]
+        parts += [synthesis_key(config, prepared), prepared.scoring_recipes]
+        parts += [prepared.filters_after_scoring, prepared.checker, _served(config)]
         costs = {name: teacher.cost_per_hour for name, teacher in config.teachers.items()}
         parts += [config.evaluation.model_dump(mode="json"), costs, config.student.cost_per_hour]
-        parts.append(config.training.cost_per_hour)
+        parts += [config.training.cost_per_hour, config.synthesis.max_sequence_tokens]
     return digest_json([stage, *parts])
+
+
+def _served(config: Config) -> dict[str, Any]:
+    """How each model is served, which decides the speed and memory that the report states."""
+    return {STUDENT: config.student.vllm} | {
+        name: teacher.vllm
+        if isinstance(teacher, TeacherConfig)
+        else [teacher.endpoint.url, teacher.endpoint.max_concurrency]
+        for name, teacher in config.teachers.items()
+    }
 
 
 def read_record(layout: Layout, stage: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from jobs.synthesis_checks import (
     filter_identities,
     synthesis_recipes,
 )
+from pipeline.checkers import checker_identity
 from pipeline.config import Config, TeacherConfig
 from pipeline.config_base import ModelFiles
 from pipeline.config_endpoint import EndpointTeacherConfig
@@ -74,6 +75,7 @@ def prepare(config: Config) -> Prepared:
             config, config.synthesis.filters_after_scoring, identities, tokenizer_digest
         ),
         identities=identities,
+        checker=config.prompts.checker and checker_identity(config.prompts.checker),
     )
     save_prepared(layout, prepared)
     return prepared

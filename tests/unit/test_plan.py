@@ -1,17 +1,21 @@
 """The plan of a run over caches that other runs have filled."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from jobs.dry_run import describe
-from jobs.plan import make_plan, plan_score, score_key
+from jobs.plan import make_plan, plan_score, score_key, stage_key
+from jobs.prepare import prepare
 from pipeline import storage
+from pipeline.config import Config
 from pipeline.datasets import DatasetEntry, write_dataset
 from pipeline.errors import ConfigError
 from pipeline.layout import Layout
 from pipeline.loading import load_config
 from pipeline.prepared import Prepared, preparation_key
+from pipeline.prompt_writing import SHIPPED
 from pipeline.training import stage_cost
 
 PREPARED = Prepared(
@@ -27,6 +31,15 @@ PREPARED = Prepared(
 )
 QUICKSTART = Path(__file__).resolve().parents[2] / "examples/quickstart/config.yaml"
 CONFIG = load_config(QUICKSTART)
+
+
+def evaluate_key(config: Config, root: Path, prepared: Prepared = PREPARED) -> str:
+    """Of a run whose scoring has finished, as `config` asks for it."""
+    layout = Layout(str(root), "run")
+    dataset = write_dataset(layout, [])
+    record = {"key": score_key(config, layout, prepared), "dataset": dataset}
+    storage.write_json(layout.stage_record("score"), record)
+    return stage_key(config, layout, prepared, "evaluate")
 
 
 def test_a_run_scores_though_nothing_is_missing_until_its_own_record_stands(tmp_path: Path) -> None:
@@ -59,6 +72,67 @@ def test_prices_and_placement_ask_for_no_new_preparation() -> None:
     changed = load_config(QUICKSTART, changes)
     assert preparation_key(changed) == preparation_key(CONFIG)
     assert preparation_key(load_config(QUICKSTART, ["seed=3"])) != preparation_key(CONFIG)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "teachers.words.vllm.max_num_seqs=7",
+        "student.vllm.max_num_seqs=7",
+        "synthesis.max_sequence_tokens=60",
+        "evaluation.sampling.max_tokens=20",
+        "training.cost_per_hour=7",
+    ],
+)
+def test_what_the_report_says_of_speed_and_price_is_measured_anew(
+    tmp_path: Path, change: str
+) -> None:
+    changes = [f"storage.root={tmp_path}", "name=run"]
+    assert evaluate_key(load_config(QUICKSTART, changes), tmp_path) != evaluate_key(
+        load_config(QUICKSTART, [*changes, change]), tmp_path
+    )
+
+
+def test_another_checker_is_another_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no filter asks it, and where the function has the same name and another body."""
+    rules = tmp_path / "rules_of_the_house.py"
+    rules.write_text("def same(answer, reference):\n    return answer == reference\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def keys(checker: str) -> tuple[str, str]:
+        changes = [f"storage.root={tmp_path / 'out'}", "name=run", "synthesis.filters=[]"]
+        config = load_config(QUICKSTART, [*changes, f"prompts.checker={checker}"])
+        return preparation_key(config), evaluate_key(config, tmp_path, prepare(config))
+
+    exact, mine = keys("exact"), keys("rules_of_the_house.same")
+    rules.write_text(rules.read_text() + "    # mended\n")
+    mended = keys("rules_of_the_house.same")
+    for of_stage in zip(exact, mine, mended, strict=True):
+        assert len(set(of_stage)) == 3
+
+
+def test_a_checker_that_is_installed_on_the_cluster_alone_can_be_planned_from_here() -> None:
+    preparation_key(load_config(QUICKSTART, ["prompts.checker=installed.elsewhere.check"]))
+
+
+@pytest.mark.parametrize("template", ["evolve_deeper", "judge"])
+def test_a_changed_template_is_prepared_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    shipped = tmp_path / "templates"
+    shutil.copytree(SHIPPED, shipped)
+    monkeypatch.setattr("pipeline.prompt_writing.SHIPPED", shipped)
+    evolve = "{type: evolve, teacher: words, ways: [deeper], sampling: {max_tokens: 9}}"
+    answer = "{type: answer, by: domain_teacher, sampling: {max_tokens: 9}}"
+    changes = [f"synthesis.recipes=[{evolve}, {answer}]"]
+    changes.append("synthesis.filters=[{type: judge, teacher: words, min_grade: 3}]")
+    before = preparation_key(load_config(QUICKSTART, changes))
+    for path in shipped.iterdir():
+        path.touch()
+    assert preparation_key(load_config(QUICKSTART, changes)) == before, "jobs have copies"
+    path = shipped / f"{template}.txt"
+    path.write_text(path.read_text() + "\nThink first.")
+    assert preparation_key(load_config(QUICKSTART, changes)) != before
 
 
 @pytest.mark.parametrize(
