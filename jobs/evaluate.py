@@ -12,7 +12,7 @@ import numpy as np
 
 from jobs.engines import endpoint_spec
 from jobs.holdout import holdout_figures, renormalised_sequences
-from jobs.plan import cache_totals, read_record, round_layouts, students_of
+from jobs.plan import cache_totals, read_record, round_layouts, students_of, unended_attempts
 from jobs.round_figures import round_rows, stage_rows
 from pipeline import storage
 from pipeline.config import Config
@@ -82,7 +82,10 @@ def evaluate(config: Config, layout: Layout, prepared: Prepared, dataset: str) -
     report["prompts"] = report["prompts"] | {"holdout_too_long_to_ask": too_long}
     own = {"seconds": time.time() - started, "engine_seconds": took}
     cost = stage_cost(config, own)
-    report["stages"].append({"stage": "evaluate", "cost": cost, "detail": "", **own})
+    row = {"stage": "evaluate", "cost": cost, "detail": "", **own}
+    # This attempt is one of them.
+    row["unended"] = max(0, unended_attempts(layout, "evaluate") - 1)
+    report["stages"].append(row)
     report["rounds"] = round_rows(config, figures) if former else []
     storage.write_json(layout.report_json, report)
     storage.write_bytes(layout.report_html, render_html(report).encode())

@@ -166,6 +166,12 @@ def read_record(layout: Layout, stage: str) -> dict[str, Any]:
     return storage.read_json(path) if storage.exists(path) else {}
 
 
+def unended_attempts(layout: Layout, stage: str) -> int:
+    """How often a stage was begun since its last record was written."""
+    path = layout.unended_attempts(stage)
+    return storage.read_json(path) if storage.exists(path) else 0
+
+
 def synthesis_key(config: Config, prepared: Prepared) -> str:
     """Hash of what decides the dataset: prompts, who answers which of them how, filters."""
     recipes = [recipe.model_dump(mode="json") for recipe in config.synthesis.recipes]

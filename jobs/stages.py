@@ -18,6 +18,7 @@ from jobs.plan import (
     read_record,
     scored_dataset,
     stage_key,
+    unended_attempts,
 )
 from pipeline import storage
 from pipeline.cache_status import stale_caches
@@ -44,12 +45,16 @@ def run_stage(stage: str, config: Config) -> None:
         return
     log_our_lines()
     started = time.time()
+    unended = unended_attempts(layout, stage)
+    storage.write_json(layout.unended_attempts(stage), unended + 1)
     if stage != "prepare":
         join_cluster()
     outcome = STAGES[stage](config, layout)
     # A refused stage leaves the config that made what lies there.
     storage.write_bytes(layout.resolved_config, dump_config(config).encode())
-    _keep_record(layout, stage, {"seconds": time.time() - started, "started": started, **outcome})
+    record = {"seconds": time.time() - started, "started": started, "unended": unended, **outcome}
+    _keep_record(layout, stage, record)
+    storage.write_json(layout.unended_attempts(stage), 0)
     print(outcome["summary"], flush=True)
 
 
@@ -144,6 +149,7 @@ def _keep_record(layout: Layout, stage: str, record: Outcome) -> None:
     before = read_record(layout, stage)
     if before.get("key") == record["key"]:
         record["seconds"] += before["seconds"]
+        record["unended"] += before.get("unended", 0)
         took = Counter(before.get("engine_seconds", {}))
         took.update(record.get("engine_seconds", {}))
         record["engine_seconds"] = dict(took)

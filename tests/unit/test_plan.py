@@ -8,10 +8,12 @@ import pytest
 from jobs.dry_run import describe
 from jobs.plan import make_plan, plan_score, score_key, stage_key
 from jobs.prepare import prepare
+from jobs.round_figures import stage_rows
+from jobs.stages import STAGES, run_stage
 from pipeline import storage
 from pipeline.config import Config
 from pipeline.datasets import DatasetEntry, write_dataset
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StorageError
 from pipeline.layout import Layout
 from pipeline.loading import load_config
 from pipeline.prepared import Prepared, preparation_key
@@ -146,6 +148,25 @@ def test_a_changed_template_is_prepared_anew(
 def test_a_dry_run_refuses_what_prepare_would(change: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         describe(load_config(QUICKSTART, [f"storage.root={tmp_path}", change]))
+
+
+def test_attempts_that_did_not_end_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(QUICKSTART, [f"storage.root={tmp_path}"])
+
+    def fails(config: Config, layout: Layout) -> dict[str, str]:
+        raise StorageError("the disk is full")
+
+    monkeypatch.setitem(STAGES, "prepare", fails)
+    for _ in range(2):
+        with pytest.raises(StorageError):
+            run_stage("prepare", config)
+    monkeypatch.setitem(STAGES, "prepare", lambda *_: {"key": "key", "summary": "done"})
+    run_stage("prepare", config)
+    assert stage_rows(config)[0]["unended"] == 2
+    run_stage("prepare", config)
+    assert stage_rows(config)[0]["unended"] == 2, "the record adds up its attempts"
 
 
 def test_engines_and_workers_are_priced_by_the_config_of_the_report() -> None:
