@@ -256,7 +256,8 @@ def _holdout_prompts(config: Config, prompts: list[Prompt]) -> tuple[Prompt, ...
     for prompt in prompts:
         if prompt.split == "holdout":
             by_domain.setdefault(prompt.domain, []).append(prompt)
-    return tuple(prompt for group in by_domain.values() for prompt in group[:most])
+    system = config.evaluation.system_prompt
+    return tuple(prompt.under(system) for group in by_domain.values() for prompt in group[:most])
 
 
 def _compared_sequences(layout: Layout, entries: list[DatasetEntry]) -> tuple[TokenSequence, ...]:

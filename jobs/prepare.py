@@ -26,7 +26,7 @@ from pipeline.prepared import Prepared, preparation_key, save_prepared
 from pipeline.prompts import read_prompts, write_prompts
 from pipeline.recipes import cache_recipes
 from pipeline.records import Prompt
-from pipeline.synthesis_steps import steps_of
+from pipeline.synthesis_steps import as_asked, steps_of
 from teachers.identity import check_model, model_identity, student_identity
 from teachers.layers import check_layers, text_config
 from teachers.vllm_options import check_engine_arguments, check_sampling_parameters
@@ -46,7 +46,8 @@ def prepare(config: Config) -> Prepared:
     for files in [*(teacher.files for teacher in config.teachers.values()), config.student]:
         if files is not None:
             check_model(files)
-    tokenizer_digest = check_vocabularies(config, prompts)
+    asked = as_asked(config, prompts)
+    tokenizer_digest = check_vocabularies(config, asked)
     _check_vocabulary_sizes(config)
     check_layers(config)
     # The student's weights are a generator's only where it writes in this round.
@@ -62,7 +63,7 @@ def prepare(config: Config) -> Prepared:
         key=preparation_key(config),
         prompts=write_prompts(layout, prompts),
         prompt_counts=counts,
-        longest_prompt=max(len(prompt_ids(tokenizer, prompt)) for prompt in prompts),
+        longest_prompt=max(len(prompt_ids(tokenizer, prompt)) for prompt in asked),
         tokenizer_hash=tokenizer_digest,
         eos_token_id=eos_token_id,
         student=student_identity(config.student, layout),

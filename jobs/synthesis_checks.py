@@ -23,6 +23,7 @@ from teachers.judging import grade_tokens
 from teachers.vllm_options import check_sampling_parameters
 from teachers.vocabulary import load_tokenizer
 
+_NO_PLACE = "system_prompt, and {} prompts are raw `text`, which has no place for one"
 Identities = Mapping[str, dict[str, str]]
 
 
@@ -63,6 +64,8 @@ def check_recipes(config: Config, prompts: Sequence[Prompt]) -> None:
     domains = {prompt.domain for prompt in prompts}
     owned = {domain for teacher in config.teachers.values() for domain in teacher.domains}
     raw = [prompt for prompt in prompts if prompt.text is not None]
+    if config.evaluation.system_prompt is not None and raw:
+        raise ConfigError(f"evaluation.{_NO_PLACE.format(len(raw))}")
     for i, recipe in enumerate(config.synthesis.recipes):
         place = f"synthesis.recipes.{i} ({recipe.type})"
         if isinstance(recipe, Answering) and recipe.by == "domain_teacher" and domains - owned:
@@ -73,10 +76,7 @@ def check_recipes(config: Config, prompts: Sequence[Prompt]) -> None:
         if isinstance(recipe, Complete) and not raw:
             raise ConfigError(f"{place} continues raw `text`, and all prompts are chat `messages`")
         if isinstance(recipe, Answer) and recipe.system_prompt is not None and raw:
-            raise ConfigError(
-                f"{place} has a system_prompt, and {len(raw)} prompts are raw `text`, which has no "
-                "place for one"
-            )
+            raise ConfigError(f"{place} has a {_NO_PLACE.format(len(raw))}")
         without = sum(prompt.reference is None for prompt in prompts)
         if isinstance(recipe, GivenAnswers) and without:
             raise ConfigError(

@@ -125,6 +125,8 @@ class EvaluationConfig(Section):
 
     sampling: dict[str, Any]
     """vLLM SamplingParams of the answers that are checked, verbatim."""
+    system_prompt: str | None = None
+    """Put before chat prompts without one; to be given, `null` if so, where recipes have one."""
     max_prompts_per_domain: Count | None = None
     """Bound on the hold-out prompts answered by each model."""
     twin: bool = True
@@ -299,6 +301,17 @@ class Config(Section):
                 if name not in self.teachers:
                     hint = closest(name, self.teachers)
                     raise ValueError(f"{place} names the teacher {name!r}; {hint}")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_asks_as_trained(self) -> Config:
+        given = {r.system_prompt for r in self.synthesis.recipes if isinstance(r, Answer)} - {None}
+        if given and "system_prompt" not in self.evaluation.model_fields_set:
+            raise ValueError(
+                f"synthesis.recipes answer under a system_prompt ({', '.join(map(repr, given))}), "
+                "which the student learns to have before it: give evaluation.system_prompt, the "
+                "same or `null`, to say how the hold-out prompts are asked"
+            )
         return self
 
     @model_validator(mode="after")

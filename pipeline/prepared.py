@@ -41,7 +41,8 @@ class Prepared:
     Attributes:
         prompts: digest of the prompt table.
         prompt_counts: rows read, duplicates dropped, prompts of each split.
-        longest_prompt: tokens of the longest prompt.
+        longest_prompt: tokens of the longest given prompt, with the system prompts under which it
+            is asked.
         identities: of the teachers' models, also of those that do not score.
         scoring_recipes: by name of the cache: a teacher's distributions, or hidden states.
         synthesis_recipes: by the label of a step (`pipeline/synthesis_steps.py`).
@@ -116,6 +117,7 @@ def preparation_key(config: Config) -> str:
             ),
             config.student.model_dump(mode="json", exclude={"cost_per_hour", "replicas"}),
             config.training.teacher_layers,
+            config.evaluation.system_prompt,
             [storage.file_states(path) for path in paths],
             texts,
             _checker_here(config),

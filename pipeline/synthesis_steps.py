@@ -7,7 +7,7 @@ read the pool as it is at their place. Nothing here asks a teacher.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pipeline.config import Config
 from pipeline.config_recipes import (
@@ -104,7 +104,8 @@ def walk(
     for step in steps_of(config):
         digest = prepared.synthesis_digests[step.label]
         if not isinstance(step.recipe, Writing):
-            asked = [_as_asked(step.recipe, p) for p in pool if _answers(config, step, p)]
+            system = _system_prompt(step.recipe)
+            asked = [p.under(system) for p in pool if _answers(config, step, p)]
             yield Work(step, digest, asked, pool, [])
             continue
         requests = make_requests(step.recipe, pool, config.seed)
@@ -142,9 +143,12 @@ def _answers(config: Config, step: Step, prompt: Prompt) -> bool:
     return recipe.by != "domain_teacher" or prompt.domain in config.teachers[step.generator].domains
 
 
-def _as_asked(recipe: Recipe, prompt: Prompt) -> Prompt:
-    """The prompt with the recipe's system prompt, where it has none of its own."""
-    system = recipe.system_prompt if isinstance(recipe, Answer) else None
-    if system is None or prompt.messages is None or prompt.messages[0]["role"] == "system":
-        return prompt
-    return replace(prompt, messages=({"role": "system", "content": system}, *prompt.messages))
+def as_asked(config: Config, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The given prompts in every form in which recipes or the evaluation have them answered."""
+    recipes = [r for r in config.synthesis.recipes if not isinstance(r, Writing)]
+    systems = dict.fromkeys([*map(_system_prompt, recipes), config.evaluation.system_prompt])
+    return [prompt.under(system) for system in systems for prompt in prompts]
+
+
+def _system_prompt(recipe: Recipe) -> str | None:
+    return recipe.system_prompt if isinstance(recipe, Answer) else None

@@ -137,6 +137,21 @@ def test_a_changed_template_is_prepared_anew(
     assert preparation_key(load_config(QUICKSTART, changes)) != before
 
 
+def test_a_template_without_a_system_role_is_found_before_an_engine_starts(tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(QUICKSTART.parent / "student", student)
+    template = student / "chat_template.jinja"
+    refusal = "{{ raise_exception('System role not supported') }}"
+    beginning = f"{{% if messages[0]['role'] == 'system' %}}{refusal}{{% endif %}}"
+    template.write_text(beginning + template.read_text())
+    changes = [f"storage.root={tmp_path}", f"student.model={student}"]
+    longest = prepare(load_config(QUICKSTART, changes)).longest_prompt
+    system = "evaluation.system_prompt=0123456789"
+    with pytest.raises(ConfigError, match=r"System role not supported.*system_prompt"):
+        prepare(load_config(QUICKSTART, [*changes, system]))
+    assert prepare(load_config(QUICKSTART, [changes[0], system])).longest_prompt > longest
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

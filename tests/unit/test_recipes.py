@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from jobs.evaluate import _holdout_prompts
 from jobs.plan import layout_of
 from jobs.synthesis_checks import check_recipes, filter_identities, synthesis_recipes
 from jobs.synthesize import synthesize
@@ -20,11 +21,11 @@ from pipeline.config import Config
 from pipeline.datasets import SequenceReader, read_dataset
 from pipeline.errors import ConfigError
 from pipeline.loading import load_config
-from pipeline.prepared import Prepared
+from pipeline.prepared import Prepared, preparation_key
 from pipeline.prompts import write_prompts
 from pipeline.recipes import scoring_recipe
 from pipeline.records import Prompt
-from pipeline.synthesis_steps import steps_of, walk
+from pipeline.synthesis_steps import as_asked, steps_of, walk
 from teachers.dispatch import PoolReport
 from teachers.engine import GeneratedAnswer
 from tests.support.command_line import QUICKSTART
@@ -96,7 +97,9 @@ class Run:
     def config(
         self, recipes: list[Block], filters: Sequence[Block] = (), others: Block | None = None
     ) -> Config:
-        values = yaml.safe_load((QUICKSTART / "config.yaml").read_text()) | (others or {})
+        values = yaml.safe_load((QUICKSTART / "config.yaml").read_text())
+        for section, changes in (others or {}).items():
+            values[section] |= changes
         values["synthesis"] = {"recipes": recipes, "filters": list(filters)}
         values["storage"]["root"] = str(self.root / "out")
         values["student"]["model"] = str(self.root / "student")
@@ -119,9 +122,11 @@ class Run:
             "key", digest, {}, 90, "hash", 1, scoring, recipes, {}, before, identities=identities
         )
 
-    def synthesize(self, recipes: list[Block], filters: Sequence[Block] = ()) -> dict[str, Any]:
+    def synthesize(
+        self, recipes: list[Block], filters: Sequence[Block] = (), **others: Block
+    ) -> dict[str, Any]:
         self.engines.asked.clear()
-        config = self.config(recipes, filters)
+        config = self.config(recipes, filters, others)
         return synthesize(config, layout_of(config), self.prepared(config))
 
     def texts(self, outcome: dict[str, Any]) -> dict[str, list[str]]:
@@ -255,7 +260,7 @@ def test_system_prompts_and_sampling_of_single_teachers_are_sent(run: Run) -> No
             {"role": "user", "content": "first"},
         ),
     )
-    outcome = run.synthesize([answer])
+    outcome = run.synthesize([answer], evaluation={"system_prompt": "Be brief. "})
     sent = {(who, text): s.get("temperature") for who, text, s in run.engines.asked}
     assert sent["words", "Be brief. second"] is None
     assert sent["arithmetic", "Be brief. second"] == 0.25
@@ -385,3 +390,28 @@ def test_a_recipe_without_prompts_to_work_on_is_refused(
     prompts = [replace(p, domain="nobody's") for p in run.prompts]
     with pytest.raises(ConfigError, match=message):
         check_recipes(run.config([recipe]), prompts)
+
+
+def test_where_answers_have_a_system_prompt_the_evaluation_says_whether_it_has_one(
+    run: Run,
+) -> None:
+    answer = ANSWER | {"system_prompt": "Be brief. "}
+    sampling = {"sampling": {"max_tokens": 9}}
+    with pytest.raises(ConfigError, match=r"under a system_prompt \('Be brief. '\).*or `null`"):
+        run.config([answer], others={"evaluation": sampling})
+    plain = run.config([answer], others={"evaluation": sampling | {"system_prompt": None}})
+    alike = run.config([answer], others={"evaluation": sampling | {"system_prompt": "Be brief. "}})
+    assert preparation_key(plain) != preparation_key(alike)
+    assert [p.words for p in _holdout_prompts(plain, run.prompts)] == ["kept apart"]
+    (asked,) = _holdout_prompts(alike, run.prompts)
+    assert asked.messages == (
+        {"role": "system", "content": "Be brief. "},
+        {"role": "user", "content": "kept apart"},
+    )
+    forms = as_asked(plain, run.prompts)
+    assert len(forms) == 8 and forms[3] == asked, "each is looked at before an engine sees it"
+    assert as_asked(alike, run.prompts) == forms[:4]
+    raw = [*run.prompts, Prompt("raw", "words", "train", text="Once")]
+    only_evaluated = {"evaluation": sampling | {"system_prompt": "Be brief."}}
+    with pytest.raises(ConfigError, match=r"evaluation.system_prompt, and 1 prompts are raw"):
+        check_recipes(run.config([ANSWER], others=only_evaluated), raw)
