@@ -93,7 +93,8 @@ def check_filters(config: Config, prompts: Sequence[Prompt]) -> None:
     Raises:
         ConfigError: a checker, file, rubric or domain does not exist, or a grade is no token.
     """
-    checker, domains = config.prompts.checker, {prompt.domain for prompt in prompts}
+    checker = config.prompts.checker
+    trained = {prompt.domain for prompt in prompts if prompt.split == "train"}
     if checker and all(prompt.reference is None for prompt in prompts):
         raise ConfigError(f"prompts.checker is {checker}, but no prompt has a reference")
     if checker:
@@ -102,10 +103,10 @@ def check_filters(config: Config, prompts: Sequence[Prompt]) -> None:
         if not storage.exists(file.path):
             raise ConfigError(f"{key}: {file.path} does not exist")
     for rule in config.synthesis.filters:
-        if isinstance(rule, Balance) and rule.shares.keys() != domains:
+        if isinstance(rule, Balance) and rule.shares.keys() != trained:
             raise ConfigError(
-                f"filter balance has shares of {sorted(rule.shares)}; the prompts' domains are "
-                f"{sorted(domains)}"
+                f"filter balance has shares of {sorted(rule.shares)}; the domains of train prompts "
+                f"are {sorted(trained)}"
             )
         if isinstance(rule, Judge):
             rubric_of(rule)
