@@ -135,6 +135,28 @@ def plan_score(
     return StagePlan("score", todo, summary)
 
 
+def length_cautions(config: Config, longest_prompt: int) -> list[str]:
+    """What the longest sequence that may come would not fit, for people.
+
+    Args:
+        longest_prompt: tokens; 0 where it is not known yet.
+    """
+    answering = [recipe for recipe in config.synthesis.recipes if isinstance(recipe, Answering)]
+    samplings = [r.sampling | own for r in answering for own in ({}, *r.sampling_of.values())]
+    longest = longest_prompt + max((sampling["max_tokens"] for sampling in samplings), default=0)
+    longest = min(longest, config.synthesis.max_sequence_tokens or longest)
+    limits = {"training.tokens_per_micro_batch is": config.training.tokens_per_micro_batch}
+    for name in config.scoring_teachers:
+        if most := config.teachers[name].max_model_len:
+            limits[f"teacher {name} scores at most"] = most - 1
+    return [
+        f"a sequence may have {longest} tokens, and {place} {most}: longer ones stop the run after "
+        "synthesize, unless synthesis.max_sequence_tokens drops them"
+        for place, most in limits.items()
+        if longest > most
+    ]
+
+
 def stage_key(config: Config, layout: Layout, prepared: Prepared, stage: str) -> str:
     """Hash of what decides train, export or evaluate; a record of the same key is valid."""
     digest = scored_dataset(config, layout, prepared)

@@ -8,6 +8,7 @@ from functools import partial
 from jobs.plan import layout_of, read_record, round_layouts
 from jobs.synthesis_checks import (
     check_filters,
+    check_lengths,
     check_recipes,
     check_sampling,
     filter_identities,
@@ -50,20 +51,22 @@ def prepare(config: Config) -> Prepared:
     tokenizer_digest = check_vocabularies(config, asked)
     _check_vocabulary_sizes(config)
     check_layers(config)
+    tokenizer = load_tokenizer(config.student)
+    lengths = {prompt.digest: len(prompt_ids(tokenizer, prompt)) for prompt in asked}
+    check_lengths(config, prompts, lengths)
     # The student's weights are a generator's only where it writes in this round.
     writers = {step.generator for step in steps_of(config)} & {STUDENT}
     identities = {
         name: model_identity(config.generator(name), layout)
         for name in [*config.teachers, *sorted(writers)]
     }
-    tokenizer = load_tokenizer(config.student)
     eos_token_id = tokenizer.eos_token_id
     assert isinstance(eos_token_id, int), "a tokenizer without one is refused above"
     prepared = Prepared(
         key=preparation_key(config),
         prompts=write_prompts(layout, prompts),
         prompt_counts=counts,
-        longest_prompt=max(len(prompt_ids(tokenizer, prompt)) for prompt in asked),
+        longest_prompt=max(lengths.values()),
         tokenizer_hash=tokenizer_digest,
         eos_token_id=eos_token_id,
         student=student_identity(config.student, layout),

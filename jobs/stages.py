@@ -14,6 +14,7 @@ import ray
 from jobs.plan import (
     dataset_of,
     layout_of,
+    length_cautions,
     make_plan,
     read_record,
     scored_dataset,
@@ -62,7 +63,10 @@ def _prepare(config: Config, layout: Layout) -> Outcome:
     from jobs.prepare import prepare
 
     prepared = prepare(config)
-    for line in stale_caches(layout, prepared):
+    for line in [
+        *stale_caches(layout, prepared),
+        *length_cautions(config, prepared.longest_prompt),
+    ]:
         print(line, flush=True)
     counts = ", ".join(f"{name} {count}" for name, count in prepared.prompt_counts.items())
     summary = f"prompts: {counts}; vocabularies agree"

@@ -94,7 +94,7 @@ class TeacherConfig(Section):
     def max_model_len(self) -> int | None:
         """Tokens that an engine holds, where the config says so."""
         most = self.vllm.get("max_model_len")
-        return most if isinstance(most, int) else None
+        return most if isinstance(most, int) and most > 0 else None
 
 
 def _one_kind_of_teacher(values: Any) -> Any:
@@ -301,6 +301,16 @@ class Config(Section):
                 if name not in self.teachers:
                     hint = closest(name, self.teachers)
                     raise ValueError(f"{place} names the teacher {name!r}; {hint}")
+        return self
+
+    @model_validator(mode="after")
+    def _sequences_fit_a_micro_batch(self) -> Config:
+        most, budget = self.synthesis.max_sequence_tokens, self.training.tokens_per_micro_batch
+        if most is not None and most > budget:
+            raise ValueError(
+                f"synthesis.max_sequence_tokens ({most}) exceeds training.tokens_per_micro_batch "
+                f"({budget}), and training cuts no sequence: lower the one or raise the other"
+            )
         return self
 
     @model_validator(mode="after")

@@ -77,11 +77,6 @@ class Prepared:
         caches = self.caches(layout)
         return {name: cache for name, cache in caches.items() if not holds_features(name)}
 
-    def longest_request(self, config: Config, sampling: dict[str, Any]) -> int:
-        """Tokens that an engine must hold to answer every prompt that is not too long."""
-        need = self.longest_prompt + sampling["max_tokens"]
-        return min(need, config.synthesis.max_sequence_tokens or need)
-
     @property
     def synthesis_digests(self) -> dict[str, str]:
         """By step, the digest that names its folder of records."""

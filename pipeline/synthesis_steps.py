@@ -104,17 +104,26 @@ def walk(
     for step in steps_of(config):
         digest = prepared.synthesis_digests[step.label]
         if not isinstance(step.recipe, Writing):
-            system = _system_prompt(step.recipe)
-            asked = [p.under(system) for p in pool if _answers(config, step, p)]
-            yield Work(step, digest, asked, pool, [])
+            yield Work(step, digest, asked_of(config, step, pool), pool, [])
             continue
         requests = make_requests(step.recipe, pool, config.seed)
         yield Work(step, digest, [request.asked for request in requests], pool, requests)
         written = written_prompts(layout, digest, [request.asked for request in requests])
-        kept = [p for p in pool if step.recipe.keep_input or p.split != "train"]
+        kept = handed_on(step.recipe, pool)
         known = {digest_json([prompt.messages, prompt.text]) for prompt in pool}
         new = {p.prompt_id: p for p in written if p.prompt_id not in known}
         pool = [*kept, *new.values()]
+
+
+def asked_of(config: Config, step: Step, pool: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts that a step has answered, as they are asked."""
+    system = _system_prompt(step.recipe)
+    return [prompt.under(system) for prompt in pool if _answers(config, step, prompt)]
+
+
+def handed_on(recipe: Writing, pool: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts that a recipe read and that stand at the next one's place, too."""
+    return [prompt for prompt in pool if recipe.keep_input or prompt.split != "train"]
 
 
 def all_prompts(work: Sequence[Work], prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -55,6 +55,7 @@ class Run:
     def config(self, recipes: list[Block], filters: list[Block], most: int | None = None) -> Config:
         values = yaml.safe_load((QUICKSTART / "config.yaml").read_text())
         values["synthesis"] = {"recipes": recipes, "filters": filters, "max_sequence_tokens": most}
+        values["training"]["tokens_per_micro_batch"] = 512
         values["prompts"]["checker"] = None
         values["storage"]["root"] = str(self.root / "out")
         values["student"]["model"] = str(self.root / "student")

@@ -1,5 +1,6 @@
 """The plan of a run over caches that other runs have filled."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -9,11 +10,12 @@ from jobs.dry_run import describe
 from jobs.plan import make_plan, plan_score, score_key, stage_key
 from jobs.prepare import prepare
 from jobs.round_figures import stage_rows
+from jobs.score import score
 from jobs.stages import STAGES, run_stage
 from pipeline import storage
 from pipeline.config import Config
 from pipeline.datasets import DatasetEntry, write_dataset
-from pipeline.errors import ConfigError, StorageError
+from pipeline.errors import ConfigError, StorageError, TrainingError
 from pipeline.layout import Layout
 from pipeline.loading import load_config
 from pipeline.prepared import Prepared, preparation_key
@@ -135,6 +137,46 @@ def test_a_changed_template_is_prepared_anew(
     path = shipped / f"{template}.txt"
     path.write_text(path.read_text() + "\nThink first.")
     assert preparation_key(load_config(QUICKSTART, changes)) != before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("teachers.words.vllm.max_model_len=30", r"recipes \(words\): words holds .* = 30 tokens"),
+        ("student.vllm.max_model_len=30", r"evaluation: student holds"),
+        ("evaluation.sampling.max_tokens=60", r"evaluation: arithmetic holds.*\(60\) need"),
+    ],
+)
+def test_a_prompt_that_leaves_no_room_is_refused_before_an_engine_starts(
+    tmp_path: Path, change: str, message: str
+) -> None:
+    changes = [f"storage.root={tmp_path}", change]
+    with pytest.raises(ConfigError, match=message):
+        prepare(load_config(QUICKSTART, changes))
+    if "sampling" not in change:
+        changes += ["synthesis.max_sequence_tokens=28", "evaluation.sampling.max_tokens=9"]
+        prepare(load_config(QUICKSTART, [*changes, "synthesis.recipes.0.sampling.max_tokens=9"]))
+
+
+def test_a_dry_run_says_what_may_be_too_long(tmp_path: Path) -> None:
+    changes = [f"storage.root={tmp_path}", "training.tokens_per_micro_batch=23"]
+    caution = "caution     a sequence may have 24 tokens, and training.tokens_per_micro_batch is 23"
+    assert caution in describe(load_config(QUICKSTART, changes))
+    prepare(load_config(QUICKSTART, [changes[0], "training.tokens_per_micro_batch=30"]))
+    known = describe(load_config(QUICKSTART, [changes[0], "training.tokens_per_micro_batch=30"]))
+    assert re.search(r"may have [34]\d tokens, and training.tokens_per_micro_batch is 30", known)
+    bound = [*changes, "synthesis.max_sequence_tokens=23", "evaluation.sampling.max_tokens=9"]
+    text = describe(load_config(QUICKSTART, [*bound, "synthesis.recipes.0.sampling.max_tokens=9"]))
+    assert "caution" not in text
+
+
+def test_what_training_would_refuse_is_refused_before_it_is_scored(tmp_path: Path) -> None:
+    layout = Layout(str(tmp_path), "run")
+    entry = DatasetEntry("long", "p", "d", "train", ("t",), "sequences/d/x.parquet", 257, 9)
+    digest = write_dataset(layout, [entry])
+    with pytest.raises(TrainingError, match=r"long \(257 tokens\).*max_sequence_tokens"):
+        score(CONFIG, layout, PREPARED, digest)
+    assert not storage.exists(layout.pins)
 
 
 def test_a_template_without_a_system_role_is_found_before_an_engine_starts(tmp_path: Path) -> None:
