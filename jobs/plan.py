@@ -9,8 +9,8 @@ from typing import Any
 from pipeline import storage
 from pipeline.cache_index import load_index, missing_sequences, totals
 from pipeline.cache_logprobs import position_bytes
-from pipeline.config import Config
-from pipeline.config_recipes import Answering, Writing
+from pipeline.config import Config, TeacherConfig
+from pipeline.config_recipes import STUDENT, Answering, Writing
 from pipeline.config_targets import LearnedWeights
 from pipeline.datasets import DatasetEntry, read_dataset
 from pipeline.fingerprint import digest_json
@@ -125,6 +125,28 @@ def plan_score(
     return StagePlan("score", todo, summary)
 
 
+def length_cautions(config: Config, longest_prompt: int) -> list[str]:
+    """What the longest sequence that may come would not fit, for people.
+
+    Args:
+        longest_prompt: tokens; 0 where it is not known yet.
+    """
+    answering = [recipe for recipe in config.synthesis.recipes if isinstance(recipe, Answering)]
+    samplings = [r.sampling | own for r in answering for own in ({}, *r.sampling_of.values())]
+    longest = longest_prompt + max((sampling["max_tokens"] for sampling in samplings), default=0)
+    longest = min(longest, config.synthesis.max_sequence_tokens or longest)
+    limits = {"training.tokens_per_micro_batch is": config.training.tokens_per_micro_batch}
+    for name in config.scoring_teachers:
+        if most := config.teachers[name].max_model_len:
+            limits[f"teacher {name} scores at most"] = most - 1
+    return [
+        f"a sequence may have {longest} tokens, and {place} {most}: longer ones stop the run after "
+        "synthesize, unless synthesis.max_sequence_tokens drops them"
+        for place, most in limits.items()
+        if longest > most
+    ]
+
+
 def stage_key(config: Config, layout: Layout, prepared: Prepared, stage: str) -> str:
     """Hash of what decides train, export or evaluate; a record of the same key is valid."""
     digest = scored_dataset(config, layout, prepared)
@@ -132,18 +154,34 @@ def stage_key(config: Config, layout: Layout, prepared: Prepared, stage: str) ->
     jobs = training_jobs(config, layout, prepared, digest)
     parts: list[Any] = [job.identity() for job in jobs]
     if stage == "evaluate":
-        parts += [prepared.prompts, prepared.scoring_recipes]
-        parts += [prepared.filters_before_scoring, prepared.filters_after_scoring]
+        parts += [synthesis_key(config, prepared), prepared.scoring_recipes]
+        parts += [prepared.filters_after_scoring, prepared.checker, _served(config)]
         costs = {name: teacher.cost_per_hour for name, teacher in config.teachers.items()}
         parts += [config.evaluation.model_dump(mode="json"), costs, config.student.cost_per_hour]
-        parts.append(config.training.cost_per_hour)
+        parts += [config.training.cost_per_hour, config.synthesis.max_sequence_tokens]
     return digest_json([stage, *parts])
+
+
+def _served(config: Config) -> dict[str, Any]:
+    """How each model is served, which decides the speed and memory that the report states."""
+    return {STUDENT: config.student.vllm} | {
+        name: teacher.vllm
+        if isinstance(teacher, TeacherConfig)
+        else [teacher.endpoint.url, teacher.endpoint.max_concurrency]
+        for name, teacher in config.teachers.items()
+    }
 
 
 def read_record(layout: Layout, stage: str) -> dict[str, Any]:
     """The record of a stage; empty when it has never finished."""
     path = layout.stage_record(stage)
     return storage.read_json(path) if storage.exists(path) else {}
+
+
+def unended_attempts(layout: Layout, stage: str) -> int:
+    """How often a stage was begun since its last record was written."""
+    path = layout.unended_attempts(stage)
+    return storage.read_json(path) if storage.exists(path) else 0
 
 
 def synthesis_key(config: Config, prepared: Prepared) -> str:

@@ -24,6 +24,7 @@ from pipeline.learned_weights import learn_weights, with_learned
 from pipeline.prepared import Prepared
 from pipeline.recipes import provenance_of
 from pipeline.targets import required_teachers
+from students.packing import refuse_long_sequences
 from teachers.dispatch import PoolReport
 from teachers.pool import run_pools
 from teachers.scoring import Output, ScoredShard, ScoringTask, plan_scoring
@@ -36,10 +37,12 @@ def score(config: Config, layout: Layout, prepared: Prepared, dataset: str) -> d
 
     Raises:
         TeacherError: an engine cannot run.
+        TrainingError: a sequence is too long to be trained on.
         ConfigError: weights are to be learned, and a domain has nothing to learn them from.
         FilterError: the filters that need cached rows leave nothing of a split.
     """
     entries = read_dataset(layout, dataset)
+    _check_lengths(config, entries)
     caches = prepared.caches(layout)
     pin_generations(layout, caches.values())
     started = time.monotonic()
@@ -81,6 +84,14 @@ def score(config: Config, layout: Layout, prepared: Prepared, dataset: str) -> d
         "engine_seconds": dict(took),
         "summary": "; ".join(told + _dropped(filtered)),
     }
+
+
+def _check_lengths(config: Config, entries: Sequence[DatasetEntry]) -> None:
+    """Refuses here what training would refuse once everything is scored."""
+    if config.synthesis.filters_after_scoring:
+        return  # one of them may drop it
+    used = [(e.sequence_id, e.num_tokens) for e in entries if e.split in ("train", "holdout")]
+    refuse_long_sequences(used, config.training.tokens_per_micro_batch)
 
 
 def _dropped(filtered: Filtered) -> list[str]:

@@ -15,10 +15,12 @@ import ray
 from jobs.plan import (
     dataset_of,
     layout_of,
+    length_cautions,
     make_plan,
     read_record,
     scored_dataset,
     stage_key,
+    unended_attempts,
 )
 from jobs.run_lock import alone
 from pipeline import storage
@@ -48,6 +50,8 @@ def run_stage(stage: str, config: Config) -> None:
         return
     log_our_lines()
     started = time.time()
+    unended = unended_attempts(layout, stage)
+    storage.write_json(layout.unended_attempts(stage), unended + 1)
     if stage != "prepare":
         join_cluster()
     lock = alone(layout.lock(stage), f"{stage} of the run {config.name}")
@@ -55,7 +59,9 @@ def run_stage(stage: str, config: Config) -> None:
         outcome = STAGES[stage](config, layout)
     # A refused stage leaves the config that made what lies there.
     storage.write_bytes(layout.resolved_config, dump_config(config).encode())
-    _keep_record(layout, stage, {"seconds": time.time() - started, "started": started, **outcome})
+    record = {"seconds": time.time() - started, "started": started, "unended": unended, **outcome}
+    _keep_record(layout, stage, record)
+    storage.write_json(layout.unended_attempts(stage), 0)
     print(outcome["summary"], flush=True)
 
 
@@ -63,7 +69,10 @@ def _prepare(config: Config, layout: Layout) -> Outcome:
     from jobs.prepare import prepare
 
     prepared = prepare(config)
-    for line in stale_caches(layout, prepared):
+    for line in [
+        *stale_caches(layout, prepared),
+        *length_cautions(config, prepared.longest_prompt),
+    ]:
         print(line, flush=True)
     counts = ", ".join(f"{name} {count}" for name, count in prepared.prompt_counts.items())
     summary = f"prompts: {counts}; vocabularies agree"
@@ -158,6 +167,7 @@ def _keep_record(layout: Layout, stage: str, record: Outcome) -> None:
     before = read_record(layout, stage)
     if stage != "train" and before.get("key") == record["key"]:
         record["seconds"] += before["seconds"]
+        record["unended"] += before.get("unended", 0)
         took = Counter(before.get("engine_seconds", {}))
         took.update(record.get("engine_seconds", {}))
         record["engine_seconds"] = dict(took)

@@ -93,6 +93,10 @@ class Layout:
     def stage_record(self, stage: str) -> str:
         return join(self.run_folder, "stages", f"{stage}.json")
 
+    def unended_attempts(self, stage: str) -> str:
+        """How often a stage was begun since its record and has not ended."""
+        return join(self.run_folder, "stages", f"{stage}.unended.json")
+
     @property
     def pins(self) -> str:
         """The generations of the caches that the run uses."""

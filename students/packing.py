@@ -187,8 +187,9 @@ def refuse_long_sequences(lengths: Sequence[tuple[str, int]], tokens_per_micro_b
         shown = ", ".join(too_long[:10]) + rest
         raise TrainingError(
             f"{len(too_long)} sequences are longer than training.tokens_per_micro_batch "
-            f"({tokens_per_micro_batch}): {shown}. Raise it, or filter long "
-            "sequences out of the dataset."
+            f"({tokens_per_micro_batch}): {shown}. Raise it, or drop them by "
+            "synthesis.max_sequence_tokens (answers are then written anew) or the filter length "
+            "(they are not)"
         )
 
 
