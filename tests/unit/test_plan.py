@@ -1,8 +1,8 @@
 """The plan of a run over caches that other runs have filled."""
 
-from dataclasses import replace
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
