@@ -99,7 +99,8 @@ class Run:
     ) -> Config:
         values = yaml.safe_load((QUICKSTART / "config.yaml").read_text())
         for section, changes in (others or {}).items():
-            values[section] |= changes
+            known = values.get(section)
+            values[section] = known | changes if isinstance(known, dict) else changes
         values["synthesis"] = {"recipes": recipes, "filters": list(filters)}
         values["storage"]["root"] = str(self.root / "out")
         values["student"]["model"] = str(self.root / "student")

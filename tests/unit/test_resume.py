@@ -123,7 +123,7 @@ def test_the_seconds_of_training_are_those_of_all_its_starts(tmp_path, monkeypat
     monkeypatch.setattr("teachers.pool.check_placement", lambda *_: None)
     monkeypatch.setattr("students.launch.train_student", train)
     storage.write_json(student.summary_path, {"steps": 20, "tokens": 200, "seconds": 300.0})
-    save_checkpoint(Engine(), twin, TrainingState(10, 100, 40.0))
+    save_checkpoint(Engine(), twin, TrainingState(10, 20, 100, 40.0))
 
     outcome = stages._train(student.config, student.layout)
     assert outcome["seconds"] == 300 + 40 + 2 * 7
