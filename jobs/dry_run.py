@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jobs.plan import layout_of, plan_rounds, scored_dataset
+from jobs.plan import layout_of, length_cautions, plan_rounds, scored_dataset
 from pipeline.cache_status import stale_caches
 from pipeline.config import Config
 from pipeline.config_base import Resources
@@ -32,6 +32,8 @@ def describe(config: Config) -> str:
         lines += [f"stale       {line}" for line in stale_caches(layout, prepared)]
     for each in rounds_of(config):
         _check(each)
+    longest = 0 if prepared is None else prepared.longest_prompt
+    lines += [f"caution     {line}" for line in length_cautions(config, longest)]
     lines += ["# resources", *_resources(config)]
     return "\n".join(lines)
 

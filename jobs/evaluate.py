@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from jobs.engines import endpoint_spec
 from jobs.holdout import holdout_figures, renormalised_sequences
-from jobs.plan import cache_totals, read_record, round_layouts, students_of
+from jobs.plan import cache_totals, read_record, round_layouts, students_of, unended_attempts
 from jobs.round_figures import round_rows, stage_rows
 from pipeline import storage
 from pipeline.config import Config
@@ -30,6 +31,8 @@ from pipeline.training import stage_cost
 from teachers.answering import AnsweredPrompts, AnsweringTask
 from teachers.engine import EngineSpec
 from teachers.pool import PoolJob, PoolReport, run_pools
+from teachers.synthesis import student_tokenizer
+from teachers.vocabulary import prompt_ids
 
 SEQUENCES_COMPARED = 16
 # Largest difference between the engine's and the trained weights' log-probabilities of the same
@@ -82,7 +85,10 @@ def evaluate(config: Config, layout: Layout, prepared: Prepared, dataset: str) -
     report["prompts"] = report["prompts"] | {"holdout_too_long_to_ask": too_long}
     own = {"seconds": time.time() - started, "engine_seconds": took}
     cost = stage_cost(config, own)
-    report["stages"].append({"stage": "evaluate", "cost": cost, "detail": "", **own})
+    row = {"stage": "evaluate", "cost": cost, "detail": "", **own}
+    # This attempt is one of them.
+    row["unended"] = max(0, unended_attempts(layout, "evaluate") - 1)
+    report["stages"].append(row)
     report["rounds"] = round_rows(config, figures) if former else []
     storage.write_json(layout.report_json, report)
     storage.write_bytes(layout.report_html, render_html(report).encode())
@@ -100,11 +106,8 @@ def _serve(
 ) -> tuple[AnsweredPrompts, Json]:
     """Answers of one model, alone on its hardware, and the description of its engine."""
     teacher = config.teachers.get(name)
-    sampling = config.evaluation.sampling
     resources: Resources = teacher.resources if teacher else config.evaluation.resources
-    need = max(
-        prepared.longest_request(config, sampling), *(len(s.input_ids) + 1 for s in compared)
-    )
+    need = max(_longest_request(config, prompts), *(len(s.input_ids) + 1 for s in compared))
     if isinstance(teacher, EndpointTeacherConfig):
         spec = endpoint_spec(config, name, prepared, min_model_len=need, num_logprobs=0)
     else:
@@ -123,7 +126,7 @@ def _serve(
         model=name,
         prompts=prompts,
         student=config.student,
-        sampling=sampling,
+        sampling=config.evaluation.sampling,
         max_sequence_tokens=config.synthesis.max_sequence_tokens,
         checker=config.prompts.checker,
         answers_path=storage.join(layout.run_folder, "answers", f"{name}.jsonl"),
@@ -253,7 +256,16 @@ def _holdout_prompts(config: Config, prompts: list[Prompt]) -> tuple[Prompt, ...
     for prompt in prompts:
         if prompt.split == "holdout":
             by_domain.setdefault(prompt.domain, []).append(prompt)
-    return tuple(prompt for group in by_domain.values() for prompt in group[:most])
+    system = config.evaluation.system_prompt
+    return tuple(prompt.under(system) for group in by_domain.values() for prompt in group[:most])
+
+
+def _longest_request(config: Config, prompts: Sequence[Prompt]) -> int:
+    """Tokens that an engine must hold to answer every prompt that is not too long."""
+    tokenizer, _ = student_tokenizer(config.student)
+    longest = max(len(prompt_ids(tokenizer, prompt)) for prompt in prompts)
+    need = longest + config.evaluation.sampling["max_tokens"]
+    return min(need, config.synthesis.max_sequence_tokens or need)
 
 
 def _compared_sequences(layout: Layout, entries: list[DatasetEntry]) -> tuple[TokenSequence, ...]:

@@ -106,7 +106,7 @@ def _filtered(
     given = load_prompts(layout, prepared.prompts)
     steps = list(walk(config, layout, prepared, given))
     prompts = {prompt.prompt_id: prompt for prompt in all_prompts(steps, given)}
-    samples = sample_counts(layout, prepared.synthesis_digests.values())
+    samples = sample_counts(layout, [(work.digest, work.prompts) for work in steps])
     caches, ids = prepared.caches(layout), {entry.sequence_id for entry in entries}
     teachers = {teacher for rule in rules if (teacher := scoring_teacher(rule)) is not None}
     checker = config.prompts.checker
@@ -155,7 +155,7 @@ def _candidates(
                 answer=answer_text(tokenizer, gold_ids.tolist()),
                 answer_ids=gold_ids,
                 reference=prompt.reference,
-                samples=sum(samples.get((g, entry.sequence_id), 1) for g in entry.generators),
+                samples=samples[entry.prompt_id, entry.sequence_id],
             )
     return [candidates[i] for i in range(len(entries))]
 

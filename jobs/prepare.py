@@ -8,11 +8,13 @@ from functools import partial
 from jobs.plan import layout_of, read_record, round_layouts
 from jobs.synthesis_checks import (
     check_filters,
+    check_lengths,
     check_recipes,
     check_sampling,
     filter_identities,
     synthesis_recipes,
 )
+from pipeline.checkers import checker_identity
 from pipeline.config import Config, TeacherConfig
 from pipeline.config_base import ModelFiles
 from pipeline.config_endpoint import EndpointTeacherConfig
@@ -25,9 +27,9 @@ from pipeline.prepared import Prepared, preparation_key, save_prepared
 from pipeline.prompts import read_prompts, write_prompts
 from pipeline.recipes import cache_recipes
 from pipeline.records import Prompt
-from pipeline.synthesis_steps import steps_of
-from teachers.identity import check_model, model_identity, student_identity
-from teachers.layers import check_layers, text_config
+from pipeline.synthesis_steps import as_asked, steps_of
+from teachers.identity import check_model, check_weights, model_identity, student_identity
+from teachers.layers import check_layers, hidden_sizes, text_config
 from teachers.vllm_options import check_engine_arguments, check_sampling_parameters
 from teachers.vocabulary import check_vocabularies, load_tokenizer, prompt_ids
 
@@ -45,23 +47,27 @@ def prepare(config: Config) -> Prepared:
     for files in [*(teacher.files for teacher in config.teachers.values()), config.student]:
         if files is not None:
             check_model(files)
-    tokenizer_digest = check_vocabularies(config, prompts)
+    _check_weights(config)
+    asked = as_asked(config, prompts)
+    tokenizer_digest = check_vocabularies(config, asked)
     _check_vocabulary_sizes(config)
     check_layers(config)
+    tokenizer = load_tokenizer(config.student)
+    lengths = {prompt.digest: len(prompt_ids(tokenizer, prompt)) for prompt in asked}
+    check_lengths(config, prompts, lengths)
     # The student's weights are a generator's only where it writes in this round.
     writers = {step.generator for step in steps_of(config)} & {STUDENT}
     identities = {
         name: model_identity(config.generator(name), layout)
         for name in [*config.teachers, *sorted(writers)]
     }
-    tokenizer = load_tokenizer(config.student)
     eos_token_id = tokenizer.eos_token_id
     assert isinstance(eos_token_id, int), "a tokenizer without one is refused above"
     prepared = Prepared(
         key=preparation_key(config),
         prompts=write_prompts(layout, prompts),
         prompt_counts=counts,
-        longest_prompt=max(len(prompt_ids(tokenizer, prompt)) for prompt in prompts),
+        longest_prompt=max(lengths.values()),
         tokenizer_hash=tokenizer_digest,
         eos_token_id=eos_token_id,
         student=student_identity(config.student, layout),
@@ -74,6 +80,8 @@ def prepare(config: Config) -> Prepared:
             config, config.synthesis.filters_after_scoring, identities, tokenizer_digest
         ),
         identities=identities,
+        hidden_sizes=hidden_sizes(config),
+        checker=config.prompts.checker and checker_identity(config.prompts.checker),
     )
     save_prepared(layout, prepared)
     return prepared
@@ -94,6 +102,18 @@ def _check_start(config: Config) -> None:
             f"which is not exported yet: submit that round's stages first (round={before}), or "
             "`polystill run` the whole"
         )
+
+
+def _check_weights(config: Config) -> None:
+    """Those that are loaded as they come: a random student has none, and an engine's `load_format`
+    names what it reads.
+    """
+    for teacher in config.teachers.values():
+        if isinstance(teacher, TeacherConfig) and "load_format" not in teacher.vllm:
+            check_weights(teacher.model, teacher.revision)
+    student = config.student
+    if student.initialization == "pretrained" and student.initial_weights is None:
+        check_weights(student.model, student.revision)
 
 
 def check_inputs(config: Config) -> tuple[list[Prompt], dict[str, int]]:
@@ -146,6 +166,10 @@ def _check_upstream_options(config: Config) -> None:
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from error
     check_sampling(config)
+    if config.training.deepspeed:
+        from students.deepspeed_options import check_deepspeed_options
+
+        check_deepspeed_options(config.training.deepspeed)
 
 
 def _check_prompts(config: Config, prompts: Sequence[Prompt]) -> None:

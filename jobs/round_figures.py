@@ -17,7 +17,9 @@ MEASURED = STAGES[:-1]
 
 
 def stage_rows(config: Config) -> list[Json]:
-    """Seconds, cost and summary of every stage of every round, up to the evaluation."""
+    """Seconds, cost and summary of every stage of every round, up to the evaluation, and how many
+    attempts that did not end are not in them.
+    """
     rows = []
     for number, layout in enumerate(round_layouts(config), start=1):
         place = f"round {number}, " if config.round > 1 else ""
@@ -30,6 +32,7 @@ def stage_rows(config: Config) -> list[Json]:
                     "seconds": record.get("seconds", 0.0),
                     "cost": stage_cost(config, record),
                     "detail": record.get("summary", "no record"),
+                    "unended": record.get("unended", 0),
                 }
             )
     return rows

@@ -26,6 +26,7 @@ from pipeline.learned_weights import learn_weights, with_learned
 from pipeline.prepared import Prepared
 from pipeline.recipes import provenance_of
 from pipeline.targets import required_teachers
+from students.packing import refuse_long_sequences
 from teachers.canary import Canary, hold_to_cache
 from teachers.dispatch import PoolReport
 from teachers.pool import run_pools
@@ -39,10 +40,12 @@ def score(config: Config, layout: Layout, prepared: Prepared, dataset: str) -> d
 
     Raises:
         TeacherError: an engine cannot run.
+        TrainingError: a sequence is too long to be trained on.
         ConfigError: weights are to be learned, and a domain has nothing to learn them from.
         FilterError: the filters that need cached rows leave nothing of a split.
     """
     entries = read_dataset(layout, dataset)
+    _check_lengths(config, entries)
     caches = prepared.caches(layout)
     pin_generations(layout, caches.values())
     started = time.monotonic()
@@ -63,7 +66,8 @@ def score(config: Config, layout: Layout, prepared: Prepared, dataset: str) -> d
             layout, prepared.distributions(layout), fingerprints, dataset, entries
         )
         combine = with_learned(combine, learned)
-    covered = [entry for entry in entries if is_covered(combine, entry, refused)]
+    of_distributions = {name: refused[name] for name in prepared.distributions(layout)}
+    covered = [entry for entry in entries if is_covered(combine, entry, of_distributions)]
     if len(covered) < len(entries):
         logger.warning(
             "%d sequences are left out of training: every teacher that weighs anything in their "
@@ -85,6 +89,14 @@ def score(config: Config, layout: Layout, prepared: Prepared, dataset: str) -> d
     }
 
 
+def _check_lengths(config: Config, entries: Sequence[DatasetEntry]) -> None:
+    """Refuses here what training would refuse once everything is scored."""
+    if config.synthesis.filters_after_scoring:
+        return  # one of them may drop it
+    used = [(e.sequence_id, e.num_tokens) for e in entries if e.split in ("train", "holdout")]
+    refuse_long_sequences(used, config.training.tokens_per_micro_batch)
+
+
 def _dropped(filtered: Filtered) -> list[str]:
     return [f"dropped: {summary(filtered.counts)}"] if filtered.counts else []
 
@@ -95,7 +107,7 @@ def is_covered(
     """Whether a teacher that weighs anything in the sequence's domain has a row for it.
 
     Args:
-        refused: by teacher, the sequences that it has quarantined.
+        refused: by teacher, the sequences whose distributions it has quarantined.
     """
     weighing = required_teachers(combine, list(refused), entry.domain)
     return any(entry.sequence_id not in refused[name] for name in weighing)
@@ -156,7 +168,7 @@ def _judge(
 def _output(config: Config, prepared: Prepared, name: str, cache: CacheLayout) -> Output:
     recipe = prepared.scoring_recipes[name]
     rule = FeatureRule.of_recipe(recipe) if holds_features(name) else config.scoring.selection
-    return Output(name, cache, digest_json(recipe), rule)
+    return Output(name, cache, digest_json(recipe), rule, prepared.position_bytes(name))
 
 
 def _layers(tasks: Sequence[ScoringTask]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from pipeline import storage
 from pipeline.checkers import find_checker
 from pipeline.config import Config
 from pipeline.config_endpoint import EndpointTeacherConfig
-from pipeline.config_recipes import Answer, Answering, Complete, GivenAnswers, Writing
+from pipeline.config_recipes import STUDENT, Answer, Answering, Complete, GivenAnswers, Writing
 from pipeline.config_synthesis import Balance, Filter, Judge
 from pipeline.errors import ConfigError
 from pipeline.filters import filter_identity
@@ -18,11 +18,12 @@ from pipeline.prompt_writing import make_requests, rubric_of
 from pipeline.recipes import judging_recipe, sampling_of, synthesis_recipe
 from pipeline.records import Prompt
 from pipeline.rounds import rounds_of
-from pipeline.synthesis_steps import steps_of
+from pipeline.synthesis_steps import asked_of, handed_on, steps_of
 from teachers.judging import grade_tokens
 from teachers.vllm_options import check_sampling_parameters
 from teachers.vocabulary import load_tokenizer
 
+_NO_PLACE = "system_prompt, and {} prompts are raw `text`, which has no place for one"
 Identities = Mapping[str, dict[str, str]]
 
 
@@ -63,6 +64,8 @@ def check_recipes(config: Config, prompts: Sequence[Prompt]) -> None:
     domains = {prompt.domain for prompt in prompts}
     owned = {domain for teacher in config.teachers.values() for domain in teacher.domains}
     raw = [prompt for prompt in prompts if prompt.text is not None]
+    if config.evaluation.system_prompt is not None and raw:
+        raise ConfigError(f"evaluation.{_NO_PLACE.format(len(raw))}")
     for i, recipe in enumerate(config.synthesis.recipes):
         place = f"synthesis.recipes.{i} ({recipe.type})"
         if isinstance(recipe, Answering) and recipe.by == "domain_teacher" and domains - owned:
@@ -73,10 +76,7 @@ def check_recipes(config: Config, prompts: Sequence[Prompt]) -> None:
         if isinstance(recipe, Complete) and not raw:
             raise ConfigError(f"{place} continues raw `text`, and all prompts are chat `messages`")
         if isinstance(recipe, Answer) and recipe.system_prompt is not None and raw:
-            raise ConfigError(
-                f"{place} has a system_prompt, and {len(raw)} prompts are raw `text`, which has no "
-                "place for one"
-            )
+            raise ConfigError(f"{place} has a {_NO_PLACE.format(len(raw))}")
         without = sum(prompt.reference is None for prompt in prompts)
         if isinstance(recipe, GivenAnswers) and without:
             raise ConfigError(
@@ -87,13 +87,52 @@ def check_recipes(config: Config, prompts: Sequence[Prompt]) -> None:
             raise ConfigError(f"{place} rewrites train prompts of one turn, and there is none")
 
 
+def check_lengths(config: Config, prompts: Sequence[Prompt], tokens: Mapping[str, int]) -> None:
+    """Checks that every engine that answers holds the longest of its prompts with an answer.
+
+    Args:
+        tokens: by the digest of a prompt as it is asked, its length.
+
+    Raises:
+        ConfigError: one does not, and nothing says that such prompts may be dropped.
+    """
+    for each in rounds_of(config):
+        pool = list(prompts)
+        for step in steps_of(each):
+            if isinstance(step.recipe, Writing):
+                pool = handed_on(step.recipe, pool)
+            elif isinstance(step.recipe, Answering):
+                lengths = (tokens[p.digest] for p in asked_of(each, step, pool))
+                most = sampling_of(step.recipe, step.generator)["max_tokens"]
+                place = f"synthesis.recipes ({step.label})"
+                _check_room(each, place, step.generator, max(lengths, default=0), most)
+    sampling, system = config.evaluation.sampling, config.evaluation.system_prompt
+    asked = max(tokens[p.under(system).digest] for p in prompts if p.split == "holdout")
+    for name in [*config.scoring_teachers, STUDENT]:
+        _check_room(config, "evaluation", name, asked, sampling["max_tokens"])
+
+
+def _check_room(config: Config, place: str, name: str, prompt: int, answer: int) -> None:
+    """`prompt` and `answer` are the most tokens of either; what exceeds a bound is dropped."""
+    teacher, bound = config.generator(name), config.synthesis.max_sequence_tokens
+    need = min(prompt + answer, bound or prompt + answer)
+    if not teacher.returns_text and need > (teacher.max_model_len or need):
+        raise ConfigError(
+            f"{place}: {name} holds max_model_len = {teacher.max_model_len} tokens; the longest "
+            f"prompt ({prompt}) and sampling.max_tokens ({answer}) need {need}. Raise "
+            "max_model_len, lower max_tokens, or set synthesis.max_sequence_tokens to at most "
+            f"{teacher.max_model_len}: prompts that leave no room are then dropped and counted"
+        )
+
+
 def check_filters(config: Config, prompts: Sequence[Prompt]) -> None:
     """Checks what the filters need beside the answers.
 
     Raises:
         ConfigError: a checker, file, rubric or domain does not exist, or a grade is no token.
     """
-    checker, domains = config.prompts.checker, {prompt.domain for prompt in prompts}
+    checker = config.prompts.checker
+    trained = {prompt.domain for prompt in prompts if prompt.split == "train"}
     if checker and all(prompt.reference is None for prompt in prompts):
         raise ConfigError(f"prompts.checker is {checker}, but no prompt has a reference")
     if checker:
@@ -102,10 +141,10 @@ def check_filters(config: Config, prompts: Sequence[Prompt]) -> None:
         if not storage.exists(file.path):
             raise ConfigError(f"{key}: {file.path} does not exist")
     for rule in config.synthesis.filters:
-        if isinstance(rule, Balance) and rule.shares.keys() != domains:
+        if isinstance(rule, Balance) and rule.shares.keys() != trained:
             raise ConfigError(
-                f"filter balance has shares of {sorted(rule.shares)}; the prompts' domains are "
-                f"{sorted(domains)}"
+                f"filter balance has shares of {sorted(rule.shares)}; the domains of train prompts "
+                f"are {sorted(trained)}"
             )
         if isinstance(rule, Judge):
             rubric_of(rule)

@@ -50,7 +50,7 @@ def synthesize(config: Config, layout: Layout, prepared: Prepared) -> dict[str, 
     counts = {w.step.label: answer_counts(layout, w.digest, w.prompts) for w in steps}
     _check_splits({entry.split for entry in entries}, counts)
     written = ", ".join(
-        f"{name} {count['kept']:.0f}/{count['answers']:.0f}" for name, count in counts.items()
+        f"{name} {count['kept']}/{count['answers']}" for name, count in counts.items()
     )
     filtered = filter_answers(config, layout, prepared, entries)
     took.update(filtered.engine_seconds)
@@ -160,7 +160,7 @@ def _longest(config: Config, prompts: Sequence[Prompt]) -> int:
     return max((len(prompt_ids(tokenizer, prompt)) for prompt in prompts), default=1)
 
 
-def _check_splits(splits: set[str], counts: Mapping[str, dict[str, float]]) -> None:
+def _check_splits(splits: set[str], counts: Mapping[str, dict[str, int]]) -> None:
     for split in ("train", "holdout"):
         if split not in splits:
             raise TeacherError(

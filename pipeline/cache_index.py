@@ -16,7 +16,7 @@ import json
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, Generic, TypeVar
 
@@ -33,7 +33,8 @@ from pipeline.records import CacheRow, HiddenStates, SparseLogprobs
 
 logger = logging.getLogger(__name__)
 
-DECODED_SHARDS_KEPT = 64
+DECODED_BYTES_KEPT = 2**31
+"""Of the shards that a reader used last; the very last one stays whatever its size."""
 Row = TypeVar("Row", bound=CacheRow)
 
 
@@ -200,6 +201,7 @@ class CacheReader(Generic[Row]):
             for row, identifier in enumerate(entry.sequence_ids):
                 self._place.setdefault(identifier, (entry.digest, row))
         self._decoded: OrderedDict[str, list[Row]] = OrderedDict()
+        self._num_bytes = 0
 
     def __contains__(self, sequence_id: str) -> bool:
         return sequence_id in self._place
@@ -217,8 +219,9 @@ class CacheReader(Generic[Row]):
             self._decoded.move_to_end(digest)
         else:
             self._decoded[digest] = self._read(self._cache.shard(digest))
-            if len(self._decoded) > DECODED_SHARDS_KEPT:
-                self._decoded.popitem(last=False)
+            self._num_bytes += _bytes_of(self._decoded[digest])
+            while self._num_bytes > DECODED_BYTES_KEPT and len(self._decoded) > 1:
+                self._num_bytes -= _bytes_of(self._decoded.popitem(last=False)[1])
         found = self._decoded[digest][index]
         if found.sequence_id != sequence_id:
             raise CacheError(
@@ -226,6 +229,11 @@ class CacheReader(Generic[Row]):
                 f"{sequence_id}"
             )
         return found
+
+
+def _bytes_of(rows: Sequence[CacheRow]) -> int:
+    arrays = (value for row in rows for value in vars(row).values())
+    return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
 
 
 def open_cache(cache: CacheLayout) -> CacheReader[SparseLogprobs]:

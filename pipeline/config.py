@@ -94,7 +94,7 @@ class TeacherConfig(Section):
     def max_model_len(self) -> int | None:
         """Tokens that an engine holds, where the config says so."""
         most = self.vllm.get("max_model_len")
-        return most if isinstance(most, int) else None
+        return most if isinstance(most, int) and most > 0 else None
 
 
 def _one_kind_of_teacher(values: Any) -> Any:
@@ -125,12 +125,15 @@ class EvaluationConfig(Section):
 
     sampling: dict[str, Any]
     """vLLM SamplingParams of the answers that are checked, verbatim."""
+    system_prompt: str | None = None
+    """Put before chat prompts without one; to be given, `null` if so, where recipes have one."""
     max_prompts_per_domain: Count | None = None
     """Bound on the hold-out prompts answered by each model."""
     twin: bool = True
     """Also train a twin on the same sequences by cross-entropy alone, to show the difference."""
     resources: Resources = Resources()
-    """Of an engine that serves the student, and of the task that computes its hold-out losses."""
+    """Of an engine that serves the student, and of the tasks that export it and compute its
+    hold-out losses."""
 
 
 class ClusterConfig(Section):
@@ -299,6 +302,27 @@ class Config(Section):
                 if name not in self.teachers:
                     hint = closest(name, self.teachers)
                     raise ValueError(f"{place} names the teacher {name!r}; {hint}")
+        return self
+
+    @model_validator(mode="after")
+    def _sequences_fit_a_micro_batch(self) -> Config:
+        most, budget = self.synthesis.max_sequence_tokens, self.training.tokens_per_micro_batch
+        if most is not None and most > budget:
+            raise ValueError(
+                f"synthesis.max_sequence_tokens ({most}) exceeds training.tokens_per_micro_batch "
+                f"({budget}), and training cuts no sequence: lower the one or raise the other"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_asks_as_trained(self) -> Config:
+        given = {r.system_prompt for r in self.synthesis.recipes if isinstance(r, Answer)} - {None}
+        if given and "system_prompt" not in self.evaluation.model_fields_set:
+            raise ValueError(
+                f"synthesis.recipes answer under a system_prompt ({', '.join(map(repr, given))}), "
+                "which the student learns to have before it: give evaluation.system_prompt, the "
+                "same or `null`, to say how the hold-out prompts are asked"
+            )
         return self
 
     @model_validator(mode="after")

@@ -156,7 +156,7 @@ class Balance(FilterSection):
 
     type: Literal["balance"]
     shares: Annotated[dict[Name, Positive], Field(min_length=1)]
-    """Relative size of every domain; as much is kept as the scarcest domain allows."""
+    """Relative size of every domain with train prompts; as much is kept as the scarcest allows."""
 
 
 class Perplexity(FilterSection):

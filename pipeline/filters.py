@@ -65,7 +65,8 @@ def run_filters(
         the latter also by domain, and some examples of details.
 
     Raises:
-        FilterError: nothing of the train or hold-out split is left; says what each filter dropped.
+        FilterError: nothing of the train or hold-out split is left, or too little for a filter;
+            says what each filter dropped.
         ConfigError: a filter cannot be honoured.
     """
     left, done = list(candidates), []
@@ -75,7 +76,13 @@ def run_filters(
             for i, candidate in enumerate(left)
             if not set(rule.spares) & set(candidate.entry.generators)
         ]
-        found = FILTERS[rule.type](rule, [left[i] for i in seen], evidence)
+        try:
+            found = FILTERS[rule.type](rule, [left[i] for i in seen], evidence)
+        except FilterError as error:
+            raise FilterError(
+                f"{error}; dropped so far: {summary(done) or 'nothing'}. Every answer lies in its "
+                "shard; no teacher will be asked again"
+            ) from error
         dropped = {seen[i]: detail for i, detail in found.items()}
         path = layout.rejected(digest, f"{position}-{rule.type}")
         if dropped:

@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 
 from pipeline.checkers import final_number
 from pipeline.config_synthesis import Agreement, Balance, BestOf
-from pipeline.errors import ConfigError
+from pipeline.errors import FilterError
 from pipeline.fingerprint import unit_interval
 from pipeline.records import Candidate, Evidence
-from pipeline.text import closest
 
 
 def agreement(
@@ -63,16 +62,17 @@ def balance(rule: Balance, candidates: Sequence[Candidate], evidence: Evidence) 
     """Train sequences beyond their domain's share, chosen by the hash of their id.
 
     Raises:
-        ConfigError: a domain has no share, or there is no such domain.
+        FilterError: a domain has no sequence, so that the share of every other is none.
     """
-    members: dict[str, list[int]] = {}
+    members: dict[str, list[int]] = {domain: [] for domain in rule.shares}
     for i, candidate in enumerate(candidates):
         if candidate.entry.split == "train":
-            members.setdefault(candidate.entry.domain, []).append(i)
-    for name in rule.shares.keys() ^ members.keys():
-        known = members if name in rule.shares else rule.shares
-        what = "has no sequence" if name in rule.shares else "has no share"
-        raise ConfigError(f"filter balance: domain {name!r} {what}; {closest(name, known)}")
+            members[candidate.entry.domain].append(i)
+    if empty := [domain for domain, found in members.items() if not found]:
+        raise FilterError(
+            f"the filter balance finds no sequence of {empty} in the train split, and keeps of the "
+            "other domains as little"
+        )
     unit = min(len(found) / rule.shares[domain] for domain, found in members.items())
     dropped = {}
     for domain, found in members.items():

@@ -98,6 +98,10 @@ class Layout:
     def stage_record(self, stage: str) -> str:
         return join(self.run_folder, "stages", f"{stage}.json")
 
+    def unended_attempts(self, stage: str) -> str:
+        """How often a stage was begun since its record and has not ended."""
+        return join(self.run_folder, "stages", f"{stage}.unended.json")
+
     @property
     def pins(self) -> str:
         """The generations of the caches that the run uses."""
@@ -116,15 +120,20 @@ class Layout:
         return join(self.run_folder, "report.html")
 
     @property
-    def _models_folder(self) -> str:
+    def models_folder(self) -> str:
+        """The run's folder on a file system."""
         return join(self.models_root or self.root, "runs", self.run)
 
     def training_folder(self, student: str) -> str:
         """Checkpoints, metrics and TensorBoard events of `student` or `twin`."""
-        return join(self._models_folder, student)
+        return join(self.models_folder, student)
 
     def export_folder(self, student: str) -> str:
-        return join(self._models_folder, "export", student)
+        return join(self.models_folder, "export", student)
+
+    def lock(self, work: str) -> str:
+        """The file that one process at a time holds while it works in the run's folder."""
+        return join(self.models_folder, f"{work}.lock")
 
     def prompts(self, digest: str) -> str:
         return join(self.root, "prompts", f"{digest}.parquet")

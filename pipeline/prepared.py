@@ -1,7 +1,8 @@
 """What the prepare stage found out once for all later stages: prompts, identities, recipes.
 
 `runs/<name>/prepared.json` is valid as long as its key is: a hash of the config's sections that
-decide it and of size and modification time of every local file that it read.
+decide it, of size and modification time of every local file that it read, and of the content of
+templates and of a checker of the user's.
 """
 
 from __future__ import annotations
@@ -10,21 +11,27 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipeline import storage
+from pipeline import cache_features, cache_logprobs, storage
+from pipeline.checkers import checker_identity
 from pipeline.config import Config
 from pipeline.config_endpoint import NEUTRAL_ENDPOINT_KEYS
-from pipeline.features import holds_features
+from pipeline.config_recipes import Writing
+from pipeline.config_synthesis import Judge
+from pipeline.config_targets import selection_of
+from pipeline.errors import ConfigError
+from pipeline.features import FeatureRule, holds_features, teacher_of
 from pipeline.fingerprint import digest_json
 from pipeline.generations import generation_in_use
 from pipeline.layout import CacheLayout, Layout
-from pipeline.loading import evaluation_files, is_folder, own_templates
+from pipeline.loading import evaluation_files, is_folder
+from pipeline.prompt_writing import rubric_of, templates_of
 from pipeline.recipes import cache_layout
 
 NEUTRAL_TEACHER_KEYS: dict[str, Any] = {
     **dict.fromkeys(("cost_per_hour", "replicas", "resources"), True),
     "endpoint": dict.fromkeys(NEUTRAL_ENDPOINT_KEYS, True),
 }
-VERSION = 2
+VERSION = 3
 """Of what is written; an outcome of another one is found out again."""
 
 
@@ -35,12 +42,15 @@ class Prepared:
     Attributes:
         prompts: digest of the prompt table.
         prompt_counts: rows read, duplicates dropped, prompts of each split.
-        longest_prompt: tokens of the longest prompt.
+        longest_prompt: tokens of the longest given prompt, with the system prompts under which it
+            is asked.
         identities: of the teachers' models, also of those that do not score.
         scoring_recipes: by name of the cache: a teacher's distributions, or hidden states.
         synthesis_recipes: by the label of a step (`pipeline/synthesis_steps.py`).
         student: identity of the model that the student starts from.
+        hidden_sizes: of the teachers whose hidden states a loss needs.
         filters_before_scoring: identities; with those after scoring all filters of the config.
+        checker: identity of `prompts.checker`, where there is one.
     """
 
     key: str
@@ -55,6 +65,8 @@ class Prepared:
     filters_before_scoring: list[dict[str, Any]] = field(default_factory=list)
     filters_after_scoring: list[dict[str, Any]] = field(default_factory=list)
     identities: dict[str, dict[str, str]] = field(default_factory=dict)
+    hidden_sizes: dict[str, int] = field(default_factory=dict)
+    checker: str | None = None
 
     def caches(self, layout: Layout) -> dict[str, CacheLayout]:
         """Where every cache lies, by name, in the generation that this run uses."""
@@ -68,10 +80,14 @@ class Prepared:
         caches = self.caches(layout)
         return {name: cache for name, cache in caches.items() if not holds_features(name)}
 
-    def longest_request(self, config: Config, sampling: dict[str, Any]) -> int:
-        """Tokens that an engine must hold to answer every prompt that is not too long."""
-        need = self.longest_prompt + sampling["max_tokens"]
-        return min(need, config.synthesis.max_sequence_tokens or need)
+    def position_bytes(self, cache: str) -> int:
+        """Most that a position takes in the cache of that name, before compression."""
+        recipe = self.scoring_recipes[cache]
+        if not holds_features(cache):
+            return cache_logprobs.position_bytes(selection_of(recipe).max_entries)
+        rule = FeatureRule.of_recipe(recipe)
+        width = rule.dimensions or self.hidden_sizes[teacher_of(cache)]
+        return cache_features.position_bytes(len(rule.layers), width)
 
     @property
     def synthesis_digests(self) -> dict[str, str]:
@@ -80,7 +96,12 @@ class Prepared:
 
 
 def preparation_key(config: Config) -> str:
-    """Hash of all that decides the outcome of the prepare stage; reads no file's content."""
+    """Hash of all that decides the outcome of the prepare stage; of files it reads templates and
+    the checker's source alone.
+
+    Raises:
+        ConfigError: a template cannot be used.
+    """
     models = {"student": config.student.model} | {
         name: t.files.model for name, t in config.teachers.items() if t.files is not None
     }
@@ -89,7 +110,10 @@ def preparation_key(config: Config) -> str:
         m for m in models.values() if is_folder(m)
     ]
     paths += [file.path for file in evaluation_files(config).values()]
-    paths += own_templates(config).values()
+    recipes, filters = config.synthesis.recipes, config.synthesis.filters
+    # By content: the shipped ones lie in every job's own copy of the packages.
+    texts: list[Any] = [templates_of(recipe) for recipe in recipes if isinstance(recipe, Writing)]
+    texts += [rubric_of(rule) for rule in filters if isinstance(rule, Judge)]
     return digest_json(
         [
             VERSION,
@@ -100,7 +124,10 @@ def preparation_key(config: Config) -> str:
             ),
             config.student.model_dump(mode="json", exclude={"cost_per_hour", "replicas"}),
             config.training.teacher_layers,
+            config.evaluation.system_prompt,
             [storage.file_states(path) for path in paths],
+            texts,
+            _checker_here(config),
         ]
     )
 
@@ -111,6 +138,16 @@ def load_prepared(config: Config, layout: Layout) -> Prepared | None:
         return None
     prepared = Prepared(**storage.read_json(layout.prepared))
     return prepared if prepared.key == preparation_key(config) else None
+
+
+def _checker_here(config: Config) -> str | None:
+    """The checker's identity; None where it is not installed on this machine, as on a laptop."""
+    if config.prompts.checker is None:
+        return None
+    try:
+        return checker_identity(config.prompts.checker)
+    except ConfigError:  # prepare refuses it, if it is nowhere
+        return None
 
 
 def save_prepared(layout: Layout, prepared: Prepared) -> None:

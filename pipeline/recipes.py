@@ -18,7 +18,7 @@ from pipeline.fingerprint import digest_bytes, digest_json
 from pipeline.layout import CacheLayout, Layout
 from pipeline.prompt_writing import rubric_of, templates_of
 
-SYNTHESIS_SCHEMA_VERSION = 2
+SYNTHESIS_SCHEMA_VERSION = 3
 """Of the records of finished prompt shards."""
 
 NEUTRAL_ENGINE_KEYS = frozenset(

@@ -11,7 +11,7 @@ before it, and `input_ids[i_j]` is the position's gold token.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +39,12 @@ class Prompt:
     def digest(self) -> str:
         """Hash of all that its answers depend on, which is everything but the split."""
         return digest_json([self.prompt_id, self.domain, self.messages, self.text, self.reference])
+
+    def under(self, system: str | None) -> Prompt:
+        """The prompt with a system message, where it is a chat without one of its own."""
+        if system is None or self.messages is None or self.messages[0]["role"] == "system":
+            return self
+        return replace(self, messages=({"role": "system", "content": system}, *self.messages))
 
     @property
     def words(self) -> str:

@@ -169,7 +169,7 @@ def render_html(report: dict[str, Any]) -> str:
         "colours": _colours(report),
         "curves_svg": _curves(report),
         "drawn": any("draw_variance" in cache for cache in report["caches"].values()),
-        "reasons": [*REASONS, *sorted(counted - {*REASONS, "generated_tokens", "seconds"})],
+        "reasons": [*REASONS, *sorted(counted - {*REASONS, "generated_tokens"})],
         "wilson": wilson_interval,
     }
     return environment.get_template("report.html.j2").render(report)

@@ -9,7 +9,7 @@ answers are left out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -29,22 +29,26 @@ class Outcome:
         kept: sequences by id.
         samples: how often each of them was written.
         written: new prompts by the id of the prompt that asked for them.
+        counts: by the id of the prompt that was asked, its replies by what became of them, and the
+            tokens generated for it.
         errors: of prompts that could not be asked, by id.
     """
 
     kept: dict[str, TokenSequence] = field(default_factory=dict)
     samples: Counter[str] = field(default_factory=Counter)
     written: dict[str, list[Prompt]] = field(default_factory=dict)
-    counts: Counter[str] = field(default_factory=Counter)
+    counts: dict[str, Counter[str]] = field(default_factory=dict)
     rejected: list[Rejected] = field(default_factory=list)
     errors: dict[str, str] = field(default_factory=dict)
-    generated_tokens: int = 0
-    seconds: float = 0.0
+
+    def count(self, asked: str, **numbers: int) -> None:
+        """Adds to the counts of the prompt of that id."""
+        self.counts.setdefault(asked, Counter()).update(numbers)
 
     def keep(self, sequence: TokenSequence) -> None:
         """Counts an answer; equal ones are one sequence."""
         known = sequence.sequence_id in self.kept
-        self.counts.update({"answers": 1, "duplicate" if known else "kept": 1})
+        self.count(sequence.prompt_id, answers=1, **{"duplicate" if known else "kept": 1})
         self.samples[sequence.sequence_id] += 1
         self.kept.setdefault(sequence.sequence_id, sequence)
 
@@ -56,9 +60,14 @@ class Outcome:
         detail: str,
         answer: str | None = None,
         num_answers: int = 1,
+        asked: str | None = None,
     ) -> None:
-        """Counts a reply of no use, and keeps it for people to look at."""
-        self.counts.update({"answers": num_answers, reason: num_answers})
+        """Counts a reply of no use, and keeps it for people to look at.
+
+        Args:
+            asked: id of the prompt that was asked, where that is not `prompt` itself.
+        """
+        self.count(asked or prompt.prompt_id, answers=num_answers, **{reason: num_answers})
         self.rejected.append(
             Rejected(
                 reason=reason,
@@ -93,9 +102,7 @@ def write_record(
         "shard": write_sequences(layout, domain, kept) if kept else None,
         "samples": {name: count for name, count in outcome.samples.items() if count > 1},
         "written": {name: [asdict(p) for p in found] for name, found in outcome.written.items()},
-        "counts": {name: count for name, count in outcome.counts.items() if count},
-        "generated_tokens": outcome.generated_tokens,
-        "seconds": outcome.seconds,
+        "counts": outcome.counts,
         "errors": outcome.errors,
     }
     folder = layout.synthesis_folder(recipe_digest)
@@ -141,40 +148,43 @@ def new_prompts(layout: Layout, recipe_digest: str, prompts: Iterable[Prompt]) -
     return [prompt for prompt in prompts if prompt.digest not in known]
 
 
-def answer_counts(
-    layout: Layout, recipe_digest: str, prompts: Iterable[Prompt]
-) -> dict[str, float]:
-    """Answers by what became of them, generated tokens and seconds of a recipe's prompt shards.
+def answer_counts(layout: Layout, recipe_digest: str, prompts: Iterable[Prompt]) -> dict[str, int]:
+    """What became of a recipe's answers to these prompts, and the tokens generated for them."""
+    counts = Counter(answers=0, kept=0, generated_tokens=0)
+    for record, answered in _finished(layout, recipe_digest, prompts):
+        for name in answered:
+            counts.update(record["counts"].get(name, {}))
+    return dict(counts)
 
-    Counted are the shards that hold one of the prompts.
+
+def sample_counts(
+    layout: Layout, asked: Iterable[tuple[str, Sequence[Prompt]]]
+) -> Counter[tuple[str, str]]:
+    """By prompt and sequence, how often it was written: by all generators, in all recipes.
+
+    Args:
+        asked: as in `build_dataset`.
     """
-    digests = {prompt.digest for prompt in prompts}
-    counts: dict[str, float] = {"answers": 0, "kept": 0, "generated_tokens": 0, "seconds": 0.0}
-    for record in read_records(layout, recipe_digest):
-        if digests.isdisjoint(record["prompts"].values()):
-            continue
-        found = record["counts"] | {k: record[k] for k in ("generated_tokens", "seconds")}
-        for name, value in found.items():
-            counts[name] = counts.get(name, 0) + value
+    questions: dict[str, list[Prompt]] = {}
+    for digest, prompts in asked:
+        questions.setdefault(digest, []).extend(prompts)
+    counts: Counter[tuple[str, str]] = Counter()
+    for digest, prompts in questions.items():
+        for record, answered in _finished(layout, digest, prompts):
+            if record["shard"] is None:
+                continue
+            path = storage.join(layout.root, record["shard"])
+            for row in storage.read_table(path, ["prompt_id", "sequence_id"]).to_pylist():
+                if (name := row["prompt_id"]) in answered:
+                    identifier = row["sequence_id"]
+                    counts[name, identifier] += record["samples"].get(identifier, 1)
     return counts
-
-
-def sample_counts(layout: Layout, recipe_digests: Iterable[str]) -> dict[tuple[str, str], int]:
-    """By generator and sequence, how often it was written, where that is more than once."""
-    return {
-        (record["generator"], identifier): count
-        for digest in recipe_digests
-        for record in read_records(layout, digest)
-        for identifier, count in record["samples"].items()
-    }
 
 
 def build_dataset(
     layout: Layout, prompts: Sequence[Prompt], asked: Iterable[tuple[str, Sequence[Prompt]]]
 ) -> list[DatasetEntry]:
     """The sequences of a run's prompts in prompt order; equal answers are one entry.
-
-    Where two runs at once answered a prompt under one recipe, one shard's answers count.
 
     Args:
         prompts: all of the run.
@@ -183,18 +193,28 @@ def build_dataset(
     by_prompt: dict[str, dict[str, DatasetEntry]] = {prompt.prompt_id: {} for prompt in prompts}
     splits = {prompt.prompt_id: prompt.split for prompt in prompts}
     for digest, questions in asked:
-        open_prompts = {(prompt.prompt_id, prompt.digest) for prompt in questions}
-        for record in read_records(layout, digest):
-            found = open_prompts & record["prompts"].items()
-            answered = {name for name, _ in found}
-            if record["shard"] is None or not answered:
+        for record, answered in _finished(layout, digest, questions):
+            if record["shard"] is None:
                 continue
-            open_prompts -= found
             for sequence in read_sequences(storage.join(layout.root, record["shard"])):
                 name = sequence.prompt_id
                 if name in answered:
                     _merge(by_prompt[name], sequence, record["shard"], splits[name])
     return [entry for entries in by_prompt.values() for entry in entries.values()]
+
+
+def _finished(
+    layout: Layout, recipe_digest: str, prompts: Iterable[Prompt]
+) -> Iterator[tuple[dict[str, Any], set[str]]]:
+    """The records of a recipe that hold some of the prompts, with the ids of these.
+
+    Where two runs at once answered a prompt under one recipe, one shard's answers count.
+    """
+    wanted = {(prompt.prompt_id, prompt.digest) for prompt in prompts}
+    for record in read_records(layout, recipe_digest):
+        if found := wanted & record["prompts"].items():
+            wanted -= found
+            yield record, {name for name, _ in found}
 
 
 def _merge(

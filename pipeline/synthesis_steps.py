@@ -7,7 +7,7 @@ read the pool as it is at their place. Nothing here asks a teacher.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pipeline.config import Config
 from pipeline.config_recipes import (
@@ -104,16 +104,26 @@ def walk(
     for step in steps_of(config):
         digest = prepared.synthesis_digests[step.label]
         if not isinstance(step.recipe, Writing):
-            asked = [_as_asked(step.recipe, p) for p in pool if _answers(config, step, p)]
-            yield Work(step, digest, asked, pool, [])
+            yield Work(step, digest, asked_of(config, step, pool), pool, [])
             continue
         requests = make_requests(step.recipe, pool, config.seed)
         yield Work(step, digest, [request.asked for request in requests], pool, requests)
         written = written_prompts(layout, digest, [request.asked for request in requests])
-        kept = [p for p in pool if step.recipe.keep_input or p.split != "train"]
+        kept = handed_on(step.recipe, pool)
         known = {digest_json([prompt.messages, prompt.text]) for prompt in pool}
         new = {p.prompt_id: p for p in written if p.prompt_id not in known}
         pool = [*kept, *new.values()]
+
+
+def asked_of(config: Config, step: Step, pool: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts that a step has answered, as they are asked."""
+    system = _system_prompt(step.recipe)
+    return [prompt.under(system) for prompt in pool if _answers(config, step, prompt)]
+
+
+def handed_on(recipe: Writing, pool: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts that a recipe read and that stand at the next one's place, too."""
+    return [prompt for prompt in pool if recipe.keep_input or prompt.split != "train"]
 
 
 def all_prompts(work: Sequence[Work], prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -142,9 +152,12 @@ def _answers(config: Config, step: Step, prompt: Prompt) -> bool:
     return recipe.by != "domain_teacher" or prompt.domain in config.teachers[step.generator].domains
 
 
-def _as_asked(recipe: Recipe, prompt: Prompt) -> Prompt:
-    """The prompt with the recipe's system prompt, where it has none of its own."""
-    system = recipe.system_prompt if isinstance(recipe, Answer) else None
-    if system is None or prompt.messages is None or prompt.messages[0]["role"] == "system":
-        return prompt
-    return replace(prompt, messages=({"role": "system", "content": system}, *prompt.messages))
+def as_asked(config: Config, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The given prompts in every form in which recipes or the evaluation have them answered."""
+    recipes = [r for r in config.synthesis.recipes if not isinstance(r, Writing)]
+    systems = dict.fromkeys([*map(_system_prompt, recipes), config.evaluation.system_prompt])
+    return [prompt.under(system) for system in systems for prompt in prompts]
+
+
+def _system_prompt(recipe: Recipe) -> str | None:
+    return recipe.system_prompt if isinstance(recipe, Answer) else None

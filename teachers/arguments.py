@@ -148,7 +148,8 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
     if isinstance(max_model_len, int) and 0 < max_model_len < spec.min_model_len:
         raise TeacherError(
             f"{spec.model}: vllm.max_model_len ({max_model_len}) is below the longest sequence + 1 "
-            f"({spec.min_model_len}); raise it, or leave it out"
+            f"({spec.min_model_len}); raise it, leave it out, or drop longer ones by "
+            "synthesis.max_sequence_tokens"
         )
     sizes = [spec.vllm.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline")]
     defaults: dict[str, Any] = {

@@ -175,9 +175,20 @@ def died_of(step: str, spec: EngineSpec, config: Any) -> str:
     )
 
 
-def states_agree(one: np.ndarray, other: np.ndarray, dtype: str) -> bool:
-    """Whether two captures of the same hidden states differ by rounding alone."""
-    return bool(np.abs(one - other).max() <= STATE_TOLERANCES[dtype] * np.abs(one).max())
+def doubt_of_shared_states(anew: CapturedRows, again: CapturedRows, dtype: str) -> str | None:
+    """Why hidden states from the prefix cache cannot be relied on; None where they can.
+
+    Args:
+        anew: computed without that cache.
+        again: of the same tokens, with it.
+    """
+    one, other = anew.hidden_states, again.hidden_states
+    assert one is not None and other is not None, "they were asked for"
+    if not again.num_cached_tokens:
+        return "the canary found none of its tokens in the prefix cache, so it shows nothing"
+    if not np.abs(one - other).max() <= STATE_TOLERANCES[dtype] * np.abs(one).max():
+        return "hidden states from the prefix cache are not those computed anew"
+    return None
 
 
 def canary_ids(length: int, vocabulary: int, number: int = 0) -> list[int]:

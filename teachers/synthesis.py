@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
-import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -66,7 +65,7 @@ class SynthesisTask:
         """Records that the prompts cannot be answered, so that they are not asked again."""
         self._record(
             Outcome(
-                counts=Counter(quarantined=len(self)),
+                counts={prompt.prompt_id: Counter(quarantined=1) for prompt in self.prompts},
                 errors={prompt.prompt_id: error for prompt in self.prompts},
             )
         )
@@ -75,9 +74,8 @@ class SynthesisTask:
         """Asks the teacher for all answers and writes the shard.
 
         Returns:
-            The record: counts by reason, generated tokens, seconds.
+            The record.
         """
-        started = time.monotonic()
         tokenizer, tokenizer_digest = student_tokenizer(self.student)
         rendered = [(prompt, prompt_ids(tokenizer, prompt)) for prompt in self.prompts]
         room = self._most_tokens - self.sampling["max_tokens"]
@@ -101,7 +99,7 @@ class SynthesisTask:
                 outcome.reject(prompt, who, "too_long", detail, num_answers=number)
         for (prompt, ids), samples in zip(fitting, answers, strict=True):
             for sample in samples:
-                outcome.generated_tokens += len(sample.token_ids)
+                outcome.count(prompt.prompt_id, generated_tokens=len(sample.token_ids))
                 text = answer_text(tokenizer, sample.token_ids)
                 reason = sample.finish_reason
                 if reason not in self.finish_reasons:
@@ -116,12 +114,10 @@ class SynthesisTask:
                 else:
                     answer = sample.token_ids
                     outcome.keep(self._sequence(prompt, ids, answer, reason, tokenizer_digest))
-        outcome.seconds = time.monotonic() - started
         return self._record(outcome)
 
     def from_references(self) -> dict[str, Any]:
         """Takes the given references as answers; needs no engine."""
-        started = time.monotonic()
         tokenizer, tokenizer_digest = student_tokenizer(self.student)
         outcome = Outcome()
         for prompt in self.prompts:
@@ -136,7 +132,6 @@ class SynthesisTask:
                 outcome.reject(prompt, self.generator, "too_long", detail, prompt.reference)
             else:
                 outcome.keep(sequence)
-        outcome.seconds = time.monotonic() - started
         return self._record(outcome)
 
     def _record(self, outcome: Outcome) -> dict[str, Any]:

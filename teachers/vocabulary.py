@@ -73,7 +73,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
         except TemplateError as error:
             raise ConfigError(
                 f"the chat template of {tokenizer.name_or_path} refuses prompt "
-                f"{prompt.prompt_id}: {error}; change its messages or leave it out"
+                f"{prompt.prompt_id}: {error}; change its messages or leave it out (a recipe's or "
+                "the evaluation's system_prompt is one of them)"
             ) from error
     if not ids:
         raise ConfigError(f"prompt {prompt.prompt_id} has no tokens")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -55,15 +54,15 @@ class WritingTask:
     def quarantine(self, error: str) -> None:
         """Records that the requests cannot be answered, so that they are not asked again."""
         errors = {request.asked.prompt_id: error for request in self.requests}
-        self._record(Outcome(counts=Counter(quarantined=len(self)), errors=errors))
+        counts = {name: Counter(quarantined=1) for name in errors}
+        self._record(Outcome(counts=counts, errors=errors))
 
     async def run(self, teacher: Teacher) -> dict[str, Any]:
         """Asks the teacher and records the prompts that it wrote.
 
         Returns:
-            The record: replies by what became of them, prompts written, generated tokens, seconds.
+            The record.
         """
-        started = time.monotonic()
         tokenizer, _ = student_tokenizer(self.student)
         room = (self.max_model_len or math.inf) - self.sampling["max_tokens"]
         outcome = Outcome()
@@ -72,7 +71,8 @@ class WritingTask:
         for request, ids in rendered:
             if len(ids) > room:
                 detail = f"a request of {len(ids)} tokens leaves no room for a reply"
-                outcome.reject(request.source, self.generator, "too_long", detail)
+                name = request.asked.prompt_id
+                outcome.reject(request.source, self.generator, "too_long", detail, asked=name)
         replies = await asyncio.gather(
             *(
                 teacher.generate(
@@ -82,16 +82,16 @@ class WritingTask:
             )
         )
         for (request, _), (answer,) in zip(fitting, replies, strict=True):
-            outcome.generated_tokens += len(answer.token_ids)
+            name, who = request.asked.prompt_id, self.generator
+            outcome.count(name, generated_tokens=len(answer.token_ids))
             text = answer_text(tokenizer, answer.token_ids)
             reply = read_reply(request, text, answer.finish_reason)
             if reply.reason is not None:
-                outcome.reject(request.source, self.generator, reply.reason, reply.detail, text)
+                source, detail = request.source, reply.detail
+                outcome.reject(source, who, reply.reason, detail, text, asked=name)
                 continue
-            outcome.counts.update({"answers": 1, "kept": 1, "prompts_written": len(reply.texts)})
-            found = [new_prompt(request.source, text) for text in reply.texts]
-            outcome.written[request.asked.prompt_id] = found
-        outcome.seconds = time.monotonic() - started
+            outcome.count(name, answers=1, kept=1, prompts_written=len(reply.texts))
+            outcome.written[name] = [new_prompt(request.source, text) for text in reply.texts]
         return self._record(outcome)
 
     def _seed(self, request: Request) -> int:

@@ -161,6 +161,7 @@ class FabricatedRun:
             {},
             {"model": "student"},
             identities=identities,
+            hidden_sizes=dict.fromkeys(config.training.teacher_layers, HIDDEN),
         )
         storage.write_json(self.layout.prepared, asdict(prepared))
         return prepared
@@ -197,10 +198,10 @@ class FabricatedRun:
             return []
         return read_dataset(self.layout, json.loads(path.read_text())["dataset"])
 
-    def score(self) -> None:
-        """The score stage, with the pools that stand in for its engines."""
+    def score(self) -> str:
+        """The score stage, with the pools that stand in for its engines; gives the dataset."""
         digest = storage.read_json(self.layout.stage_record("synthesize"))["dataset"]
-        score(self.config, self.layout, self.prepare(), digest)
+        return score(self.config, self.layout, self.prepare(), digest)["dataset"]
 
     def shards(self, teacher: str, generation: int = 1) -> dict[str, tuple[int, int]]:
         """Modification time in ns and inode of every shard, by name."""

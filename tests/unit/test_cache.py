@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 
 from pipeline import storage
 from pipeline.cache import ShardEntry, describe_shard, read_shard, write_shard
-from pipeline.cache_index import is_published, load_index, open_cache, publish, read_index
+from pipeline.cache_index import (
+    CacheReader,
+    is_published,
+    load_index,
+    open_cache,
+    publish,
+    read_index,
+)
 from pipeline.config_targets import TopP
 from pipeline.errors import CacheError, CorruptShardError, StorageError
 from pipeline.fingerprint import digest_ids
@@ -187,6 +194,36 @@ def test_a_sequence_in_several_shards_counts_once(groups: list[list[str]], tmp_p
     for identifier in everyone:
         row = make_row(identifier, 10 + ord(identifier) % 7, ord(identifier))
         assert_same(reader.row(identifier), row)
+
+
+def test_a_reader_keeps_shards_up_to_a_number_of_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = CacheLayout(str(tmp_path / "teacher-abc"), 1)
+    for identifier in "ahov":
+        write_group(cache, [identifier])
+    publish(cache, {}, {})
+    decoded: list[list[SparseLogprobs]] = []
+
+    def read(path: str) -> list[SparseLogprobs]:
+        decoded.append(read_shard(path))
+        return decoded[-1]
+
+    def readings(most: int, asked: str) -> int:
+        monkeypatch.setattr("pipeline.cache_index.DECODED_BYTES_KEPT", most)
+        decoded.clear()
+        reader = CacheReader(cache, read)
+        for identifier in asked:
+            row = reader.row(identifier)
+            assert row is not None and row.sequence_id == identifier
+        return len(decoded)
+
+    assert readings(0, "aahhaa") == 3, "the last one used stays"
+    readings(0, "ahov")
+    sizes = [sum(v.nbytes for v in vars(r).values() if hasattr(v, "nbytes")) for (r,) in decoded]
+    assert readings(sum(sizes), "ahovahov") == 4
+    assert readings(sum(sizes) - 1, "ahovaho") == 4 + 3, "each time the oldest goes"
+    assert readings(sum(sizes) - 1, "ahovvo") == 4
 
 
 def test_a_shard_of_another_size_than_the_index_says_is_read_and_checked(tmp_path: Path) -> None:

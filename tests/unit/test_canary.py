@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ from pipeline.errors import TeacherError
 from teachers.canary import (
     HEAD_ENTRIES,
     MEAN_TOLERANCES,
+    STATE_TOLERANCES,
     Canary,
     ControlTask,
+    doubt_of_shared_states,
     full_step,
     hold_to_cache,
     refuse_difference,
@@ -84,6 +87,24 @@ def test_later_engines_are_held_to_the_one_that_began_the_cache(
     ):
         with pytest.raises(TeacherError, match=message):
             hold_to_cache(paths[:1], "teacher", other)
+
+
+@pytest.mark.parametrize("dtype", STATE_TOLERANCES)
+def test_states_are_shared_where_some_were_read_and_all_agree(dtype: str) -> None:
+    states = np.random.default_rng(0).normal(size=(32, 2, 8)).astype(np.float32)
+    most = STATE_TOLERANCES[dtype] * np.abs(states).max()
+
+    def doubt(shift: float, num_cached: int) -> str | None:
+        other = states.copy()
+        other[5, 1, 3] += shift
+        nothing = CapturedRows.without_distributions(32)
+        anew, again = (replace(nothing, hidden_states=each) for each in (states, other))
+        return doubt_of_shared_states(anew, replace(again, num_cached_tokens=num_cached), dtype)
+
+    assert doubt(0.99 * most, 16) is None
+    assert "not those computed anew" in str(doubt(1.01 * most, 16))
+    assert "not those computed anew" in str(doubt(math.nan, 16))
+    assert "it shows nothing" in str(doubt(0, 0))
 
 
 @pytest.mark.parametrize(

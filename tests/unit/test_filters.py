@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
+from jobs.synthesis_checks import check_filters
 from pipeline.checkers import exact
+from pipeline.config import Config
 from pipeline.config_synthesis import Filter
 from pipeline.datasets import DatasetEntry
 from pipeline.errors import ConfigError, FilterError
@@ -216,8 +219,41 @@ def test_balance_gives_domains_their_shares_whatever_the_order() -> None:
     assert len(gone) == 22 and all(name.startswith("big") for name in gone)
     turned = rows[::-1]
     assert {turned[i].entry.sequence_id for i in dropped(settings, turned)} == gone
-    with pytest.raises(ConfigError, match="domain 'smal' has no sequence; did you mean 'small'"):
-        dropped({"type": "balance", "shares": {"big": 1.0, "small": 1.0, "smal": 1.0}}, rows)
+
+
+def test_balance_leaves_domains_of_the_holdout_alone_out() -> None:
+    prompts = [
+        Prompt(f"{split}-{domain}", domain, split, text="?")
+        for split, domains in {"train": "ab", "holdout": "abc"}.items()
+        for domain in domains
+    ]
+    rows = [candidate("x", of=p.prompt_id, domain=p.domain, split=p.split) for p in prompts]
+    config = load_config(QUICKSTART, ["prompts.checker=null", "synthesis.filters=[]"])
+
+    def with_shares(shares: dict[str, float]) -> Config:
+        rules = [rule(type="balance", shares=shares)]
+        synthesis = config.synthesis.model_copy(update={"filters": rules})
+        return config.model_copy(update={"synthesis": synthesis})
+
+    check_filters(with_shares({"a": 1.0, "b": 1.0}), prompts)
+    assert dropped({"type": "balance", "shares": {"a": 1.0, "b": 1.0}}, rows) == []
+    for shares in ({"a": 1.0}, {"a": 1.0, "b": 1.0, "c": 1.0}):
+        with pytest.raises(ConfigError, match=r"domains of train prompts are \['a', 'b'\]"):
+            check_filters(with_shares(shares), prompts)
+
+
+def test_balance_without_a_sequence_of_a_domain_says_what_was_dropped(tmp_path: Path) -> None:
+    """The answers that it spares would be all that is trained on."""
+    rows = [candidate("1"), candidate("far too long", domain="e"), candidate("1", split="holdout")]
+    spared = candidate("2", of="b", number=1)
+    entry = replace(spared.entry, generators=("student",))
+    rows.append(replace(spared, entry=entry))
+    shares = rule(type="balance", shares={"d": 1.0, "e": 1.0}, spares=["student"])
+    rules = [rule(type="length", max_tokens=3), shares]
+    with pytest.raises(
+        FilterError, match=r"balance finds no sequence of \['e'\].*dropped so far: length 1/4\."
+    ):
+        run_filters(Layout(str(tmp_path), "run"), "digest", rules, rows, Evidence())
 
 
 def test_perplexity_has_bounds_and_drops_what_was_not_scored() -> None:

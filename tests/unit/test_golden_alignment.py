@@ -135,7 +135,7 @@ def packed_rows(root, packing, captured, selection=KEPT):
         task = ScoringTask(
             sequence_shard=f"{root}/{shard}",
             sequence_ids=scored,
-            outputs=(Output(teacher, caches[teacher], "0" * 32, selection),),
+            outputs=(Output(teacher, caches[teacher], "0" * 32, selection, 8),),
         )
         asyncio.run(task.run(FromTheTables(teacher, captured)))
         for row in read_shard(caches[teacher].shard(digest_ids(scored))):

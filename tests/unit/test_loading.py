@@ -78,6 +78,7 @@ def test_overrides_reach_lists_and_nested_keys() -> None:
         ("scoring.num_logprobs=4", "exceeds num_logprobs"),
         ("scoring.selection.max_entries=300", "255"),
         ("training.deepspeed={train_batch_size: 8}", "training.sequences_per_step sets the batch"),
+        ("synthesis.max_sequence_tokens=257", "exceeds training.tokens_per_micro_batch (256)"),
         ("training.warmup_steps=5000", "must be less than steps"),
         ("combine.weights.domains.words={nobody: 1.0}", "the teachers are"),
         ("combine.weights.domains.words={words: 0}", "above 0"),
@@ -100,6 +101,23 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
         broken.write_bytes(content)
         with pytest.raises(ConfigError, match="not valid YAML"):
             load_config(broken)
+
+
+@pytest.mark.parametrize("call", ["stat", "read_text"])
+def test_a_file_that_may_not_be_read_is_told(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As root may read everything, the refusal is made here; `stat` fails in a closed folder."""
+
+    def refuse(self: Path, **_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    path = tmp_path / "config.yaml"
+    path.write_text("name: x\n")
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="Permission denied") as e:
+        patch.setattr(Path, call, refuse)
+        load_config(path)
+    assert str(path) in str(e.value)
 
 
 def test_every_field_has_help() -> None:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from jobs.evaluate import _holdout_prompts
 from jobs.plan import layout_of
 from jobs.synthesis_checks import check_recipes, filter_identities, synthesis_recipes
 from jobs.synthesize import synthesize
@@ -20,11 +21,11 @@ from pipeline.config import Config
 from pipeline.datasets import SequenceReader, read_dataset
 from pipeline.errors import ConfigError
 from pipeline.loading import load_config
-from pipeline.prepared import Prepared
+from pipeline.prepared import Prepared, preparation_key
 from pipeline.prompts import write_prompts
 from pipeline.recipes import scoring_recipe
 from pipeline.records import Prompt
-from pipeline.synthesis_steps import steps_of, walk
+from pipeline.synthesis_steps import as_asked, steps_of, walk
 from teachers.dispatch import PoolReport
 from teachers.engine import GeneratedAnswer
 from tests.support.command_line import QUICKSTART
@@ -96,7 +97,10 @@ class Run:
     def config(
         self, recipes: list[Block], filters: Sequence[Block] = (), others: Block | None = None
     ) -> Config:
-        values = yaml.safe_load((QUICKSTART / "config.yaml").read_text()) | (others or {})
+        values = yaml.safe_load((QUICKSTART / "config.yaml").read_text())
+        for section, changes in (others or {}).items():
+            known = values.get(section)
+            values[section] = known | changes if isinstance(known, dict) else changes
         values["synthesis"] = {"recipes": recipes, "filters": list(filters)}
         values["storage"]["root"] = str(self.root / "out")
         values["student"]["model"] = str(self.root / "student")
@@ -119,9 +123,11 @@ class Run:
             "key", digest, {}, 90, "hash", 1, scoring, recipes, {}, before, identities=identities
         )
 
-    def synthesize(self, recipes: list[Block], filters: Sequence[Block] = ()) -> dict[str, Any]:
+    def synthesize(
+        self, recipes: list[Block], filters: Sequence[Block] = (), **others: Block
+    ) -> dict[str, Any]:
         self.engines.asked.clear()
-        config = self.config(recipes, filters)
+        config = self.config(recipes, filters, others)
         return synthesize(config, layout_of(config), self.prepared(config))
 
     def texts(self, outcome: dict[str, Any]) -> dict[str, list[str]]:
@@ -178,7 +184,7 @@ def test_written_prompts_are_answered_and_trained_on(run: Run) -> None:
     )
     outcome = run.synthesize([EVOLVE, ANSWER])
     counts = outcome["counts"]["evolve by words"]
-    assert {k: v for k, v in counts.items() if k not in ("seconds", "generated_tokens")} == {
+    assert {k: v for k, v in counts.items() if k != "generated_tokens"} == {
         "answers": 3,
         "kept": 1,
         "prompts_written": 1,
@@ -255,7 +261,7 @@ def test_system_prompts_and_sampling_of_single_teachers_are_sent(run: Run) -> No
             {"role": "user", "content": "first"},
         ),
     )
-    outcome = run.synthesize([answer])
+    outcome = run.synthesize([answer], evaluation={"system_prompt": "Be brief. "})
     sent = {(who, text): s.get("temperature") for who, text, s in run.engines.asked}
     assert sent["words", "Be brief. second"] is None
     assert sent["arithmetic", "Be brief. second"] == 0.25
@@ -303,6 +309,23 @@ def test_a_request_that_is_too_long_is_counted_and_not_asked(run: Run) -> None:
     run.engines.reply = scripted({"Request:\n": ("<prompt>harder</prompt>", "stop")})
     outcome = synthesize(config, layout_of(config), run.prepared(config))
     assert outcome["counts"]["evolve by words"]["too_long"] == 1
+
+
+def test_a_vote_counts_the_samples_of_one_teacher_in_two_recipes(run: Run) -> None:
+    """Four of its seven samples say 7; in the warmer recipe alone 8 would win."""
+    said = {0.1: ["7", "7"], 1.0: ["7", "8", "8", "8", "7"]}
+    cold = ANSWER | {"samples_per_prompt": 2, "sampling": {"max_tokens": 50, "temperature": 0.1}}
+    warm = cold | {"samples_per_prompt": 5, "sampling": {"max_tokens": 50, "temperature": 1.0}}
+
+    def reply(text: str, sample: int) -> Reply:
+        return said[run.engines.asked[-1][2]["temperature"]][sample], "stop"
+
+    run.engines.reply = reply
+    vote = {"type": "agreement", "by": "number", "min_share": 0.5}
+    outcome = run.synthesize([cold, warm], [vote])
+    assert run.texts(outcome) == {p.prompt_id: [f"{p.words}7"] for p in run.prompts}
+    most = {"type": "best_of", "keep": 1, "by": "samples"}
+    assert run.texts(run.synthesize([warm, cold], [most])) == run.texts(outcome)
 
 
 def test_steps_have_names_of_their_own(run: Run) -> None:
@@ -368,3 +391,28 @@ def test_a_recipe_without_prompts_to_work_on_is_refused(
     prompts = [replace(p, domain="nobody's") for p in run.prompts]
     with pytest.raises(ConfigError, match=message):
         check_recipes(run.config([recipe]), prompts)
+
+
+def test_where_answers_have_a_system_prompt_the_evaluation_says_whether_it_has_one(
+    run: Run,
+) -> None:
+    answer = ANSWER | {"system_prompt": "Be brief. "}
+    sampling = {"sampling": {"max_tokens": 9}}
+    with pytest.raises(ConfigError, match=r"under a system_prompt \('Be brief. '\).*or `null`"):
+        run.config([answer], others={"evaluation": sampling})
+    plain = run.config([answer], others={"evaluation": sampling | {"system_prompt": None}})
+    alike = run.config([answer], others={"evaluation": sampling | {"system_prompt": "Be brief. "}})
+    assert preparation_key(plain) != preparation_key(alike)
+    assert [p.words for p in _holdout_prompts(plain, run.prompts)] == ["kept apart"]
+    (asked,) = _holdout_prompts(alike, run.prompts)
+    assert asked.messages == (
+        {"role": "system", "content": "Be brief. "},
+        {"role": "user", "content": "kept apart"},
+    )
+    forms = as_asked(plain, run.prompts)
+    assert len(forms) == 8 and forms[3] == asked, "each is looked at before an engine sees it"
+    assert as_asked(alike, run.prompts) == forms[:4]
+    raw = [*run.prompts, Prompt("raw", "words", "train", text="Once")]
+    only_evaluated = {"evaluation": sampling | {"system_prompt": "Be brief."}}
+    with pytest.raises(ConfigError, match=r"evaluation.system_prompt, and 1 prompts are raw"):
+        check_recipes(run.config([ANSWER], others=only_evaluated), raw)

@@ -97,7 +97,6 @@ def make_counts(answers, wrong):
         "empty": 2,
         "duplicate": 42,
         "generated_tokens": answers * 23,
-        "seconds": answers / 41,
     }
 
 
@@ -136,8 +135,10 @@ def report():
             ),
         ],
         "stages": [
-            {"stage": "synthesize", "seconds": 250.4, "cost": 0.024, "detail": "5,600 answers"},
-            {"stage": "score", "seconds": 61.0, "cost": None, "detail": "112,340 positions"},
+            {"stage": "synthesize", "seconds": 250.4, "cost": 0.024, "detail": "5,600 answers"}
+            | {"unended": 0},
+            {"stage": "score", "seconds": 61.0, "cost": None, "detail": "112,340 positions"}
+            | {"unended": 0},
         ],
         "caches": {
             "algebraist": make_cache(3_456_789, 0.9987),
@@ -572,6 +573,16 @@ def test_every_filter_is_shown_with_its_counts(report):
     assert "Checker 3,891 0 0.0 %" in words
     report["filters"] = []
     assert "Share dropped" not in Page(render_html(report)).words
+
+
+def test_attempts_that_are_not_counted_are_named(report):
+    assert "lower bounds" not in render_html(report)
+    report["stages"][0]["unended"] = 2
+    words = Page(render_html(report)).words
+    assert "5,600 answers (and 2 attempts that did not end)" in words
+    assert "112,340 positions Total" in words and "of the others are lower bounds. Cost" in words
+    report["stages"][0]["unended"] = 1
+    assert "(and 1 attempt that did not end)" in Page(render_html(report)).words
 
 
 def test_every_round_is_shown_where_there_are_several(report):

@@ -78,17 +78,22 @@ def test_what_is_empty_cut_or_double_is_dropped_and_counted(template: SynthesisT
     rows = prompts(("1+1=", "d", "2"), ("a?", "d", None))
     (task,) = plan_synthesis(template, rows, 10)
     record = run(task, {"1+1=": ["2", "3", "2"], "a?": ["", "abc…", "b"]})
-    assert record["counts"] == {
+    assert answer_counts(template.layout, "recipe", rows) == {
         "answers": 6,
         "kept": 3,
         "duplicate": 1,
         "empty": 1,
         "truncated": 1,
+        "generated_tokens": 3 * 2 + 1 + 3 + 2,
     }
     first, wrong, third = read_sequences(storage.join(template.layout.root, record["shard"]))
     assert first.loss_spans == ((4, 6),) and first.gold_ids[-1] == 1
     assert third.generators == ("t",) and third.num_positions == 2
-    assert sample_counts(template.layout, ["recipe"]) == {("t", first.sequence_id): 2}
+    assert sample_counts(template.layout, [("recipe", rows)]) == {
+        ("id-1+1=", first.sequence_id): 2,
+        ("id-1+1=", wrong.sequence_id): 1,
+        ("id-a?", third.sequence_id): 1,
+    }
     assert wrong.prompt_id == first.prompt_id, "whether it is right is for the filters to say"
 
 
@@ -98,8 +103,8 @@ def test_answers_that_become_no_sequence_lie_where_people_can_look(
     short = replace(template, max_sequence_tokens=8)
     rows = prompts(("a?", "d", "x"), ("1+1+1+1=", "d", None))
     (task,) = plan_synthesis(short, rows, 10)
-    record = run(task, {"a?": ["", "abc…", "b"]})
-    assert record["counts"]["too_long"] == 3
+    run(task, {"a?": ["", "abc…", "b"]})
+    assert answer_counts(template.layout, "recipe", rows)["too_long"] == 3
     (path,) = Path(template.layout.root).glob("rejected/recipe/*.parquet")
     found = pq.read_table(path).to_pylist()
     assert [(row["reason"], row["prompt"], row["answer"]) for row in found] == [
@@ -217,10 +222,33 @@ def test_a_prompt_that_two_jobs_answered_at_once_counts_once(template: Synthesis
     assert [e.prompt_id for e in entries] == ["id-a"] * 3 + ["id-b"] * 3
 
 
-def test_answers_to_other_runs_prompts_are_not_counted(template: SynthesisTask) -> None:
+@pytest.mark.parametrize("together", [True, False], ids=["in one shard", "in two"])
+def test_answers_to_other_runs_prompts_are_not_counted(
+    template: SynthesisTask, together: bool
+) -> None:
     rows = prompts(("a", "x", "1"), ("b", "x", "2"))
-    run_all(template, rows[:1], {"a": ["1", "2", "3"]})
-    run_all(template, rows, {"b": ["2", "3", "2"]})
-    counts = answer_counts(template.layout, "recipe", rows[1:])
-    assert (counts["answers"], counts["kept"], counts["duplicate"]) == (3, 2, 1)
+    answers = {"a": ["1", "2", "3"], "b": ["2", "3", "2"]}
+    if not together:
+        run_all(template, rows[:1], answers)
+    run_all(template, rows, answers)
+    assert answer_counts(template.layout, "recipe", rows[1:]) == {
+        "answers": 3,
+        "kept": 2,
+        "duplicate": 1,
+        "generated_tokens": 6,
+    }
     assert answer_counts(template.layout, "recipe", rows)["kept"] == 5
+    samples = sample_counts(template.layout, [("recipe", rows[1:])])
+    assert sorted(samples.values()) == [1, 2] and {name for name, _ in samples} == {"id-b"}
+
+
+def test_every_sample_counts_whichever_recipe_it_is_of(template: SynthesisTask) -> None:
+    """One teacher in two recipes, another in a third, and one of the recipes in two steps."""
+    rows = prompts(("a", "x", None))
+    run_all(template, rows, {"a": ["1", "1", "1"]})
+    run_all(replace(template, recipe_digest="warmer"), rows, {"a": ["1", "2", "1"]})
+    run_all(replace(template, generator="u", recipe_digest="other"), rows, {"a": ["2", "1", "3"]})
+    asked = [("recipe", rows), ("recipe", rows), ("warmer", rows), ("other", rows)]
+    counts = sample_counts(template.layout, asked)
+    texts = [entry.sequence_id for entry in build_dataset(template.layout, rows, asked)]
+    assert [counts["id-a", name] for name in texts] == [6, 2, 1]
