@@ -25,6 +25,10 @@ from students.outcomes import Targets, figure_names, losses_and_gradient_
 
 CHUNK_ELEMENTS = 2**25
 """Numbers formed at a time; one float32 buffer of them takes 128 MiB."""
+CHUNK_SHARE_OF_DEVICE = 128
+"""On a GPU one such buffer may take that part of its memory: every chunk reads the head and adds to
+its gradient, which costs as much for few positions as for many.
+"""
 OUTCOME_BUFFERS = 16
 """About as many buffers of the size of the outcomes live at once in a chunk."""
 
@@ -91,7 +95,7 @@ def distillation_loss(
             float32, or in float64 if the states are.
         head_VH: weight of the LM head.
         softcap: logits are `softcap tanh(logits / softcap)`, as in Gemma 2 (arXiv 2408.00118).
-        chunk_positions: positions per chunk; by default what `CHUNK_ELEMENTS` allows.
+        chunk_positions: positions per chunk; by default what `chunk_elements` allows.
     """
     total, figures = _ChunkedLoss.apply(
         hidden_PH,
@@ -100,7 +104,7 @@ def distillation_loss(
         targets,
         tuple(terms),
         softcap,
-        chunk_positions or _chunk_positions(head_VH.shape[0], targets),
+        chunk_positions or _chunk_positions(head_VH, targets),
     )
     return LossSums(total, figures)
 
@@ -123,7 +127,7 @@ def position_figures(
         (len(figure_names(terms)), num_positions), dtype=_dtype(hidden_PH)
     )
     argmax_P = torch.empty_like(targets.gold_ids)
-    positions = chunk_positions or _chunk_positions(head_VH.shape[0], targets)
+    positions = chunk_positions or _chunk_positions(head_VH, targets)
     for rows in _chunks(num_positions, positions):
         logits_CV, _ = _logits(hidden_PH[rows], head_VH, bias_V, softcap)
         argmax_P[rows] = logits_CV.argmax(dim=-1)
@@ -164,7 +168,11 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, total_grad, *_):
         head_dtype, bias_dtype = ctx.dtypes
-        head_grad = None if ctx.head_grad is None else (ctx.head_grad * total_grad).to(head_dtype)
+        head_grad = None
+        if ctx.head_grad is not None:
+            # straight into its dtype: on a GPU no float32 product of the head's size exists
+            head_grad = torch.empty_like(ctx.head_grad, dtype=head_dtype)
+            torch.mul(ctx.head_grad, total_grad, out=head_grad)
         bias_grad = None if ctx.bias_grad is None else (ctx.bias_grad * total_grad).to(bias_dtype)
         hidden_grad = (ctx.hidden_grad * total_grad).to(ctx.hidden_grad.dtype)
         return hidden_grad, head_grad, bias_grad, None, None, None, None
@@ -202,10 +210,19 @@ def _dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def _chunk_positions(vocabulary: int, targets: Targets) -> int:
+def chunk_elements(device: torch.device) -> int:
+    """Numbers formed at a time on a device."""
+    if device.type != "cuda":
+        return CHUNK_ELEMENTS
+    num_bytes = torch.cuda.get_device_properties(device).total_memory
+    return max(CHUNK_ELEMENTS, num_bytes // (4 * CHUNK_SHARE_OF_DEVICE))
+
+
+def _chunk_positions(head_VH: Tensor, targets: Targets) -> int:
     num_teachers, _, num_entries = targets.token_ids.shape
     outcomes = num_teachers * (num_teachers * num_entries + 1)
-    return max(1, CHUNK_ELEMENTS // (vocabulary + OUTCOME_BUFFERS * outcomes))
+    each = head_VH.shape[0] + OUTCOME_BUFFERS * outcomes
+    return max(1, chunk_elements(head_VH.device) // each)
 
 
 def _chunks(num_positions: int, chunk_positions: int) -> Iterator[slice]:

@@ -1,10 +1,12 @@
 """A run that is killed ends like one that nobody disturbed, on heads that leave nothing.
 
 It is the README's quickstart with losses on hidden states, made small: every stage for real. Kills
-while scoring are in `test_faults.py`.
+while scoring are in `test_faults.py`. The run that is killed while it trains has the caches of the
+other: two engines' float16 targets may differ in the last bit, and trainings then in more.
 """
 
 import json
+import random
 import re
 import shlex
 import signal
@@ -21,7 +23,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from jobs.local_head import LocalHead
-from tests.support.caches import assert_rows_agree, cache_folder, cached_rows, dataset, shards
+from students.progress import read_metrics
+from tests.support.caches import cache_folder, cached_rows, dataset, shards
 from tests.support.command_line import (
     QUICKSTART,
     ROOT,
@@ -37,32 +40,35 @@ from tests.support.quickstart import DOMAINS, read_lines, some_prompts
 from tests.unit.test_readme import of_kind, with_stand_ins
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
-TEACHERS, RUN = DOMAINS, "features"
+TEACHERS, RUN, KILLED = DOMAINS, "features", "killed"
 STATE_LOSSES = ("hidden_state_cosine_words_4_2", "relation_distance_arithmetic_4_2")
 STAGES = ("prepare", "synthesize", "score", "train", "export", "evaluate")
 NUM_TRAIN, NUM_HOLDOUT = 150, 20  # prompts of each domain
 STEPS, CHECKPOINT_EVERY = 60, 10
+KILLED_AFTER = random.Random(4).randrange(CHECKPOINT_EVERY + 1, STEPS // 2)
+"""Steps taken, at least, when the run is killed."""
 SECONDS_TO_VANISH = 60
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """One complete run: its command without an address, its storage root and what it printed."""
 
     arguments: list[str]
     root: Path
     printed: str
+    name: str = RUN
 
     @property
     def folder(self) -> Path:
-        return self.root / "runs" / RUN
+        return self.root / "runs" / self.name
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
         return read_lines(self.folder / "student/metrics.jsonl")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Disturbed(Run):
     """A run of two commands, the first of which was killed.
 
@@ -112,18 +118,22 @@ def undisturbed(
     token = token_environment(ray_head.token)
     finished = polystill(*arguments, "--address", ray_head.address, seconds=800, env=token)
     assert finished.returncode == 0, f"{finished.stdout}\n{finished.stderr}"
-    return Run(arguments, root, finished.stdout)
+    return Run(arguments=arguments, root=root, printed=finished.stdout)
 
 
 @pytest.fixture(scope="module")
-def disturbed(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Disturbed:
-    """The run on heads of its own: killed while it trains, then ended."""
-    root = tmp_path_factory.mktemp("disturbed")
-    arguments = run_arguments(settings, root)
-    student = root / "runs" / RUN / "student"
+def disturbed(
+    undisturbed: Run, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Disturbed:
+    """The run again under another name, on heads of its own: killed while it trains, then ended."""
+    root = undisturbed.root
+    arguments = run_arguments(settings | {"name": KILLED}, root)
+    student = root / "runs" / KILLED / "student"
 
     command = start_polystill(tmp_path_factory.mktemp("logs"), *arguments)
-    command.wait_until("a checkpoint", lambda: bool(complete_checkpoints(student)), 700)
+    command.wait_until(
+        f"step {KILLED_AFTER}", lambda: len(read_metrics(str(student))) >= KILLED_AFTER, 700
+    )
     end_and_leave_nothing(command, signal.SIGKILL)
     metrics_at_kill = read_lines(student / "metrics.jsonl")
     checkpoint_at_kill = complete_checkpoints(student)[-1]
@@ -131,7 +141,14 @@ def disturbed(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 
     finished = polystill(*arguments, seconds=800)
     assert finished.returncode == 0, f"{finished.stdout}\n{finished.stderr}"
-    return Disturbed(arguments, root, finished.stdout, metrics_at_kill, checkpoint_at_kill)
+    return Disturbed(
+        arguments=arguments,
+        root=root,
+        printed=finished.stdout,
+        name=KILLED,
+        metrics_at_kill=metrics_at_kill,
+        checkpoint_at_kill=checkpoint_at_kill,
+    )
 
 
 def complete_checkpoints(student: Path) -> list[int]:
@@ -172,14 +189,12 @@ def test_every_stage_of_the_undisturbed_run_is_told(undisturbed: Run) -> None:
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)
-def test_both_runs_have_the_same_rows(undisturbed: Run, disturbed: Disturbed, teacher: str) -> None:
+def test_both_runs_have_every_row(undisturbed: Run, disturbed: Disturbed, teacher: str) -> None:
     sequences = dataset(undisturbed.root, RUN)
-    assert list(dataset(disturbed.root, RUN)) == list(sequences)
+    assert list(dataset(disturbed.root, KILLED)) == list(sequences)
     # Most answers of these teachers are right and kept.
     assert len(sequences) > len(DOMAINS) * NUM_TRAIN
-    expected = cached_rows(shards(undisturbed.root, teacher))
-    assert expected.keys() == sequences.keys()
-    assert_rows_agree(cached_rows(shards(disturbed.root, teacher)), expected)
+    assert cached_rows(shards(undisturbed.root, teacher)).keys() == sequences.keys()
 
 
 def test_a_kill_while_training_resumes_from_the_last_checkpoint(disturbed: Disturbed) -> None:
@@ -196,6 +211,7 @@ def test_a_kill_while_training_resumes_from_the_last_checkpoint(disturbed: Distu
 def test_both_trainings_take_the_same_steps_to_the_same_loss(
     undisturbed: Run, disturbed: Disturbed
 ) -> None:
+    """Bit for bit: the same caches, data, threads and order of sums."""
     losses = []
     for run in (undisturbed, disturbed):
         summary = json.loads((run.folder / "student/training.json").read_text())
@@ -206,8 +222,7 @@ def test_both_trainings_take_the_same_steps_to_the_same_loss(
         (holdout,) = [line["holdout/loss"] for line in run.metrics if "holdout/loss" in line]
         losses[-1].append(holdout)
     assert losses[0][-1] < 0.9 * losses[0][0]
-    # Same data in the same order; at most the rounding of a few float16 targets differs.
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[1] == losses[0]
 
 
 def test_losses_on_hidden_states_are_logged_apart_and_leave_no_weights(undisturbed: Run) -> None:

@@ -229,9 +229,10 @@ def test_a_tail_that_is_too_small_for_reverse_kl_is_raised_and_counted():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("softcap", "chunk_positions"), [(None, None), (None, 1), (4.0, 2)])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("name", TERMS)
-def test_lower_precision_stays_near(name, temperature, dtype):
+def test_lower_precision_stays_near(name, temperature, softcap, chunk_positions, dtype):
     """Relative to the largest entry of each gradient.
 
     float32 keeps 24 bits, of which sums of gradients that cancel lose a few. bfloat16 keeps 8 bits:
@@ -246,7 +247,8 @@ def test_lower_precision_stays_near(name, temperature, dtype):
     low = make_student(dtype=dtype, scale=1.0)
     full = [x.detach().double().requires_grad_() for x in low]
     loss, targets = term(name, temperature), make_targets(3)
-    found, expected = (distillation_loss(*s, targets, [loss]).total for s in (low, full))
+    found = distillation_loss(*low, targets, [loss], softcap, chunk_positions).total
+    expected = distillation_loss(*full, targets, [loss], softcap).total
     assert found.dtype == torch.float32
     assert abs(found.item() / expected.item() - 1) < tolerance
     for ours, theirs in zip(gradients(found, low), gradients(expected, full), strict=True):

@@ -2,12 +2,14 @@
 explicit bucket.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from students.divergences import LossTerm
-from students.losses import Targets, distillation_loss, position_figures
+from students.losses import Targets, chunk_elements, distillation_loss, position_figures
 
 P, H, V = 7, 5, 23
 
@@ -257,3 +259,15 @@ def test_position_figures_agree_with_the_loss():
     sums = distillation_loss(*student, targets, BOTH)
     torch.testing.assert_close(found.figures.sum(1), sums.figures)
     assert torch.equal(found.argmax_ids, (student[0] @ student[1].T).argmax(-1))
+
+
+def test_a_chunk_grows_with_the_memory_of_a_gpu(monkeypatch):
+    """To a 128th of it in float32, and is never smaller than on a CPU."""
+
+    def elements(gibibytes):
+        memory = SimpleNamespace(total_memory=gibibytes * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+        return chunk_elements(torch.device("cuda", 0))
+
+    assert chunk_elements(torch.device("cpu")) == elements(4) == 2**25
+    assert elements(80) == 80 * 2**30 // 128 // 4

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import random
 import shutil
 import signal
 from pathlib import Path
@@ -30,24 +31,38 @@ from tests.support.trainings import (
     steps_of,
 )
 
+BF16_TOLERANCE = 2e-2
 pytestmark = [pytest.mark.timeout(300), pytest.mark.integration]
 
 
-@pytest.mark.parametrize(("workers", "zero_stage"), [(1, 0), (2, 2), (2, 3)])
-def test_resume_equals_the_unbroken_run(run, material, workers, zero_stage):
-    options = {"workers": workers, "zero_stage": zero_stage}
-    whole = run(make_job(material, f"whole{workers}{zero_stage}", **options))
-    broken = make_job(material, f"broken{workers}{zero_stage}", loader_processes=2, **options)
+@pytest.mark.parametrize(
+    ("workers", "zero_stage", "dtype"),
+    [
+        (1, 0, "float32"),
+        (2, 1, "float32"),
+        (2, 2, "float32"),
+        (2, 3, "float32"),
+        (2, 0, "bfloat16"),
+        (2, 2, "bfloat16"),
+        (2, 3, "bfloat16"),
+    ],
+)
+def test_resume_equals_the_unbroken_run(run, material, workers, zero_stage, dtype):
+    name = f"{workers}{zero_stage}{dtype}"
+    options = {"workers": workers, "zero_stage": zero_stage, "student_options": {"dtype": dtype}}
+    whole = run(make_job(material, f"whole{name}", **options))
+    broken = make_job(material, f"broken{name}", loader_processes=2, **options)
+    done = drawn_step(name)
     with pytest.raises(InterruptedError):
-        run(broken, stop_before=5)
-    assert latest_complete(broken.folder).name == "step-00000004"
-    assert steps_of(broken) == [1, 2, 3, 4, 5]
+        run(broken, stop_before=done)
+    assert latest_complete(broken.folder).name == f"step-{done - done % 2:08d}"
+    assert steps_of(broken) == STEPS[:done]
     with Path(broken.folder, "metrics.jsonl").open("a") as stream:
-        stream.write('{"step": 6, "trai')
+        stream.write(f'{{"step": {done + 1}, "trai')
     # a checkpoint that was not finished does not count
     shutil.copytree(
         latest_complete(broken.folder),
-        Path(broken.folder, "checkpoints", "step-00000005"),
+        Path(broken.folder, "checkpoints", f"step-{done + 1:08d}"),
         ignore=shutil.ignore_patterns("COMPLETE", "state.json"),
     )
     run(broken)
@@ -56,6 +71,24 @@ def test_resume_equals_the_unbroken_run(run, material, workers, zero_stage):
         assert curve(broken, name) == curve(whole, name), name
     for name, value in final_weights(broken).items():
         assert np.array_equal(value, final_weights(whole)[name]), name
+
+
+def drawn_step(name):
+    """Steps done when a training ends, after its first checkpoint and before its last step."""
+    return random.Random(name).randint(2, 5)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_resume_in_bfloat16_on_fewer_workers(run, material, zero_stage):
+    """One worker rounds other sums than two."""
+    options = {"zero_stage": zero_stage, "student_options": {"dtype": "bfloat16"}}
+    whole = run(make_job(material, f"halves{zero_stage}", workers=2, **options))
+    with pytest.raises(InterruptedError):
+        run(make_job(material, f"fewer{zero_stage}", workers=2, **options), stop_before=3)
+    fewer = run(make_job(material, f"fewer{zero_stage}", workers=1, **options))
+    assert steps_of(fewer) == STEPS
+    for name in ("train/loss", "holdout/loss"):
+        assert curve(fewer, name) == pytest.approx(curve(whole, name), rel=BF16_TOLERANCE), name
 
 
 @pytest.mark.parametrize(
@@ -178,7 +211,9 @@ def test_batches_of_another_size_skip_no_data_and_repeat_none(run, material):
 def test_a_killed_worker_is_replaced_and_training_goes_on_exactly(
     run, cluster, material, monkeypatch, tmp_path
 ):
-    """Rank 1 of 2 kills itself by its id in step 6 and leaves the lock of an unfinished build."""
+    """Rank 1 of 2 kills itself by its id in a drawn step and leaves the lock of an unfinished
+    build.
+    """
     whole = run(make_job(material, "alive", workers=2))
     job, marker = make_job(material, "dies", workers=2, max_failures=1), tmp_path / "died"
     monkeypatch.setattr("students.launch._worker", dying_worker(marker, cluster))
@@ -190,6 +225,8 @@ def test_a_killed_worker_is_replaced_and_training_goes_on_exactly(
 
 
 def dying_worker(marker, lock):
+    done = drawn_step("a worker")
+
     def worker(config):
         import students.launch
 
@@ -201,7 +238,7 @@ def dying_worker(marker, lock):
             step = students.trainer.train_step
 
             def train_step(engine, *args):
-                if engine.deepspeed.global_steps == 5:
+                if engine.deepspeed.global_steps == done:
                     lock.touch()
                     marker.touch()
                     os.kill(os.getpid(), 9)
@@ -239,34 +276,40 @@ def test_a_killed_trainer_actor_ends_the_run_and_the_next_goes_on_exactly(
 ):
     job = make_job(material, "headless", max_failures=3)
     with monkeypatch.context() as patch:
-        patch.setattr("students.launch._worker", worker_that_kills_its_controller)
+        patch.setattr("students.launch._worker", killer_of_its_controller())
         with pytest.raises(TrainingError, match="run the same command again to resume"):
             train_student(job)
-    assert latest_complete(job.folder).name == "step-00000004"
+    done = drawn_step("the controller")
+    assert latest_complete(job.folder).name == f"step-{done - done % 2:08d}"
     train_student(job)
     assert steps_of(job) == STEPS
     assert curve(job) == curve(reference[0])
 
 
-def worker_that_kills_its_controller(config):
-    """In place of the fifth step, by the id of the one that has the same parent."""
-    import students.launch
+def killer_of_its_controller():
+    """In place of a drawn step, by the id of the one that has the same parent."""
+    done = drawn_step("the controller")
 
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import students.trainer
+    def worker(config):
+        import students.launch
 
-    step = students.trainer.train_step
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import students.trainer
 
-    def train_step(engine, *args):
-        if engine.deepspeed.global_steps == 4:
-            siblings = psutil.Process(os.getppid()).children()
-            (controller,) = [p for p in siblings if "TrainController" in " ".join(p.cmdline())]
-            os.kill(controller.pid, signal.SIGKILL)
-            signal.pause()
-        return step(engine, *args)
+        step = students.trainer.train_step
 
-    students.trainer.train_step = train_step
-    students.launch._worker(config)
+        def train_step(engine, *args):
+            if engine.deepspeed.global_steps == done:
+                siblings = psutil.Process(os.getppid()).children()
+                (controller,) = [p for p in siblings if "TrainController" in " ".join(p.cmdline())]
+                os.kill(controller.pid, signal.SIGKILL)
+                signal.pause()
+            return step(engine, *args)
+
+        students.trainer.train_step = train_step
+        students.launch._worker(config)
+
+    return worker
 
 
 def test_an_error_of_the_users_is_not_tried_again(cluster, material):
