@@ -51,6 +51,7 @@ def add_to(
             command.add_argument(
                 "--force", action="store_true", help="into a new generation, rows or not"
             )
+    add("retry", _retry, "forget what was quarantined: the next run asks for it again")
     command = add("show", _show, "one sequence, token by token")
     _teacher(command, "of one teacher only")
     command.add_argument(
@@ -113,6 +114,12 @@ def _verify(options: argparse.Namespace) -> None:
         verify.verify_inside_job(config, options.teacher, options.rescore, _say)
     else:
         verify.verify_rows(config, options.address, options.teacher, options.rescore, _say)
+
+
+def _retry(options: argparse.Namespace) -> None:
+    from jobs.caches import retry
+
+    _say(retry(_load(options)))
 
 
 def _show(options: argparse.Namespace) -> None:
