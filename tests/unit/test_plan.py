@@ -200,6 +200,11 @@ def test_a_template_without_a_system_role_is_found_before_an_engine_starts(tmp_p
         ("teachers.words.vllm.max_num_seq=3", "max_num_seq"),
         ("synthesis.recipes.0.sampling.temprature=1", "temprature"),
         ("teachers.words.domains=[poems]", r"no teacher names \['words'\]"),
+        (
+            "synthesis.recipes=[{type: paraphrase, teacher: words, versions: 3, sampling: {"
+            "max_tokens: 9, temperature: 0}}, {type: dataset}]",
+            "temperature is 0, so 3 answers to a prompt would be alike",
+        ),
     ],
 )
 def test_a_dry_run_refuses_what_prepare_would(change: str, message: str, tmp_path: Path) -> None:
