@@ -40,6 +40,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from benchmarks.common import print_table, write_json
 from pipeline.cache import read_shard
+from pipeline.cache_logprobs import position_bytes
 from pipeline.config_targets import TopP
 from pipeline.datasets import write_sequences
 from pipeline.fingerprint import digest_json
@@ -181,7 +182,8 @@ class Bench:
         self._set(width, share_prefixes)
         selection = TopP(type="top_p", mass=MASS, max_entries=min(width, MAX_ENTRIES))
         cache, fingerprint = self._cache(width, share_prefixes)
-        output = Output("teacher", cache, fingerprint, selection)
+        size = position_bytes(selection.max_entries)
+        output = Output("teacher", cache, fingerprint, selection, size)
         tasks = [ScoringTask(uri, ids, (output,)) for uri, ids in self._shards(sequences)]
         slots = asyncio.Semaphore(TASKS_IN_FLIGHT)
 

@@ -2,7 +2,8 @@
 
 The real teacher is a small Llama with a tokenizer of its own, trained by the clock on DATA's
 `train.jsonl`; the student is a smaller one, trained shorter. Their folder is named by the digest of
-what made them, so that a second run finds them. The sequences are whole texts of `test.jsonl`.
+what made them, so that a second run finds them. The sequences are those of `test.jsonl`; as in a
+cache, the positions are those of their answers.
 
 Legend: P positions, H hidden size, V vocabulary, K captured entries.
 """
@@ -65,7 +66,7 @@ def train_models(data: Path, output: Path, seconds: float) -> Path:
     Args:
         seconds: training time of the teacher; the student gets a fifth.
     """
-    sources = [Path(gsm8k.__file__), data / "train.jsonl"]
+    sources = [Path(__file__), Path(gsm8k.__file__), data / "train.jsonl"]
     settings = f"{VOCABULARY} {seconds}".encode()
     digest = digest_bytes(*(path.read_bytes() for path in sources), settings)
     folder = output / f"cache-models-{digest[:12]}"
@@ -75,7 +76,7 @@ def train_models(data: Path, output: Path, seconds: float) -> Path:
     tokenizer = gsm8k.build_tokenizer((row.text for row in rows), VOCABULARY)
     sequences = gsm8k.encode(tokenizer, rows)
     configs = {
-        "teacher": gsm8k.teacher_config(tokenizer),
+        "teacher": gsm8k.llama_config(tokenizer, hidden=160, intermediate=448, layers=4),
         "student": gsm8k.student_config(tokenizer),
     }
     for seed, (name, config) in enumerate(configs.items()):
@@ -92,14 +93,13 @@ def train_models(data: Path, output: Path, seconds: float) -> Path:
 def real_text(
     models: Path, data: Path, max_positions: int | None = None, width: int = CAPTURED
 ) -> Iterator[Captured]:
-    """The teacher's captured distributions over whole texts of `test.jsonl`, in their order."""
+    """The teacher's captured distributions over the answers of `test.jsonl`, in their order."""
     teacher = load_model(models / "teacher", False, "cpu")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(models / "teacher")
     num_positions = 0
-    for number, row in enumerate(gsm8k.read_rows(data / "test.jsonl")):
-        ids = tokenizer.encode(row.prompt + row.response + gsm8k.EOS, add_special_tokens=False)
-        input_ids = np.array(ids[: gsm8k.MAX_LENGTH], np.int32)
-        sequence = _sequence(f"test-{number}", input_ids)
+    rows = gsm8k.encode(tokenizer, gsm8k.read_rows(data / "test.jsonl"))
+    for number, (ids, start) in enumerate(rows):
+        sequence = _sequence(f"test-{number}", np.array(ids, np.int32), start)
         yield _capture(sequence, _teacher_logprobs(teacher, sequence), width)
         num_positions += sequence.num_positions
         if max_positions is not None and num_positions >= max_positions:
@@ -147,7 +147,7 @@ def synthetic_batches(count: int, vocabulary: int) -> Iterator[Batch]:
         gold_P = torch.multinomial(dense_PV.exp(), 1, generator=generator).squeeze(1)
         first = torch.zeros(1, dtype=gold_P.dtype)
         input_ids = torch.cat([first, gold_P]).numpy().astype(np.int32)
-        sequence = _sequence(f"synthetic-{number}", input_ids)
+        sequence = _sequence(f"synthetic-{number}", input_ids, start=1)
         student_PH = torch.cat([hidden_PH / 2, torch.ones(TOKENS, 1)], dim=1).requires_grad_()
         student_VH = head_VH.clone().requires_grad_()
         yield Batch(
@@ -159,15 +159,16 @@ def synthetic_batches(count: int, vocabulary: int) -> Iterator[Batch]:
         )
 
 
-def _sequence(name: str, input_ids: np.ndarray) -> TokenSequence:
-    spans = ((1, len(input_ids)),)
+def _sequence(name: str, input_ids: np.ndarray, start: int) -> TokenSequence:
+    spans = ((start, len(input_ids)),)
     return TokenSequence(name, input_ids, spans, name, "text", ("dataset",), "dataset")
 
 
 @torch.no_grad()
 def _teacher_logprobs(model: PreTrainedModel, sequence: TokenSequence) -> Tensor:
     ids = torch.from_numpy(sequence.input_ids[None].astype(np.int64))
-    return torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, :-1].float(), -1)
+    logits_TV = model(input_ids=ids, use_cache=False).logits[0]
+    return torch.log_softmax(logits_TV[sequence.position_indices - 1].float(), -1)
 
 
 def _student_hidden(model: PreTrainedModel, sequences: list[TokenSequence]) -> Tensor:

@@ -53,7 +53,7 @@ GROUP = 4
 """Sequences of each domain in a step."""
 TOP_12 = TopK(type="top_k", max_entries=12)
 TOP_P = TopP(type="top_p", mass=0.9, max_entries=64)
-SAMPLED = Sampled(type="sampled", num_draws=50)
+SAMPLED = Sampled(type="sampled", num_draws=25)
 HEADED = HeadAndSampled(type="head_and_sampled", head_mass=0.5, max_head_entries=64, num_draws=16)
 OWN = CombineConfig(
     method="mixture",

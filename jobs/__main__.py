@@ -24,7 +24,7 @@ import json  # noqa: E402
 from jobs import cache_commands  # noqa: E402
 from jobs.plan import STAGES  # noqa: E402
 from pipeline.config import Config  # noqa: E402
-from pipeline.errors import ConfigError, DistillationError  # noqa: E402
+from pipeline.errors import ClusterError, ConfigError, DistillationError  # noqa: E402
 from pipeline.loading import dump_config, load_config  # noqa: E402
 
 INTERRUPTED = 130
@@ -103,11 +103,10 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--address", metavar="URL", required=True)
     status.add_argument("--run", metavar="NAME", help="of one run only")
 
-    for name, action, text in (
-        ("logs", _logs, "print all of a job's log"),
-        ("stop", _stop, "stop a job"),
-    ):
-        command = _command(commands, name, action, text)
+    logs = _command(commands, "logs", _logs, "print all of a job's log")
+    logs.add_argument("--follow", action="store_true", help="and what it prints until it ends")
+    stop = _command(commands, "stop", _stop, "stop a job; with a detached run also its stage")
+    for command in (logs, stop):
         command.add_argument("submission_id")
         command.add_argument("--address", metavar="URL", required=True)
 
@@ -182,7 +181,7 @@ def _run(options: argparse.Namespace) -> None:
         ["run", "--address", "inside-job"],
     )
     _say(f"submitted {identifier}")
-    _say(f"follow it with: polystill logs {identifier} --address {options.address}")
+    _say(f"follow it with: polystill logs {identifier} --address {options.address} --follow")
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -215,15 +214,21 @@ def _status(options: argparse.Namespace) -> None:
 
 
 def _logs(options: argparse.Namespace) -> None:
+    from jobs.follow import follow
     from jobs.submit import connect, job_logs
 
-    _say(job_logs(connect(options.address), options.submission_id))
+    client = connect(options.address)
+    if not options.follow:
+        _say(job_logs(client, options.submission_id))
+    elif (status := follow(client, options.submission_id, _say)) != "SUCCEEDED":
+        raise ClusterError(f"the job {options.submission_id} ended as {status}")
 
 
 def _stop(options: argparse.Namespace) -> None:
-    from jobs.submit import connect, stop_job
+    from jobs.submit import connect, stop_with_stages
 
-    _say(f"{options.submission_id}: {stop_job(connect(options.address), options.submission_id)}")
+    for name, status in stop_with_stages(connect(options.address), options.submission_id):
+        _say(f"{name}: {status}")
 
 
 def _stage(options: argparse.Namespace) -> None:

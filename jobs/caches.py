@@ -27,6 +27,7 @@ from pipeline.features import holds_features, teacher_of
 from pipeline.fingerprint import digest_bytes, digest_ids, digest_json
 from pipeline.layout import CacheLayout, Layout
 from pipeline.prepared import Prepared, preparation_key
+from pipeline.recipes import provenance_of
 from pipeline.records import SparseLogprobs, TokenSequence
 from pipeline.rounds import rounds_of
 from pipeline.synthesis_index import forget_errors
@@ -231,10 +232,12 @@ def import_distillkit(run: RunCaches, teacher: str, folder: str) -> str:
             f"{len(missing)} sequences that the cache of {name} lacks ({incomplete} have them "
             "without values at every position)"
         )
-    for found in rows.values():
-        write_shard(cache.shard(digest_ids(found)), list(found.values()), run.fingerprint(name))
-    provenance = {"teacher": name, "imported_from": folder, "engines": []}
-    publish(cache, run.prepared.scoring_recipes[name], provenance)
+    written = {digest_ids(found): list(found.values()) for found in rows.values()}
+    origin = {"engine": "import", "imported_from": folder}
+    for digest, members in written.items():
+        write_shard(cache.shard(digest), members, run.fingerprint(name), origin)
+    recipe = run.prepared.scoring_recipes[name]
+    publish(cache, recipe, provenance_of(run.config, name), written)
     imported = sum(map(len, rows.values()))
     return f"{imported} of {read} sequences imported into {cache.shards_folder}"
 

@@ -6,7 +6,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from ray.job_submission import JobStatus, JobSubmissionClient
@@ -14,8 +14,9 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 import jobs
 from jobs.follow import PREAMBLE, failure_message, follow
 from jobs.local_head import local_head
-from jobs.plan import STAGES, StagePlan, layout_of, make_plan, plan_rounds, stages_of
-from jobs.submit import build_upload, connect, job_logs, submit_stage
+from jobs.plan import STAGES, StagePlan, layout_of, make_plan, plan_rounds, round_layouts, stages_of
+from jobs.run_lock import alone
+from jobs.submit import DETACHED, build_upload, connect, job_logs, submit_stage
 from pipeline import storage
 from pipeline.config import Config
 from pipeline.config_base import Resources
@@ -26,7 +27,6 @@ from pipeline.rounds import rounds_of
 
 PACKAGES_ROOT = Path(jobs.__file__).resolve().parent.parent
 LOCAL_CUSTOM_RESOURCE = 1000.0
-DETACHED = "run"
 
 Say = Callable[[str], object]
 
@@ -51,7 +51,10 @@ def run(config: Config, address: str | None, say: Say, stages: Sequence[str] = S
         say("nothing to do: every stage is complete")
         say(where(config, stages))
         return
-    with cluster(config, address) as url:
+    # A head of its own knows no job of another's.
+    lock = round_layouts(config)[0].lock("run")
+    only_one = alone(lock, f"the run {config.name}") if address is None else nullcontext()
+    with only_one, cluster(config, address) as url:
         client = connect(url)
         for each in rounds_of(config):
             _run_round(client, address, each, stages_of(each, stages), visible, say)
@@ -106,12 +109,22 @@ def run_job(
     Args:
         name: of the work, as it stands in the job's id; equal names mean equal commands.
 
+    An interrupt ends the following alone, unless the job's head ends with this command.
+
     Raises:
         ClusterError: the job failed or was stopped; the message has its last lines.
     """
     identifier = submit(client, config, name, command)
     say(f"job {identifier}")
-    status = follow(client, identifier, lambda line: PREAMBLE.match(line) or say(line))
+    try:
+        status = follow(client, identifier, lambda line: PREAMBLE.match(line) or say(line))
+    except KeyboardInterrupt:
+        if address is not None:
+            say(
+                f"the job {identifier} goes on; stop it with: polystill stop {identifier} "
+                f"--address {address}"
+            )
+        raise
     show_all = f"polystill logs {identifier} --address {address}"
     if address is None:
         show_all = _keep_log(config, client, identifier)
@@ -144,6 +157,7 @@ def submit(client: JobSubmissionClient, config: Config, stage: str, command: Seq
             run=config.name,
             stage=stage if config.round == 1 else f"round{config.round}-{stage}",
             digest=digest_json(config.model_dump(mode="json"))[:12],
+            folder=round_layouts(config)[0].models_folder,
             entrypoint=f"python -u -m jobs {shlex.join(command)} config.yaml",
             working_dir=upload,
             env_vars=stage_environment(config),

@@ -20,7 +20,15 @@ MEMORY_ADVICE = (
     "Ray ended processes of it because the node ran out of memory: free some, or give the stage a "
     "larger node."
 )
+WRONG_PYTHON = re.compile(
+    r"\bpython: (command )?not found|No module named '?(ray|yaml|pydantic|pyarrow)"
+)
+PYTHON_ADVICE = (
+    "Jobs run the `python` that the node's Ray finds first: put polystill's .venv/bin at the start "
+    "of PATH there, then start Ray again."
+)
 COMMAND_ERROR = "polystill: "
+LONGEST_REASON = 60  # lines; a few teachers' vocabularies fit, a worker's traceback does not
 # Ray's own two lines at the top of every job's log.
 PREAMBLE = re.compile(r"Running entrypoint for job |.*Runtime env is setting up\.$")
 
@@ -147,7 +155,8 @@ async def _stream(
 def failure_message(
     client: JobSubmissionClient, submission_id: str, show_all: str, lines: int = 15
 ) -> str:
-    """Says how a job ended, with the last lines of its log and `show_all`, which shows all of it.
+    """Says how a job ended: the reason that our command line gave, else the last `lines` of its
+    log; and `show_all`, which shows all of it.
 
     Raises:
         ClusterError: the job is unknown or the job server cannot be reached.
@@ -163,10 +172,13 @@ def failure_message(
     printed = [line for line in log if not PREAMBLE.match(line)]
     # What the command line says last is the whole reason; a traceback needs what stands before it.
     starts = [i for i, line in enumerate(printed) if line.startswith(COMMAND_ERROR)]
-    reason = printed[starts[-1] :] if starts else printed
-    shown = (reason or (info.message or "Ray gives no reason.").splitlines())[-lines:]
+    if starts:
+        shown = _ends(printed[starts[-1] :], LONGEST_REASON)
+    else:
+        shown = (printed or (info.message or "Ray gives no reason.").splitlines())[-lines:]
     told = [*log, *(info.message or "").splitlines()]
-    why = [MEMORY_ADVICE] if any(OUT_OF_MEMORY.search(line) for line in told) else []
+    causes = {MEMORY_ADVICE: OUT_OF_MEMORY, PYTHON_ADVICE: WRONG_PYTHON}
+    why = [advice for advice, words in causes.items() if any(map(words.search, told))]
     code = "" if info.driver_exit_code is None else f" with exit code {info.driver_exit_code}"
     return "\n".join(
         [
@@ -176,3 +188,11 @@ def failure_message(
             f"All of it: {show_all}",
         ]
     )
+
+
+def _ends(lines: list[str], most: int) -> list[str]:
+    """The lines; of more than `most` the first, which say what is wrong, and the last."""
+    if len(lines) <= most:
+        return lines
+    half = most // 2
+    return [*lines[:half], f"… {len(lines) - 2 * half} lines …", *lines[-half:]]

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayTaskError
 
 from pipeline.cache_index import CacheReader, open_cache
 from pipeline.config import Config
 from pipeline.config_targets import CombineConfig
 from pipeline.datasets import DatasetEntry
+from pipeline.errors import DistillationError
 from pipeline.layout import CacheLayout, Layout
 from pipeline.learned_weights import learned_weights, with_learned
 from pipeline.product import product_of
 from pipeline.records import TokenSequence
 from pipeline.targets import combine_targets, required_teachers
+from teachers.pool import check_placement
 
 if TYPE_CHECKING:
     from students.dataset import Examples
@@ -46,11 +49,33 @@ def holdout_figures(
         and `top1_agreement`; for each student also `gold_logprobs`; and `former`, the `domains`
         of each former round's student.
     """
+    return run_on_evaluation_resources(
+        config, _figures, config, layout, entries, compared, caches, students, former
+    )
+
+
+def run_on_evaluation_resources(
+    config: Config, function: Callable[..., Json], *arguments: object
+) -> Json:
+    """Runs a function that holds a student in memory where the student is served, for the job's own
+    process may be on a small head.
+
+    Raises:
+        ClusterError: the cluster has no node for it.
+        DistillationError: what the function raises.
+    """
     resources = config.evaluation.resources
-    task = ray.remote(_figures).options(
+    if not config.cluster.autoscaling:
+        check_placement("the evaluation", resources, ray.nodes())
+    task = ray.remote(function).options(
         num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, resources=resources.custom
     )
-    return ray.get(task.remote(config, layout, entries, compared, caches, students, former))
+    try:
+        return ray.get(task.remote(*arguments))
+    except RayTaskError as error:
+        if isinstance(error.cause, DistillationError):
+            raise error.cause from error
+        raise
 
 
 def renormalised_sequences(

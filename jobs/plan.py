@@ -8,11 +8,11 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.cache_index import load_index, missing_sequences, totals
+from pipeline.cache_logprobs import position_bytes
 from pipeline.config import Config, TeacherConfig
 from pipeline.config_recipes import STUDENT, Answering, Writing
-from pipeline.config_targets import selection_of
+from pipeline.config_targets import LearnedWeights
 from pipeline.datasets import DatasetEntry, read_dataset
-from pipeline.features import FeatureRule, holds_features
 from pipeline.fingerprint import digest_json
 from pipeline.layout import Layout
 from pipeline.loading import check_model_folders
@@ -24,10 +24,6 @@ from pipeline.synthesis_steps import Step, walk
 from pipeline.training import training_jobs
 
 STAGES = ("prepare", "synthesize", "score", "train", "export", "evaluate")
-# Of a cache row before zstd: the arrays per position; an entry's id planes and log-probability. A
-# drawn entry takes a byte less, its position one more.
-POSITION_BYTES, ENTRY_BYTES = 7, 5
-STATE_BYTES = 2  # of one stored dimension of a hidden state
 
 
 @dataclass(frozen=True)
@@ -123,21 +119,15 @@ def plan_score(
     config: Config, layout: Layout, prepared: Prepared, entries: Sequence[DatasetEntry]
 ) -> StagePlan:
     """The plan of the score stage: sequences that a cache lacks and that are not quarantined."""
-    missing, most_bytes, unknown = {}, 0, ""
+    missing, most_bytes = {}, 0
     for name, cache in prepared.caches(layout).items():
         lacking = missing_sequences(entries, cache)
         missing[name] = len(lacking)
         num_positions = sum(entry.num_positions for entry in lacking)
-        recipe = prepared.scoring_recipes[name]
-        if not holds_features(name):
-            most_bytes += _cache_bytes(num_positions, selection_of(recipe).max_entries)
-        elif (rule := FeatureRule.of_recipe(recipe)).dimensions is not None:
-            most_bytes += num_positions * len(rule.layers) * rule.dimensions * STATE_BYTES
-        else:
-            unknown += " and whole hidden states" if lacking and not unknown else ""
+        most_bytes += num_positions * prepared.position_bytes(name)
     summary = f"of {len(entries)} sequences to score: {_counts(missing)}"
     if most_bytes:
-        summary += f"; caches grow by at most {_mebibytes(most_bytes)}{unknown}"
+        summary += f"; caches grow by at most {_mebibytes(most_bytes)}"
     # Where another run has filled the caches, this one still has to say what it trains on.
     todo = sum(missing.values()) or int(scored_dataset(config, layout, prepared) is None)
     return StagePlan("score", todo, summary)
@@ -229,8 +219,12 @@ def score_key(config: Config, layout: Layout, prepared: Prepared) -> str:
 def scored_dataset(config: Config, layout: Layout, prepared: Prepared) -> str | None:
     """The digest of what is trained on: the dataset without sequences that nobody could score.
 
-    None before score has finished for this dataset and these recipes.
+    None before score has finished for this dataset and these recipes, and where the weights that it
+    learned are lost.
     """
+    learns = isinstance(config.combine.weights, LearnedWeights)
+    if learns and not storage.exists(layout.learned_weights):
+        return None
     record = read_record(layout, "score")
     if record.get("key") != score_key(config, layout, prepared) or not storage.exists(
         layout.dataset(record["dataset"])
@@ -273,7 +267,7 @@ def _plan_of_a_new_run(config: Config) -> list[StagePlan]:
     num_scoring = len(config.scoring_teachers)
     size = f"{num_answers} sequences for each of {num_scoring} teachers"
     if longest:
-        of_one = _cache_bytes(num_answers * longest, config.scoring.selection.max_entries)
+        of_one = num_answers * longest * position_bytes(config.scoring.selection.max_entries)
         size += f"; caches at most {_mebibytes(of_one * num_scoring)}"
     summaries = {
         "prepare": _counts(counts),
@@ -288,10 +282,6 @@ def cache_totals(layout: Layout, prepared: Prepared) -> dict[str, dict[str, floa
     """Size and quality of each teacher's caches."""
     caches = prepared.caches(layout)
     return {name: totals(load_index(cache)) for name, cache in caches.items()}
-
-
-def _cache_bytes(num_positions: int, max_entries: int) -> int:
-    return num_positions * (POSITION_BYTES + ENTRY_BYTES * max_entries)
 
 
 def _mebibytes(num_bytes: int) -> str:

@@ -28,8 +28,8 @@ from pipeline.prompts import read_prompts, write_prompts
 from pipeline.recipes import cache_recipes
 from pipeline.records import Prompt
 from pipeline.synthesis_steps import as_asked, steps_of
-from teachers.identity import check_model, model_identity, student_identity
-from teachers.layers import check_layers, text_config
+from teachers.identity import check_model, check_weights, model_identity, student_identity
+from teachers.layers import check_layers, hidden_sizes, text_config
 from teachers.vllm_options import check_engine_arguments, check_sampling_parameters
 from teachers.vocabulary import check_vocabularies, load_tokenizer, prompt_ids
 
@@ -47,6 +47,7 @@ def prepare(config: Config) -> Prepared:
     for files in [*(teacher.files for teacher in config.teachers.values()), config.student]:
         if files is not None:
             check_model(files)
+    _check_weights(config)
     asked = as_asked(config, prompts)
     tokenizer_digest = check_vocabularies(config, asked)
     _check_vocabulary_sizes(config)
@@ -79,6 +80,7 @@ def prepare(config: Config) -> Prepared:
             config, config.synthesis.filters_after_scoring, identities, tokenizer_digest
         ),
         identities=identities,
+        hidden_sizes=hidden_sizes(config),
         checker=config.prompts.checker and checker_identity(config.prompts.checker),
     )
     save_prepared(layout, prepared)
@@ -100,6 +102,18 @@ def _check_start(config: Config) -> None:
             f"which is not exported yet: submit that round's stages first (round={before}), or "
             "`polystill run` the whole"
         )
+
+
+def _check_weights(config: Config) -> None:
+    """Those that are loaded as they come: a random student has none, and an engine's `load_format`
+    names what it reads.
+    """
+    for teacher in config.teachers.values():
+        if isinstance(teacher, TeacherConfig) and "load_format" not in teacher.vllm:
+            check_weights(teacher.model, teacher.revision)
+    student = config.student
+    if student.initialization == "pretrained" and student.initial_weights is None:
+        check_weights(student.model, student.revision)
 
 
 def check_inputs(config: Config) -> tuple[list[Prompt], dict[str, int]]:
@@ -152,6 +166,10 @@ def _check_upstream_options(config: Config) -> None:
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from error
     check_sampling(config)
+    if config.training.deepspeed:
+        from students.deepspeed_options import check_deepspeed_options
+
+        check_deepspeed_options(config.training.deepspeed)
 
 
 def _check_prompts(config: Config, prompts: Sequence[Prompt]) -> None:

@@ -11,23 +11,35 @@ from dataclasses import dataclass, field
 
 from jobs import distill
 from jobs.caches import RunCaches, open_run
-from jobs.score import fill_caches, has_new_shards, provenance_of, scored_summary
+from jobs.score import fill_caches, new_shards, scored_summary
 from jobs.stages import join_cluster, log_our_lines, run_stage
 from jobs.submit import connect
 from pipeline import storage
-from pipeline.cache_index import is_published, missing_sequences, publish, quarantined
+from pipeline.cache_index import (
+    is_published,
+    missing_sequences,
+    publish,
+    quarantined,
+)
 from pipeline.config import Config
 from pipeline.datasets import DatasetEntry
 from pipeline.features import teacher_of
 from pipeline.fingerprint import digest_json
-from pipeline.generations import begin_generation, current_generation, end_generation
+from pipeline.generations import (
+    begin_generation,
+    current_generation,
+    end_generation,
+    is_regenerated,
+)
 from pipeline.layout import CacheLayout
+from pipeline.recipes import provenance_of
 from pipeline.regeneration import (
     Damage,
     check_whole,
     find_damage,
     lacking,
     matching,
+    retry_quarantined,
     set_aside,
     take_over,
 )
@@ -110,6 +122,9 @@ def regenerate_inside_job(config: Config, request: Request, say: Say) -> None:
         _publish(run, name, each, report)
         say(scored_summary(name, report, len(quarantined(each.cache))))
         say(_who_uses(run, name, each))
+    if request.force:  # only when all are published: interrupted, the same command knows which are
+        for each in work.values():
+            end_generation(each.cache)
 
 
 def submit_job(
@@ -148,11 +163,14 @@ def _open_work(run: RunCaches, request: Request) -> list[str]:
         cache = run.caches[name]
         damage = find_damage(cache, run.fingerprint(name))
         parts = [f"{len(damage.corrupt)} corrupt shards"] if damage.corrupt else []
+        parts += [f"{len(damage.gone)} shards that are gone"] if damage.gone else []
         parts += ["an index that is wrong"] if damage.index else []
         if request.force:
             parts.append(f"{len(chosen)} sequences to score anew")
-        elif not damage and (missing := missing_sequences(chosen, cache)):
+        elif not damage.corrupt and (missing := missing_sequences(chosen, cache)):
             parts.append(f"{len(missing)} sequences without a row")
+        elif not parts and not is_published(cache):
+            parts.append("an index or a manifest to be written")
         lines += [f"{name}: {', '.join(parts)}"] if parts else []
     return lines
 
@@ -165,13 +183,20 @@ def _begin(run: RunCaches, name: str, request: Request, say: Say) -> Work:
     damage = find_damage(cache, run.fingerprint(name))
     _mend(cache, damage, name, say)
     entries = lacking(run.layout, cache, chosen, damage.lost)
-    if not request.force:
-        return Work(cache, entries)
-    if not storage.exists(cache.manifest):  # nothing that a new generation could follow
+    if not request.force or not storage.list_files(cache.shards_folder, ".parquet"):
         return Work(cache, entries)
     asked = {"dataset": run.dataset, "where": dict(request.where)}
+    if is_regenerated(cache, asked):
+        say(
+            f"{name}: generation {cache.generation} was complete when this command was "
+            "interrupted; the command after this one scores anew again"
+        )
+        return Work(cache, entries)
+    if not storage.exists(cache.manifest):
+        _publish(run, name, Work(cache, []), PoolReport())
     target = begin_generation(cache.folder, asked)
     anew = {entry.sequence_id for entry in chosen}
+    retry_quarantined(target, anew)
     taken = take_over(cache, target, anew, run.fingerprint(name))
     say(
         f"{name}: generation {target.generation} takes over {taken} shards of generation "
@@ -186,13 +211,11 @@ def _publish(run: RunCaches, name: str, work: Work, report: PoolReport) -> None:
     new generation that is whole.
     """
     cache, recipe = work.cache, run.prepared.scoring_recipes[name]
-    provenance = provenance_of(run.config, name, report, cache)
+    written = new_shards(report, name)
     if work.source is not None:
         check_whole(work.source, cache)
-        publish(cache, recipe, provenance | {"follows_generation": work.source.generation})
-        end_generation(cache)
-    elif has_new_shards(report, name) or not is_published(cache):
-        publish(cache, recipe, provenance)
+    if work.source is not None or written or not is_published(cache):
+        publish(cache, recipe, provenance_of(run.config, name), written)
 
 
 def _mend(cache: CacheLayout, damage: Damage, name: str, say: Say) -> None:
@@ -200,8 +223,9 @@ def _mend(cache: CacheLayout, damage: Damage, name: str, say: Say) -> None:
         say(f"{name}: shard {digest} is corrupt and set aside in {cache.aside}: {reason}")
     if damage.index is not None:
         say(f"{name}: {cache.index} is made anew: {damage.index}")
-    if damage:
-        set_aside(cache, damage)
+    for digest in sorted(damage.gone):
+        say(f"{name}: shard {digest} is gone")
+    set_aside(cache, damage)
 
 
 def _who_uses(run: RunCaches, name: str, work: Work) -> str:

@@ -11,9 +11,8 @@ from typing import Any
 from jobs.engines import engine_seconds, pool_job
 from jobs.filtering import Filtered, filter_scored
 from jobs.plan import score_key
-from pipeline import storage
 from pipeline.cache_index import is_published, publish, quarantined
-from pipeline.config import Config, TeacherConfig
+from pipeline.config import Config
 from pipeline.config_targets import CombineConfig, LearnedWeights
 from pipeline.datasets import DatasetEntry, read_dataset, write_dataset
 from pipeline.features import FeatureRule, holds_features, teacher_of
@@ -23,6 +22,7 @@ from pipeline.generations import pin_generations
 from pipeline.layout import CacheLayout, Layout
 from pipeline.learned_weights import learn_weights, with_learned
 from pipeline.prepared import Prepared
+from pipeline.recipes import provenance_of
 from pipeline.targets import required_teachers
 from students.packing import refuse_long_sequences
 from teachers.dispatch import PoolReport
@@ -51,9 +51,10 @@ def score(config: Config, layout: Layout, prepared: Prepared, dataset: str) -> d
     seconds = time.monotonic() - started
     for name, cache in caches.items():
         report = reports[teacher_of(name)]
-        if has_new_shards(report, name) or not is_published(cache):
-            provenance = provenance_of(config, name, report, cache)
-            publish(cache, prepared.scoring_recipes[name], provenance)
+        written = new_shards(report, name)
+        if written or not is_published(cache):
+            recipe = prepared.scoring_recipes[name]
+            publish(cache, recipe, provenance_of(config, name), written)
     refused = {name: quarantined(cache) for name, cache in caches.items()}
     combine = config.combine
     if isinstance(combine.weights, LearnedWeights):
@@ -62,7 +63,8 @@ def score(config: Config, layout: Layout, prepared: Prepared, dataset: str) -> d
             layout, prepared.distributions(layout), fingerprints, dataset, entries
         )
         combine = with_learned(combine, learned)
-    covered = [entry for entry in entries if is_covered(combine, entry, refused)]
+    of_distributions = {name: refused[name] for name in prepared.distributions(layout)}
+    covered = [entry for entry in entries if is_covered(combine, entry, of_distributions)]
     if len(covered) < len(entries):
         logger.warning(
             "%d sequences are left out of training: every teacher that weighs anything in their "
@@ -102,7 +104,7 @@ def is_covered(
     """Whether a teacher that weighs anything in the sequence's domain has a row for it.
 
     Args:
-        refused: by teacher, the sequences that it has quarantined.
+        refused: by teacher, the sequences whose distributions it has quarantined.
     """
     weighing = required_teachers(combine, list(refused), entry.domain)
     return any(entry.sequence_id not in refused[name] for name in weighing)
@@ -154,7 +156,7 @@ def fill_caches(
 def _output(config: Config, prepared: Prepared, name: str, cache: CacheLayout) -> Output:
     recipe = prepared.scoring_recipes[name]
     rule = FeatureRule.of_recipe(recipe) if holds_features(name) else config.scoring.selection
-    return Output(name, cache, digest_json(recipe), rule)
+    return Output(name, cache, digest_json(recipe), rule, prepared.position_bytes(name))
 
 
 def _layers(tasks: Sequence[ScoringTask]) -> tuple[int, ...]:
@@ -165,30 +167,14 @@ def _layers(tasks: Sequence[ScoringTask]) -> tuple[int, ...]:
     return next((rule.layers for rule in rules if isinstance(rule, FeatureRule)), ())
 
 
-def has_new_shards(report: PoolReport, name: str) -> bool:
-    """Whether the teacher's engines have written to the cache of that name."""
-    return any(name in shard.entries for shard in report.results)
+def new_shards(report: PoolReport, name: str) -> set[str]:
+    """Digests of the shards that the teacher's engines have written to the cache of that name."""
+    return {shard.entries[name].digest for shard in report.results if name in shard.entries}
 
 
 def longest_sequence(entries: Sequence[DatasetEntry]) -> int:
     """Tokens of the longest sequence."""
     return max((entry.num_tokens for entry in entries), default=1)
-
-
-def provenance_of(
-    config: Config, name: str, report: PoolReport, cache: CacheLayout
-) -> dict[str, Any]:
-    """What the manifest keeps of how rows came to be.
-
-    That of the manifest before, where a job was killed before it could name its engines.
-    """
-    if not has_new_shards(report, name) and storage.exists(cache.manifest):
-        return storage.read_json(cache.manifest)["provenance"]
-    teacher = teacher_of(name)
-    asked = config.teachers[teacher]
-    own = isinstance(asked, TeacherConfig)
-    model = {"model": asked.model} if own else {"endpoint_model": asked.endpoint.model}
-    return {"engines": report.engines, "teacher": teacher, **model}
 
 
 def scored_summary(name: str, report: PoolReport, num_quarantined: int) -> str:

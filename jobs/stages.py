@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import ray
@@ -21,6 +22,7 @@ from jobs.plan import (
     stage_key,
     unended_attempts,
 )
+from jobs.run_lock import alone
 from pipeline import storage
 from pipeline.cache_status import stale_caches
 from pipeline.config import Config
@@ -31,6 +33,8 @@ from pipeline.prepared import Prepared, load_prepared
 from pipeline.training import training_jobs
 
 Outcome = dict[str, Any]
+ALONE = ("train", "export")
+"""Stages that write files in place; whatever two of the others write at once is the same."""
 
 
 def run_stage(stage: str, config: Config) -> None:
@@ -50,7 +54,9 @@ def run_stage(stage: str, config: Config) -> None:
     storage.write_json(layout.unended_attempts(stage), unended + 1)
     if stage != "prepare":
         join_cluster()
-    outcome = STAGES[stage](config, layout)
+    lock = alone(layout.lock(stage), f"{stage} of the run {config.name}")
+    with lock if stage in ALONE else nullcontext():
+        outcome = STAGES[stage](config, layout)
     # A refused stage leaves the config that made what lies there.
     storage.write_bytes(layout.resolved_config, dump_config(config).encode())
     record = {"seconds": time.time() - started, "started": started, "unended": unended, **outcome}
@@ -89,19 +95,22 @@ def _score(config: Config, layout: Layout) -> Outcome:
 
 
 def _train(config: Config, layout: Layout) -> Outcome:
+    from students.checkpoint import seconds_before
     from students.launch import train_student
     from teachers.pool import check_placement
 
+    started = time.time()
     prepared, dataset = _scored(config, layout)
     if not config.cluster.autoscaling:
         training = config.training
         check_placement("the student", training.resources, ray.nodes(), training.workers)
-    figures = {
-        job.student: train_student(job) for job in training_jobs(config, layout, prepared, dataset)
-    }
+    jobs = training_jobs(config, layout, prepared, dataset)
+    before = sum(seconds_before(job) for job in jobs)
+    figures = {job.student: train_student(job) for job in jobs}
     return {
         "key": stage_key(config, layout, prepared, "train"),
         "figures": figures,
+        "seconds": before + time.time() - started,
         # Of the summaries, which count all starts.
         "worker_seconds": config.training.workers * sum(f["seconds"] for f in figures.values()),
         "summary": "; ".join(
@@ -112,11 +121,14 @@ def _train(config: Config, layout: Layout) -> Outcome:
 
 
 def _export(config: Config, layout: Layout) -> Outcome:
+    from jobs.holdout import run_on_evaluation_resources
     from students.export import export_student
 
     prepared, dataset = _scored(config, layout)
     figures = {
-        job.student: export_student(job, layout.export_folder(job.student))
+        job.student: run_on_evaluation_resources(
+            config, export_student, job, layout.export_folder(job.student)
+        )
         for job in training_jobs(config, layout, prepared, dataset)
     }
     return {
@@ -149,9 +161,11 @@ STAGES: dict[str, Callable[[Config, Layout], Outcome]] = {
 
 
 def _keep_record(layout: Layout, stage: str, record: Outcome) -> None:
-    """Writes the record of a stage; what earlier runs of the same work took is added."""
+    """Writes the record of a stage; what earlier runs of the same work took is added (train counts
+    that by its checkpoints).
+    """
     before = read_record(layout, stage)
-    if before.get("key") == record["key"]:
+    if stage != "train" and before.get("key") == record["key"]:
         record["seconds"] += before["seconds"]
         record["unended"] += before.get("unended", 0)
         took = Counter(before.get("engine_seconds", {}))

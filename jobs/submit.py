@@ -8,7 +8,7 @@ the next attempt.
 import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from jobs.connection import cluster_errors
 from jobs.connection import connect as connect
 from jobs.connection import job_server_address_inside_job as job_server_address_inside_job
+from jobs.plan import STAGES
 from pipeline.errors import ClusterError, ConfigError
 
 # Code, configs and templates; never results that somebody keeps inside a package's folder.
@@ -26,6 +27,9 @@ PACKAGES = ("pipeline", "teachers", "students", "jobs")
 # Metadata of our jobs; a run is found by these, since its name may hold the hyphens that separate a
 # submission id.
 RUN, STAGE, DIGEST = "polystill.run", "polystill.stage", "polystill.digest"
+FOLDER = "polystill.folder"
+# The stage of a job that submits all others of its run.
+DETACHED = "run"
 
 
 def build_upload(packages_root: Path, config_text: str, folder: Path) -> Path:
@@ -104,6 +108,7 @@ def submit_stage(
     run: str,
     stage: str,
     digest: str,
+    folder: str,
     entrypoint: str,
     working_dir: Path | None,
     env_vars: Mapping[str, str],
@@ -115,6 +120,7 @@ def submit_stage(
     """Submits a stage, or attaches to its job of the same run and digest if that still goes.
 
     Args:
+        folder: of the run; a stage works in it with one config at a time.
         entrypoint: shell command; it runs in the unpacked upload.
         working_dir: the staged upload; None for none.
         env_vars: for the job and all its tasks and actors. Ray expands `$NAME` in the values, and
@@ -129,22 +135,31 @@ def submit_stage(
         The submission id of the job.
 
     Raises:
-        ClusterError: the job server refused or cannot be reached.
+        ClusterError: the stage still goes with another config, or the job server refused or cannot
+            be reached.
     """
     runtime_env: dict[str, Any] = {"env_vars": dict(env_vars)}
     if working_dir is not None:
         runtime_env["working_dir"] = str(working_dir)
     for _ in range(3):
-        known = [(job.submission_id or "", job.status) for job in list_jobs(client)]
+        jobs = list_jobs(client)
+        known = [(job.submission_id or "", job.status) for job in jobs]
         name, going = choose_submission(known, run, stage, digest)
         if going:
             return name
+        _refuse_other_configs(jobs, run, stage, folder)
         try:
             return client.submit_job(
                 entrypoint=entrypoint,
                 submission_id=name,
                 runtime_env=runtime_env,
-                metadata={**(metadata or {}), RUN: run, STAGE: stage, DIGEST: digest},
+                metadata={
+                    **(metadata or {}),
+                    RUN: run,
+                    STAGE: stage,
+                    DIGEST: digest,
+                    FOLDER: folder,
+                },
                 entrypoint_num_cpus=num_cpus,
                 entrypoint_num_gpus=num_gpus,
                 entrypoint_resources=dict(custom_resources or {}),
@@ -156,6 +171,24 @@ def submit_stage(
     raise ClusterError(
         f"The ids of {run}-{stage}-{digest} are all taken: other submitters are quicker. Try again."
     )
+
+
+def _refuse_other_configs(jobs: Iterable[JobDetails], run: str, stage: str, folder: str) -> None:
+    """Two trainings in one folder would write one another's checkpoints.
+
+    Raises:
+        ClusterError: the stage still goes in this folder; with another config, or its job would
+            have been attached to.
+    """
+    for job in jobs:
+        found = job.metadata or {}
+        if job.status.is_terminal() or (found.get(STAGE), found.get(FOLDER)) != (stage, folder):
+            continue
+        raise ClusterError(
+            f"The job {job.submission_id} does {stage} of the run {run} with another config. Wait "
+            f"for its end, stop it (polystill stop {job.submission_id} --address …), or give this "
+            "run another name."
+        )
 
 
 def list_jobs(client: JobSubmissionClient, run: str | None = None) -> list[JobDetails]:
@@ -217,6 +250,36 @@ def stop_job(client: JobSubmissionClient, submission_id: str, timeout: float = 6
         f"The job {submission_id} is still {status}, {timeout:.0f} seconds after it was asked to "
         "stop."
     )
+
+
+def stop_with_stages(
+    client: JobSubmissionClient, submission_id: str, timeout: float = 60.0
+) -> Iterator[tuple[str, JobStatus]]:
+    """Stops a job; with the job of a detached run also that of the stage which it has begun.
+
+    Yields:
+        The id and last status of each, as it has ended.
+
+    Raises:
+        ClusterError: as in `stop_job`.
+    """
+    # In this order: else the run would begin its next stage.
+    yield submission_id, stop_job(client, submission_id, timeout)
+    jobs = list_jobs(client)
+    stopped = next((job.metadata or {} for job in jobs if job.submission_id == submission_id), {})
+    if stopped.get(STAGE) != DETACHED:
+        return
+    going = {
+        job.submission_id or "": found[STAGE]
+        for job in jobs
+        if not job.status.is_terminal()
+        and (found := job.metadata or {}).get(FOLDER) == stopped[FOLDER]
+    }
+    if DETACHED in going.values():
+        return  # a later attempt, whose stages these are
+    for name, stage in going.items():
+        if re.sub(r"^round\d+-", "", stage) in STAGES:
+            yield name, stop_job(client, name, timeout)
 
 
 def job_logs(client: JobSubmissionClient, submission_id: str) -> str:

@@ -35,6 +35,8 @@ METADATA_KEYS = {
     "polystill.fingerprint",
     "polystill.quality",
 }
+DESCRIBED = ("fingerprint", "quality", "origin")
+"""Metadata that the checksum covers, beside the facts; a shard of unknown origin has none."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class ShardEntry:
         num_bytes: of the file.
         checksum: of the decoded payload and of what its metadata says about it.
         figures: of its quality, see `figures` of its content's module.
+        origin: what made its rows, such as an engine; None where nobody says.
     """
 
     digest: str
@@ -55,6 +58,7 @@ class ShardEntry:
     num_bytes: int
     checksum: str
     figures: dict[str, Any]
+    origin: dict[str, Any] | None
 
     @property
     def num_positions(self) -> int:
@@ -63,8 +67,8 @@ class ShardEntry:
 
 
 @dataclass(frozen=True)
-class _Shard:
-    """A shard as it was read: columns, and its metadata without the prefix of the keys."""
+class Shard:
+    """A shard that passed its checks: columns, and its metadata without the prefix of the keys."""
 
     content: ModuleType
     identifiers: list[str]
@@ -75,15 +79,39 @@ class _Shard:
     def facts(self) -> dict[str, str]:
         return {key: self.metadata[key] for key in self.content.FACTS}
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the recipe that it was made under."""
+        return self.metadata["fingerprint"]
+
     def rows(self) -> list[Any]:
+        """Its rows, of either kind."""
         return self.content.decode(self.identifiers, self.columns, self.facts)
 
+    def entry(self, num_bytes: int) -> ShardEntry:
+        """Its index entry; `num_bytes` are those of the file."""
+        return ShardEntry(
+            digest=digest_ids(self.identifiers),
+            sequence_ids=tuple(self.identifiers),
+            positions=tuple(self.content.positions(self.columns, self.facts)),
+            num_bytes=num_bytes,
+            checksum=self.metadata["checksum"],
+            figures=json.loads(self.metadata["quality"]),
+            origin=json.loads(self.metadata.get("origin", "null")),
+        )
 
-def write_shard(path: str, rows: Sequence[CacheRow], fingerprint: str) -> ShardEntry:
+
+def write_shard(
+    path: str,
+    rows: Sequence[CacheRow],
+    fingerprint: str,
+    origin: dict[str, Any] | None = None,
+) -> ShardEntry:
     """Encodes a shard in memory and writes it in one call.
 
     Args:
         rows: all of one kind.
+        origin: what made them, as a JSON value.
 
     Raises:
         CacheError: a row breaks an invariant of the format.
@@ -94,17 +122,16 @@ def write_shard(path: str, rows: Sequence[CacheRow], fingerprint: str) -> ShardE
     columns, facts = content.encode(rows), content.facts(rows)
     identifiers = [row.sequence_id for row in rows]
     figures = content.figures(rows)
-    quality = json.dumps(figures)
-    checksum = _checksum(identifiers, columns, fingerprint, quality, *facts.values())
+    told = {"fingerprint": fingerprint, "quality": json.dumps(figures)}
+    told |= ({} if origin is None else {"origin": json.dumps(origin)}) | facts
+    checksum = _checksum(identifiers, columns, *told.values())
     metadata = {
         "polystill.schema_version": str(content.SCHEMA_VERSION),
         "polystill.alignment": content.ALIGNMENT,
         "polystill.dtypes": json.dumps(content.DTYPES),
         "polystill.num_rows": str(len(rows)),
         "polystill.checksum": checksum,
-        "polystill.fingerprint": fingerprint,
-        "polystill.quality": quality,
-        **{f"polystill.{key}": value for key, value in facts.items()},
+        **{f"polystill.{key}": value for key, value in told.items()},
     }
     cells = {name: column.to_arrow() for name, column in columns.items()}
     schema = _schema(content).with_metadata(metadata)
@@ -117,6 +144,7 @@ def write_shard(path: str, rows: Sequence[CacheRow], fingerprint: str) -> ShardE
         num_bytes=num_bytes,
         checksum=checksum,
         figures=figures,
+        origin=origin,
     )
 
 
@@ -140,40 +168,28 @@ def read_features(path: str) -> list[HiddenStates]:
     return _rows_of(path, cache_features)
 
 
-def read_rows(path: str) -> list[CacheRow]:
-    """Reads a shard of either kind.
-
-    Raises:
-        CorruptShardError, CacheError, StorageError: as `read_shard`.
-    """
-    return _read(path).rows()
-
-
 def describe_shard(path: str, num_bytes: int) -> ShardEntry:
     """The index entry of a shard, which is checked as in `read_shard`.
 
     Raises:
         CorruptShardError, CacheError, StorageError: as `read_shard`.
     """
-    shard = _read(path)
-    return ShardEntry(
-        digest=digest_ids(shard.identifiers),
-        sequence_ids=tuple(shard.identifiers),
-        positions=tuple(shard.content.positions(shard.columns, shard.facts)),
-        num_bytes=num_bytes,
-        checksum=shard.metadata["checksum"],
-        figures=json.loads(shard.metadata["quality"]),
-    )
+    return open_shard(path).entry(num_bytes)
 
 
 def _rows_of(path: str, content: ModuleType) -> list[Any]:
-    shard = _read(path)
+    shard = open_shard(path)
     if shard.content is not content:
         raise CorruptShardError(path, f"its columns are {list(shard.columns)}")
     return shard.rows()
 
 
-def _read(path: str) -> _Shard:
+def open_shard(path: str) -> Shard:
+    """Reads a shard of either kind, once, whatever is asked of it.
+
+    Raises:
+        CorruptShardError, CacheError, StorageError: as `read_shard`.
+    """
     try:
         table = storage.read_table(path)
     except CorruptFileError as error:
@@ -193,11 +209,11 @@ def _read(path: str) -> _Shard:
     except ValueError as error:
         raise CorruptShardError(path, str(error)) from error
     identifiers = table.column("sequence_id").to_pylist()
-    described = [metadata[key] for key in ("fingerprint", "quality", *content.FACTS)]
+    described = [metadata[key] for key in (*DESCRIBED, *content.FACTS) if key in metadata]
     if _checksum(identifiers, columns, *described) != metadata["checksum"]:
         reason = "it fails its checksum: its content was changed after it was written"
         raise CorruptShardError(path, reason)
-    return _Shard(content, identifiers, columns, metadata)
+    return Shard(content, identifiers, columns, metadata)
 
 
 def _schema(content: ModuleType) -> pa.Schema:

@@ -27,6 +27,11 @@ FACTS = ("shape",)
 """Metadata that holds for all rows."""
 
 
+def position_bytes(num_layers: int, width: int) -> int:
+    """What the states of a position take before compression."""
+    return 2 * num_layers * width
+
+
 def check(rows: Sequence[HiddenStates]) -> None:
     """Checks what a shard's rows must fulfil, alone and together.
 

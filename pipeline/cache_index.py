@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Container, Iterable
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, Generic, TypeVar
 
@@ -32,7 +33,8 @@ from pipeline.records import CacheRow, HiddenStates, SparseLogprobs
 
 logger = logging.getLogger(__name__)
 
-DECODED_SHARDS_KEPT = 64
+DECODED_BYTES_KEPT = 2**31
+"""Of the shards that a reader used last; the very last one stays whatever its size."""
 Row = TypeVar("Row", bound=CacheRow)
 
 
@@ -45,7 +47,11 @@ def load_index(cache: CacheLayout) -> list[ShardEntry]:
         CorruptShardError: such a shard does not pass its checks.
         StorageError: it cannot be read.
     """
-    known = {entry.digest: entry for entry in read_index(cache)}
+    return _load_index(cache, written=())
+
+
+def _load_index(cache: CacheLayout, written: Container[str]) -> list[ShardEntry]:
+    known = {e.digest: e for e in read_index(cache) or () if e.digest not in written}
     entries = []
     for digest, num_bytes in _shard_files(cache).items():
         entry = known.get(digest)
@@ -56,24 +62,32 @@ def load_index(cache: CacheLayout) -> list[ShardEntry]:
 
 
 def publish(
-    cache: CacheLayout, recipe: dict[str, Any], provenance: dict[str, Any]
+    cache: CacheLayout,
+    recipe: dict[str, Any],
+    provenance: dict[str, Any],
+    written: Container[str] = (),
 ) -> dict[str, Any]:
     """Writes index and manifest from the shards that exist; returns the manifest.
 
     The manifest names the newest complete generation: one older than that gets its index alone.
-    Several jobs may publish one cache at once: each looks again after it has written, so that the
-    last one to write has seen every shard.
+    Several jobs may publish one cache at once: each reads again what lies there after it has
+    written, so that the last one to write leaves index and manifest of every shard.
+
+    Args:
+        provenance: what the manifest says of the teacher, beside the engines that shards name.
+        written: digests of shards that the caller wrote: the index may know others of these names,
+            even of the same size.
 
     Raises:
         CorruptShardError: as `load_index`.
     """
     while True:
-        entries = load_index(cache)
+        entries = _load_index(cache, written)
         _write_index(cache, entries)
         manifest = {
             "recipe": recipe,
             "generation": cache.generation,
-            "provenance": provenance,
+            "provenance": provenance | {"engines": origins(entries)},
             "totals": totals(entries),
         }
         if cache.generation >= current_generation(cache.folder):
@@ -83,15 +97,33 @@ def publish(
 
 
 def is_published(cache: CacheLayout) -> bool:
-    """Whether there is a manifest, and the index has exactly the shards that exist."""
-    indexed = [entry.digest for entry in read_index(cache)]
-    return storage.exists(cache.manifest) and indexed == list(_shard_files(cache))
+    """Whether the index has exactly the shards that exist, and the manifest what the index says."""
+    entries = read_index(cache)
+    if entries is None or [entry.digest for entry in entries] != list(_shard_files(cache)):
+        return False
+    return storage.exists(cache.manifest) and manifest_fits(cache, entries)
 
 
-def forget(cache: CacheLayout, digests: Container[str]) -> None:
-    """Takes shards out of the index, so that files of the same name are read anew."""
-    if storage.exists(cache.index):
-        _write_index(cache, [entry for entry in read_index(cache) if entry.digest not in digests])
+def manifest_fits(cache: CacheLayout, entries: list[ShardEntry]) -> bool:
+    """Whether the manifest has the totals and engines of an index, or is about another
+    generation.
+    """
+    manifest = storage.read_json(cache.manifest)
+    if manifest["generation"] != cache.generation:
+        return True
+    if manifest["provenance"]["engines"] != origins(entries):
+        return False
+    found, expected = manifest["totals"], totals(entries)
+    # Sums are added in another order on other machines.
+    return found.keys() == expected.keys() and all(
+        math.isclose(found[name], expected[name], rel_tol=1e-12) for name in expected
+    )
+
+
+def origins(entries: Iterable[ShardEntry]) -> list[dict[str, Any]]:
+    """Whatever made the rows, each once, in the order of the shards."""
+    found = {json.dumps(entry.origin): entry.origin for entry in entries}
+    return [origin for origin in found.values() if origin is not None]
 
 
 def totals(entries: list[ShardEntry]) -> dict[str, float]:
@@ -156,6 +188,7 @@ class CacheReader(Generic[Row]):
             for row, identifier in enumerate(entry.sequence_ids):
                 self._place.setdefault(identifier, (entry.digest, row))
         self._decoded: OrderedDict[str, list[Row]] = OrderedDict()
+        self._num_bytes = 0
 
     def __contains__(self, sequence_id: str) -> bool:
         return sequence_id in self._place
@@ -173,8 +206,9 @@ class CacheReader(Generic[Row]):
             self._decoded.move_to_end(digest)
         else:
             self._decoded[digest] = self._read(self._cache.shard(digest))
-            if len(self._decoded) > DECODED_SHARDS_KEPT:
-                self._decoded.popitem(last=False)
+            self._num_bytes += _bytes_of(self._decoded[digest])
+            while self._num_bytes > DECODED_BYTES_KEPT and len(self._decoded) > 1:
+                self._num_bytes -= _bytes_of(self._decoded.popitem(last=False)[1])
         found = self._decoded[digest][index]
         if found.sequence_id != sequence_id:
             raise CacheError(
@@ -182,6 +216,11 @@ class CacheReader(Generic[Row]):
                 f"{sequence_id}"
             )
         return found
+
+
+def _bytes_of(rows: Sequence[CacheRow]) -> int:
+    arrays = (value for row in rows for value in vars(row).values())
+    return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
 
 
 def open_cache(cache: CacheLayout) -> CacheReader[SparseLogprobs]:
@@ -239,12 +278,16 @@ _INDEX_SCHEMA = pa.schema(
         ("num_bytes", pa.int64()),
         ("checksum", pa.string()),
         ("figures", pa.string()),
+        ("origin", pa.string()),
     ]
 )
 
 
 def _write_index(cache: CacheLayout, entries: list[ShardEntry]) -> None:
-    rows = [asdict(entry) | {"figures": json.dumps(entry.figures)} for entry in entries]
+    rows = [
+        asdict(e) | {"figures": json.dumps(e.figures), "origin": json.dumps(e.origin)}
+        for e in entries
+    ]
     storage.write_table(cache.index, pa.Table.from_pylist(rows, schema=_INDEX_SCHEMA))
 
 
@@ -254,10 +297,10 @@ def _shard_files(cache: CacheLayout) -> dict[str, int]:
     return {info.base_name.removesuffix(".parquet"): info.size for info in files}
 
 
-def read_index(cache: CacheLayout) -> list[ShardEntry]:
+def read_index(cache: CacheLayout) -> list[ShardEntry] | None:
     """The index as it was written, whether or not its shards still exist.
 
-    Empty when there is none, or none that can be used: it can be made again.
+    Empty when there is none, and None when there is one that cannot be used: it is made again.
     """
     if not storage.exists(cache.index):
         return []
@@ -265,14 +308,14 @@ def read_index(cache: CacheLayout) -> list[ShardEntry]:
         table = storage.read_table(cache.index)
     except CorruptFileError as error:
         logger.warning("%s; it is made again from the shards", error)
-        return []
+        return None
     if not table.schema.equals(_INDEX_SCHEMA):
-        return []
+        return None
     return [
         ShardEntry(
             **row
             | {name: tuple(row[name]) for name in ("sequence_ids", "positions")}
-            | {"figures": json.loads(row["figures"])}
+            | {name: json.loads(row[name]) for name in ("figures", "origin")}
         )
         for row in table.to_pylist()
     ]

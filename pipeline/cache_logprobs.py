@@ -26,7 +26,7 @@ ALIGNMENT = (
     "token_id = token_ids_low + 65536 * token_ids_high; position j owns num_entries[j] "
     "consecutive entries, descending. Where num_head is empty, all are head entries, of the given "
     "logprobs, and tail_mass is the probability outside them. Otherwise the first num_head[j] are; "
-    "the others were drawn with replacement, counts[i] times each, and stand for their share of "
+    "the others were drawn, counts[i] times each, and stand for their share of "
     "the position's draws in 1 - tail_mass - sum(exp(head logprobs)); tail_mass lies outside what "
     "draws could reach. With renormalised, everything is divided by 1 - tail_mass."
 )
@@ -44,6 +44,13 @@ DTYPES = {
 FACTS = ("renormalised",)
 """Metadata that holds for all rows."""
 ID_PLANES = ("token_ids_low", "token_ids_high")
+
+
+def position_bytes(max_entries: int) -> int:
+    """Most that a position takes before compression: its own numbers, and of each entry the id
+    planes and the log-probability. A drawn entry takes a byte less, its position one more.
+    """
+    return 7 + 5 * max_entries
 
 
 def check(rows: Sequence[SparseLogprobs]) -> None:

@@ -7,17 +7,18 @@ written wrongly, or changed by somebody who wrote a new checksum as well.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline import storage
-from pipeline.cache import describe_shard, read_rows
-from pipeline.cache_checks import check_row
+from pipeline.cache import Shard, ShardEntry, open_shard
+from pipeline.cache_checks import MASS_TOLERANCE, check_row
 from pipeline.cache_features import check_states
-from pipeline.cache_index import read_index
+from pipeline.cache_index import manifest_fits, read_index
 from pipeline.datasets import SequenceReader
-from pipeline.errors import CacheError, CorruptFileError, StorageError
+from pipeline.errors import CacheError, StorageError
 from pipeline.fingerprint import digest_ids
 from pipeline.layout import CacheLayout
 from pipeline.records import CacheRow, HiddenStates, SparseLogprobs, TokenSequence
@@ -55,34 +56,20 @@ class CheckedCache:
     num_compared: int
 
 
-def corrupt_shards(cache: CacheLayout, fingerprint: str) -> dict[str, str]:
-    """The shards that cannot be trusted, by digest, and why."""
-    found = {}
-    for info in storage.list_files(cache.shards_folder, ".parquet"):
-        digest = info.base_name.removesuffix(".parquet")
-        try:
-            _trusted_rows(cache, digest, fingerprint)
-        except (CacheError, CorruptFileError) as error:  # not where the storage does not answer
-            found[digest] = str(error)
-    return found
+def index_problem(
+    indexed: Sequence[ShardEntry] | None, found: Mapping[str, ShardEntry]
+) -> str | None:
+    """Why an index cannot be used; None when it is right about every shard that it knows.
 
-
-def index_problem(cache: CacheLayout) -> str | None:
-    """Why the index cannot be used; None when it is right about every shard that it knows."""
-    indexed = {entry.digest: entry for entry in read_index(cache)}
-    shards = storage.list_files(cache.shards_folder, ".parquet")
-    if shards and not indexed and storage.exists(cache.index):
+    Args:
+        indexed: its entries; None where it cannot be read.
+        found: the entries that the shards themselves give, by digest.
+    """
+    if indexed is None:
         return "it cannot be read"
-    for info in shards:
-        known = indexed.get(info.base_name.removesuffix(".parquet"))
-        if known is None:
-            continue
-        try:
-            described = describe_shard(cache.shard(known.digest), info.size)
-        except (CacheError, CorruptFileError):
-            continue  # the shard's own problem
-        if known != described:
-            return f"describes shard {known.digest} otherwise than the shard itself"
+    for entry in indexed:
+        if found.get(entry.digest, entry) != entry:
+            return f"describes shard {entry.digest} otherwise than the shard itself"
     return None
 
 
@@ -92,7 +79,7 @@ def check_cache(
     vocabulary: int,
     sequences: SequenceReader,
 ) -> CheckedCache:
-    """Checks every shard and row of a generation.
+    """Checks every shard and row of a generation, its index and its manifest.
 
     Args:
         fingerprint: of the recipe that the shards must name.
@@ -100,16 +87,18 @@ def check_cache(
         sequences: rows of others are checked without their tokens.
     """
     problems, counted, compared = [], Counter(), 0
+    found: dict[str, ShardEntry] = {}
     files = storage.list_files(cache.shards_folder, ".parquet")
     for info in files:
         digest = info.base_name.removesuffix(".parquet")
         path = cache.shard(digest)
         try:
-            rows = _trusted_rows(cache, digest, fingerprint)
+            shard = trusted_shard(cache, digest, fingerprint)
         except (CacheError, StorageError) as error:
             problems.append(Problem(path, None, str(error)))
             continue
-        for row in rows:
+        found[digest] = shard.entry(info.size)
+        for row in shard.rows():
             sequence = sequences.get(row.sequence_id)
             counted[row.sequence_id] += 1
             compared += sequence is not None
@@ -117,9 +106,24 @@ def check_cache(
                 Problem(path, row.sequence_id, text)
                 for text in row_problems(row, vocabulary, sequence)
             ]
-    if text := index_problem(cache):
-        problems.append(Problem(cache.index, None, text))
+    problems += _derived_problems(cache, {info.base_name for info in files}, found)
     return CheckedCache(problems, len(files), counted.total(), compared)
+
+
+def _derived_problems(
+    cache: CacheLayout, files: Container[str], found: Mapping[str, ShardEntry]
+) -> Iterator[Problem]:
+    """What is wrong with index and manifest. That they do not know the newest shards is no problem:
+    scoring was interrupted, or goes on.
+    """
+    indexed = read_index(cache)
+    if text := index_problem(indexed, found):
+        yield Problem(cache.index, None, text)
+    for entry in indexed or ():
+        if f"{entry.digest}.parquet" not in files:
+            yield Problem(cache.shard(entry.digest), None, "the index names it, and it is gone")
+    if indexed and not (storage.exists(cache.manifest) and manifest_fits(cache, indexed)):
+        yield Problem(cache.manifest, None, "it does not say what the index says")
 
 
 def row_problems(row: CacheRow, vocabulary: int, sequence: TokenSequence | None) -> list[str]:
@@ -140,6 +144,8 @@ def row_problems(row: CacheRow, vocabulary: int, sequence: TokenSequence | None)
         problems.append(f"token id {row.token_ids.max()} in a vocabulary of {vocabulary}")
     if not ((row.tail_mass >= 0) & (row.tail_mass <= 1)).all():
         problems.append("a tail mass is not between 0 and 1")
+    elif wrong := _mass_problem(row):
+        problems.append(wrong)
     if (row.entropies < 0).any():
         problems.append("an entropy is negative")
     if (len(row.logprobs) and (row.logprobs > 0).any()) or (row.gold_logprobs > 0).any():
@@ -153,6 +159,20 @@ def row_problems(row: CacheRow, vocabulary: int, sequence: TokenSequence | None)
     if lengths := _length_problems(row, sequence):
         return problems + lengths
     return problems + _gold_problems(row, sequence, positions)
+
+
+def _mass_problem(row: SparseLogprobs) -> str | None:
+    """Head and tail are the whole distribution, or with draws at most that."""
+    positions_H = np.repeat(np.arange(row.num_positions), row.num_entries)[row.head_N]
+    head_P = np.bincount(
+        positions_H, weights=np.exp(row.logprobs.astype(np.float64)), minlength=row.num_positions
+    )
+    mass_P = head_P + row.tail_mass
+    off_P = mass_P - 1 if row.is_drawn else np.abs(mass_P - 1)
+    if off_P.max(initial=0.0) <= MASS_TOLERANCE:
+        return None
+    j = int(np.argmax(off_P))
+    return f"position {j}: head and tail have a mass of {mass_P[j]:.4f}"
 
 
 def _length_problems(row: CacheRow, sequence: TokenSequence | None) -> list[str]:
@@ -193,17 +213,16 @@ def _gold_problems(
     return problems
 
 
-def _trusted_rows(cache: CacheLayout, digest: str, fingerprint: str) -> list[CacheRow]:
+def trusted_shard(cache: CacheLayout, digest: str, fingerprint: str) -> Shard:
     """Reads a shard; its checksum, its recipe and its name must fit.
 
     Raises:
         CacheError, StorageError: they do not.
     """
     path = cache.shard(digest)
-    rows = read_rows(path)
-    made_by = storage.read_table(path).schema.metadata[b"polystill.fingerprint"].decode()
-    if made_by != fingerprint:
-        raise CacheError(f"{path} was made under the recipe {made_by}, not {fingerprint}")
-    if digest_ids(row.sequence_id for row in rows) != digest:
+    shard = open_shard(path)
+    if shard.fingerprint != fingerprint:
+        raise CacheError(f"{path} was made under the recipe {shard.fingerprint}, not {fingerprint}")
+    if digest_ids(shard.identifiers) != digest:
         raise CacheError(f"{path} holds other sequences than its name says")
-    return rows
+    return shard

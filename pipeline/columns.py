@@ -9,6 +9,10 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
+from pipeline.errors import CacheError
+
+MOST_BYTES = 2**31 - 1  # of one column: Arrow's offsets are int32
+
 
 @dataclass(frozen=True)
 class Column:
@@ -33,7 +37,19 @@ class Column:
         return cls(payload.view(dtype), (edges.astype(np.int64) - edges[0]) // size)
 
     def to_arrow(self) -> pa.Array:
-        """The cells as Arrow's `binary`; together they may take 2 GiB."""
+        """The cells as Arrow's `binary`.
+
+        Raises:
+            CacheError: together they take 2 GiB or more.
+        """
+        num_bytes = int(self.starts[-1]) * self.values.itemsize
+        if num_bytes > MOST_BYTES:
+            raise CacheError(
+                f"a column of one shard would take {num_bytes} bytes and can hold {MOST_BYTES}: "
+                "its sequences are too long for what is kept of each position. Keep fewer "
+                "`scoring.selection.max_entries`, lower `scoring.features.dimensions` or name "
+                "fewer layers, or leave such sequences out with synthesis.max_sequence_tokens"
+            )
         edges = (self.starts * self.values.itemsize).astype("<i4")
         buffers = [None, pa.py_buffer(edges), pa.py_buffer(self.values)]
         return pa.Array.from_buffers(pa.binary(), len(edges) - 1, buffers)

@@ -133,7 +133,8 @@ class EvaluationConfig(Section):
     twin: bool = True
     """Also train a twin on the same sequences by cross-entropy alone, to show the difference."""
     resources: Resources = Resources()
-    """Of an engine that serves the student, and of the task that computes its hold-out losses."""
+    """Of an engine that serves the student, and of the tasks that export it and compute its
+    hold-out losses."""
 
 
 class ClusterConfig(Section):

@@ -32,7 +32,7 @@ class TopP(Section):
 
 
 class Sampled(Section):
-    """Keeps draws with replacement from the captured entries: ids and counts, no log-probabilities.
+    """Keeps draws from the captured entries: ids and counts, no log-probabilities.
 
     An unbiased estimate (Random Sampling KD, arXiv 2503.16870), so only for losses linear in p.
     """

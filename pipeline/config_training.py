@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pipeline.config_base import Count, Fraction, Name, Positive, Resources, Section
+from pipeline.config_deepspeed import check_deepspeed
 
 
 class StudentConfig(Section):
@@ -205,22 +206,6 @@ Loss = Annotated[
     Field(discriminator="type"),
 ]
 
-OWNED_DEEPSPEED_KEYS = {
-    "train_batch_size": "training.sequences_per_step sets the batch",
-    "train_micro_batch_size_per_gpu": "training.tokens_per_micro_batch sets the micro-batch",
-    "gradient_accumulation_steps": (
-        "micro-batches are formed by a token budget, so accumulation is done here"
-    ),
-    "managed_gradient_accumulation": (
-        "micro-batches are formed by a token budget, so accumulation is done here"
-    ),
-    "scheduler": "training.warmup_steps and training.min_learning_rate_ratio set the schedule",
-    "optimizer": "training.learning_rate, betas and weight_decay set AdamW",
-    "gradient_clipping": "training.gradient_clipping sets it",
-    "bf16": "student.dtype sets it",
-    "fp16": "student.dtype is float32 or bfloat16",
-}
-
 
 IDENTITY = (
     "seed",
@@ -278,7 +263,7 @@ class TrainingConfig(Section):
     """Processes beside each worker that read, combine and pack its next batches; 0 leaves it to the
     worker. They change no number; count them in `resources` where a worker needs its CPUs."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """DeepSpeed's own configuration, verbatim."""
+    """DeepSpeed's own configuration, verbatim; keys that it would ignore are refused."""
     log_every_steps: Count = 10
     """Metrics to JSON lines and TensorBoard."""
     evaluate_every_steps: Count
@@ -300,10 +285,19 @@ class TrainingConfig(Section):
     @field_validator("losses")
     @classmethod
     def _each_once(cls, losses: list[Loss]) -> list[Loss]:
-        names = [loss.name for loss in losses]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"{twice} stand twice in the list: add up their weights")
+        known: dict[str, dict[str, Any]] = {}
+        for loss in losses:
+            fields = loss.model_dump(exclude={"weight"})
+            before = known.setdefault(loss.name, fields)
+            if before is fields:
+                continue
+            other = sorted(key for key in fields if fields[key] != before[key])
+            raise ValueError(
+                f"{loss.name} stands twice in the list, with another {' and '.join(other)}, which "
+                "its name does not say: keep one of them"
+                if other
+                else f"{loss.name} stands twice in the list: add up their weights"
+            )
         return losses
 
     @property
@@ -333,15 +327,8 @@ class TrainingConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _owned_keys(self) -> TrainingConfig:
-        for key in self.deepspeed:
-            if key in OWNED_DEEPSPEED_KEYS:
-                raise ValueError(f"deepspeed.{key} is not accepted: {OWNED_DEEPSPEED_KEYS[key]}")
-        if "load_universal" in self.deepspeed.get("checkpoint", {}):
-            raise ValueError(
-                "deepspeed.checkpoint.load_universal is not accepted: a checkpoint is loaded in "
-                "universal form where workers or stage ask for it"
-            )
+    def _deepspeed_and_schedule(self) -> TrainingConfig:
+        check_deepspeed(self.deepspeed)
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps ({self.warmup_steps}) must be less than steps ({self.steps})"

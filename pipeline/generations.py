@@ -103,8 +103,17 @@ def begin_generation(folder: str, asked: dict[str, Any]) -> CacheLayout:
     return cache
 
 
+def is_regenerated(cache: CacheLayout, asked: dict[str, Any]) -> bool:
+    """Whether the current generation is what the same request has made; it was interrupted between
+    the manifest and its end.
+    """
+    return storage.exists(cache.regeneration) and storage.read_json(cache.regeneration) == asked
+
+
 def end_generation(cache: CacheLayout) -> None:
-    """Marks a generation complete; call it after its manifest is written."""
+    """Forgets what a generation was made for; call it after its manifest is written, and that of
+    all that the same request makes.
+    """
     storage.remove(cache.regeneration)
 
 

@@ -45,6 +45,9 @@ class CacheLayout:
         """Corrupt shards, out of the way of their successors."""
         return join(self.folder, f"g{self.generation}.aside")
 
+    def quarantine_record(self, sequence_id: str) -> str:
+        return join(self.quarantine, f"{sequence_id}.json")
+
     def shard(self, digest: str) -> str:
         return join(self.shards_folder, f"{digest}.parquet")
 
@@ -112,15 +115,20 @@ class Layout:
         return join(self.run_folder, "report.html")
 
     @property
-    def _models_folder(self) -> str:
+    def models_folder(self) -> str:
+        """The run's folder on a file system."""
         return join(self.models_root or self.root, "runs", self.run)
 
     def training_folder(self, student: str) -> str:
         """Checkpoints, metrics and TensorBoard events of `student` or `twin`."""
-        return join(self._models_folder, student)
+        return join(self.models_folder, student)
 
     def export_folder(self, student: str) -> str:
-        return join(self._models_folder, "export", student)
+        return join(self.models_folder, "export", student)
+
+    def lock(self, work: str) -> str:
+        """The file that one process at a time holds while it works in the run's folder."""
+        return join(self.models_folder, f"{work}.lock")
 
     def prompts(self, digest: str) -> str:
         return join(self.root, "prompts", f"{digest}.parquet")

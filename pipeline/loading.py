@@ -24,16 +24,18 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     The student of a later round starts from that of the round before.
 
     Raises:
-        ConfigError: the file is missing or not YAML, an override is malformed, a key is unknown
-            (the closest known key is named), or a value is refused.
+        ConfigError: the file is missing, unreadable or not YAML, an override is malformed, a key is
+            unknown (the closest known key is named), or a value is refused.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"config file {path} does not exist")
     try:
+        if not path.is_file():
+            raise ConfigError(f"config file {path} does not exist")
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping, found {type(values).__name__}")
     values = _unshared(values)

@@ -11,14 +11,15 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipeline import storage
+from pipeline import cache_features, cache_logprobs, storage
 from pipeline.checkers import checker_identity
 from pipeline.config import Config
 from pipeline.config_endpoint import NEUTRAL_ENDPOINT_KEYS
 from pipeline.config_recipes import Writing
 from pipeline.config_synthesis import Judge
+from pipeline.config_targets import selection_of
 from pipeline.errors import ConfigError
-from pipeline.features import holds_features
+from pipeline.features import FeatureRule, holds_features, teacher_of
 from pipeline.fingerprint import digest_json
 from pipeline.generations import generation_in_use
 from pipeline.layout import CacheLayout, Layout
@@ -47,6 +48,7 @@ class Prepared:
         scoring_recipes: by name of the cache: a teacher's distributions, or hidden states.
         synthesis_recipes: by the label of a step (`pipeline/synthesis_steps.py`).
         student: identity of the model that the student starts from.
+        hidden_sizes: of the teachers whose hidden states a loss needs.
         filters_before_scoring: identities; with those after scoring all filters of the config.
         checker: identity of `prompts.checker`, where there is one.
     """
@@ -63,6 +65,7 @@ class Prepared:
     filters_before_scoring: list[dict[str, Any]] = field(default_factory=list)
     filters_after_scoring: list[dict[str, Any]] = field(default_factory=list)
     identities: dict[str, dict[str, str]] = field(default_factory=dict)
+    hidden_sizes: dict[str, int] = field(default_factory=dict)
     checker: str | None = None
 
     def caches(self, layout: Layout) -> dict[str, CacheLayout]:
@@ -76,6 +79,15 @@ class Prepared:
         """Of `caches` those of distributions, by teacher."""
         caches = self.caches(layout)
         return {name: cache for name, cache in caches.items() if not holds_features(name)}
+
+    def position_bytes(self, cache: str) -> int:
+        """Most that a position takes in the cache of that name, before compression."""
+        recipe = self.scoring_recipes[cache]
+        if not holds_features(cache):
+            return cache_logprobs.position_bytes(selection_of(recipe).max_entries)
+        rule = FeatureRule.of_recipe(recipe)
+        width = rule.dimensions or self.hidden_sizes[teacher_of(cache)]
+        return cache_features.position_bytes(len(rule.layers), width)
 
     @property
     def synthesis_digests(self) -> dict[str, str]:

@@ -67,11 +67,14 @@ def read_template(path: str, *placeholders: str) -> str:
     """The text of a template.
 
     Raises:
-        ConfigError: it is missing, or lacks a placeholder.
+        ConfigError: it is missing, is no text, or lacks a placeholder.
     """
     if not storage.exists(path):
         raise ConfigError(f"the template {path} does not exist")
-    text = storage.read_bytes(path).decode()
+    try:
+        text = storage.read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the template {path} is not UTF-8: {error}") from error
     for placeholder in placeholders:
         if f"{{{placeholder}}}" not in text:
             raise ConfigError(f"the template {path} must hold {{{placeholder}}}")

@@ -13,7 +13,7 @@ from pipeline.config import Config, TeacherConfig
 from pipeline.config_endpoint import EndpointTeacherConfig
 from pipeline.config_recipes import Answer, Answering, GivenAnswers, Recipe
 from pipeline.config_synthesis import Judge
-from pipeline.features import features_of
+from pipeline.features import features_of, teacher_of
 from pipeline.fingerprint import digest_bytes, digest_json
 from pipeline.layout import CacheLayout, Layout
 from pipeline.prompt_writing import rubric_of, templates_of
@@ -103,6 +103,15 @@ def cache_recipes(
         if name in config.training.teacher_layers
     }
     return distributions | features
+
+
+def provenance_of(config: Config, name: str) -> dict[str, Any]:
+    """What a cache's manifest says of its teacher; the engines stand in its shards."""
+    teacher = teacher_of(name)
+    asked = config.teachers[teacher]
+    if isinstance(asked, TeacherConfig):
+        return {"teacher": teacher, "model": asked.model}
+    return {"teacher": teacher, "endpoint_model": asked.endpoint.model}
 
 
 def synthesis_recipe(

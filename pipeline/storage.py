@@ -57,7 +57,13 @@ def _open(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 @contextmanager
-def _explained(action: str, uri: str) -> Iterator[None]:
+def explained(action: str, uri: str) -> Iterator[None]:
+    """Tells what fails within it as a `StorageError`.
+
+    Args:
+        action: verb for the message.
+        uri: what it is done to.
+    """
     try:
         yield
     except FileNotFoundError as error:
@@ -98,7 +104,7 @@ def write_bytes(uri: str, data: bytes | memoryview | pa.Buffer) -> None:
         StorageError: the disk is full or the place cannot be written.
     """
     filesystem, path = _open(uri)
-    with _explained("write", uri):
+    with explained("write", uri):
         if isinstance(filesystem, fs.LocalFileSystem):
             _write_local(path, data)
         else:
@@ -137,7 +143,7 @@ def link_or_copy(source: str, target: str) -> None:
         StorageError: the source is missing or the target cannot be written.
     """
     filesystem, path = _open(target)
-    with _explained("write", target):
+    with explained("write", target):
         if not isinstance(filesystem, fs.LocalFileSystem):
             filesystem.copy_file(_open(source)[1], path)
             return
@@ -157,7 +163,7 @@ def move(source: str, target: str) -> None:
         StorageError: the source is missing or the target cannot be written.
     """
     filesystem, path = _open(target)
-    with _explained("move", source):
+    with explained("move", source):
         if isinstance(filesystem, fs.LocalFileSystem):
             os.makedirs(os.path.dirname(path), exist_ok=True)
         filesystem.move(_open(source)[1], path)
@@ -167,7 +173,7 @@ def move(source: str, target: str) -> None:
 def remove(uri: str) -> None:
     """Removes a file; one that is gone already is no error."""
     filesystem, path = _open(uri)
-    with _explained("remove", uri), contextlib.suppress(FileNotFoundError):
+    with explained("remove", uri), contextlib.suppress(FileNotFoundError):
         filesystem.delete_file(path)
 
 
@@ -175,7 +181,7 @@ def remove_empty_folders(uri: str) -> None:
     """Removes a folder and the folders below it if no file is left in any of them."""
     filesystem, path = _open(uri)
     if exists(uri) and not files_below(uri):
-        with _explained("remove", uri):
+        with explained("remove", uri):
             filesystem.delete_dir(path)
 
 
@@ -192,7 +198,7 @@ def read_bytes(uri: str) -> bytes:
 def _read(uri: str) -> pa.Buffer:
     """The content of a file, by one request after that for its size."""
     filesystem, path = _open(uri)
-    with _explained("read", uri), filesystem.open_input_file(path) as file:
+    with explained("read", uri), filesystem.open_input_file(path) as file:
         return file.read_buffer()
 
 
@@ -204,7 +210,7 @@ def exists(uri: str) -> bool:
 @_patient
 def _info(uri: str) -> fs.FileInfo:
     filesystem, path = _open(uri)
-    with _explained("look for", uri):
+    with explained("look for", uri):
         return filesystem.get_file_info(path)
 
 
@@ -234,7 +240,7 @@ def list_folders(uri: str) -> list[str]:
 @_patient
 def _found_in(uri: str, recursive: bool = False) -> list[fs.FileInfo]:
     filesystem, path = _open(uri)
-    with _explained("list", uri):
+    with explained("list", uri):
         selector = fs.FileSelector(path, recursive=recursive, allow_not_found=True)
         return filesystem.get_file_info(selector)
 

@@ -8,6 +8,7 @@ sequences: neither depends on the number of workers. Loader processes run this: 
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from pipeline.cache_index import DECODED_BYTES_KEPT
 from pipeline.datasets import DatasetEntry, read_dataset
 from pipeline.errors import TrainingError
 from pipeline.fingerprint import digest_json
@@ -29,8 +31,12 @@ from students.packing import (
     refuse_long_sequences,
 )
 
-SHUFFLE_WINDOW_SHARDS = 32
-"""Sequence shards whose sequences are shuffled together; fewer than a cache reader keeps decoded.
+logger = logging.getLogger(__name__)
+
+WINDOW_SHARDS, WINDOW_POSITIONS = 32, 2**22
+"""Most of the sequence shards whose sequences are shuffled together, and of their positions: what
+a cache reader keeps decoded holds them where a position takes up to 512 bytes. A larger shard is a
+window of its own.
 """
 Batch = TypeVar("Batch")
 
@@ -49,15 +55,28 @@ class DataOrder:
     """Which sequences each step trains on: the epochs one after another, cut into equal batches."""
 
     def __init__(
-        self, shards: Sequence[str], seed: int, dataset_digest: str, sequences_per_step: int
+        self,
+        shards: Sequence[str],
+        positions: Sequence[int],
+        seed: int,
+        dataset_digest: str,
+        sequences_per_step: int,
+        origin: int = 0,
     ) -> None:
-        """`shards` names the sequence shard of every sequence, in the dataset's order."""
+        """
+        Args:
+            shards: names the sequence shard of every sequence, in the dataset's order.
+            positions: of every sequence.
+            origin: see `Share`.
+        """
         self._seed, self._digest, self._batch = seed, dataset_digest, sequences_per_step
+        self._origin = origin
         names, codes = np.unique(np.asarray(shards), return_inverse=True)
         self._members = np.split(
             np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1]
         )
-        self._num_sequences, self._num_shards = len(codes), len(names)
+        self._num_sequences = len(codes)
+        self._positions_of_shards = np.bincount(codes, positions, len(names))
         self._epochs: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def epoch(self, epoch: int) -> np.ndarray:
@@ -67,24 +86,32 @@ class DataOrder:
         if epoch not in self._epochs:
             entropy = int(digest_json([self._seed, epoch, self._digest]), 16)
             generator = np.random.Generator(np.random.PCG64(entropy))
-            shards = generator.permutation(self._num_shards)
-            windows = [
-                shards[i : i + SHUFFLE_WINDOW_SHARDS]
-                for i in range(0, len(shards), SHUFFLE_WINDOW_SHARDS)
-            ]
+            shards = generator.permutation(len(self._members))
             self._epochs[epoch] = np.concatenate(
                 [
                     generator.permutation(np.concatenate([self._members[s] for s in window]))
-                    for window in windows
+                    for window in self._windows(shards)
                 ]
             )
             if len(self._epochs) > 2:
                 self._epochs.popitem(last=False)
         return self._epochs[epoch]
 
+    def _windows(self, shards: np.ndarray) -> list[list[int]]:
+        windows: list[list[int]] = []
+        room = 0
+        for shard in shards:
+            positions = self._positions_of_shards[shard]
+            if not windows or len(windows[-1]) == WINDOW_SHARDS or positions > room:
+                windows.append([])
+                room = WINDOW_POSITIONS
+            windows[-1].append(shard)
+            room -= positions
+        return windows
+
     def batch(self, step: int) -> np.ndarray:
         """int64[sequences_per_step]: the sequences of a step, counted from 0."""
-        places = np.arange(step * self._batch, (step + 1) * self._batch)
+        places = self._origin + np.arange(step * self._batch, (step + 1) * self._batch)
         epochs, within = np.divmod(places, self._num_sequences)
         return np.concatenate([self.epoch(int(e))[within[epochs == e]] for e in np.unique(epochs)])
 
@@ -95,12 +122,15 @@ class Share:
 
     Attributes:
         vocabulary: rows of the student's head.
+        origin: the place in the order of the data that step 0 would begin at; not 0 where the steps
+            before a resume had batches of another size.
     """
 
     job: TrainingJob
     vocabulary: int
     rank: int
     world_size: int
+    origin: int = 0
 
 
 class BatchSource:
@@ -133,12 +163,29 @@ class BatchSource:
             share.vocabulary,
         )
         self.states = TeacherStates(job.caches, job.feature_teachers, used)
+        self._warn_of_wide_states()
         self._order = DataOrder(
             [entry.shard for entry in self.train],
+            [entry.num_positions for entry in self.train],
             job.seed,
             job.dataset_digest,
             training.sequences_per_step,
+            share.origin,
         )
+
+    def _warn_of_wide_states(self) -> None:
+        positions = min(WINDOW_POSITIONS, sum(entry.num_positions for entry in self.train))
+        for teacher, num_bytes in self.states.position_bytes.items():
+            if positions * num_bytes > DECODED_BYTES_KEPT:
+                logger.warning(
+                    "hidden states of %s take %d bytes a position, %.1f GiB of the sequences that "
+                    "are shuffled together, and %.1f GiB stay in memory: shards are read again and "
+                    "again. Lower scoring.features.dimensions.",
+                    teacher,
+                    num_bytes,
+                    positions * num_bytes / 2**30,
+                    DECODED_BYTES_KEPT / 2**30,
+                )
 
     def step(self, step: int) -> StepBatch[PackedBatch]:
         """The micro-batches of a step, counted from 0."""

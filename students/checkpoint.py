@@ -29,9 +29,12 @@ from students.universal_checkpoint import (
     convert,
     needs_conversion,
     partitioning,
+    refuse_other_version,
     refused_changes,
     stored_partitioning,
 )
+
+SHOWN = 10
 
 if TYPE_CHECKING:
     from students.engine import StudentEngine
@@ -39,9 +42,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """How far a training has come: optimizer steps, tokens of them, seconds spent in all starts."""
+    """How far a training has come: optimizer steps, sequences and tokens of them, seconds spent in
+    all starts. The number of sequences is the place in the order of the data, whatever the batches
+    of earlier starts were.
+    """
 
     step: int
+    sequences: int
     tokens: int
     seconds: float
 
@@ -58,12 +65,14 @@ class Resume:
 
     Attributes:
         universal: it is loaded in its universal form.
+        shapes: of the parameters, by name.
         changes: differences from the training that wrote it, all of them allowed.
     """
 
     path: Path
     state: TrainingState
     universal: bool
+    shapes: dict[str, list[int]]
     changes: list[str]
 
 
@@ -78,7 +87,9 @@ def check_resume(job: TrainingJob) -> Resume | None:
     if path is None:
         return None
     stored = storage.read_json(str(path / "state.json"))
-    old, new = stored_partitioning(stored, path), partitioning(job)
+    needed = [*(field.name for field in fields(TrainingState)), "shapes"]
+    refuse_other_version(stored, needed, path)
+    old, new = stored_partitioning(stored, path), partitioning(job.config.training)
     changes = differences(stored["identity"], job.identity())
     allowed = [line for line in changes if _is_allowed(line, job)]
     found = [line for line in changes if line not in allowed] + refused_changes(old, new)
@@ -97,7 +108,38 @@ def check_resume(job: TrainingJob) -> Resume | None:
             f"checkpoint {path} is beyond the last step, training.steps is "
             f"{job.config.training.steps}: raise it"
         )
-    return Resume(path, state, needs_conversion(old, new), allowed)
+    return Resume(path, state, needs_conversion(old, new), stored["shapes"], allowed)
+
+
+def agreed_resume(job: TrainingJob, device: torch.device) -> Resume | None:
+    """`check_resume` as rank 0 sees it, on every rank: a shared file system may show its nodes the
+    newest checkpoint at different times. All ranks call it.
+
+    Raises:
+        TrainingError: as `check_resume`.
+    """
+    found: list[Resume | TrainingError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [check_resume(job)]
+        except TrainingError as error:
+            found = [error]
+    dist.broadcast_object_list(found, device=device)
+    if isinstance(found[0], TrainingError):
+        raise found[0]
+    return found[0]
+
+
+def seconds_before(job: TrainingJob) -> float:
+    """Seconds that earlier starts of a training took, up to what they have left behind.
+
+    Raises:
+        TrainingError: its checkpoint belongs to another training.
+    """
+    if storage.exists(job.summary_path):
+        return storage.read_json(job.summary_path)["seconds"]
+    resume = check_resume(job)
+    return resume.state.seconds if resume is not None else 0.0
 
 
 def prepare_resume(job: TrainingJob) -> Resume | None:
@@ -123,13 +165,16 @@ def save_checkpoint(engine: StudentEngine, job: TrainingJob, state: TrainingStat
     engine.deepspeed.save_checkpoint(str(path), tag=TAG, save_latest=False)
     torch.save(_rng_state(), path / f"rng-{rank}.pt")
     dist.barrier()
+    storage.sync_folder(path)  # by every rank: it cannot flush what another node has written
+    dist.barrier()
     if rank == 0:
         storage.write_json(
             str(path / "state.json"),
             {
                 **asdict(state),
-                "partitioning": asdict(partitioning(job)),
+                "partitioning": asdict(partitioning(job.config.training)),
                 "identity": job.identity(),
+                "shapes": engine.parameter_shapes,
             },
         )
         storage.sync_folder(path)
@@ -142,8 +187,9 @@ def load_checkpoint(engine: StudentEngine, job: TrainingJob, resume: Resume) -> 
     """Restores engine and random state; all ranks call it.
 
     Raises:
-        TrainingError: DeepSpeed cannot load the checkpoint.
+        TrainingError: its parameters are of other shapes, or DeepSpeed cannot load it.
     """
+    _refuse_other_shapes(resume, engine.parameter_shapes)
     folder = resume.path / UNIVERSAL if resume.universal else resume.path
     if not engine.load(folder, TAG):
         raise TrainingError(
@@ -185,6 +231,20 @@ def _other_matrices(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for identity in (old, new)
     )
     return [] if before == now else [f"learned projections: {before} -> {now}"]
+
+
+def _refuse_other_shapes(resume: Resume, shapes: dict[str, list[int]]) -> None:
+    """Allowed changes may have brought a student, or stored hidden states, of another size."""
+    found = differences(resume.shapes, shapes)
+    if found:
+        rest = [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+        raise TrainingError(
+            f"checkpoint {resume.path} does not fit this training: its parameters have other "
+            "shapes (old -> new):\n  "
+            + "\n  ".join(found[:SHOWN] + rest)
+            + "\nGo on with the models and scoring.features that it was written with, or choose "
+            "another `name` for the run."
+        )
 
 
 def _is_allowed(line: str, job: TrainingJob) -> bool:

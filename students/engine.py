@@ -18,6 +18,7 @@ from pipeline.config_training import TrainingConfig
 from pipeline.training import TrainingJob
 from students.micro_batch import MicroBatch
 from students.model import StudentModule
+from students.universal_checkpoint import partitioning
 
 
 class StudentEngine:
@@ -35,6 +36,8 @@ class StudentEngine:
         self.module, self._universal = module, universal
         self._optimizer = make_optimizer(module, training)
         self._norm: torch.Tensor | None = None
+        # of the whole parameters, before DeepSpeed partitions them
+        self.parameter_shapes = {name: list(p.shape) for name, p in module.named_parameters()}
         if plain:
             self._clip_before_update(training.gradient_clipping)
         self.deepspeed, *_ = deepspeed.initialize(
@@ -136,7 +139,7 @@ def make_optimizer(module: torch.nn.Module, training: TrainingConfig) -> torch.o
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    if training.deepspeed.get("zero_optimization", {}).get("offload_optimizer"):
+    if partitioning(training).offloads_optimizer:
         return DeepSpeedCPUAdam(
             groups, lr=training.learning_rate, betas=training.betas, adamw_mode=True
         )

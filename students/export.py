@@ -29,6 +29,7 @@ from pipeline.datasets import read_sequences
 from pipeline.errors import TrainingError
 from pipeline.loading import is_folder
 from pipeline.training import TrainingJob
+from students.full_disk import full_disk_told
 from students.initial_weights import fit_weights
 from students.model import DTYPES
 from students.reference import gold_logprobs
@@ -56,24 +57,13 @@ def export_student(job: TrainingJob, folder: str) -> dict[str, Any]:
     Raises:
         TrainingError: training is not complete, its weights do not fit the model, or the exported
             model computes other log-probabilities than the trained one.
+        StorageError: the disk is full.
     """
     if not storage.exists(job.summary_path):
         raise TrainingError(f"{job.folder} holds no finished training: run the train stage first")
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    source = model_folder(job)
-    model = trained_model(job, source)
-    tokenizer = AutoTokenizer.from_pretrained(
-        source, trust_remote_code=job.config.student.trust_remote_code
-    )
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model.save_pretrained(target)
-    copy_tokenizer(source, target)
-    (target / "README.md").write_text(model_card(job))
+    with full_disk_told(folder):
+        model = _write(job, target)
     difference = probe_difference(job, target)
     tolerance = PROBE_TOLERANCE[job.config.student.dtype]
     if not difference <= tolerance:
@@ -93,6 +83,24 @@ def export_student(job: TrainingJob, folder: str) -> dict[str, Any]:
         "largest_difference_nats": difference,
         "tolerance_nats": tolerance,
     }
+
+
+def _write(job: TrainingJob, target: Path) -> PreTrainedModel:
+    target.mkdir(parents=True, exist_ok=True)
+    source = model_folder(job)
+    model = trained_model(job, source)
+    tokenizer = AutoTokenizer.from_pretrained(
+        source, trust_remote_code=job.config.student.trust_remote_code
+    )
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.save_pretrained(target)
+    copy_tokenizer(source, target)
+    (target / "README.md").write_text(model_card(job))
+    return model
 
 
 def model_folder(job: TrainingJob) -> str:

@@ -182,9 +182,8 @@ def _values(
     values_P = student_PH.new_zeros(len(student_PH))
     if not len(values_P):
         return values_P
-    lengths_S = torch.bincount(batch.sequences, minlength=len(batch.groups))
-    places = list(torch.arange(len(values_P), device=values_P.device).split(lengths_S.tolist()))
-    kept = [s for s, rows in enumerate(places) if len(rows) and bool(covered_P[rows[0]])]
+    places = torch.arange(len(values_P), device=values_P.device).split(batch.lengths)
+    kept = [s for s in batch.sequences[term.teacher] if batch.lengths[s]]
     if term.kind in OF_SEQUENCES:
         for s in kept:
             rows = places[s]
@@ -194,7 +193,7 @@ def _values(
     least, of_group = OF_GROUPS[term.kind]
     groups: dict[int, list[int]] = {}
     for s in kept:
-        groups.setdefault(int(batch.groups[s]), []).append(s)
+        groups.setdefault(batch.groups[s], []).append(s)
     for members in groups.values():
         if len(members) >= least:
             means = [

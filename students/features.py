@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.cache_features import position_bytes
 from pipeline.cache_index import CacheReader, open_features
 from pipeline.datasets import DatasetEntry
 from pipeline.errors import CacheError, TrainingError
@@ -23,12 +24,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PackedFeatures:
-    """The arrays of `FeatureBatch`, under the same names; `states` as the bits of bfloat16."""
+    """What `FeatureBatch` is made of.
+
+    Attributes:
+        states: by teacher, uint16[P, L, D], the bits of bfloat16; 0 where the teacher has none.
+        covered: by teacher, of every sequence, whether it has states.
+        lengths: of every sequence, its positions.
+        groups: of every sequence; sequences of a group are compared with one another.
+    """
 
     states: dict[str, np.ndarray]
-    covered: dict[str, np.ndarray]
-    sequences: np.ndarray
-    groups: np.ndarray
+    covered: dict[str, list[bool]]
+    lengths: list[int]
+    groups: list[int]
 
 
 class TeacherStates:
@@ -75,6 +83,11 @@ class TeacherStates:
     def widths(self) -> dict[str, int]:
         return {teacher: width for teacher, (_, width) in self._shapes.items()}
 
+    @property
+    def position_bytes(self) -> dict[str, int]:
+        """By teacher, what the states of a position take."""
+        return {teacher: position_bytes(*shape) for teacher, shape in self._shapes.items()}
+
     def batch(
         self, entries: Sequence[DatasetEntry], groups: Sequence[int]
     ) -> PackedFeatures | None:
@@ -88,14 +101,16 @@ class TeacherStates:
         """
         if not self._readers:
             return None
-        lengths = np.array([entry.num_positions for entry in entries], np.int64)
+        lengths = [entry.num_positions for entry in entries]
         edges = np.cumsum([0, *lengths])
-        states, covered = {}, {}
+        states: dict[str, np.ndarray] = {}
+        covered: dict[str, list[bool]] = {}
         for teacher, reader in self._readers.items():
             states_PLD = np.zeros((edges[-1], *self._shapes[teacher]), np.uint16)
-            covered_P = np.zeros(edges[-1], bool)
+            covered[teacher] = []
             for entry, start, stop in zip(entries, edges[:-1], edges[1:], strict=True):
                 row = reader.row(entry.sequence_id)
+                covered[teacher].append(row is not None)
                 if row is None:
                     continue
                 if row.num_positions != entry.num_positions:
@@ -103,11 +118,6 @@ class TeacherStates:
                         f"{features_of(teacher)} holds {row.num_positions} positions of sequence "
                         f"{entry.sequence_id}, which has {entry.num_positions}"
                     )
-                states_PLD[start:stop], covered_P[start:stop] = row.states, True
-            states[teacher], covered[teacher] = states_PLD, covered_P
-        return PackedFeatures(
-            states,
-            covered,
-            np.repeat(np.arange(len(lengths)), lengths),
-            np.array(list(groups), np.int64),
-        )
+                states_PLD[start:stop] = row.states
+            states[teacher] = states_PLD
+        return PackedFeatures(states, covered, lengths, list(groups))

@@ -28,6 +28,8 @@ from pipeline.errors import DistillationError, TrainingError
 from pipeline.fingerprint import differences
 from pipeline.training import TrainingJob
 from students.checkpoint import check_resume, prepare_resume
+from students.deepspeed_options import check_deepspeed_options
+from students.full_disk import full_disk_told
 from students.progress import FollowedMetrics, describe
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,8 @@ def train_student(job: TrainingJob) -> dict[str, Any]:
     Raises:
         TrainingError: the folder holds another training, or the workers failed more often than
             allowed.
+        ConfigError: DeepSpeed refuses its block.
+        StorageError: the disk is full; its checkpoints are kept.
     """
     if "://" in job.folder:
         raise TrainingError(
@@ -49,6 +53,7 @@ def train_student(job: TrainingJob) -> dict[str, Any]:
         )
     if storage.exists(job.summary_path):
         return _finished(job)
+    check_deepspeed_options(job.config.training.deepspeed)
     resumed, training = prepare_resume(job), job.config.training
     logger.info(
         "%s: step %d of %d, workers: %d",
@@ -61,7 +66,7 @@ def train_student(job: TrainingJob) -> dict[str, Any]:
         logger.warning(REMOVED_LOCK, lock)
     scratch = Path(job.folder, "ray_train")
     try:
-        with FollowedMetrics(job):
+        with FollowedMetrics(job), full_disk_told(job.folder):
             _trainer(job, scratch).fit()
     except ray.train.ControllerError as error:
         if isinstance(error.controller_failure, DistillationError):
@@ -89,10 +94,12 @@ def check_training(job: TrainingJob) -> None:
 
     Raises:
         TrainingError: it holds another training, or a checkpoint that does not fit.
+        ConfigError: DeepSpeed refuses its block.
     """
     if storage.exists(job.summary_path):
         _finished(job)
     else:
+        check_deepspeed_options(job.config.training.deepspeed)
         check_resume(job)
 
 
@@ -144,12 +151,20 @@ def remove_stale_build_locks(folder: Path) -> list[Path]:
     that uses the folder a lock that no process has open belongs to nobody. Processes of other users
     cannot be looked into: a lock of another user is left alone.
     """
-    own = [path for path in folder.glob("**/lock") if path.stat().st_uid == os.getuid()]
+    own = [path for path in folder.glob("**/lock") if _owner(path) == os.getuid()]
     held = {name for pid in psutil.pids() for name in _open_files(pid)} if own else set()
     stale = [path for path in own if str(path.resolve()) not in held]
     for path in stale:
         path.unlink(missing_ok=True)
     return stale
+
+
+def _owner(path: Path) -> int | None:
+    """The user's number; None of a file that is gone."""
+    try:
+        return path.stat().st_uid
+    except FileNotFoundError:
+        return None
 
 
 def _extensions_folder() -> Path:
@@ -190,7 +205,8 @@ def _worker(config: dict[str, Any]) -> None:
 
     device = get_device()
     assert isinstance(device, torch.device)  # a list only for workers with several GPUs
-    train(job, device)
+    with full_disk_told(job.folder):
+        train(job, device)
 
 
 def _finished(job: TrainingJob) -> dict[str, Any]:

@@ -7,28 +7,54 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from students.features import PackedFeatures
 from students.outcomes import Targets
 from students.packing import PackedBatch
 
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """What the losses on hidden states need of a micro-batch; its positions in the same order.
+    """What the losses on hidden states need of a micro-batch; its positions in the same order. What
+    is asked of sequences stands in lists: to ask a tensor would wait for the device.
 
-    Legend: P positions of the micro-batch, S its sequences, L stored layers, D stored dimensions.
+    Legend: P positions of the micro-batch, L stored layers, D stored dimensions.
 
     Attributes:
         states: by teacher, bfloat16[P, L, D] at the indices whose logits are trained; 0 where the
             teacher has none.
         covered: by teacher, bool[P]: where it has states.
-        sequences: int64[P], number of the position's sequence in the micro-batch.
-        groups: int64[S], of each sequence; sequences of a group are compared with one another.
+        sequences: by teacher, the sequences that it has states of, by their number.
+        lengths: of every sequence, its positions.
+        groups: of every sequence; sequences of a group are compared with one another.
     """
 
     states: dict[str, torch.Tensor]
     covered: dict[str, torch.Tensor]
-    sequences: torch.Tensor
-    groups: torch.Tensor
+    sequences: dict[str, list[int]]
+    lengths: list[int]
+    groups: list[int]
+
+    @classmethod
+    def of(cls, packed: PackedFeatures, device: torch.device | str = "cpu") -> FeatureBatch:
+        """Shares its memory on the CPU."""
+        states = {
+            teacher: torch.from_numpy(bits.view(np.int16)).to(device, non_blocking=True)
+            for teacher, bits in packed.states.items()
+        }
+        masks = {
+            teacher: torch.from_numpy(np.repeat(np.array(covered, bool), packed.lengths))
+            for teacher, covered in packed.covered.items()
+        }
+        return cls(
+            {teacher: bits.view(torch.bfloat16) for teacher, bits in states.items()},
+            {teacher: mask.to(device, non_blocking=True) for teacher, mask in masks.items()},
+            {
+                teacher: [s for s, is_covered in enumerate(covered) if is_covered]
+                for teacher, covered in packed.covered.items()
+            },
+            packed.lengths,
+            packed.groups,
+        )
 
 
 @dataclass(frozen=True)
@@ -67,15 +93,5 @@ class MicroBatch:
                 tail_mass=tensor(packed.tail_mass),
                 teacher_weights=tensor(packed.teacher_weights),
             ),
-            features=None
-            if packed.features is None
-            else FeatureBatch(
-                {
-                    teacher: tensor(bits.view(np.int16)).view(torch.bfloat16)
-                    for teacher, bits in packed.features.states.items()
-                },
-                {teacher: tensor(mask) for teacher, mask in packed.features.covered.items()},
-                tensor(packed.features.sequences),
-                tensor(packed.features.groups),
-            ),
+            features=None if packed.features is None else FeatureBatch.of(packed.features, device),
         )

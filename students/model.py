@@ -50,7 +50,9 @@ def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
         model_config = AutoConfig.from_pretrained(config.model, **source)
         refuse_head_settings(model_config.to_dict())
         if config.initialization == "pretrained" and config.initial_weights is None:
-            model = AutoModelForCausalLM.from_pretrained(config.model, **source, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                config.model, use_safetensors=True, **source, **options
+            )
         else:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
@@ -168,7 +170,7 @@ def load_model(
 ) -> PreTrainedModel:
     """A model of a Hugging Face folder in its own dtype, for inference."""
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", trust_remote_code=trust_remote_code
+        folder, dtype="auto", trust_remote_code=trust_remote_code, use_safetensors=True
     )
     nn.Module.to(model, torch.device(device))
     return model.eval()

@@ -117,8 +117,7 @@ def plan_micro_batches(
     )
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     if padded:
-        groups = _padded_groups(order, lengths, tokens_per_micro_batch, world_size)
-        return [groups[rank::world_size] for rank in range(world_size)]
+        return _padded_plan(lengths, [1] * len(lengths), tokens_per_micro_batch, world_size)
     rows = _first_fit(order, lengths, tokens_per_micro_batch)
     num_rows = -(-max(len(rows), 1) // world_size) * world_size
     spread = _spread(order, lengths, num_rows)
@@ -143,7 +142,12 @@ def plan_groups(
     """
     groups = [list(range(len(lengths)))[i : i + together] for i in range(0, len(lengths), together)]
     sizes = [group_size([lengths[i] for i in group], padded) for group in groups]
-    plan = plan_micro_batches(sizes, tokens_per_micro_batch, world_size, padded)
+    if padded:
+        refuse_long_sequences([(str(i), n) for i, n in enumerate(sizes)], tokens_per_micro_batch)
+        longest = [max(lengths[i] for i in group) for group in groups]
+        plan = _padded_plan(longest, list(map(len, groups)), tokens_per_micro_batch, world_size)
+    else:
+        plan = plan_micro_batches(sizes, tokens_per_micro_batch, world_size)
     return [[[i for g in row for i in groups[g]] for row in rank] for rank in plan]
 
 
@@ -189,18 +193,24 @@ def refuse_long_sequences(lengths: Sequence[tuple[str, int]], tokens_per_micro_b
         )
 
 
-def _padded_groups(
-    order: list[int], lengths: Sequence[int], budget: int, world_size: int
-) -> list[list[int]]:
-    """A multiple of the world size of groups whose rows times longest row fit the budget, the most
-    expensive first.
+def _padded_plan(
+    lengths: Sequence[int], rows: Sequence[int], budget: int, world_size: int
+) -> list[list[list[int]]]:
+    """For every rank an equal number of groups whose rows times longest row fit the budget, the
+    most expensive first.
+
+    Args:
+        rows: that each of the `lengths` stands for.
     """
     groups: list[list[int]] = []
-    for i in order:
-        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= budget:
+    num_rows = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        num_rows += rows[i]
+        if groups and lengths[groups[-1][0]] * num_rows <= budget:
             groups[-1].append(i)
         else:
             groups.append([i])
+            num_rows = rows[i]
     while not groups or len(groups) % world_size:
         largest = max(range(len(groups)), key=lambda g: len(groups[g]), default=None)
         if largest is None or len(groups[largest]) < 2:
@@ -208,7 +218,8 @@ def _padded_groups(
             continue
         group = groups.pop(largest)
         groups += [group[: len(group) // 2], group[len(group) // 2 :]]
-    return sorted(groups, key=lambda group: -sum(lengths[i] for i in group))
+    groups.sort(key=lambda group: -sum(rows[i] * lengths[i] for i in group))
+    return [groups[rank::world_size] for rank in range(world_size)]
 
 
 def _first_fit(order: list[int], lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,8 +26,8 @@ from pipeline.training import TrainingJob
 from students.batches import StepBatch
 from students.checkpoint import (
     TrainingState,
+    agreed_resume,
     allowed_changes,
-    check_resume,
     load_checkpoint,
     save_checkpoint,
 )
@@ -54,7 +55,8 @@ def train(job: TrainingJob, device: torch.device) -> None:
         torch.nn.Module.to(model, device)
     check_architecture(model, training.packing)
     data = TrainingData(job, output_head(model).out_features, device)
-    state, resume = TrainingState(step=0, tokens=0, seconds=0.0), check_resume(job)
+    state = TrainingState(step=0, sequences=0, tokens=0, seconds=0.0)
+    resume = agreed_resume(job, device)
     universal = resume is not None and resume.universal
     module = StudentModule(model, loss_terms(job), feature_losses(job, model, data.state_widths))
     engine = StudentEngine(module, job, universal)
@@ -64,17 +66,24 @@ def train(job: TrainingJob, device: torch.device) -> None:
     started -= state.seconds
     window_started, window_tokens = time.monotonic(), 0
 
-    for batch in data.training_batches(state.step):
+    for batch in data.training_batches(state.step, state.sequences):
         rate = learning_rate(training, batch.step)
         sums = train_step(engine, batch, rate)
-        now, window_tokens = time.monotonic(), window_tokens + batch.num_tokens
-        state = TrainingState(batch.step + 1, state.tokens + batch.num_tokens, now - started)
+        window_tokens += batch.num_tokens
+        state = replace(
+            state,
+            step=batch.step + 1,
+            sequences=state.sequences + training.sequences_per_step,
+            tokens=state.tokens + batch.num_tokens,
+        )
         evaluates = is_due(state.step, training.evaluate_every_steps, training)
         saves = is_due(state.step, training.checkpoint_every_steps, training)
         logs = state.step == 1 or is_due(state.step, training.log_every_steps, training)
         if not (logs or evaluates or saves):
             continue
         values = mean_losses(sums, batch.num_positions, engine.module, "train")
+        now = time.monotonic()  # the device has finished the step
+        state = replace(state, seconds=now - started)
         values["train/grad_norm"] = engine.gradient_norm()
         refuse_divergence(values, state.step)  # before a checkpoint keeps such weights
         values["train/learning_rate"] = rate

@@ -33,14 +33,19 @@ class TrainingData:
         """By teacher whose hidden states a loss needs, their stored dimensions."""
         return self._source.states.widths
 
-    def training_batches(self, start: int) -> Iterator[StepBatch[MicroBatch]]:
-        """The batches from a step on; one is on the device before it is asked for."""
+    def training_batches(self, start: int, sequences: int) -> Iterator[StepBatch[MicroBatch]]:
+        """The batches from a step on; one is on the device before it is asked for.
+
+        Args:
+            sequences: of all steps before it.
+        """
         training = self._share.job.config.training
         steps = range(start, training.steps)
+        share = replace(self._share, origin=sequences - start * training.sequences_per_step)
         # the loader ends first: a thread that waits for one of its processes then waits no more
         with (
             ThreadPoolExecutor(1) as reader,
-            Loader(self._share, steps, training.loader_processes) as loader,
+            Loader(share, steps, training.loader_processes) as loader,
         ):
             ahead = [reader.submit(self._receive, loader) for _ in steps[:1]]
             for step in steps:

@@ -16,13 +16,14 @@ import shutil
 import subprocess
 import sys
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline import storage
+from pipeline.config_training import TrainingConfig
 from pipeline.errors import TrainingError
-from pipeline.training import TrainingJob
 
 TAG = "zero"
 UNIVERSAL = "universal"
@@ -42,10 +43,15 @@ class Partitioning:
     def stage(self) -> int:
         return int(self.zero_optimization.get("stage", 0))
 
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether DeepSpeed keeps and steps the optimizer on the CPU."""
+        offload = self.zero_optimization.get("offload_optimizer") or {}
+        return offload.get("device", "none") != "none"
 
-def partitioning(job: TrainingJob) -> Partitioning:
+
+def partitioning(training: TrainingConfig) -> Partitioning:
     """Of a training as its config asks for it."""
-    training = job.config.training
     return Partitioning(training.workers, training.deepspeed.get("zero_optimization", {}))
 
 
@@ -55,14 +61,24 @@ def stored_partitioning(state: dict[str, Any], checkpoint: str | Path) -> Partit
     Raises:
         TrainingError: the checkpoint does not say.
     """
-    if "partitioning" not in state:
-        raise TrainingError(
-            f"checkpoint {checkpoint} does not say on how many workers and at which ZeRO stage it "
-            "was written, so another version of this program made it and it cannot be read: remove "
-            "it to resume from the one before it or to train from the start, or go on with the "
-            "version that wrote it"
-        )
+    refuse_other_version(state, ("partitioning",), checkpoint)
     return Partitioning(**state["partitioning"])
+
+
+def refuse_other_version(
+    state: dict[str, Any], needed: Sequence[str], checkpoint: str | Path
+) -> None:
+    """Refuses a checkpoint whose `state.json` lacks what is needed of it.
+
+    Raises:
+        TrainingError: naming what it lacks.
+    """
+    if missing := [key for key in needed if key not in state]:
+        raise TrainingError(
+            f"checkpoint {checkpoint} does not say its {', '.join(missing)}, so another version of "
+            "this program made it and it cannot be read: remove it to resume from the one before "
+            "it or to train from the start, or go on with the version that wrote it"
+        )
 
 
 def refused_changes(old: Partitioning, new: Partitioning) -> list[str]:
@@ -74,8 +90,8 @@ def refused_changes(old: Partitioning, new: Partitioning) -> list[str]:
             f"zero_optimization.stage: {old.stage} -> {new.stage} (DeepSpeed loads a checkpoint of "
             f"stage {old.stage} at stage {stages} only, there on any number of workers)"
         )
-    offloads = [p.zero_optimization.get("offload_optimizer") for p in (old, new)]
-    if bool(offloads[0]) != bool(offloads[1]):
+    if old.offloads_optimizer != new.offloads_optimizer:
+        offloads = [p.zero_optimization.get("offload_optimizer") for p in (old, new)]
         lines.append(
             f"zero_optimization.offload_optimizer: {offloads[0]} -> {offloads[1]} (the optimizers "
             "on the device and on the CPU keep different states)"

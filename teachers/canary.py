@@ -3,7 +3,8 @@
 A short one proves the capture and is compared between the replicas of one teacher, for replicas
 that disagree would write two teachers into one cache. A full one asks for the largest step that
 scoring can cause: prompt log-probabilities are not in vLLM's memory profile, so an engine that has
-too little memory must fail here and not hours later.
+too little memory must fail here and not hours later. A control is asked when items fail and nothing
+else is left that could show whose fault it is.
 
 Axis names: P positions, K entries.
 """
@@ -18,10 +19,13 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.errors import TeacherError
-from teachers.engine import CapturedRows, EngineSpec
+from pipeline.records import Prompt
+from teachers.engine import CapturedRows, EngineSpec, Teacher
 
 CANARY_TOKENS = 33
+CONTROL_TOKENS, CONTROL_VOCABULARY = 4, 16  # few and low ids, which every model has
 HEAD_ENTRIES = 8
+CONTROL_MESSAGE = {"role": "user", "content": "Say yes."}
 LOWEST_LOGPROB = -60.0  # of what a model masks; keeps differences finite
 MEAN_TOLERANCES = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 6e-2}
 """Nats, mean over a canary's gold and head log-probabilities. bfloat16 stores a logit of 16 to
@@ -52,6 +56,30 @@ class Canary:
     def of(cls, rows: CapturedRows, engine: dict[str, str | None]) -> Canary:
         """The part of captured rows that is compared."""
         return cls(engine, rows.gold_logprobs, rows.logprobs[:, :HEAD_ENTRIES])
+
+
+class ControlTask:
+    """A task of no items that every sound teacher can do: rows of a few tokens, or of one that only
+    writes, an answer of one token.
+    """
+
+    label = "a control"
+
+    def __len__(self) -> int:
+        return 0
+
+    async def run(self, teacher: Teacher) -> None:
+        """Asks for it.
+
+        Raises:
+            TeacherError: the teacher cannot do it.
+        """
+        input_ids = canary_ids(CONTROL_TOKENS, CONTROL_VOCABULARY)
+        if teacher.canary() is not None:
+            await teacher.score(input_ids, 1)
+            return
+        prompt = Prompt("control", "control", "train", messages=(CONTROL_MESSAGE,))
+        await teacher.generate(input_ids, {"max_tokens": 1}, 1, prompt)
 
 
 def hold_to_first(path: str, name: str, found: Canary) -> None:
@@ -101,9 +129,20 @@ def died_of(step: str, spec: EngineSpec, config: Any) -> str:
     )
 
 
-def states_agree(one: np.ndarray, other: np.ndarray, dtype: str) -> bool:
-    """Whether two captures of the same hidden states differ by rounding alone."""
-    return bool(np.abs(one - other).max() <= STATE_TOLERANCES[dtype] * np.abs(one).max())
+def doubt_of_shared_states(anew: CapturedRows, again: CapturedRows, dtype: str) -> str | None:
+    """Why hidden states from the prefix cache cannot be relied on; None where they can.
+
+    Args:
+        anew: computed without that cache.
+        again: of the same tokens, with it.
+    """
+    one, other = anew.hidden_states, again.hidden_states
+    assert one is not None and other is not None, "they were asked for"
+    if not again.num_cached_tokens:
+        return "the canary found none of its tokens in the prefix cache, so it shows nothing"
+    if not np.abs(one - other).max() <= STATE_TOLERANCES[dtype] * np.abs(one).max():
+        return "hidden states from the prefix cache are not those computed anew"
+    return None
 
 
 def canary_ids(length: int, vocabulary: int, number: int = 0) -> list[int]:

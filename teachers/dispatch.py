@@ -4,8 +4,9 @@ A dispatcher belongs to one teacher and knows nothing of Ray: `launch` gives it 
 
 What happens to a task that fails: it is tried once more; then it is cut in halves; a single item is
 set aside. Items set aside are quarantined as soon as another task succeeds, for that shows that the
-item is at fault and not the engine. Tasks that were in flight when a replica died are suspects: its
-successor takes them alone, one after another, so that a second death names the culprit.
+item is at fault and not the engine; where no other is left, a control task takes its place. Tasks
+that were in flight when a replica died are suspects: its successor takes them alone, one after
+another, so that a second death names the culprit.
 
 Every engine, also one that replaces a dead one, must say the same of a canary as the first.
 """
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 from pipeline.errors import ConfigError, DistillationError, StorageError, TeacherError
-from teachers.canary import Canary, refuse_difference
+from teachers.canary import Canary, ControlTask, refuse_difference
 from teachers.engine import Teacher
 
 logger = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ class Dispatcher:
         """Runs all tasks and stops all replicas.
 
         Raises:
-            TeacherError: nothing can progress, or every item failed.
+            TeacherError: nothing can progress, or items failed and so does a control.
             DistillationError: an engine refuses to start, storage failed twice.
         """
         if not self._open_items:
@@ -152,9 +153,6 @@ class Dispatcher:
             for slot in slots:
                 if slot.done() and not self._finished.is_set():
                     slot.result()
-            if not self._report.results:
-                label, error = self._report.quarantined[0]
-                raise TeacherError(f"{self._name}: every item failed, first {label}: {error}")
             for replica, description in list(self._running.items()):
                 with contextlib.suppress(ReplicaDied):
                     description["peak_memory_bytes"] = await replica.peak_memory_bytes()
@@ -262,9 +260,11 @@ class Dispatcher:
     def _succeed(self, attempt: _Attempt, result: Any) -> None:
         self._deaths_in_a_row = 0
         self._quarantine()
-        self._report.results.append(result)
+        is_control = isinstance(attempt.task, ControlTask)
+        if not is_control:
+            self._report.results.append(result)
         self._close(len(attempt.task))
-        if self._progress:
+        if self._progress and not is_control:
             self._progress(self._total - self._open_items, self._total, result)
 
     def _remainder(self, attempt: _Attempt, error: Exception) -> list[_Attempt]:
@@ -274,6 +274,12 @@ class Dispatcher:
         logger.warning("%s: %s failed (%d): %s", self._name, task.label, attempt.failures, error)
         if attempt.failures < TRIES:
             return [attempt]
+        if isinstance(task, ControlTask):
+            count, (first, reason) = len(self._set_aside), self._set_aside[0]
+            raise TeacherError(
+                f"{self._name}: {count} items failed, first {first.label}: {reason}. The engine "
+                f"fails {task.label} as well ({error}), so it is at fault and not they"
+            ) from error
         if isinstance(error, NOT_THE_ITEMS_FAULT):
             raise error
         if len(task) > 1:
@@ -289,8 +295,9 @@ class Dispatcher:
 
     def _close(self, num_items: int) -> None:
         self._open_items -= num_items
-        if self._open_items == 0:
-            self._quarantine()
+        if self._open_items == 0 and self._set_aside:
+            self._put([_Attempt(ControlTask())])
+        elif self._open_items == 0:
             self._finished.set()
 
     def _quarantine(self) -> None:

@@ -134,9 +134,9 @@ class CapturedRows:
         )
 
     def with_last_gold(self, logprob: float) -> CapturedRows:
-        """The same rows, where the last one's gold token has this log-probability."""
+        """The same rows, where the last one's gold token has this log-probability, at most 0."""
         gold_logprobs = self.gold_logprobs.copy()
-        gold_logprobs[-1] = logprob
+        gold_logprobs[-1] = min(logprob, 0.0)
         return replace(self, gold_logprobs=gold_logprobs)
 
 

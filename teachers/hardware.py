@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -52,6 +53,7 @@ def device_memory_bytes(nvml: ModuleType) -> int | None:
     return sum(p.usedGpuMemory or 0 for p in running if p.pid in pids) or None
 
 
+@functools.cache
 def weight_size(model: str, revision: str | None) -> tuple[int | None, int | None]:
     """Parameters and bytes of a model's safetensors files, as stored: packed weights count packed.
 

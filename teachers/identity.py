@@ -13,6 +13,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import AutoConfig
+from transformers.utils.hub import has_file
 
 from pipeline import storage
 from pipeline.config import TeacherConfig
@@ -25,6 +26,7 @@ from pipeline.layout import Layout
 from pipeline.loading import is_folder
 from pipeline.training import is_complete_checkpoint
 
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
 # The second names the tokens that end an answer; a model's own code counts as well.
 OTHER_FILES = ("config.json", "generation_config.json")
@@ -108,6 +110,25 @@ def check_model(model: ModelFiles | StudentConfig) -> None:
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the model config of {model.model}: {error}") from error
+
+
+def check_weights(model: str, revision: str | None) -> None:
+    """Checks that the weights of a folder or of a hub model are there as safetensors: those of
+    other formats are pickles, which run what was put into them.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if is_folder(model):
+        found = any(Path(model).glob("*.safetensors"))
+    else:
+        found = any(has_file(model, name, revision=revision) for name in SAFETENSORS)
+    if not found:
+        raise ConfigError(
+            f"{model} has no safetensors: its weights would be unpickled, which can run anything. "
+            "Choose a revision that has them, or load the model where you trust it and "
+            "`save_pretrained` it; for a teacher, `vllm.load_format` takes other formats by name"
+        )
 
 
 def _hub_commit(model: TeacherConfig | StudentConfig) -> str:

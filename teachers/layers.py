@@ -50,6 +50,12 @@ def check_layers(config: Config) -> None:
             )
 
 
+def hidden_sizes(config: Config) -> dict[str, int]:
+    """Of the teachers whose hidden states a loss needs."""
+    files = {name: config.teachers[name].files for name in config.training.teacher_layers}
+    return {name: text_config(f).hidden_size for name, f in files.items() if f is not None}
+
+
 def text_config(model: ModelFiles | StudentConfig) -> Any:
     """What transformers knows of a language model, that of the text in a model of several kinds."""
     loaded = AutoConfig.from_pretrained(

@@ -60,7 +60,8 @@ class PromptTopK:
         )
 
     def rows(self, input_ids: list[int], first_index: int, width: int) -> CapturedRows:
-        """The checked rows over the tokens at indices `first_index` to T - 1.
+        """The checked rows over the tokens at indices `first_index` to T - 1. What rounding has
+        lifted above 0 is 0 in them.
 
         Args:
             width: K.
@@ -85,8 +86,8 @@ class PromptTopK:
         # Copies, so that the received message which the arrays view can be freed.
         return CapturedRows(
             token_ids=token_ids[:, 1:].astype(np.int32),
-            logprobs=logprobs[:, 1:].astype(np.float32),
-            gold_logprobs=logprobs[:, 0].astype(np.float32),
+            logprobs=np.minimum(logprobs[:, 1:], 0, dtype=np.float32),
+            gold_logprobs=np.minimum(logprobs[:, 0], 0, dtype=np.float32),
         )
 
     def equals(self, other: PromptTopK) -> bool:

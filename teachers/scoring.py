@@ -2,9 +2,9 @@
 where captured.
 
 Work is planned from the dataset: sequences without a row in a cache, grouped by the sequence shard
-that holds them and by what they lack; each group becomes one shard of each cache that lacks it, in
-one pass. Selection, projection and encoding run inside the teacher's actor, so that nothing but
-index entries travels.
+that holds them and by what they lack, and cut where a group's rows would take too many bytes; each
+group becomes one shard of each cache that lacks it, in one pass. Selection, projection and encoding
+run inside the teacher's actor, so that nothing but index entries travels.
 """
 
 from __future__ import annotations
@@ -32,6 +32,30 @@ from teachers.engine import CapturedRows, Teacher
 from teachers.siblings import Siblings
 
 SEQUENCES_IN_FLIGHT = 256
+ORIGIN = (
+    "engine",
+    "engine_version",
+    "model_runner",
+    "capture",
+    "capture_reason",
+    "prefix_sharing",
+    "hidden_layers",
+    "dtype",
+    "quantization",
+    "device",
+    "num_devices",
+    "api",
+    "url",
+    "served_model",
+    "max_logprobs",
+)
+"""What a shard says of the teacher that made it: all that can change its numbers, and nothing that
+depends on the job.
+"""
+TASK_BYTES = 2**29
+"""Most that the rows of a task take. All are in memory until the task is done, with several tasks
+in flight, and a column of one shard can hold 2 GiB.
+"""
 
 
 @dataclass(frozen=True)
@@ -59,12 +83,14 @@ class Output:
         name: of the cache, see `pipeline/features.py`.
         fingerprint: of its recipe.
         rule: what of the distributions, or of the hidden states, is kept.
+        position_bytes: most that a position takes.
     """
 
     name: str
     cache: CacheLayout
     fingerprint: str
     rule: Selection | FeatureRule
+    position_bytes: int
 
     @property
     def holds_features(self) -> bool:
@@ -117,7 +143,7 @@ class ScoringTask:
         for output in self.outputs:
             for identifier in self.sequence_ids:
                 storage.write_json(
-                    storage.join(output.cache.quarantine, f"{identifier}.json"),
+                    output.cache.quarantine_record(identifier),
                     {"sequence_id": identifier, "error": error},
                 )
 
@@ -143,12 +169,13 @@ class ScoringTask:
         )
         by_id = {s.sequence_id: each for s, each in zip(sequences, scored, strict=True)}
         in_order = [by_id[identifier] for identifier in self.sequence_ids]
-        entries = {}
+        entries, told = {}, teacher.describe()
+        origin = {key: told[key] for key in ORIGIN if key in told}
         for i, output in enumerate(self.outputs):
             path = output.cache.shard(digest_ids(self.sequence_ids))
             rows = [each.rows[i] for each in in_order]
             entries[output.name] = await asyncio.to_thread(
-                write_shard, path, rows, output.fingerprint
+                write_shard, path, rows, output.fingerprint, origin
             )
         return ScoredShard(
             entries,
@@ -198,26 +225,39 @@ def plan_scoring(
     root: str, outputs: Sequence[tuple[Output, Sequence[DatasetEntry]]]
 ) -> list[ScoringTask]:
     """What one teacher's caches lack and have not quarantined, by sequence shard; what lacks in
-    several of them is captured in one pass.
+    several of them is captured in one pass. A task's rows take at most `TASK_BYTES`, those of a
+    single sequence aside.
 
     Args:
         root: the storage root, to which the entries' shards are relative.
         outputs: each with the sequences that are to be in it.
     """
-    lacking: dict[str, list[Output]] = {}
-    shards: dict[str, str] = {}
+    lacking: dict[str, tuple[DatasetEntry, list[str]]] = {}
     for output, entries in outputs:
         for entry in missing_sequences(entries, output.cache):
-            lacking.setdefault(entry.sequence_id, []).append(output)
-            shards[entry.sequence_id] = entry.shard
-    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for identifier, wanted in lacking.items():
-        names = tuple(output.name for output in wanted)
-        groups.setdefault((shards[identifier], names), []).append(identifier)
+            lacking.setdefault(entry.sequence_id, (entry, []))[1].append(output.name)
+    groups: dict[tuple[str, tuple[str, ...]], list[DatasetEntry]] = {}
+    for entry, names in lacking.values():
+        groups.setdefault((entry.shard, tuple(names)), []).append(entry)
     by_name = {output.name: output for output, _ in outputs}
-    return [
-        ScoringTask(
-            storage.join(root, shard), tuple(identifiers), tuple(by_name[name] for name in names)
-        )
-        for (shard, names), identifiers in groups.items()
-    ]
+    tasks = []
+    for (shard, names), members in groups.items():
+        wanted = tuple(by_name[name] for name in names)
+        most = TASK_BYTES // sum(output.position_bytes for output in wanted)
+        for run in runs_of_positions(members, most):
+            identifiers = tuple(entry.sequence_id for entry in run)
+            tasks.append(ScoringTask(storage.join(root, shard), identifiers, wanted))
+    return tasks
+
+
+def runs_of_positions(entries: Sequence[DatasetEntry], most: int) -> list[list[DatasetEntry]]:
+    """Cuts entries into runs of at most `most` positions each; a longer one stands alone."""
+    runs: list[list[DatasetEntry]] = []
+    room = 0
+    for entry in entries:
+        if not runs or entry.num_positions > room:
+            runs.append([])
+            room = most
+        runs[-1].append(entry)
+        room -= entry.num_positions
+    return runs

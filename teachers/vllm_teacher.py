@@ -31,7 +31,14 @@ from vllm.v1.engine.logprobs import LogprobsProcessor
 from pipeline.errors import TeacherError
 from pipeline.records import Prompt
 from teachers import arguments, hardware, prompt_topk
-from teachers.canary import CANARY_TOKENS, Canary, canary_ids, died_of, full_step, states_agree
+from teachers.canary import (
+    CANARY_TOKENS,
+    Canary,
+    canary_ids,
+    died_of,
+    doubt_of_shared_states,
+    full_step,
+)
 from teachers.engine import (
     CapturedRows,
     EngineDiedError,
@@ -225,7 +232,7 @@ class VllmTeacher:
 
     async def _choose_capture(self) -> None:
         """Takes the arrays where a canary shows that they are what vLLM's public way returns."""
-        canary = self._canary_ids()
+        canary = canary_ids(min(CANARY_TOKENS, self._max_model_len - 1), self._vocabulary)
 
         async def request_flat() -> Any:
             parameters = self._scoring_parameters(self._width, flat=True, read_prefixes=False)
@@ -239,25 +246,21 @@ class VllmTeacher:
         level = logging.INFO if self._restore else logging.WARNING
         logger.log(level, "%s: capture by %s: %s", self._spec.model, self._capture, reason)
 
-    def _canary_ids(self) -> list[int]:
-        return canary_ids(min(CANARY_TOKENS, self._max_model_len - 1), self._vocabulary)
-
     async def _judge_shared_states(self) -> None:
         """Shares prefixes only where states from the prefix cache are those computed anew."""
         if self._folder is None or not self._shares_prefixes:
             return
-        asked = ScoringRequest(self._canary_ids(), 1, distributions=False, states=True)
-        anew = (await self._captured(asked)).hidden_states
-        cached = (await self._captured(asked, read_prefixes=True)).hidden_states
-        assert anew is not None and cached is not None, "they were asked for"
+        # The cache holds whole blocks, and never the last token.
+        length = min(2 * self._config.cache_config.block_size + 1, self._max_model_len - 1)
+        ids = canary_ids(length, self._vocabulary)
+        asked = ScoringRequest(ids, 1, distributions=False, states=True)
+        anew = await self._captured(asked)
+        again = await self._captured(asked, read_prefixes=True)
         dtype = str(self._config.model_config.dtype).removeprefix("torch.")
-        self._shares_prefixes = states_agree(anew, cached, dtype)
-        if not self._shares_prefixes:
-            logger.warning(
-                "%s: prefixes are not shared: hidden states from the prefix cache are not those "
-                "computed anew",
-                self._spec.model,
-            )
+        doubt = doubt_of_shared_states(anew, again, dtype)
+        self._shares_prefixes = doubt is None
+        if doubt is not None:
+            logger.warning("%s: prefixes are not shared: %s", self._spec.model, doubt)
 
     async def _score_full_step(self) -> None:
         """Lets memory run out now or never: vLLM's profile knows no prompt log-probabilities."""

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 from jobs.local_head import LocalHead
 from pipeline.cache import read_shard, write_shard
 from pipeline.fingerprint import digest_json
+from pipeline.records import SparseLogprobs
 from tests.support.caches import (
     assert_rows_agree,
     cache_folder,
@@ -98,16 +99,20 @@ def test_a_flipped_bit_is_found_named_and_mended(scored: Scored) -> None:
     assert file_times(cache_folder(scored.root, "arithmetic")) == untouched
 
 
+def a_nat_lower(row: SparseLogprobs) -> SparseLogprobs:
+    """A false row without a flaw: descending, gold as its entry, head and tail of mass 1."""
+    lower = {name: getattr(row, name) - np.float16(1) for name in ("logprobs", "gold_logprobs")}
+    starts = np.cumsum(row.num_entries.astype(np.int64)) - row.num_entries
+    head = np.add.reduceat(np.exp(lower["logprobs"].astype(np.float64)), starts)
+    return replace(row, **lower, tail_mass=(1 - head).astype(np.float16))
+
+
 def test_a_false_row_with_a_right_checksum_is_found_by_scoring_it_again(scored: Scored) -> None:
     path = scored.shards("arithmetic")[0]
     whole, rows = path.read_bytes(), read_shard(str(path))
     prepared = json.loads((scored.root / "runs" / RUN / "prepared.json").read_text())
     recipe = prepared["scoring_recipes"]["arithmetic"]
-    for row in rows:  # every number a nat lower: descending, of mass below 1, gold as its entry
-        for name in ("logprobs", "gold_logprobs"):
-            lower = (getattr(row, name) - np.float16(1)).astype(np.float16)
-            object.__setattr__(row, name, lower)
-    write_shard(str(path), rows, digest_json(recipe))
+    write_shard(str(path), [a_nat_lower(row) for row in rows], digest_json(recipe))
     index = cache_folder(scored.root, "arithmetic") / "g1.index.parquet"
     indexed = index.read_bytes()
     index.unlink()

@@ -257,7 +257,7 @@ class Shards:
     def tasks(self) -> list[ScoringTask]:
         layout, found = Layout(str(self.root), "run"), []
         cache = layout.cache("tiny", "0" * 32)
-        output = Output("tiny", cache, "0" * 32, TopK(type="top_k", max_entries=4))
+        output = Output("tiny", cache, "0" * 32, TopK(type="top_k", max_entries=4), 8)
         for number in range(12):
             sequences = [self.sequence(2 * number + i) for i in range(2)]
             shard = write_sequences(layout, "d", sequences)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.local_head import LocalHead
@@ -31,7 +32,15 @@ from tests.support.command_line import (
     token_environment,
 )
 from tests.support.disks import small_disk
-from tests.support.faults import NUM_SHARDS, Material, Store, assert_whole, make_material
+from tests.support.faults import (
+    NUM_PROMPTS,
+    NUM_SHARDS,
+    PROMPTS_PER_SHARD,
+    Material,
+    Store,
+    assert_whole,
+    make_material,
+)
 from tests.support.object_store import object_store
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
@@ -131,6 +140,15 @@ def test_two_jobs_at_once_neither_mix_nor_double_rows(bench: Bench, tmp_path: Pa
     ]
     for command in commands:
         assert ended(command) == 0, command.printed()
+        assert "new shards" in command.stdout.read_text(), command.printed()
+    written: dict[int, list[int]] = {7: [], PROMPTS_PER_SHARD: []}
+    for uri in store.shards():
+        size = pq.read_metadata(uri).num_rows
+        written.get(size, []).append(Path(uri).stat().st_mtime_ns)
+    ours, theirs = written.values()
+    assert min(ours) < max(theirs) and min(theirs) < max(ours), "one had ended before the other"
+    twice = sum(len(found) > 1 for found in store.rows().values())
+    assert twice > NUM_PROMPTS / 2
     assert_whole(bench.material, store, bench.rows, overlap=True)
 
 
@@ -185,11 +203,7 @@ def test_killed_at_a_random_moment(
 ) -> None:
     victim, moment = VICTIMS[seed % len(VICTIMS)], random.Random(seed)
     store, started = bench.fresh(tmp_path / "out"), time.monotonic()
-    if victim == "head":
-        arguments = bench.material.arguments(store.root)
-        command = start_polystill(tmp_path / "log", "run", *arguments)
-    else:
-        command = bench.start(store, tmp_path / "log")
+    command = begin(bench, victim, store, tmp_path / "log")
     # One moment in four lies before the first shard: while the engine starts or begins.
     number = max(0, moment.randrange(-NUM_SHARDS // 3, NUM_SHARDS - 8))
     wait_for_shards(command, store, number)
@@ -215,6 +229,32 @@ def test_killed_at_a_random_moment(
     seconds = time.monotonic() - started
     at = f"{len(kept)} of {NUM_SHARDS} shards"
     table.append(f"{seed:4}  {victim:6}  {at:22}  {seconds:7.0f}  {outcome}; all rows once, equal")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("victim", ["job", "head"])
+def test_killed_while_the_cache_is_published(
+    bench: Bench, tmp_path: Path, table: list[str], victim: str
+) -> None:
+    store, started = bench.fresh(tmp_path / "out"), time.monotonic()
+    command = begin(bench, victim, store, tmp_path / "log")
+    command.wait_until("an index", lambda: bool(store.files(".index.parquet")), SECONDS)
+    assert faults.kill(processes_of(victim, command, bench.me)) > 0
+    assert ended(command) == -signal.SIGKILL, command.printed()
+    kept = store.shards()
+    bench.finish(store, tmp_path / "again")
+    assert store.shards() == kept
+    assert_whole(bench.material, store, bench.rows)
+    seconds = time.monotonic() - started
+    outcome = "resumed by the same command; all rows once, equal"
+    table.append(f"{'-':>4}  {victim:6}  {'as its index appeared':22}  {seconds:7.0f}  {outcome}")
+
+
+def begin(bench: Bench, victim: str, store: Store, logs: Path) -> RunningCommand:
+    """The score stage; to kill its head, a whole run that has its own."""
+    if victim == "head":
+        return start_polystill(logs, "run", *bench.material.arguments(store.root))
+    return bench.start(store, logs)
 
 
 def is_shard(name: str) -> bool:

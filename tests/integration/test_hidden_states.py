@@ -112,7 +112,12 @@ def test_sharing_ends_where_cached_states_differ(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = running.teacher
-    captured = teacher._captured
+    captured, num_cached = teacher._captured, []
+
+    async def counted(asked, read_prefixes=False):
+        rows = await captured(asked, read_prefixes)
+        num_cached.append(rows.num_cached_tokens)
+        return rows
 
     async def forgetful(asked, read_prefixes=False):
         rows = await captured(asked, read_prefixes)
@@ -120,8 +125,10 @@ def test_sharing_ends_where_cached_states_differ(
         return replace(rows, hidden_states=states)
 
     monkeypatch.setattr(teacher, "_shares_prefixes", True)
+    monkeypatch.setattr(teacher, "_captured", counted)
     running(teacher._judge_shared_states())
     assert teacher._shares_prefixes
+    assert num_cached[0] == 0 < num_cached[1], "the second capture reads what the first has left"
     monkeypatch.setattr(teacher, "_captured", forgetful)
     running(teacher._judge_shared_states())
     assert not teacher._shares_prefixes

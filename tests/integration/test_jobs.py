@@ -22,6 +22,7 @@ from jobs.submit import (
     job_logs,
     list_jobs,
     stop_job,
+    stop_with_stages,
     submit_stage,
 )
 from pipeline.errors import ClusterError
@@ -36,7 +37,9 @@ def client(ray_head: LocalHead) -> JobSubmissionClient:
 
 
 def submit(client: JobSubmissionClient, stage: str, code: str, **options) -> str:
-    options = {"run": "tests", "digest": "0a1b", "working_dir": None, "env_vars": {}} | options
+    options = {
+        "run": "tests", "digest": "0a1b", "folder": "/f", "working_dir": None, "env_vars": {}
+    } | options  # fmt: skip
     return submit_stage(client, stage=stage, entrypoint=f"python -c {shlex.quote(code)}", **options)
 
 
@@ -103,13 +106,31 @@ def test_a_running_job_is_attached_to_and_stopped_then_followed_by_a_new_attempt
     job = submit(client, "sleep", sleeper, custom_resources={"polystill_test": 0.5})
     wait_for_line(client, job, "asleep\n")
     assert submit(client, "sleep", sleeper) == job
+    with pytest.raises(ClusterError, match=f"{job} does sleep of the run tests with another"):
+        submit(client, "sleep", "pass", digest="other")
+    assert stop_job(client, job, timeout=30) == JobStatus.STOPPED
+    assert stop_job(client, job, timeout=30) == JobStatus.STOPPED
     assert submit(client, "sleep", "pass", digest="other") == "tests-sleep-other-a1"
-    assert stop_job(client, job, timeout=30) == JobStatus.STOPPED
-    assert stop_job(client, job, timeout=30) == JobStatus.STOPPED
-    again = submit(client, "sleep", "print('short')")
+    again = submit(client, "sleep", "print('short')", folder="/another")
     assert again == "tests-sleep-0a1b-a2"
     assert follow(client, again, lambda line: None) == JobStatus.SUCCEEDED
-    assert submit(client, "sleep", "print('short')") == "tests-sleep-0a1b-a3"
+    assert submit(client, "sleep", "pass", folder="/another") == "tests-sleep-0a1b-a3"
+
+
+def test_a_detached_run_is_stopped_with_its_stage(client):
+    sleeper = "import time; print('asleep', flush=True); time.sleep(600)"
+    run, train, other = (
+        submit(client, stage, sleeper, folder=folder, digest=folder[1:])
+        for stage, folder in (("run", "/g"), ("train", "/g"), ("train", "/h"))
+    )
+    for name in (run, train):
+        wait_for_line(client, name, "asleep\n")
+    assert list(stop_with_stages(client, run, timeout=30)) == [
+        (run, JobStatus.STOPPED),
+        (train, JobStatus.STOPPED),
+    ]
+    assert not client.get_job_status(other).is_terminal()
+    assert stop_job(client, other, timeout=30) == JobStatus.STOPPED
 
 
 def test_jobs_are_listed_by_run(client):
@@ -133,8 +154,8 @@ def test_a_job_submits_a_job_to_its_own_cluster(client, ray_head):
         "from jobs.submit import submit_stage\n"
         "address = job_server_address_inside_job()\n"
         "inner = connect(address)\n"
-        "job = submit_stage(inner, run='tests', stage='inner', digest='0', working_dir=None,\n"
-        "                   entrypoint='echo from the inner job', env_vars={})\n"
+        "job = submit_stage(inner, run='tests', stage='inner', digest='0', folder='/f',\n"
+        "                   working_dir=None, entrypoint='echo from the inner job', env_vars={})\n"
         "print(address, follow(inner, job, print))\n"
     )
     job = submit(client, "outer", code)

@@ -27,6 +27,7 @@ from tests.support.command_line import QUICKSTART
 
 VOCABULARY, WIDTH, HIDDEN = 20, 16, 12
 TOKENIZER = "tokenizer"
+ENGINE = {"engine": "fake", "dtype": "float32", "capture": "arrays", "prefix_sharing": False}
 
 
 @dataclass
@@ -40,6 +41,7 @@ class FakeTeacher:
 
     salt: str
     layers: tuple[int, ...] = ()
+    version: str = "1"
     asked: list[tuple[bool, bool]] = field(default_factory=list)
 
     async def score(
@@ -68,6 +70,10 @@ class FakeTeacher:
             hidden_states,
         )
 
+    def describe(self) -> dict[str, Any]:
+        """The engine's contract."""
+        return ENGINE | {"engine_version": self.version, "max_model_len": 99}
+
     def _states(self, input_ids: list[int], first_index: int) -> np.ndarray:
         """float32[P, L, HIDDEN], exact in bfloat16."""
         assert self.layers, "an engine without a connector captures no states"
@@ -89,11 +95,13 @@ class FakePools:
 
     Attributes:
         salts: by teacher; changing one changes its numbers.
+        version: of the engines.
         fails: raised instead of the second task, as if the job had been killed there.
         asked: of every sequence scored, whether for distributions and for states.
     """
 
     salts: dict[str, str] = field(default_factory=dict)
+    version: str = "1"
     fails: Exception | None = None
     scored: list[tuple[str, str]] = field(default_factory=list)
     asked: list[tuple[bool, bool]] = field(default_factory=list)
@@ -102,15 +110,14 @@ class FakePools:
         reports = {}
         for job in jobs:
             salt = self.salts.get(job.name, job.name)
-            teacher = FakeTeacher(salt, job.spec.hidden_layers, self.asked)
+            teacher = FakeTeacher(salt, job.spec.hidden_layers, self.version, self.asked)
             report = PoolReport()
             for number, task in enumerate(job.tasks):
                 if self.fails is not None and number == 1:
                     raise self.fails
                 report.results.append(asyncio.run(task.run(teacher)))
                 self.scored += [(job.name, identifier) for identifier in task.sequence_ids]
-            engine = {"dtype": "float32", "capture": "arrays", "prefix_sharing": False}
-            report.engines = [engine] if job.tasks else []
+            report.engines = [teacher.describe()] if job.tasks else []
             reports[job.name] = report
         return reports
 
@@ -154,6 +161,7 @@ class FabricatedRun:
             {},
             {"model": "student"},
             identities=identities,
+            hidden_sizes=dict.fromkeys(config.training.teacher_layers, HIDDEN),
         )
         storage.write_json(self.layout.prepared, asdict(prepared))
         return prepared
@@ -190,10 +198,10 @@ class FabricatedRun:
             return []
         return read_dataset(self.layout, json.loads(path.read_text())["dataset"])
 
-    def score(self) -> None:
-        """The score stage, with the pools that stand in for its engines."""
+    def score(self) -> str:
+        """The score stage, with the pools that stand in for its engines; gives the dataset."""
         digest = storage.read_json(self.layout.stage_record("synthesize"))["dataset"]
-        score(self.config, self.layout, self.prepare(), digest)
+        return score(self.config, self.layout, self.prepare(), digest)["dataset"]
 
     def shards(self, teacher: str, generation: int = 1) -> dict[str, tuple[int, int]]:
         """Modification time in ns and inode of every shard, by name."""

@@ -319,11 +319,12 @@ def assert_derived_from_shards(store: Store) -> None:
     filesystem, path = fs.FileSystem.from_uri(index)
     written = pq.read_table(path, filesystem=filesystem).to_pylist()
     assert [json.loads(json.dumps(asdict(entry))) for entry in entries] == [
-        row | {"figures": json.loads(row["figures"])} for row in written
+        row | {name: json.loads(row[name]) for name in ("figures", "origin")} for row in written
     ]
     manifest = json.loads(store.read(f"{store.folder}/manifest.json"))
     assert manifest["totals"] == totals(entries)
-    assert manifest["provenance"]["engines"]
+    engines = {json.dumps(entry.origin) for entry in entries}
+    assert {json.dumps(engine) for engine in manifest["provenance"]["engines"]} == engines
 
 
 def actors(head: psutil.Process) -> list[psutil.Process]:

@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,14 @@ from hypothesis import strategies as st
 
 from pipeline import storage
 from pipeline.cache import ShardEntry, describe_shard, read_shard, write_shard
-from pipeline.cache_index import is_published, load_index, open_cache, publish
+from pipeline.cache_index import (
+    CacheReader,
+    is_published,
+    load_index,
+    open_cache,
+    publish,
+    read_index,
+)
 from pipeline.config_targets import TopP
 from pipeline.errors import CacheError, CorruptShardError, StorageError
 from pipeline.fingerprint import digest_ids
@@ -176,6 +184,36 @@ def test_a_sequence_in_several_shards_counts_once(groups: list[list[str]], tmp_p
         assert_same(reader.row(identifier), row)
 
 
+def test_a_reader_keeps_shards_up_to_a_number_of_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = CacheLayout(str(tmp_path / "teacher-abc"), 1)
+    for identifier in "ahov":
+        write_group(cache, [identifier])
+    publish(cache, {}, {})
+    decoded: list[list[SparseLogprobs]] = []
+
+    def read(path: str) -> list[SparseLogprobs]:
+        decoded.append(read_shard(path))
+        return decoded[-1]
+
+    def readings(most: int, asked: str) -> int:
+        monkeypatch.setattr("pipeline.cache_index.DECODED_BYTES_KEPT", most)
+        decoded.clear()
+        reader = CacheReader(cache, read)
+        for identifier in asked:
+            row = reader.row(identifier)
+            assert row is not None and row.sequence_id == identifier
+        return len(decoded)
+
+    assert readings(0, "aahhaa") == 3, "the last one used stays"
+    readings(0, "ahov")
+    sizes = [sum(v.nbytes for v in vars(r).values() if hasattr(v, "nbytes")) for (r,) in decoded]
+    assert readings(sum(sizes), "ahovahov") == 4
+    assert readings(sum(sizes) - 1, "ahovaho") == 4 + 3, "each time the oldest goes"
+    assert readings(sum(sizes) - 1, "ahovvo") == 4
+
+
 def test_a_shard_of_another_size_than_the_index_says_is_read_and_checked(tmp_path: Path) -> None:
     cache = CacheLayout(str(tmp_path / "teacher-abc"), 1)
     for group in (["a", "b"], ["c"]):
@@ -240,6 +278,64 @@ def test_whoever_publishes_last_has_seen_every_shard(
     assert publish(cache, {}, {})["totals"]["num_sequences"] == 3
     assert is_published(cache)
     assert storage.read_json(cache.manifest)["totals"]["num_shards"] == 3
+
+
+def test_a_manifest_that_another_job_writes_late_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two jobs: while one is between its index and its manifest, the other writes a shard and
+    publishes both.
+    """
+    cache = CacheLayout(str(tmp_path / "teacher-abc"), 1)
+    write_group(cache, ["a"])
+    write_json = storage.write_json
+
+    def be_overtaken(uri: str, value: object) -> None:
+        monkeypatch.setattr(storage, "write_json", write_json)
+        write_group(cache, ["b"])
+        publish(cache, {}, {})
+        write_json(uri, value)
+
+    monkeypatch.setattr(storage, "write_json", be_overtaken)
+    assert publish(cache, {}, {})["totals"]["num_sequences"] == 2
+    assert is_published(cache)
+    assert storage.read_json(cache.manifest)["totals"]["num_shards"] == 2
+
+
+def test_killed_between_index_and_manifest_a_cache_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = CacheLayout(str(tmp_path / "teacher-abc"), 1)
+    write_group(cache, ["a"])
+    publish(cache, {}, {})
+    write_group(cache, ["b"])
+
+    def be_killed(uri: str, value: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(storage, "write_json", be_killed)
+        publish(cache, {}, {})
+    assert [entry.digest for entry in load_index(cache)] == [e.digest for e in read_index(cache)]
+    assert not is_published(cache)
+    publish(cache, {}, {})
+    assert is_published(cache)
+
+
+def test_the_index_describes_what_the_job_itself_has_written(tmp_path: Path) -> None:
+    """Another machine's last bits make another shard of one name, and often of the same size."""
+    cache = CacheLayout(str(tmp_path / "teacher-abc"), 1)
+    row = make_row("a", 10, 1)
+    first = write_shard(cache.shard(digest_ids(["a"])), [row], "f")
+    publish(cache, {}, {})
+    for bits in range(1, 64):
+        moved = replace(row, gold_logprobs=(row.gold_logprobs.view("u2") ^ bits).view("f2"))
+        again = write_shard(cache.shard(first.digest), [moved], "f")
+        if again.num_bytes == first.num_bytes:
+            break
+    assert again.num_bytes == first.num_bytes and again.checksum != first.checksum
+    publish(cache, {}, {}, {first.digest})
+    assert load_index(cache) == [again]
 
 
 def test_a_deleted_shard_is_missing_whatever_the_index_says(tmp_path: Path) -> None:

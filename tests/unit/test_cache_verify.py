@@ -10,7 +10,9 @@ import pytest
 
 from jobs.caches import open_run, verify
 from jobs.verify import _say_differences, verify_rows
+from pipeline import storage
 from pipeline.cache import read_shard, write_shard
+from pipeline.cache_index import publish
 from pipeline.cache_verify import row_problems
 from pipeline.config_targets import HeadAndSampled, Sampled, Selection
 from pipeline.errors import CacheError
@@ -87,6 +89,18 @@ def test_a_broken_invariant_is_said(
     good: SparseLogprobs, name: str, value: float, message: str
 ) -> None:
     assert message in row_problems(changed(good, name, 0, value), VOCABULARY, SEQUENCE)
+
+
+def test_head_and_tail_are_one_distribution(good: SparseLogprobs) -> None:
+    lower = replace(good, logprobs=good.logprobs - np.float16(1))
+    for wrong in (changed(good, "tail_mass", 1, 0.5), lower):
+        assert any("head and tail have a mass of" in p for p in row_problems(wrong, 20, None))
+    for rule in (SAMPLED, HEADED):
+        row = drawn(rule)
+        assert row_problems(changed(row, "tail_mass", 0, 0.0), VOCABULARY, SEQUENCE) == []
+    more = changed(row, "tail_mass", 0, 0.9)
+    (problem,) = row_problems(more, VOCABULARY, SEQUENCE)
+    assert problem.startswith("position 0: head and tail have a mass of 1.")
 
 
 def test_an_id_held_twice_is_said(good: SparseLogprobs) -> None:
@@ -175,6 +189,32 @@ def test_an_index_that_differs_from_its_shards_is_named(run: FabricatedRun) -> N
     write_shard(cache.shard(name), lower, opened.fingerprint("words"))
     (problem,) = verify(opened, "words")["words"].problems
     assert problem.path == cache.index and name in problem.text
+
+
+def test_a_shard_that_is_gone_and_a_manifest_of_other_shards_are_named(run: FabricatedRun) -> None:
+    opened = open_run(run.config)
+    cache = opened.caches["words"]
+    manifest = storage.read_json(cache.manifest)
+    manifest["totals"]["num_sequences"] += 1
+    storage.write_json(cache.manifest, manifest)
+    gone = cache.shard(next(iter(run.shards("words"))))
+    Path(gone).unlink()
+    found = verify(opened, "words")["words"]
+    assert {problem.path for problem in found.problems} == {gone, cache.manifest}
+    assert found.num_rows == 4
+
+
+def test_what_an_interrupted_scoring_left_has_no_problem(run: FabricatedRun) -> None:
+    opened = open_run(run.config)
+    cache = opened.caches["words"]
+    _, other = (Path(cache.shard(name)) for name in run.shards("words"))
+    whole = other.read_bytes()
+    other.unlink()
+    publish(cache, {}, {})
+    other.write_bytes(whole)
+    assert verify(opened, "words")["words"].problems == []
+    Path(cache.index).unlink()
+    assert verify(opened, "words")["words"].problems == []
 
 
 def rescore(run: FabricatedRun, salt: str, name: str = "words") -> PoolReport:

@@ -1,12 +1,23 @@
 """What is concluded from canaries, and what they consist of."""
 
+import asyncio
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from pipeline.errors import TeacherError
-from teachers.canary import HEAD_ENTRIES, MEAN_TOLERANCES, Canary, full_step, refuse_difference
+from teachers.canary import (
+    HEAD_ENTRIES,
+    MEAN_TOLERANCES,
+    STATE_TOLERANCES,
+    Canary,
+    ControlTask,
+    doubt_of_shared_states,
+    full_step,
+    refuse_difference,
+)
 from teachers.engine import CapturedRows
 
 ENGINE = {"engine_version": "0.32.0", "dtype": "float32", "quantization": None, "device": "here"}
@@ -55,6 +66,24 @@ def test_a_teacher_may_run_on_several_kinds_of_device() -> None:
     refuse_difference("teacher", canary(), canary(device="there"))
 
 
+@pytest.mark.parametrize("dtype", STATE_TOLERANCES)
+def test_states_are_shared_where_some_were_read_and_all_agree(dtype: str) -> None:
+    states = np.random.default_rng(0).normal(size=(32, 2, 8)).astype(np.float32)
+    most = STATE_TOLERANCES[dtype] * np.abs(states).max()
+
+    def doubt(shift: float, num_cached: int) -> str | None:
+        other = states.copy()
+        other[5, 1, 3] += shift
+        nothing = CapturedRows.without_distributions(32)
+        anew, again = (replace(nothing, hidden_states=each) for each in (states, other))
+        return doubt_of_shared_states(anew, replace(again, num_cached_tokens=num_cached), dtype)
+
+    assert doubt(0.99 * most, 16) is None
+    assert "not those computed anew" in str(doubt(1.01 * most, 16))
+    assert "not those computed anew" in str(doubt(math.nan, 16))
+    assert "it shows nothing" in str(doubt(0, 0))
+
+
 @pytest.mark.parametrize(
     ("length", "max_step_tokens", "max_seqs", "count"),
     [(100, 1000, 64, 11), (100, 950, 64, 11), (100, 1000, 4, 4), (5000, 1000, 64, 2)],
@@ -66,3 +95,22 @@ def test_the_full_step_overflows_one_step_and_no_more(
     assert [len(sequence) for sequence in sequences] == [length] * count
     assert len({sequence[0] for sequence in sequences}) == count
     assert all(0 <= token < 512 for sequence in sequences for token in sequence)
+
+
+@pytest.mark.parametrize("scores", [True, False])
+def test_a_control_asks_for_what_every_teacher_of_its_kind_can_do(scores: bool) -> None:
+    asked: list[tuple] = []
+
+    class Asked:
+        def canary(self) -> Canary | None:
+            return canary() if scores else None
+
+        async def score(self, *arguments: object) -> None:
+            asked.append(("score", *arguments))
+
+        async def generate(self, *arguments: object) -> None:
+            asked.append(("generate", *arguments))
+
+    asyncio.run(ControlTask().run(Asked()))  # pyright: ignore[reportArgumentType]
+    (found,) = asked
+    assert found[0] == ("score" if scores else "generate") and max(found[1]) < 20

@@ -109,6 +109,8 @@ def test_losses_on_hidden_states_say_whose_and_which():
         ([{**RELATION, "relation": "angle", "sequences": 2}], "`sequences` of at least 3"),
         ([{**RELATION, "relation": "token_similarity", "sequences": 2}], "leave `sequences` out"),
         ([{**RELATION, "relation": "distance", "sequences": 2}], "is no multiple of"),
+        ([HIDDEN, {**HIDDEN, "weight": 3.0}], "words_4_2 stands twice in the list: add up"),
+        ([HIDDEN, {**HIDDEN, "projection": "none"}], "with another projection, which its name"),
         (
             [
                 {**RELATION, "relation": "distance", "sequences": 2},

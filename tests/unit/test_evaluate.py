@@ -1,11 +1,19 @@
 """What the evaluate stage makes of measurements, without any engine."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ray.exceptions import RayTaskError
 
+from jobs import holdout, stages
 from jobs.evaluate import _difference, _model
+from jobs.plan import layout_of
+from pipeline.config import Config
+from pipeline.errors import ClusterError, TrainingError
 from pipeline.loading import load_config
 from pipeline.report import pooled
 from teachers.answering import AnsweredPrompts
@@ -46,3 +54,68 @@ def test_the_largest_difference_is_over_all_tokens() -> None:
 def test_a_difference_that_is_no_number_is_not_overlooked() -> None:
     trained, served = {"a": [-1.0, -2.0]}, {"a": [-1.5, math.nan]}
     assert math.isnan(_difference(trained, served))
+
+
+class Cluster:
+    """Stands for Ray: runs a task at once, and keeps what was asked for it."""
+
+    asked: dict[str, Any]
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"CPU": 4.0, "big": 1.0}}]
+
+    def remote(self, function: Callable[..., Any]) -> "Cluster":
+        self.function = function
+        return self
+
+    def options(self, **asked: Any) -> SimpleNamespace:
+        self.asked = asked
+        return SimpleNamespace(remote=self.run)
+
+    def run(self, *arguments: Any) -> Any:
+        try:
+            return self.function(*arguments)
+        except Exception as error:
+            return RayTaskError("export_student", "a traceback", error, "t", 1, "::1")
+
+    def get(self, found: Any) -> Any:
+        if isinstance(found, RayTaskError):
+            raise found.as_instanceof_cause()
+        return found
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    cluster = Cluster()
+    monkeypatch.setattr(holdout, "ray", cluster)
+    return cluster
+
+
+def evaluated_on(resources: str) -> Config:
+    return load_config(QUICKSTART, [f"evaluation.resources={resources}"])
+
+
+def test_a_student_is_exported_where_it_is_served(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not in the job's own process, on a head that may be too small for it."""
+    exported = {"folder": "f", "largest_difference_nats": 0.0}
+    monkeypatch.setattr(stages, "_scored", lambda *_: (None, "d"))
+    monkeypatch.setattr(stages, "stage_key", lambda *_: "key")
+    monkeypatch.setattr(stages, "training_jobs", lambda *_: [SimpleNamespace(student="twin")])
+    monkeypatch.setattr("students.export.export_student", lambda job, folder: exported)
+    config = evaluated_on("{num_cpus: 3, custom: {big: 0.5}}")
+    outcome = stages._export(config, layout_of(config))
+    assert outcome["figures"] == {"twin": exported}
+    assert cluster.asked == {"num_cpus": 3, "num_gpus": 0, "resources": {"big": 0.5}}
+
+
+def test_what_a_task_refuses_is_told_without_its_traceback(cluster: Cluster) -> None:
+    def refuse() -> dict[str, Any]:
+        raise TrainingError("the exported model differs")
+
+    with pytest.raises(TrainingError) as told:
+        holdout.run_on_evaluation_resources(evaluated_on("{num_cpus: 1}"), refuse)
+    assert str(told.value) == "the exported model differs"
+    with pytest.raises(ClusterError, match="cannot hold the evaluation"):
+        holdout.run_on_evaluation_resources(evaluated_on("{num_cpus: 5}"), refuse)

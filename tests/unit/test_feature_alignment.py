@@ -42,6 +42,9 @@ STATES = {  # of layers 1 and 3, exact in bfloat16
 class FromTheTable:
     """A teacher whose states are those above."""
 
+    def describe(self):
+        return {}
+
     async def score(self, input_ids, first_index, earlier, *, distributions, states):
         assert states and not distributions
         name = next(n for n, tokens in TOKENS.items() if tokens == input_ids)
@@ -59,7 +62,7 @@ def test_states_before_the_tokens_meet(tmp_path, padded):
     ]
     shard = write_sequences(layout, "d", sequences)
     cache = layout.cache(features_of("t"), "0" * 32)
-    output = Output(features_of("t"), cache, "0" * 32, FeatureRule((1, 3), None, 0))
+    output = Output(features_of("t"), cache, "0" * 32, FeatureRule((1, 3), None, 0), 8)
     task = ScoringTask(f"{tmp_path}/{shard}", tuple(TOKENS), (output,))
     asyncio.run(task.run(FromTheTable()))  # pyright: ignore[reportArgumentType]
     assert load_index(cache)[0].positions == (3, 4, 1)

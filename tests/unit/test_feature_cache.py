@@ -17,15 +17,17 @@ from jobs import regenerate
 from jobs.caches import collect_garbage, open_run, status, verify
 from jobs.regenerate import Request, regenerate_inside_job
 from pipeline import storage
-from pipeline.cache import describe_shard, read_features, read_rows, read_shard, write_shard
+from pipeline.cache import describe_shard, open_shard, read_features, read_shard, write_shard
 from pipeline.cache_index import open_cache, open_features
 from pipeline.cache_verify import row_problems
+from pipeline.datasets import read_dataset
 from pipeline.errors import CacheError, ConfigError, CorruptShardError
 from pipeline.features import FeatureRule, features_of, projection_matrix, to_bfloat16
 from pipeline.generations import named_generations
 from pipeline.records import HiddenStates
 from pipeline.training import training_jobs
-from tests.support.fabricated import HIDDEN, FabricatedRun, FakePools, make_sequence
+from students.batches import BatchSource, Share
+from tests.support.fabricated import HIDDEN, VOCABULARY, FabricatedRun, FakePools, make_sequence
 
 LOSS = "{type: hidden_state, weight: 1.0, teacher: words, layers: {4: 2, 1: 1}, measure: mse, "
 LOSSES = [f"training.losses=[{{type: forward_kl, weight: 1.0}}, {LOSS} projection: learned}}]"]
@@ -205,6 +207,36 @@ def test_interrupted_capture_goes_on(run: FabricatedRun, pools: FakePools) -> No
     assert all(entry.sequence_id in reader for entry in opened.entries)
 
 
+@pytest.mark.parametrize("per", ["token", "sequence"])
+def test_hidden_states_alone_cover_no_sequence(per: str, tmp_path: Path, pools: FakePools) -> None:
+    """No teacher has its distributions, so there is nothing to combine."""
+    weights = f"{{type: gold_likelihood, temperature: 1.0, per: {per}}}"
+    run = FabricatedRun(tmp_path, overrides=[*LOSSES, f"combine.weights={weights}"])
+    prepared = run.prepare()
+    refused, *others = (entry.sequence_id for entry in run.write_answers(0, 2))
+    for cache in prepared.distributions(run.layout).values():
+        path = storage.join(cache.quarantine, f"{refused}.json")
+        storage.write_json(path, {"sequence_id": refused, "error": "a poison"})
+    dataset = run.score()
+    assert refused in open_features(open_run(run.config).caches[NAME])
+    assert [e.sequence_id for e in read_dataset(run.layout, dataset)] == others
+
+
+def test_states_too_wide_for_the_memory_of_a_loader_are_named(
+    run: FabricatedRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    job, _ = training_jobs(run.config, run.layout, run.prepare(), run.score())
+    share = Share(job, VOCABULARY, rank=0, world_size=1)
+    BatchSource(share)
+    assert caplog.messages == []
+    most = sum(entry.num_positions for entry in run.entries()) * 2 * HIDDEN * 2
+    for kept, said in ((most, 0), (most - 1, 1)):
+        monkeypatch.setattr("students.batches.DECODED_BYTES_KEPT", kept)
+        BatchSource(share)
+        assert len(caplog.messages) == said
+    assert "hidden states of words take 48 bytes a position" in caplog.messages[0]
+
+
 def test_layers_and_projection_name_the_folder(run: FabricatedRun) -> None:
     fewer = replace(run, overrides=[LOSSES[0].replace(", 1: 1", "")])
     projected = replace(run, overrides=[*LOSSES, "scoring.features.dimensions=4"])
@@ -266,7 +298,7 @@ def test_a_forced_regeneration_captures_both_again(run: FabricatedRun, pools: Fa
     for name in ("words", NAME):
         cache = replace(open_run(run.config).caches[name], generation=2)
         shards = storage.list_files(cache.shards_folder, ".parquet")
-        held = [r.sequence_id for i in shards for r in read_rows(cache.shard(i.base_name[:-8]))]
+        held = [s for i in shards for s in open_shard(cache.shard(i.base_name[:-8])).identifiers]
         assert len(held) == len(set(held)) == 8
 
 

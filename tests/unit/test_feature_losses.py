@@ -47,8 +47,9 @@ def batch_of(members, teacher, groups, uncovered=()):
     return FeatureBatch(
         {"t": torch.cat([none, *(teacher[i] * (i not in uncovered) for i in members)])},
         {"t": torch.cat([torch.zeros(0, dtype=torch.bool), *covered])},
-        torch.from_numpy(np.repeat(np.arange(len(members)), np.array(lengths, np.int64))),
-        torch.tensor([groups[i] for i in members], dtype=torch.int64),
+        {"t": [place for place, i in enumerate(members) if i not in uncovered]},
+        lengths,
+        [groups[i] for i in members],
     )
 
 

@@ -99,6 +99,9 @@ class FromTheTables:
     def __init__(self, name, captured):
         self.name, self.captured = name, captured
 
+    def describe(self):
+        return {}
+
     async def score(
         self, input_ids, first_index, earlier=None, *, distributions=True, states=False
     ):
@@ -132,7 +135,7 @@ def packed_rows(root, packing, captured, selection=KEPT):
         task = ScoringTask(
             sequence_shard=f"{root}/{shard}",
             sequence_ids=scored,
-            outputs=(Output(teacher, caches[teacher], "0" * 32, selection),),
+            outputs=(Output(teacher, caches[teacher], "0" * 32, selection, 8),),
         )
         asyncio.run(task.run(FromTheTables(teacher, captured)))
         for row in read_shard(caches[teacher].shard(digest_ids(scored))):

@@ -7,7 +7,7 @@ import pytest
 from pipeline.config import TeacherConfig
 from pipeline.errors import ConfigError
 from pipeline.layout import Layout
-from teachers.identity import model_identity
+from teachers.identity import check_weights, model_identity
 
 
 @pytest.fixture
@@ -43,3 +43,25 @@ def test_a_folder_without_weights_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="holds no weights"):
         identity(folder)
+
+
+def test_weights_that_would_be_unpickled_are_refused(folder: Path) -> None:
+    check_weights(str(folder), None)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"/model has no safetensors: .*`vllm\.load_format`"):
+        check_weights(str(folder), None)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "model.bin"])
+def test_weights_of_the_hub_are_asked_for_by_name(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def has_file(model: str, asked: str, revision: str | None) -> bool:
+        assert (model, revision) == ("owner/model", "main")
+        return asked == name
+
+    monkeypatch.setattr("teachers.identity.has_file", has_file)
+    if name.startswith("model.safetensors"):
+        return check_weights("owner/model", "main")
+    with pytest.raises(ConfigError, match="owner/model has no safetensors"):
+        check_weights("owner/model", "main")

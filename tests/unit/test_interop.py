@@ -11,7 +11,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.caches import export, import_distillkit, open_run
+from jobs.caches import export, import_distillkit, open_run, verify
+from pipeline import storage
 from pipeline.cache import read_shard
 from pipeline.cache_index import open_cache
 from pipeline.config_targets import TopK
@@ -83,6 +84,22 @@ def test_a_distillkit_export_has_the_documented_columns_and_numbers(
     bits = "".join(f"{byte:08b}" for byte in found["bytepacked_indices"][3])
     first, second = int(bits[:6], 2), int(bits[6:12], 2)  # 64 ids take 6 bits
     assert [first, second] == row.token_ids[:2].tolist()
+
+
+def test_the_manifest_tells_imported_rows_from_an_engines(
+    run: FabricatedRun, tmp_path: Path
+) -> None:
+    folder = str(tmp_path / "out")
+    export(open_run(run.config), "words", "distillkit", folder)
+    cache = open_run(run.config).caches["words"]
+    Path(cache.shard(next(iter(run.shards("words"))))).unlink()
+    import_distillkit(open_run(run.config), "words", folder)
+    engines = storage.read_json(cache.manifest)["provenance"]["engines"]
+    assert {"engine": "import", "imported_from": folder} in engines and len(engines) == 2
+    assert verify(open_run(run.config), "words")["words"].problems == []
+    run.write_answers(20, 22)
+    run.score()
+    assert len(storage.read_json(cache.manifest)["provenance"]["engines"]) == 2
 
 
 def test_an_export_imported_again_gives_the_same_rows(run: FabricatedRun, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.errors import ConfigError
 from pipeline.loading import load_config
-from teachers.layers import check_layers
+from teachers.layers import check_layers, hidden_sizes
 from tests.support.command_line import QUICKSTART
 
 
@@ -22,6 +22,13 @@ def test_layers_that_exist_pass() -> None:
     check(HIDDEN.format("learned", "{4: 3, 0: 0}"))
     check("type: relation, relation: token_similarity, layers: {4: 3}")
     check(HIDDEN.format("none", "{4: 3}"), "scoring.features.dimensions=96")
+
+
+def test_sizes_of_the_teachers_that_a_loss_names() -> None:
+    loss = HIDDEN.format("learned", "{4: 3, 0: 0}")
+    overrides = [f"training.losses=[{{weight: 1.0, teacher: words, {loss}}}]"]
+    assert hidden_sizes(load_config(QUICKSTART / "config.yaml", overrides)) == {"words": 128}
+    assert hidden_sizes(load_config(QUICKSTART / "config.yaml")) == {}
 
 
 @pytest.mark.parametrize(

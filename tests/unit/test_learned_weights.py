@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from jobs import score as score_module
 from jobs.holdout import combination
+from jobs.plan import plan_score, score_key, scored_dataset
 from pipeline import storage
 from pipeline.datasets import write_dataset
 from pipeline.errors import ConfigError
@@ -103,6 +104,22 @@ def test_score_learns_and_the_training_is_what_was_learned(run):
         members = [e for e in entries if e.domain == domain and e.split == "validation"]
         assert fit["positions"] == sum(e.num_positions for e in members) > 0
         assert fit["gold_logprob_mixture"] >= max(fit["gold_logprob"].values()) - 1e-4
+
+
+def test_lost_weights_are_learned_again(run):
+    """Nothing is missing in the caches; only the score stage can make the file."""
+    dataset, prepared = run.score(), run.prepare()
+    kept = learned_weights(run.config.combine, run.layout)
+    record = {"key": score_key(run.config, run.layout, prepared), "dataset": dataset}
+    storage.write_json(run.layout.stage_record("score"), record)
+    assert plan_score(run.config, run.layout, prepared, run.entries()).todo == 0
+    storage.remove(run.layout.learned_weights)
+    plan = plan_score(run.config, run.layout, prepared, run.entries())
+    assert plan.todo == 1 and "words 0" in plan.summary
+    assert scored_dataset(run.config, run.layout, prepared) is None
+    run.score()
+    assert learned_weights(run.config.combine, run.layout) == kept
+    assert plan_score(run.config, run.layout, prepared, run.entries()).todo == 0
 
 
 def learned_or_none(run):

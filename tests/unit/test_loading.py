@@ -105,6 +105,23 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
             load_config(broken)
 
 
+@pytest.mark.parametrize("call", ["stat", "read_text"])
+def test_a_file_that_may_not_be_read_is_told(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As root may read everything, the refusal is made here; `stat` fails in a closed folder."""
+
+    def refuse(self: Path, **_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    path = tmp_path / "config.yaml"
+    path.write_text("name: x\n")
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="Permission denied") as e:
+        patch.setattr(Path, call, refuse)
+        load_config(path)
+    assert str(path) in str(e.value)
+
+
 def test_every_field_has_help() -> None:
     without = [
         f"{section.__name__}.{name}"

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,21 @@ def test_the_plan_of_scoring_bounds_the_bytes(tmp_path: Path) -> None:
     plan = plan_score(CONFIG, Layout(str(tmp_path), "run"), PREPARED, [entry])
     # A position takes 7 bytes, and 5 for each of at most 8 entries.
     assert plan.todo == 1 and "at most 47.0 MiB" in plan.summary
+
+
+@pytest.mark.parametrize(("dimensions", "bytes_each"), [(None, 2 * 2 * 1024), (16, 2 * 2 * 16)])
+def test_the_plan_of_scoring_counts_hidden_states(
+    dimensions: int | None, bytes_each: int, tmp_path: Path
+) -> None:
+    """Of two layers, 2 bytes a dimension; and 47 bytes of the distributions."""
+    projection = None if dimensions is None else {"dimensions": dimensions, "seed": 0}
+    recipes = PREPARED.scoring_recipes | {
+        "t+features": {"layers": [1, 2], "projection": projection}
+    }
+    prepared = replace(PREPARED, scoring_recipes=recipes, hidden_sizes={"t": 1024})
+    entry = DatasetEntry("s", "p", "d", "train", ("t",), "sequences/d/x.parquet", 2**20, 2**20)
+    plan = plan_score(CONFIG, Layout(str(tmp_path), "run"), prepared, [entry])
+    assert f"at most {47 + bytes_each:,}.0 MiB" in plan.summary
 
 
 def test_a_missing_model_folder_is_found_without_a_cluster(tmp_path: Path) -> None:

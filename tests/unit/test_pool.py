@@ -14,7 +14,7 @@ from pipeline.config_base import Resources
 from pipeline.errors import ClusterError, StorageError, TeacherError
 from teachers import dispatch
 from teachers.actor import engine_env_vars
-from teachers.canary import Canary
+from teachers.canary import Canary, ControlTask
 from teachers.dispatch import TASKS_IN_FLIGHT, Dispatcher, PoolReport, ReplicaDied
 from teachers.pool import check_placement
 
@@ -53,6 +53,7 @@ class Cluster:
     deadly: set[int] = field(default_factory=set)
     deadly_once: set[int] = field(default_factory=set)
     failing_starts: int = 0
+    is_sick: bool = False
     gold_logprobs: list[float] = field(default_factory=list)
     calls: Counter[tuple[int, ...]] = field(default_factory=Counter)
     room: int = 1000
@@ -90,8 +91,14 @@ class FakeReplica:
         engine = {"engine_version": "1", "quantization": None, "dtype": "bfloat16"}
         return Canary(engine | {"device": f"gpu {self._number}"}, gold, gold[:, None])
 
-    async def run(self, task: NumbersTask) -> list[int]:
+    async def run(self, task: NumbersTask | ControlTask) -> list[int]:
         cluster = self._cluster
+        if cluster.is_sick:
+            for _ in range(5):  # until what began before is done
+                await asyncio.sleep(0)
+            raise TeacherError("broken rows")
+        if isinstance(task, ControlTask):
+            return []
         cluster.calls[task.numbers] += 1
         cluster.in_flight += 1
         cluster.most_in_flight = max(cluster.most_in_flight, cluster.in_flight)
@@ -236,6 +243,42 @@ def test_when_everything_fails_nothing_is_quarantined() -> None:
     with pytest.raises(TeacherError, match="broken"):
         asyncio.run(Dispatcher("fake", cluster.launch, 1, [task]).run())
     assert not quarantined
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_a_sick_engine_condemns_no_item_however_few_there_are(size: int) -> None:
+    quarantined: list[tuple[int, str]] = []
+    cluster, task = Cluster(is_sick=True), NumbersTask(tuple(range(size)), quarantined)
+    with pytest.raises(TeacherError, match=r"broken rows.*fails a control as well"):
+        asyncio.run(Dispatcher("fake", cluster.launch, 1, [task]).run())
+    assert not quarantined
+
+
+def test_an_engine_that_falls_sick_before_the_last_items_condemns_none() -> None:
+    quarantined: list[tuple[int, str]] = []
+    count = TASKS_IN_FLIGHT + 1  # the last one is taken when the first is done
+    tasks = [NumbersTask((2 * n, 2 * n + 1), quarantined) for n in range(count)]
+    cluster = Cluster()
+
+    def fall_sick(done: int, total: int, _: object) -> None:
+        cluster.is_sick = True
+
+    with pytest.raises(TeacherError, match="fails a control as well"):
+        asyncio.run(Dispatcher("fake", cluster.launch, 1, tasks, fall_sick).run())
+    assert not quarantined
+
+
+@pytest.mark.parametrize("size", [1, 4, 8])
+def test_items_that_fail_on_a_sound_engine_are_quarantined(size: int) -> None:
+    cluster = Cluster(raising={n: TeacherError("too odd") for n in range(size)})
+    report, quarantined, seen = run(cluster, [size], replicas=1)
+    assert sorted(quarantined) == [(n, "too odd") for n in range(size)]
+    assert (report.results, seen) == ([], [])
+
+
+def test_an_only_item_that_kills_its_engine_is_quarantined() -> None:
+    report, quarantined, _ = run(Cluster(deadly={0}), [1], replicas=1)
+    assert [number for number, _ in quarantined] == [0] and report.num_deaths == 2
 
 
 def test_a_full_disk_is_no_fault_of_the_items() -> None:

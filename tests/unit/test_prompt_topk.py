@@ -3,6 +3,10 @@
 import numpy as np
 import pytest
 
+from pipeline.cache_verify import row_problems
+from pipeline.config_targets import TopK
+from pipeline.records import TokenSequence
+from pipeline.selection import select
 from teachers.prompt_topk import BrokenRowsError, PromptTopK
 
 INPUT_IDS = [5, 6, 7, 8, 9, 4]
@@ -56,6 +60,21 @@ def test_incomplete_or_broken_rows_are_refused(
     logprobs[place] = value
     with pytest.raises(BrokenRowsError, match=problem):
         PromptTopK(token_ids[-present:], logprobs[-present:]).rows(INPUT_IDS, first_index, WIDTH)
+
+
+def test_what_rounding_lifts_above_0_is_a_certain_token() -> None:
+    """A row that is captured is one that `verify` accepts."""
+    token_ids, logprobs = engine_rows()
+    token_ids[:, 1] = INPUT_IDS[1:]
+    logprobs[:, :2], logprobs[:, 2:] = 2e-6, [-14.0, -15.0]
+    captured = PromptTopK(token_ids, logprobs).rows(INPUT_IDS, 1, WIDTH)
+    assert (captured.gold_logprobs == 0).all() and (captured.logprobs[:, 0] == 0).all()
+    assert np.isnan(captured.with_last_gold(np.nan).gold_logprobs[-1])
+    captured = captured.with_last_gold(2e-6)
+    arrays = (captured.token_ids, captured.logprobs, captured.gold_logprobs)
+    row = select("s", *arrays, TopK(type="top_k", max_entries=3), teacher="t")
+    sequence = TokenSequence("s", np.array(INPUT_IDS), ((1, 6),), "p", "d", ("t",), "stop")
+    assert row_problems(row, 20, sequence) == []
 
 
 def test_rows_of_other_tokens_are_refused() -> None:

@@ -72,6 +72,9 @@ def test_a_template_is_a_file_of_the_user(tmp_path: Path) -> None:
         make_requests(settings, [chat(OLD)], 1)
     with pytest.raises(ConfigError, match="does not exist"):
         make_requests(recipe(type="paraphrase", template=str(tmp_path / "no.txt")), [], 1)
+    path.write_bytes(b"caf\xe9 {prompt}")  # as Latin-1
+    with pytest.raises(ConfigError, match=rf"{path} is not UTF-8"):
+        make_requests(recipe(type="paraphrase", template=str(path)), [chat(OLD)], 1)
 
 
 def test_values_are_never_read_as_templates() -> None:

@@ -49,8 +49,22 @@ def of_kind(start: str) -> list[str]:
 
 
 def test_every_command_is_of_a_kind_that_is_tested_below() -> None:
-    kinds = ("make ", "polystill ", ".venv/bin/python ", "ray up ", "export RAY_AUTH_MODE=")
+    kinds = ("make ", "polystill ", ".venv/bin/python ", "ray ", "export ")
     assert [command for command in commands() if not command.startswith(kinds)] == []
+
+
+def test_ray_knows_its_commands_and_the_exports_are_those_of_cluster_yaml() -> None:
+    cluster = (ROOT / "cluster.yaml").read_text()
+    for command in of_kind("ray "):
+        _, name, *arguments = shlex.split(command)
+        ray = [sys.executable, "-m", "ray.scripts.scripts", name, "--help"]
+        shown = subprocess.run(ray, capture_output=True, text=True, check=True).stdout
+        assert all(option in shown for option in arguments if option.startswith("-"))
+    for command in of_kind("export "):
+        assert command.removeprefix("export ").partition("=")[0] + "=" in cluster
+    order = [command.split()[0] for command in commands()]
+    head = commands().index("ray start --head")
+    assert order[head - 1 : head + 2] == ["export", "ray", "polystill"]
 
 
 @pytest.mark.parametrize("command", of_kind("make "))

@@ -101,7 +101,10 @@ class Run:
     def config(
         self, recipes: list[Block], filters: Sequence[Block] = (), others: Block | None = None
     ) -> Config:
-        values = yaml.safe_load((QUICKSTART / "config.yaml").read_text()) | (others or {})
+        values = yaml.safe_load((QUICKSTART / "config.yaml").read_text())
+        for section, changes in (others or {}).items():
+            known = values.get(section)
+            values[section] = known | changes if isinstance(known, dict) else changes
         values["synthesis"] = {"recipes": recipes, "filters": list(filters)}
         values["storage"]["root"] = str(self.root / "out")
         values["student"]["model"] = str(self.root / "student")

@@ -11,8 +11,7 @@ from jobs.caches import open_run
 from jobs.regenerate import Request, regenerate_inside_job
 from pipeline import storage
 from pipeline.cache import read_shard
-from pipeline.cache_index import load_index, open_cache, read_index
-from pipeline.cache_verify import index_problem
+from pipeline.cache_index import is_published, load_index, open_cache, read_index
 from pipeline.errors import CacheError, ConfigError, TeacherError
 from pipeline.generations import (
     begin_generation,
@@ -22,8 +21,9 @@ from pipeline.generations import (
     unfinished_generation,
 )
 from pipeline.layout import CacheLayout
-from pipeline.regeneration import parse_where
+from pipeline.regeneration import find_damage, parse_where, set_aside
 from pipeline.training import training_jobs
+from teachers.scoring import ScoringTask
 from tests.support.caches import flip_bit
 from tests.support.command_line import file_times
 from tests.support.fabricated import FabricatedRun, FakePools
@@ -85,7 +85,7 @@ def test_with_nothing_to_do_no_cluster_is_started(
     os.unlink(cache_of(run).shard(next(iter(run.shards("words")))))
     with pytest.raises(AssertionError, match="a cluster was asked for"):
         regenerate.regenerate(run.config, None, Request(), said.append)
-    assert said[-1] == "words: 4 sequences without a row"
+    assert said[-1] == "words: 1 shards that are gone, 4 sequences without a row"
 
 
 def test_new_prompts_are_scored_and_no_old_shard_is_touched(
@@ -155,7 +155,8 @@ def test_the_index_describes_the_mended_shard_and_not_the_corrupt_one(
     flip_bit(Path(cache.shard(next(iter(run.shards("words"))))))
     pools.salts = {"words": "the same weights on another machine"}
     redo(run)
-    assert len(pools.scored) == 4 and index_problem(cache) is None
+    assert len(pools.scored) == 4
+    assert find_damage(cache, open_run(run.config).fingerprint("words")).index is None
 
 
 def test_a_corrupt_shard_of_another_run_is_mended_as_well(
@@ -179,6 +180,69 @@ def test_a_corrupt_shard_of_another_run_is_mended_as_well(
     words = {entry.sequence_id for entry in other.entries() if entry.domain == "words"}
     assert {identifier for _, identifier in pools.scored} == words
     assert bad in run.shards("words")
+
+
+@pytest.mark.parametrize("harm", ["gone", "corrupt"])
+def test_interrupted_what_another_run_has_lost_is_still_known(
+    run: FabricatedRun, pools: FakePools, harm: str
+) -> None:
+    other = FabricatedRun(run.root, "other")
+    other.prepare()
+    other.write_answers(20, 24)
+    other.score()
+    own, ours = cache_of(run), {entry.sequence_id for entry in run.entries()}
+    bad = next(e.digest for e in load_index(own) if ours.isdisjoint(e.sequence_ids))
+    held = {row.sequence_id for row in read_shard(own.shard(bad))}
+    if harm == "gone":
+        Path(own.shard(bad)).unlink()
+    else:
+        Path(own.shard(bad)).write_bytes(b"nothing")
+        set_aside(own, find_damage(own, open_run(run.config).fingerprint("words")))
+    pools.scored.clear()
+    redo(run)
+    assert {identifier for _, identifier in pools.scored} == held
+    assert is_published(own) and bad in run.shards("words")
+
+
+def versions(cache: CacheLayout) -> list[str]:
+    manifest = storage.read_json(cache.manifest)
+    return sorted(engine["engine_version"] for engine in manifest["provenance"]["engines"])
+
+
+def test_the_manifest_names_every_engine_whose_rows_are_there(
+    run: FabricatedRun, pools: FakePools
+) -> None:
+    cache = cache_of(run)
+    assert versions(cache) == ["1"]
+    assert "max_model_len" not in storage.read_json(cache.manifest)["provenance"]["engines"][0]
+    pools.version = "2"
+    run.write_answers(8, 10)
+    redo(run)
+    assert versions(cache) == ["1", "2"]
+    Path(cache.manifest).unlink()  # as if the job had been killed before it
+    Path(cache.index).unlink()
+    run.score()
+    assert versions(cache) == ["1", "2"]
+    pools.version = "3"
+    wanted = run.entries()[0].sequence_id
+    redo(run, Request(teacher="words", where={"sequence_id": wanted}, force=True))
+    assert versions(cache) == ["1", "2", "3"]
+    redo(run, Request(teacher="words", force=True))
+    assert versions(cache) == ["3"]
+
+
+def test_a_stale_manifest_is_written_again(
+    run: FabricatedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, said = cache_of(run), []
+    manifest = storage.read_json(cache.manifest)
+    storage.write_json(cache.manifest, manifest | {"totals": {}})
+    with monkeypatch.context() as patch, pytest.raises(AssertionError, match="a cluster was asked"):
+        forbid_clusters(patch)
+        regenerate.regenerate(run.config, None, Request(), said.append)
+    assert said == ["words: an index or a manifest to be written"]
+    redo(run)
+    assert storage.read_json(cache.manifest) == manifest
 
 
 def test_a_corrupt_index_is_made_anew(run: FabricatedRun, pools: FakePools) -> None:
@@ -308,6 +372,95 @@ def test_a_generation_that_lacks_what_the_old_one_had_never_becomes_the_current_
     assert current_generation(cache_of(run).folder) == 1
 
 
+class Sick(FakePools):
+    """Engines that return no row that can be used, and are sound enough for a control."""
+
+    def __call__(self, jobs):
+        for job in jobs:
+            for each in (half for task in job.tasks for half in singles(task)):
+                each.quarantine("broken rows")
+        return super().__call__([replace(job, tasks=[]) for job in jobs])
+
+
+def singles(task: ScoringTask) -> list[ScoringTask]:
+    return [replace(task, sequence_ids=(each,)) for each in task.sequence_ids]
+
+
+def test_a_row_is_never_traded_for_a_quarantine_record(
+    run: FabricatedRun, pools: FakePools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = Request(teacher="words", where={"domain": "words"}, force=True)
+    before, chosen = golds(cache_of(run)), {e.sequence_id for e in run.entries()[4:8]}
+    monkeypatch.setattr("jobs.score.run_pools", Sick())
+    for _ in range(2):
+        with pytest.raises(CacheError, match=r"lacks 8 of the 16 .*anew: \w+ \(broken rows\)"):
+            redo(run, request)
+        assert current_generation(cache_of(run).folder) == 1
+    monkeypatch.setattr("jobs.score.run_pools", pools)
+    redo(run, request)
+    assert current_generation(cache_of(run).folder) == 2
+    assert golds(cache_of(run, generation=2)).keys() == before.keys() > chosen
+    assert not list(Path(cache_of(run, generation=2).quarantine).iterdir())
+
+
+def test_sequences_left_out_keep_their_rows(run: FabricatedRun, pools: FakePools) -> None:
+    left_out = [entry.sequence_id for entry in run.entries()[:2]]
+    where = parse_where([f"sequence_id!={','.join(left_out)}"])
+    request = Request("words", where, force=True)
+    assert parse_where([request.arguments[3]]) == where
+    pools.salts = {"words": "words, other weights"}
+    redo(run, request)
+    old, new = golds(cache_of(run)), golds(cache_of(run, generation=2))
+    assert sorted(i for i in old if new[i] == old[i]) == sorted(left_out)
+    assert len(pools.scored) == 14
+
+
+def test_interrupted_after_the_manifest_a_forced_regeneration_scores_nothing_again(
+    run: FabricatedRun, pools: FakePools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, calls = regenerate.publish, []
+
+    def once(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return publish(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(regenerate, "publish", once)
+        redo(run, FORCE)
+    caches = [cache_of(run, name) for name in ("arithmetic", "words")]
+    assert [current_generation(cache.folder) for cache in caches] == [2, 1]
+    pools.scored.clear()
+    said = redo(run, FORCE)
+    assert any("generation 2 was complete when this command was interrupted" in s for s in said)
+    assert pools.scored == []
+    assert [current_generation(cache.folder) for cache in caches] == [2, 2]
+    redo(run, FORCE)
+    assert [current_generation(cache.folder) for cache in caches] == [3, 3]
+
+
+@pytest.mark.parametrize("lost", ["manifest", "index and manifest"])
+def test_force_needs_no_manifest(run: FabricatedRun, pools: FakePools, lost: str) -> None:
+    """The first scoring was killed before it wrote them."""
+    cache, old = cache_of(run), golds(cache_of(run))
+    Path(cache.manifest).unlink()
+    if "index" in lost:
+        Path(cache.index).unlink()
+    pools.salts = {"words": "words, other weights"}
+    redo(run, Request(teacher="words", force=True))
+    assert len(pools.scored) == 16 and current_generation(cache.folder) == 2
+    assert golds(cache) == old != golds(cache_of(run, generation=2))
+
+
+def test_force_without_any_shard_fills_the_first_generation(tmp_path: Path, pools) -> None:
+    made = FabricatedRun(tmp_path)
+    made.prepare()
+    made.write_answers(0, 4)
+    redo(made, FORCE)
+    assert len(pools.scored) == 16 and current_generation(cache_of(made).folder) == 1
+
+
 def test_force_tries_quarantined_sequences_again_and_keeps_the_record_of_others(
     run: FabricatedRun, pools: FakePools
 ) -> None:
@@ -343,6 +496,8 @@ def test_pins_are_written_before_the_first_row(run: FabricatedRun, pools: FakePo
     [
         (Request(teacher="word"), "there is no teacher 'word'; did you mean 'words'"),
         (Request(where={"domain": "wrds"}), "no sequence has domain=wrds; did you mean 'words'"),
+        (Request(where={"domain!": "wrds"}), "no sequence has domain=wrds; did you mean 'words'"),
+        (Request(where={"domain!": "words,arithmetic"}), "no sequence fulfils all conditions"),
     ],
 )
 def test_what_does_not_exist_is_named(
@@ -359,6 +514,7 @@ def test_conditions_are_checked() -> None:
         parse_where(["domian=words"])
     with pytest.raises(ConfigError, match="not of the form field=value"):
         parse_where(["domain"])
+    assert parse_where(["sequence_id!=a,b"]) == {"sequence_id!": "a,b"}
 
 
 def test_a_run_without_sequences_is_told_in_one_sentence(tmp_path: Path) -> None:

@@ -8,8 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.optim import AdamW
 
+from jobs import stages
 from jobs.__main__ import _load, main, parse
+from jobs.plan import read_record
+from pipeline import storage
 from pipeline.config_training import IDENTITY
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.layout import Layout
@@ -23,6 +27,7 @@ from students.checkpoint import (
     prepare_resume,
     save_checkpoint,
 )
+from students.engine import make_optimizer
 from students.initial_weights import checkpoint_weights
 
 CONFIG = Path(__file__).resolve().parents[2] / "examples/quickstart/config.yaml"
@@ -49,7 +54,8 @@ def job(tmp_path, stage=0, workers=1, tokenizer="one", overrides=()):
 class Engine:
     """Stands for DeepSpeed's: writes a file, which may fail."""
 
-    def __init__(self, fails=False):
+    def __init__(self, fails=False, width=4):
+        self.parameter_shapes = {"model.head": [7, 4], "features.projections.0.weight": [width, 4]}
         self.fails, self.deepspeed = fails, SimpleNamespace(save_checkpoint=self.save)
         self.loaded = []
 
@@ -76,7 +82,7 @@ def process_group(tmp_path_factory):
 
 def save(job, *steps, fails=False):
     for step in steps:
-        save_checkpoint(Engine(fails), job, TrainingState(step, 10 * step, 1.0))
+        save_checkpoint(Engine(fails), job, TrainingState(step, 8 * step, 10 * step, 1.0))
 
 
 def complete(job):
@@ -90,20 +96,51 @@ def test_old_checkpoints_go_only_after_a_newer_one_is_complete(tmp_path):
         save(training, 30, fails=True)
     assert Path(training.folder, "checkpoints/step-00000030/zero/state.pt").exists()
     assert complete(training) == ["step-00000010", "step-00000020"]
-    assert check_resume(training).state == TrainingState(20, 200, 1.0)
+    assert check_resume(training).state == TrainingState(20, 160, 200, 1.0)
     save(training, 30)
     assert complete(training) == ["step-00000020", "step-00000030"]
     assert len(list(Path(training.folder, "checkpoints").iterdir())) == 2
     assert check_resume(training).state.step == 30
 
 
-@pytest.mark.parametrize("stages", list(itertools.product(range(4), range(4))))
-def test_stages_and_workers_that_resume_and_how(tmp_path, stages):
-    old, new = stages
+def test_the_seconds_of_training_are_those_of_all_its_starts(tmp_path, monkeypatch):
+    """A start was killed after a checkpoint of the twin and the end of the student."""
+    student = job(tmp_path)
+    twin = dataclasses.replace(student, student="twin")
+    clock = SimpleNamespace(now=1000.0)
+
+    def train(job):
+        clock.now += 7
+        summary = {"steps": 20, "tokens": 200, "seconds": 47.0 if job is twin else 300.0}
+        storage.write_json(job.summary_path, summary)
+        return summary
+
+    monkeypatch.setattr(stages, "time", SimpleNamespace(time=lambda: clock.now))
+    monkeypatch.setattr(stages, "ray", SimpleNamespace(nodes=list))
+    monkeypatch.setattr(stages, "_scored", lambda *_: (None, "d"))
+    monkeypatch.setattr(stages, "stage_key", lambda *_: "key")
+    monkeypatch.setattr(stages, "training_jobs", lambda *_: [student, twin])
+    monkeypatch.setattr("teachers.pool.check_placement", lambda *_: None)
+    monkeypatch.setattr("students.launch.train_student", train)
+    storage.write_json(student.summary_path, {"steps": 20, "tokens": 200, "seconds": 300.0})
+    save_checkpoint(Engine(), twin, TrainingState(10, 20, 100, 40.0))
+
+    outcome = stages._train(student.config, student.layout)
+    assert outcome["seconds"] == 300 + 40 + 2 * 7
+    # Again, as when a file of the weights was lost: all of it is known already.
+    stages._keep_record(student.layout, "train", outcome)
+    again = stages._train(student.config, student.layout)
+    stages._keep_record(student.layout, "train", again)
+    assert read_record(student.layout, "train")["seconds"] == 300 + 47 + 2 * 7
+
+
+@pytest.mark.parametrize("old_new", list(itertools.product(range(4), range(4))))
+def test_stages_and_workers_that_resume_and_how(tmp_path, old_new):
+    old, new = old_new
     save(job(tmp_path, old, workers=2), 10)
     for workers in (1, 2, 4):
         wanted = job(tmp_path, new, workers)
-        if stages in WORKS:
+        if old_new in WORKS:
             assert check_resume(wanted).universal == (old > 0 and (old != new or workers != 2))
             continue
         at = {0: "0", 1: "1 or 2", 2: "1 or 2", 3: "3"}[old]
@@ -111,15 +148,18 @@ def test_stages_and_workers_that_resume_and_how(tmp_path, stages):
             check_resume(wanted)
 
 
-def test_a_checkpoint_that_does_not_say_how_it_was_written_is_named(tmp_path):
+@pytest.mark.parametrize("key", ["partitioning", "sequences", "shapes"])
+def test_a_checkpoint_that_does_not_say_what_resume_needs_is_named(tmp_path, key):
     training = job(tmp_path)
     save(training, 10)
     path = Path(training.folder, "checkpoints/step-00000010")
     state = json.loads((path / "state.json").read_text())
-    del state["partitioning"]
+    del state[key]
     (path / "state.json").write_text(json.dumps(state))
-    for read in (lambda: check_resume(training), lambda: checkpoint_weights(path)):
-        with pytest.raises(TrainingError, match=r"step-00000010 does not say .*: remove it to"):
+    reads = [lambda: check_resume(training), lambda: checkpoint_weights(path)]
+    for read in reads if key == "partitioning" else reads[:1]:
+        message = rf"step-00000010 does not say its {key}, .*: remove it to"
+        with pytest.raises(TrainingError, match=message):
             read()
 
 
@@ -143,6 +183,15 @@ def test_an_optimizer_on_the_cpu_does_not_take_over_another(tmp_path):
         check_resume(job(tmp_path, 2, overrides=[offload, allow]))
 
 
+def test_an_offload_to_nowhere_is_none(tmp_path):
+    save(job(tmp_path, 2), 10)
+    nowhere = "training.deepspeed.zero_optimization.offload_optimizer={device: none}"
+    allow = "training.allow_resume_with=[training.deepspeed]"
+    training = job(tmp_path, 2, overrides=[nowhere, allow])
+    assert check_resume(training).state.step == 10
+    assert type(make_optimizer(torch.nn.Linear(2, 2), training.config.training)) is AdamW
+
+
 def test_exceptions_are_named_one_by_one_and_recorded(tmp_path):
     save(job(tmp_path), 10)
     changes = ["training.learning_rate=0.5", "training.losses=[{type: cross_entropy, weight: 1}]"]
@@ -156,7 +205,7 @@ def test_exceptions_are_named_one_by_one_and_recorded(tmp_path):
     allowed = f"training.allow_resume_with={json.dumps(names)}"
     changed = job(tmp_path, tokenizer="other", overrides=[*changes, allowed])
     resume, engine = check_resume(changed), Engine()
-    assert load_checkpoint(engine, changed, resume) == TrainingState(10, 100, 1.0)
+    assert load_checkpoint(engine, changed, resume) == TrainingState(10, 80, 100, 1.0)
     assert engine.loaded == [resume.path]
     (kept,) = allowed_changes(changed.folder)
     assert kept == {"step": 10, "differences": resume.changes}
@@ -198,6 +247,15 @@ def test_train_starts_from_a_checkpoint_and_ends_with_the_export(monkeypatch, tm
     assert config.student.initial_weights == str(tmp_path / "old: 1")
     assert (config.name, address) == ("again", None)
     assert stages == ("prepare", "synthesize", "score", "train", "export")
+
+
+def test_parameters_of_other_shapes_are_named_before_deepspeed_loads_any(tmp_path):
+    training, other = job(tmp_path), Engine(width=2)
+    save(training, 10)
+    with pytest.raises(TrainingError) as refusal:
+        load_checkpoint(other, training, check_resume(training))
+    assert "\n  features.projections.0.weight: [4, 4] -> [2, 4]\n" in str(refusal.value)
+    assert "model.head" not in str(refusal.value) and other.loaded == []
 
 
 def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path):

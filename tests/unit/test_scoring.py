@@ -7,13 +7,23 @@ import numpy as np
 import pytest
 
 from pipeline.cache import read_shard
+from pipeline.columns import Column
 from pipeline.config_targets import TopK
-from pipeline.datasets import write_sequences
+from pipeline.datasets import DatasetEntry, write_sequences
+from pipeline.errors import CacheError
+from pipeline.features import FeatureRule, features_of
 from pipeline.fingerprint import digest_ids
 from pipeline.layout import Layout
 from pipeline.records import TokenSequence
 from teachers.engine import CapturedRows
-from teachers.scoring import Output, ScoredShard, ScoringTask, siblings_together
+from teachers.scoring import (
+    TASK_BYTES,
+    Output,
+    ScoredShard,
+    ScoringTask,
+    plan_scoring,
+    siblings_together,
+)
 from teachers.siblings import Earlier, Siblings
 
 WIDTH = 4
@@ -25,6 +35,9 @@ class Recorder:
 
     def __init__(self) -> None:
         self.asked: list[int] = []
+
+    def describe(self) -> dict[str, str | float]:
+        return {"engine": "recorder", "load_seconds": 1.5}
 
     async def score(
         self,
@@ -66,7 +79,7 @@ def scored(root: Path, sequences: list[TokenSequence]) -> tuple[Recorder, Scored
     shard = write_sequences(layout, "d", sequences)
     cache = layout.cache("t", "0" * 32)
     identifiers = tuple(each.sequence_id for each in sequences)
-    output = Output("t", cache, "0" * 32, TopK(type="top_k", max_entries=2))
+    output = Output("t", cache, "0" * 32, TopK(type="top_k", max_entries=2), 8)
     task = ScoringTask(f"{root}/{shard}", identifiers, (output,))
     teacher = Recorder()
     report = asyncio.run(task.run(teacher))  # pyright: ignore[reportArgumentType]
@@ -95,6 +108,35 @@ def test_the_report_counts_what_the_prefix_cache_did(
 ) -> None:
     _, report, _ = scored(tmp_path, sequences)
     assert (report.num_tokens, report.num_cached_tokens, report.num_rescored) == (9 * 12, 9 * 2, 3)
+
+
+def test_shards_of_whole_states_stay_small(tmp_path: Path) -> None:
+    """A sequence shard of 512k positions, whose states of one layer alone would take 4 GiB."""
+    layout, states = Layout(str(tmp_path), "run"), features_of("t")
+    entries = [
+        DatasetEntry(f"{i:04d}", "p", "d", "train", ("t",), "sequences/d/x.parquet", 600, positions)
+        for i, positions in enumerate([512] * 1000 + [100_000, 1, 512])
+    ]
+    outputs = [
+        Output("t", layout.cache("t", "0" * 32), "0" * 32, TopK(type="top_k", max_entries=8), 47),
+        Output(states, layout.cache(states, "0" * 32), "0" * 32, FeatureRule((3,), None, 0), 8192),
+    ]
+    tasks = plan_scoring(str(tmp_path), [(output, entries) for output in outputs])
+    found = [identifier for task in tasks for identifier in task.sequence_ids]
+    assert found == [entry.sequence_id for entry in entries], "each once, in order"
+    positions = {entry.sequence_id: entry.num_positions for entry in entries}
+    sizes = [8239 * sum(positions[i] for i in task.sequence_ids) for task in tasks]
+    assert [len(task) for task in tasks if task.sequence_ids[0] == "1000"] == [1]
+    assert sorted(sizes)[-2] <= TASK_BYTES < sorted(sizes)[-1], "one sequence is not cut"
+    assert len(tasks) == 8 + 1 + 1
+    (task,) = plan_scoring(str(tmp_path), [(outputs[0], entries)])
+    assert len(task) == len(entries), "distributions alone are small enough"
+
+
+def test_a_column_of_more_than_its_offsets_can_count_is_refused() -> None:
+    two_bytes = np.broadcast_to(np.uint16(0), 2**30)
+    with pytest.raises(CacheError, match=r"take 2147483648 bytes .* `scoring.features"):
+        Column(two_bytes, np.array([0, 5, 2**30])).to_arrow()
 
 
 class Cached:

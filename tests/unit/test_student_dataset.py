@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from hypothesis import example as case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,13 +14,20 @@ from pipeline.datasets import DatasetEntry, write_sequences
 from pipeline.errors import TrainingError
 from pipeline.layout import Layout
 from pipeline.records import SparseLogprobs, TokenSequence
-from students.batches import SHUFFLE_WINDOW_SHARDS, DataOrder
+from students.batches import WINDOW_POSITIONS, WINDOW_SHARDS, DataOrder
 from students.dataset import Example, Examples
 from students.divergences import LossTerm
 from students.losses import distillation_loss
 from students.micro_batch import MicroBatch
 from students.outcomes import figure_names
-from students.packing import NOTHING, pack, plan_micro_batches, refuse_long_sequences
+from students.packing import (
+    NOTHING,
+    group_size,
+    pack,
+    plan_groups,
+    plan_micro_batches,
+    refuse_long_sequences,
+)
 
 SHARDS = st.lists(st.integers(0, 60), min_size=1, max_size=120).map(
     lambda codes: [f"shard{code}" for code in codes]
@@ -33,11 +41,16 @@ TERMS = (
 )
 
 
+def data_order(shards, *arguments, each=7, **options):
+    """Of sequences of so many positions each."""
+    return DataOrder(shards, [each] * len(shards), *arguments, **options)
+
+
 @given(shards=SHARDS, seed=st.integers(0, 2**32), epoch=st.integers(0, 5))
 def test_every_epoch_holds_every_sequence_once_and_is_a_pure_function(shards, seed, epoch):
-    order = DataOrder(shards, seed, DIGEST, 3).epoch(epoch)
+    order = data_order(shards, seed, DIGEST, 3).epoch(epoch)
     assert sorted(order) == list(range(len(shards)))
-    used = DataOrder(shards, seed, DIGEST, 7)
+    used = data_order(shards, seed, DIGEST, 7)
     for other in (epoch + 2, 0, epoch + 1):  # what was asked for before leaves no trace
         used.epoch(other)
     assert np.array_equal(used.epoch(epoch), order)
@@ -45,7 +58,7 @@ def test_every_epoch_holds_every_sequence_once_and_is_a_pure_function(shards, se
 
 def test_seed_epoch_and_digest_each_change_the_order():
     def order(seed=1, epoch=0, digest=DIGEST):
-        return DataOrder(["shard"] * 50, seed, digest, 1).epoch(epoch).tolist()
+        return data_order(["shard"] * 50, seed, digest, 1).epoch(epoch).tolist()
 
     orders = [order(), order(seed=2), order(epoch=1), order(digest="e" * 32)]
     assert len({tuple(found) for found in orders}) == 4
@@ -55,23 +68,44 @@ def test_seed_epoch_and_digest_each_change_the_order():
 
 @given(shards=SHARDS, size=st.integers(1, 40), steps=st.integers(1, 12))
 def test_batches_cut_the_epochs_end_to_end(shards, size, steps):
-    order = DataOrder(shards, 0, DIGEST, size)
+    order = data_order(shards, 0, DIGEST, size)
     batches = [order.batch(step) for step in range(steps)]
     assert all(len(batch) == size for batch in batches)
     epochs = [order.epoch(n) for n in range(-(-steps * size // len(shards)))]
     assert np.array_equal(np.concatenate(batches), np.concatenate(epochs)[: steps * size])
     # a resumed training asks for a later batch first
-    assert np.array_equal(DataOrder(shards, 0, DIGEST, size).batch(steps - 1), batches[-1])
+    assert np.array_equal(data_order(shards, 0, DIGEST, size).batch(steps - 1), batches[-1])
+
+
+@given(shards=SHARDS, sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)))
+def test_batches_of_another_size_go_on_where_those_before_ended(shards, sizes):
+    before, after = sizes
+    first = data_order(shards, 0, DIGEST, before)
+    begun = np.concatenate([first.batch(step) for step in range(5)])
+    order = data_order(shards, 0, DIGEST, after, origin=5 * before - 5 * after)
+    found = np.concatenate([begun, *(order.batch(step) for step in range(5, 8))])
+    epochs = [order.epoch(n) for n in range(-(-len(found) // len(shards)))]
+    assert np.array_equal(found, np.concatenate(epochs)[: len(found)])
 
 
 def test_sequences_are_shuffled_within_windows_of_shards():
     """A reader holds a window's shards decoded; more would be read again and again."""
-    shards = [f"shard{n // 4}" for n in range(4 * 3 * SHUFFLE_WINDOW_SHARDS)]
-    order = DataOrder(shards, 0, DIGEST, 1).epoch(0)
+    shards = [f"shard{n // 4}" for n in range(4 * 3 * WINDOW_SHARDS)]
+    order = data_order(shards, 0, DIGEST, 1).epoch(0)
     for window in np.split(order, 3):
-        assert len({shards[i] for i in window}) == SHUFFLE_WINDOW_SHARDS
+        assert len({shards[i] for i in window}) == WINDOW_SHARDS
         runs = [shards[a] == shards[b] for a, b in pairwise(window)]
         assert np.mean(runs) < 0.2
+
+
+@pytest.mark.parametrize(("each", "most"), [(WINDOW_POSITIONS // 12, 3), (WINDOW_POSITIONS, 1)])
+def test_windows_of_large_shards_hold_fewer(each, most):
+    """Of 4 sequences a shard; whatever their size, an epoch holds every sequence once."""
+    shards = [f"shard{n // 4}" for n in range(4 * 12)]
+    order = data_order(shards, 0, DIGEST, 1, each=each).epoch(0)
+    assert sorted(order) == list(range(len(shards)))
+    for window in np.split(order, 12 // most):
+        assert len({shards[i] for i in window}) == most
 
 
 @given(lengths=LENGTHS, extra=st.integers(0, 100), world_size=st.integers(1, 5))
@@ -98,6 +132,27 @@ def test_padded_plans_count_padding_and_leave_a_rank_idle_only_without_work(
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     assert all(len(g) * max(lengths[i] for i in g) <= budget for g in groups if g)
     assert groups.count([]) == 0 or max(map(len, groups)) == 1
+
+
+@given(
+    lengths=LENGTHS,
+    extra=st.integers(0, 100),
+    world_size=st.integers(1, 3),
+    together=st.integers(1, 5),
+    padded=st.booleans(),
+)
+@case([10] * 4 + [13, 13, 12], 40, 1, 4, True)
+def test_groups_stay_together_within_the_budget(lengths, extra, world_size, together, padded):
+    """The last group may be incomplete, and the one with the longest rows."""
+    groups = [lengths[i : i + together] for i in range(0, len(lengths), together)]
+    budget = max(group_size(group, padded) for group in groups) + extra
+    plan = plan_groups(lengths, budget, world_size, padded, together)
+    assert len({len(rows) for rows in plan}) == 1 and len(plan) == world_size
+    batches = [row for rank in plan for row in rank]
+    assert sorted(i for row in batches for i in row) == list(range(len(lengths)))
+    where = {i: n for n, row in enumerate(batches) for i in row}
+    assert all(where[i] == where[i - i % together] for i in range(len(lengths)))
+    assert all(group_size([lengths[i] for i in row], padded) <= budget for row in batches if row)
 
 
 @given(lengths=LENGTHS, world_size=st.integers(1, 4))

@@ -4,11 +4,18 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from pipeline.config_training import StudentConfig
 from pipeline.errors import TrainingError
 from students.dataset import Example
 from students.divergences import LossTerm
 from students.micro_batch import MicroBatch
-from students.model import StudentModule, check_architecture, logit_softcap, refuse_head_settings
+from students.model import (
+    StudentModule,
+    build_student,
+    check_architecture,
+    logit_softcap,
+    refuse_head_settings,
+)
 from students.packing import pack
 from tests.support.loss_reference import reference_loss
 
@@ -70,3 +77,14 @@ def test_other_settings_of_the_head_are_still_refused():
     refuse_head_settings({"final_logit_softcapping": 30.0, "logit_scale": 1.0})
     with pytest.raises(TrainingError, match=r"logit_scale=0\.5"):
         refuse_head_settings({"logit_scale": 0.5})
+
+
+def test_a_pretrained_student_is_never_unpickled(gemma, tmp_path):
+    gemma.save_pretrained(tmp_path)
+    student = StudentConfig(model=str(tmp_path), initialization="pretrained")
+    loaded = build_student(student, seed=0).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in gemma.state_dict().items())
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(gemma.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(TrainingError, match="cannot load the student"):
+        build_student(student, seed=0)

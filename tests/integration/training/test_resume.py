@@ -13,10 +13,13 @@ import ray
 
 from pipeline.config_training import CrossEntropy
 from pipeline.datasets import read_dataset, write_dataset
-from pipeline.errors import TrainingError
+from pipeline.errors import StorageError, TrainingError
+from pipeline.storage import read_json
+from students.batches import DataOrder
 from students.checkpoint import latest_complete
 from students.export import export_student
 from students.launch import remove_stale_build_locks, train_student
+from tests.support.disks import small_disk
 from tests.support.trainings import (
     STEPS,
     TOLERANCE,
@@ -91,6 +94,29 @@ def test_resume_on_other_workers_and_at_other_stages(run, reference, material, s
             )
 
 
+def test_a_full_disk_is_told_once_and_training_goes_on_when_there_is_room(
+    run, material, reference, tmp_path
+):
+    with small_disk(tmp_path / "disk", mebibytes=8) as disk:
+        if not disk.mounted:
+            pytest.skip("a disk that fills up is a tmpfs here: mounting one needs root")
+        job = make_job(material, "full", max_failures=2)
+        job = dataclasses.replace(
+            job, layout=dataclasses.replace(job.layout, models_root=str(disk.folder))
+        )
+        with pytest.raises(InterruptedError):
+            run(job, stop_before=3)
+        # Room for metrics and Ray Train's own files; a checkpoint has 200 KB.
+        disk.fill(leave_bytes=100_000)
+        with pytest.raises(StorageError) as told:
+            train_student(job)
+        assert all(part in str(told.value) for part in disk.message_parts), told.value
+        assert latest_complete(job.folder).name == "step-00000002"
+        disk.free()
+        assert train_student(job)["steps"] == STEPS[-1]
+        assert curve(job) == pytest.approx(curve(reference[0]), rel=TOLERANCE)
+
+
 def test_resume_of_another_training_is_refused(run, material):
     broken = make_job(material, "moved")
     with pytest.raises(InterruptedError):
@@ -134,6 +160,21 @@ def test_an_allowed_change_holds_after_the_resume(run, material, tmp_path):
     assert "training.weight_decay: 0.1 -> 0.9" in card
 
 
+def test_batches_of_another_size_skip_no_data_and_repeat_none(run, material):
+    """Four steps of 8 sequences before the resume and two of 4 after it."""
+    with pytest.raises(InterruptedError):
+        run(make_job(material, "smaller"), stop_before=5)
+    options = {"sequences_per_step": 4, "allow_resume_with": ["training.sequences_per_step"]}
+    job = run(make_job(material, "smaller", loader_processes=2, **options))
+    assert steps_of(job) == STEPS
+    entries = read_dataset(job.layout, job.dataset_digest)
+    train = [entry for entry in entries if entry.split == "train"]
+    positions = [e.num_positions for e in train]
+    order = DataOrder([e.shard for e in train], positions, job.config.seed, job.dataset_digest, 1)
+    seen = [train[i].num_tokens for place in range(4 * 8 + 2 * 4) for i in order.batch(place)]
+    assert read_json(job.summary_path)["tokens"] == sum(seen)
+
+
 def test_a_killed_worker_is_replaced_and_training_goes_on_exactly(
     run, cluster, material, monkeypatch, tmp_path
 ):
@@ -170,6 +211,27 @@ def dying_worker(marker, lock):
         original(config)
 
     return worker
+
+
+def test_all_workers_resume_from_one_checkpoint_whatever_each_sees(run, material, monkeypatch):
+    """Rank 1's node does not see the newest checkpoint yet."""
+    whole = run(make_job(material, "fresh", workers=2, zero_stage=2))
+    job = make_job(material, "stale", workers=2, zero_stage=2)
+    with pytest.raises(InterruptedError):
+        run(job, stop_before=5)
+    monkeypatch.setattr("students.launch._worker", worker_with_an_old_listing)
+    train_student(job)
+    assert steps_of(job) == STEPS
+    assert curve(job) == curve(whole)
+
+
+def worker_with_an_old_listing(config):
+    import students.checkpoint
+    import students.launch
+
+    if ray.train.get_context().get_world_rank() == 1:
+        students.checkpoint.latest_complete = lambda folder: None
+    students.launch._worker(config)
 
 
 def test_a_killed_trainer_actor_ends_the_run_and_the_next_goes_on_exactly(
@@ -220,6 +282,8 @@ def test_only_locks_without_a_living_builder_are_removed(tmp_path):
     for name in ("dead", "alive"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "lock").touch()
+    (tmp_path / "released").mkdir()
+    (tmp_path / "released" / "lock").symlink_to("gone by the time it is looked at")
     with (tmp_path / "alive" / "lock").open():
         assert remove_stale_build_locks(tmp_path) == [tmp_path / "dead" / "lock"]
     assert (tmp_path / "alive" / "lock").exists()

@@ -50,7 +50,8 @@ def test_summary_metrics_and_checkpoints(reference):
     assert len(list(Path(job.folder, "checkpoints").iterdir())) == 2
     entries = {e.sequence_id: e for e in read_dataset(job.layout, job.dataset_digest)}
     train = [entry for entry in entries.values() if entry.split == "train"]
-    order = DataOrder([e.shard for e in train], job.config.seed, job.dataset_digest, 8)
+    positions = [e.num_positions for e in train]
+    order = DataOrder([e.shard for e in train], positions, job.config.seed, job.dataset_digest, 8)
     seen = [train[i].num_tokens for step in range(6) for i in order.batch(step)]
     assert summary["tokens"] == sum(seen)
 
@@ -84,7 +85,8 @@ def test_the_loss_counts_the_tokens_of_the_loss_spans_and_no_others(reference):
     """The first step's cross-entropy, from a plain forward of one sequence at a time."""
     job, *_ = reference
     entries = [e for e in read_dataset(job.layout, job.dataset_digest) if e.split == "train"]
-    order = DataOrder([e.shard for e in entries], job.config.seed, job.dataset_digest, 8)
+    positions = [e.num_positions for e in entries]
+    order = DataOrder([e.shard for e in entries], positions, job.config.seed, job.dataset_digest, 8)
     model, total, count = build_student(job.config.student, job.config.seed), 0.0, 0
     for i in order.batch(0):
         shard = read_sequences(str(Path(job.layout.root, entries[i].shard)))
