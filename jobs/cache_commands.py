@@ -57,6 +57,7 @@ def add_to(
             command.add_argument(
                 "--force", action="store_true", help="into a new generation, rows or not"
             )
+    add("retry", _retry, "forget what was quarantined: the next run asks for it again")
     command = add("show", _show, "one sequence, token by token")
     _teacher(command, "of one teacher only")
     command.add_argument(
@@ -119,6 +120,12 @@ def _verify(options: argparse.Namespace) -> None:
         verify.verify_inside_job(config, *asked, _say)
     else:
         verify.verify_rows(config, options.address, *asked, _say)
+
+
+def _retry(options: argparse.Namespace) -> None:
+    from jobs.caches import retry
+
+    _say(retry(_load(options)))
 
 
 def _show(options: argparse.Namespace) -> None:

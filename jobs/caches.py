@@ -6,6 +6,7 @@ Each takes a run as it was last prepared. Nothing here starts a cluster.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ from jobs.plan import layout_of, read_record
 from pipeline import interop, storage
 from pipeline.cache import write_shard
 from pipeline.cache_gc import describe_garbage, find_garbage, remove_garbage
-from pipeline.cache_index import missing_sequences, open_cache, publish
+from pipeline.cache_index import forget_quarantined, missing_sequences, open_cache, publish
 from pipeline.cache_show import find_sequence, token_table
 from pipeline.cache_status import expected_recipes, status_table, teacher_status
 from pipeline.cache_verify import CheckedCache, check_cache
@@ -30,7 +31,9 @@ from pipeline.prepared import Prepared, preparation_key
 from pipeline.recipes import provenance_of
 from pipeline.records import SparseLogprobs, TokenSequence
 from pipeline.rounds import rounds_of
+from pipeline.synthesis_index import forget_errors
 from pipeline.text import closest
+from teachers.judging import forget_ungraded
 from teachers.layers import text_config
 from teachers.vocabulary import load_tokenizer
 
@@ -243,6 +246,39 @@ def import_distillkit(run: RunCaches, teacher: str, folder: str) -> str:
         f"verify CONFIG --teacher {name} --rescore {min(imported, 100)}` compares rows with what "
         "the teacher says"
     )
+
+
+def retry(config: Config) -> str:
+    """Forgets what was quarantined: the run's next start asks for it again.
+
+    That is prompts whose answer or rewriting failed, answers that a judge could not grade, and
+    sequences that a teacher could not score.
+    """
+    found: Counter[str] = Counter()
+    for each in rounds_of(config):
+        layout = layout_of(each)
+        if not storage.exists(layout.prepared):
+            continue
+        prepared = Prepared(**storage.read_json(layout.prepared))
+        for digest in set(prepared.synthesis_digests.values()):
+            found["prompts"] += forget_errors(layout, digest)
+        rules = prepared.filters_before_scoring + prepared.filters_after_scoring
+        grades = sum(
+            forget_ungraded(layout, digest_json(rule["rubric"]))
+            for rule in rules
+            if rule["type"] == "judge"
+        )
+        if grades:
+            found["grades"] += grades
+            for stage in ("synthesize", "score"):  # where filters run
+                if record := read_record(layout, stage):
+                    storage.write_json(layout.stage_record(stage), record | {"key": ""})
+        dataset = _dataset_of(each)
+        entries = [] if dataset is None else read_dataset(layout, dataset)
+        for cache in prepared.caches(layout).values():
+            found["rows"] += forget_quarantined(cache, {entry.sequence_id for entry in entries})
+    told = ", ".join(f"{count} {what}" for what, count in found.items() if count)
+    return f"to be asked again by the next run: {told}" if told else "nothing is quarantined"
 
 
 def collect_garbage(config: Config, dry_run: bool, unfinished: bool) -> str:

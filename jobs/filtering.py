@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -169,7 +170,10 @@ def _grades(
     rule: Judge,
     candidates: Sequence[Candidate],
 ) -> Mapping[str, int | None]:
-    """The grades of all candidates; those without one are graded now, and `took` says how long."""
+    """The grades of all candidates; those without one are graded now, and `took` says how long.
+
+    What is too long for the judge is left out, and asked once its engine holds it.
+    """
     name = rule.teacher
     identity, teacher = prepared.identities[name], config.teachers[name]
     recipe = digest_json(judging_recipe(config, rule, identity, prepared.tokenizer_hash))
@@ -177,20 +181,23 @@ def _grades(
     questions = [
         (c.entry.sequence_id, _question(rubric, prompts[c.entry.prompt_id], c)) for c in candidates
     ]
-    template = JudgingTask(
-        layout, recipe, (), config.student, teacher.max_model_len, not teacher.returns_text
-    )
+    template = JudgingTask(layout, recipe, (), config.student, not teacher.returns_text)
     known = read_grades(layout, recipe)
-    tasks = plan_judging(template, questions, known, config.synthesis.prompts_per_shard)
     tokenizer, _ = student_tokenizer(config.student)
-    sizes = (len(prompt_ids(tokenizer, asked)) for task in tasks for _, asked in task.questions)
-    need = max(sizes, default=1) + template.max_tokens
+    needs = {
+        name: len(prompt_ids(tokenizer, question)) + template.max_tokens
+        for name, question in questions
+        if name not in known
+    }
+    room = teacher.max_model_len or math.inf
+    new = [(name, asked) for name, asked in questions if name in needs and needs[name] <= room]
+    tasks = plan_judging(template, new, config.synthesis.prompts_per_shard)
     job = pool_job(
         config,
         name,
         prepared,
         tasks,
-        min_model_len=min(need, template.max_model_len or need),
+        min_model_len=max((needs[name] for name, _ in new), default=1),
         num_logprobs=0,
         unit="answers",
     )

@@ -20,7 +20,7 @@ from pipeline.prepared import Prepared, load_prepared
 from pipeline.prompts import load_prompts, read_prompts
 from pipeline.rounds import is_asked, rounds_of
 from pipeline.synthesis_index import new_prompts
-from pipeline.synthesis_steps import walk
+from pipeline.synthesis_steps import Step, walk
 from pipeline.training import training_jobs
 
 STAGES = ("prepare", "synthesize", "score", "train", "export", "evaluate")
@@ -88,7 +88,9 @@ def make_plan(config: Config) -> list[StagePlan]:
     plans = [StagePlan("prepare", 0, _counts(prepared.prompt_counts))]
     prompts = load_prompts(layout, prepared.prompts)
     unanswered = {
-        work.step.label: len(new_prompts(layout, work.digest, work.prompts))
+        work.step.label: len(
+            new_prompts(layout, work.digest, work.prompts, _room(config, work.step))
+        )
         for work in walk(config, layout, prepared, prompts)
     }
     digest = dataset_of(config, layout, prepared)
@@ -105,6 +107,12 @@ def make_plan(config: Config) -> list[StagePlan]:
         done = done and all(storage.exists(path) for path in _outputs(config, layout, stage))
         plans.append(StagePlan(stage, 0 if done else 1, "complete" if done else "to do"))
     return plans
+
+
+def _room(config: Config, step: Step) -> int | None:
+    """Tokens that the engine of a step holds, where the step leaves out what is longer."""
+    is_writing = isinstance(step.recipe, Writing)
+    return config.teachers[step.generator].max_model_len if is_writing else None
 
 
 def plan_score(

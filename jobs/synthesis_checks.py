@@ -9,7 +9,15 @@ from pipeline import storage
 from pipeline.checkers import find_checker
 from pipeline.config import Config
 from pipeline.config_endpoint import EndpointTeacherConfig
-from pipeline.config_recipes import STUDENT, Answer, Answering, Complete, GivenAnswers, Writing
+from pipeline.config_recipes import (
+    STUDENT,
+    Answer,
+    Answering,
+    Complete,
+    GivenAnswers,
+    Paraphrase,
+    Writing,
+)
 from pipeline.config_synthesis import Balance, Filter, Judge
 from pipeline.errors import ConfigError
 from pipeline.filters import filter_identity
@@ -42,6 +50,8 @@ def check_sampling(config: Config) -> None:
         sampling = sampling_of(step.recipe, step.generator)
         answering = isinstance(step.recipe, Answering)
         samples = step.recipe.samples_per_prompt if isinstance(step.recipe, Answering) else 1
+        if isinstance(step.recipe, Paraphrase):
+            samples = step.recipe.versions
         teacher = config.generator(step.generator)
         apis = {teacher.endpoint.api} if isinstance(teacher, EndpointTeacherConfig) else set()
         try:
@@ -183,6 +193,7 @@ def filter_identities(
             judging_recipe(config, rule, identities[rule.teacher], tokenizer_hash)
             if isinstance(rule, Judge)
             else None,
+            config.teachers[rule.teacher].max_model_len if isinstance(rule, Judge) else None,
         )
         for rule in rules
     ]

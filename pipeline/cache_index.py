@@ -16,7 +16,7 @@ import json
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, Generic, TypeVar
 
@@ -262,6 +262,14 @@ def quarantined(cache: CacheLayout) -> dict[str, str]:
         for info in files
     ]
     return {record["sequence_id"]: record["error"] for record in records}
+
+
+def forget_quarantined(cache: CacheLayout, sequence_ids: Collection[str]) -> int:
+    """Makes those of the sequences missing that were quarantined; returns how many they are."""
+    found = [identifier for identifier in quarantined(cache) if identifier in sequence_ids]
+    for identifier in found:
+        storage.remove(storage.join(cache.quarantine, f"{identifier}.json"))
+    return len(found)
 
 
 def missing_sequences(entries: Iterable[DatasetEntry], cache: CacheLayout) -> list[DatasetEntry]:

@@ -14,7 +14,12 @@ from pipeline.text import closest
 
 CheckAnswer = Callable[[str, str], bool]
 
-_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
+# A sign stands before a number and not between two; a leading point not behind a word (`No.5`).
+_NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)])[-+\u2212])?"
+    r"(?:(?P<over>(?<![\d/.,])\d+)/(?P<under>0*[1-9]\d*)(?![\d/])"
+    r"|(?P<plain>\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+))"
+)
 
 
 def exact(answer: str, reference: str) -> bool:
@@ -29,10 +34,19 @@ def number(answer: str, reference: str) -> bool:
 
 
 def final_number(text: str) -> float | None:
-    """The number after the last `####` (GSM8K's mark), else the last of the text, else None."""
+    """The number after the last `####` (GSM8K's mark), else the last of the text, else None.
+
+    Numbers are such as `-3`, `1,234.5`, `.5` and `1/2`.
+    """
     marked = text.rsplit("####", 1)
-    found = _NUMBER.findall(marked[1]) if len(marked) == 2 else _NUMBER.findall(text)[-1:]
-    return float(found[0].replace(",", "")) if found else None
+    found = list(_NUMBER.finditer(marked[-1]))
+    return _value(found[0 if len(marked) == 2 else -1]) if found else None
+
+
+def _value(found: re.Match[str]) -> float:
+    plain = found["plain"]
+    size = float(plain.replace(",", "")) if plain else int(found["over"]) / int(found["under"])
+    return size if found["sign"] in (None, "+") else -size
 
 
 CHECKERS: dict[str, CheckAnswer] = {"exact": exact, "number": number}

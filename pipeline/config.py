@@ -15,10 +15,11 @@ from pipeline.config_base import Count, ModelFiles, Name, Resources, Section
 from pipeline.config_endpoint import EndpointTeacherConfig, check_endpoints
 from pipeline.config_prompts import PromptsConfig
 from pipeline.config_recipes import DATASET_GENERATOR, STUDENT, Answer, Answering, Complete, Writing
-from pipeline.config_synthesis import Checker, Judge, SynthesisConfig, scoring_teacher
+from pipeline.config_synthesis import BestOf, Checker, Judge, SynthesisConfig, scoring_teacher
 from pipeline.config_targets import (
     ByDomainWeights,
     CombineConfig,
+    FeatureStorage,
     HeadAndSampled,
     Sampled,
     ScoringConfig,
@@ -226,6 +227,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _stored_states_are_used(self) -> Config:
+        if not self.training.teacher_layers and self.scoring.features != FeatureStorage():
+            raise ValueError(
+                "scoring.features says how hidden states are stored, and no loss needs any: leave "
+                "it out, or add one to training.losses"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _losses_name_teachers(self) -> Config:
         for teacher in self.training.teacher_layers:
             if teacher not in self.teachers:
@@ -287,6 +297,14 @@ class Config(Section):
     def _answering(self) -> list[Answer | Complete]:
         return [recipe for recipe in self.synthesis.recipes if isinstance(recipe, Answering)]
 
+    def generators_of(self, recipe: Answer | Complete) -> list[str]:
+        """Who answers in a recipe."""
+        if recipe.by == "every_teacher":
+            return list(self.teachers)
+        if recipe.by == "domain_teacher":
+            return [name for name, teacher in self.teachers.items() if teacher.domains]
+        return [recipe.by]
+
     @model_validator(mode="after")
     def _recipes_name_teachers(self) -> Config:
         choices = {*self.teachers, "domain_teacher", "every_teacher", STUDENT}
@@ -302,6 +320,11 @@ class Config(Section):
                 if name not in self.teachers:
                     hint = closest(name, self.teachers)
                     raise ValueError(f"{place} names the teacher {name!r}; {hint}")
+                if isinstance(recipe, Answering) and name not in self.generators_of(recipe):
+                    raise ValueError(
+                        f"{place} has a sampling_of {name!r}, who does not write in it: it is by "
+                        f"{recipe.by}"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -340,6 +363,12 @@ class Config(Section):
                 raise ValueError(
                     f"{place} needs cached rows of {teacher!r}, which does not score; it can be "
                     f"of {self.scoring_teachers}"
+                )
+            most = self.synthesis.most_answers(len(self.teachers))
+            if isinstance(rule, BestOf) and rule.keep >= most:
+                raise ValueError(
+                    f"{place} keeps {rule.keep} answers to a prompt, and there are at most {most}: "
+                    "lower keep, or leave the filter out"
                 )
             generators = {*self.teachers, STUDENT, DATASET_GENERATOR}
             for name in rule.spares:

@@ -47,3 +47,13 @@ class PromptsConfig(Section):
     """How an answer is compared with its reference: `exact` text, final `number`, or the dotted
     path of a function `(answer, reference) -> bool` of an installed package.
     """
+
+    @model_validator(mode="after")
+    def _fractions_are_of_something(self) -> PromptsConfig:
+        is_split = all(source.split is not None for source in self.sources)
+        if is_split and (self.validation_fraction or self.holdout_fraction):
+            raise ValueError(
+                "every source has a `split`, so validation_fraction and holdout_fraction would do "
+                "nothing: leave them out, or take the `split` from a source"
+            )
+        return self

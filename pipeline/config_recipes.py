@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config_base import Count, Name, Section
 
@@ -90,6 +90,12 @@ class Evolve(Section):
     """Text files with `{prompt}` in them; pipeline/templates/evolve_<way>.txt for other ways."""
     keep_input: bool = True
     """Hand on the prompts that it reads, beside those that it writes."""
+
+    @model_validator(mode="after")
+    def _templates_are_of_its_ways(self) -> Evolve:
+        if unused := sorted(self.templates.keys() - set(self.ways)):
+            raise ValueError(f"templates of {unused}, which are not among its ways {self.ways}")
+        return self
 
 
 class SelfInstruct(Section):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config_base import Count, Fraction, Name, Positive, Section
+from pipeline.config_base import Count, Name, Positive, Section
 from pipeline.config_recipes import Answering, Recipe, Writing
 
 Script = Literal[
@@ -45,7 +45,7 @@ class Alphabet(FilterSection):
     type: Literal["alphabet"]
     scripts: Annotated[list[Script], Field(min_length=1)]
     """Alphabets that an answer may use; digits, marks and spaces belong to every one."""
-    min_share: Fraction
+    min_share: Annotated[float, Field(gt=0, le=1)]
     """Smallest share of an answer's letters that belong to them."""
 
 
@@ -55,7 +55,7 @@ class Repetition(FilterSection):
     type: Literal["repetition"]
     ngram: Annotated[int, Field(ge=1)]
     """Tokens of the n-grams that are looked at."""
-    max_share: Fraction
+    max_share: Annotated[float, Field(ge=0, lt=1)]
     """Largest share of an answer's n-grams that stood in it before."""
 
 
@@ -95,7 +95,8 @@ class Contamination(FilterSection):
     """Drops what shares n-grams with the hold-out prompts or with evaluation files.
 
     Hold-out sequences are left alone. Words are compared without case and marks (n-grams of 13
-    words as in Brown et al., arXiv 2005.14165); a shorter text is met only as a whole.
+    words as in Brown et al., arXiv 2005.14165), in scripts without spaces by character; a shorter
+    text is met only as a whole prompt.
     """
 
     type: Literal["contamination"]
@@ -240,7 +241,7 @@ class SynthesisConfig(Section):
         for i, rule in enumerate(self.filters):
             if rule in self.filters[:i]:
                 raise ValueError(f"filters.{i} ({rule.type}) stands there twice; leave one out")
-            if isinstance(rule, Agreement | BestOf) and not self._has_choice:
+            if isinstance(rule, Agreement | BestOf) and self.most_answers(2) < 2:
                 raise ValueError(
                     f"filters.{i} ({rule.type}) compares the answers to a prompt, and there is "
                     "one each: raise samples_per_prompt, let every_teacher answer, or leave the "
@@ -248,12 +249,15 @@ class SynthesisConfig(Section):
                 )
         return self
 
-    @property
-    def _has_choice(self) -> bool:
-        """Whether a prompt can have several answers."""
-        asking = [recipe for recipe in self.recipes if isinstance(recipe, Answering)]
-        several = (r.samples_per_prompt > 1 or r.by == "every_teacher" for r in asking)
-        return len(asking) > 1 or any(several)
+    def most_answers(self, num_teachers: int) -> int:
+        """How many answers a prompt can have."""
+        answering = [recipe for recipe in self.recipes if not isinstance(recipe, Writing)]
+        asking = [recipe for recipe in answering if isinstance(recipe, Answering)]
+        asked = (
+            recipe.samples_per_prompt * (num_teachers if recipe.by == "every_teacher" else 1)
+            for recipe in asking
+        )
+        return sum(asked) + len(answering) - len(asking)
 
 
 def scoring_teacher(rule: Filter) -> str | None:

@@ -42,6 +42,8 @@ FILTERS: dict[str, Callable[[Any, Sequence[Candidate], Evidence], dict[int, str]
     "balance": balance,
     "perplexity": perplexity,
 }
+VERSION = 2
+"""Of what the filters drop; raised where one of them, or a shipped checker, judges otherwise."""
 EXAMPLES_SHOWN = 5
 NEEDED_SPLITS = ("train", "holdout")
 
@@ -95,18 +97,22 @@ def run_filters(
 
 
 def filter_identity(
-    rule: Filter, checker_name: str | None, judge_recipe: Mapping[str, Any] | None = None
+    rule: Filter,
+    checker_name: str | None,
+    judge_recipe: Mapping[str, Any] | None = None,
+    judge_room: int | None = None,
 ) -> dict[str, Any]:
     """What decides which answers a filter keeps, as a JSON value: contents instead of paths.
 
     Args:
         judge_recipe: of a judge.
+        judge_room: tokens that a judge's engine holds; it grades nothing that is longer.
 
     Raises:
         ConfigError: the checker does not exist.
         StorageError: an evaluation file does not exist.
     """
-    identity = rule.model_dump(mode="json")
+    identity = rule.model_dump(mode="json") | {"version": VERSION}
     if isinstance(rule, CheckerFilter):
         assert checker_name is not None, "the config refuses the filter without a checker"
         identity["checker"] = checker_identity(checker_name)
@@ -116,7 +122,7 @@ def filter_identity(
             for file in rule.files
         ]
     if judge_recipe is not None:
-        identity["rubric"] = judge_recipe
+        identity |= {"rubric": judge_recipe, "room": judge_room}
     return identity
 
 

@@ -24,7 +24,12 @@ from pipeline.prompts import numbered_rows
 from pipeline.records import Candidate, Evidence
 
 NUM_PERMUTATIONS = 128
-_WORD = re.compile(r"\w+")
+# Thai, Lao, Burmese, Khmer, kana and ideographs: written without spaces, a character is a word.
+_UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30fa\u30fc-\u30ff\u3400-\u9fff"
+    r"\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 
 
 def exact_duplicate(
@@ -125,7 +130,7 @@ def jaccard(one: set[str], two: set[str]) -> float:
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text, without case and marks."""
+    """The words of a text, without case and marks; where a script has no spaces, its characters."""
     return _WORD.findall(text.lower())
 
 

@@ -75,7 +75,7 @@ def judge(rule: Judge, candidates: Sequence[Candidate], evidence: Evidence) -> d
     grades = evidence.grade(rule, candidates)
     dropped = {}
     for i, candidate in enumerate(candidates):
-        grade = grades[candidate.entry.sequence_id]
+        grade = grades.get(candidate.entry.sequence_id)
         if grade is None:
             dropped[i] = f"{rule.teacher} could not grade it"
         elif grade < rule.min_grade:

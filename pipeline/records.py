@@ -219,7 +219,8 @@ class Evidence:
     Attributes:
         checker: of answer and reference; None when the run has none.
         holdout_prompts: the words of the hold-out prompts, by a name for people.
-        grade: asks a judge; returns grades of 1 to 5 by sequence id, None where it cannot grade.
+        grade: asks a judge; returns grades of 1 to 5 by sequence id, None or nothing where it
+            cannot grade.
         gold_logprobs: by teacher, the mean log-probability in nats of each scored sequence's gold
             tokens; of the teachers that a filter names.
     """

@@ -32,6 +32,8 @@ class Outcome:
         counts: by the id of the prompt that was asked, its replies by what became of them, and the
             tokens generated for it.
         errors: of prompts that could not be asked, by id.
+        needs: of prompts that no engine so far could hold, by id: tokens of the prompt and its
+            reply.
     """
 
     kept: dict[str, TokenSequence] = field(default_factory=dict)
@@ -40,6 +42,7 @@ class Outcome:
     counts: dict[str, Counter[str]] = field(default_factory=dict)
     rejected: list[Rejected] = field(default_factory=list)
     errors: dict[str, str] = field(default_factory=dict)
+    needs: dict[str, int] = field(default_factory=dict)
 
     def count(self, asked: str, **numbers: int) -> None:
         """Adds to the counts of the prompt of that id."""
@@ -104,6 +107,7 @@ def write_record(
         "written": {name: [asdict(p) for p in found] for name, found in outcome.written.items()},
         "counts": outcome.counts,
         "errors": outcome.errors,
+        "needs": outcome.needs,
     }
     folder = layout.synthesis_folder(recipe_digest)
     storage.write_json(storage.join(folder, f"{name}.json"), record)
@@ -138,14 +142,33 @@ def read_records(layout: Layout, recipe_digest: str) -> list[dict[str, Any]]:
     ]
 
 
-def new_prompts(layout: Layout, recipe_digest: str, prompts: Iterable[Prompt]) -> list[Prompt]:
-    """The prompts that no finished shard of a recipe knows."""
+def new_prompts(
+    layout: Layout, recipe_digest: str, prompts: Iterable[Prompt], room: int | None = None
+) -> list[Prompt]:
+    """The prompts that no finished shard of a recipe knows, and those that only now have room.
+
+    Args:
+        room: tokens that the engine holds; None where it holds whatever it is asked.
+    """
     known = {
         digest
         for record in read_records(layout, recipe_digest)
-        for digest in record["prompts"].values()
+        for name, digest in record["prompts"].items()
+        if name not in record["needs"] or (room is not None and room < record["needs"][name])
     }
     return [prompt for prompt in prompts if prompt.digest not in known]
+
+
+def forget_errors(layout: Layout, recipe_digest: str) -> int:
+    """Makes the prompts new again that could not be asked; returns how many they are."""
+    found = 0
+    folder = layout.synthesis_folder(recipe_digest)
+    for info in storage.list_files(folder, ".json"):
+        path = storage.join(folder, info.base_name)
+        if errors := storage.read_json(path)["errors"]:  # a record of them alone
+            found += len(errors)
+            storage.remove(path)
+    return found
 
 
 def answer_counts(layout: Layout, recipe_digest: str, prompts: Iterable[Prompt]) -> dict[str, int]:
@@ -208,13 +231,18 @@ def _finished(
 ) -> Iterator[tuple[dict[str, Any], set[str]]]:
     """The records of a recipe that hold some of the prompts, with the ids of these.
 
-    Where two runs at once answered a prompt under one recipe, one shard's answers count.
+    Where two runs at once answered a prompt under one recipe, one shard's answers count; a prompt
+    that had no room before it was asked counts where it was asked.
     """
     wanted = {(prompt.prompt_id, prompt.digest) for prompt in prompts}
-    for record in read_records(layout, recipe_digest):
-        if found := wanted & record["prompts"].items():
+    records = read_records(layout, recipe_digest)
+    for asked in (True, False):
+        for record in records:
+            found = wanted & record["prompts"].items()
+            found = {each for each in found if (each[0] not in record["needs"]) is asked}
             wanted -= found
-            yield record, {name for name, _ in found}
+            if found:
+                yield record, {name for name, _ in found}
 
 
 def _merge(

@@ -83,11 +83,7 @@ def generators_of(config: Config, recipe: Recipe) -> list[str]:
         return [DATASET_GENERATOR]
     if isinstance(recipe, Writing):
         return [recipe.teacher]
-    if recipe.by == "every_teacher":
-        return list(config.teachers)
-    if recipe.by == "domain_teacher":
-        return [name for name, teacher in config.teachers.items() if teacher.domains]
-    return [recipe.by]
+    return config.generators_of(recipe)
 
 
 def walk(

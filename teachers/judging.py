@@ -8,9 +8,8 @@ graded once under a recipe.
 from __future__ import annotations
 
 import asyncio
-import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,8 +36,6 @@ class JudgingTask:
 
     Attributes:
         questions: by sequence id, the rubric with prompt and answer filled in.
-        max_model_len: tokens that the engine holds, where the config says so; longer questions get
-            no grade.
         is_bound: the judge can be bound to write nothing but a grade.
     """
 
@@ -46,7 +43,6 @@ class JudgingTask:
     recipe_digest: str
     questions: tuple[tuple[str, Prompt], ...]
     student: StudentConfig
-    max_model_len: int | None = None
     is_bound: bool = True
 
     @property
@@ -86,23 +82,19 @@ class JudgingTask:
         if self.is_bound:
             sampling["allowed_token_ids"] = sorted(grade_of)
         grades: dict[str, int | None] = {}
-        asked: dict[str, tuple[list[int], Prompt]] = {}
-        for name, question in self.questions:
-            ids = prompt_ids(tokenizer, question)
-            if len(ids) + self.max_tokens <= (self.max_model_len or math.inf):
-                asked[name] = ids, question
-            else:
-                grades[name] = None
         replies = await asyncio.gather(
-            *(teacher.generate(ids, sampling, 1, question) for ids, question in asked.values())
+            *(
+                teacher.generate(prompt_ids(tokenizer, question), sampling, 1, question)
+                for _, question in self.questions
+            )
         )
-        for name, (reply,) in zip(asked, replies, strict=True):
+        for (name, _), (reply,) in zip(self.questions, replies, strict=True):
             if self.is_bound:
                 grades[name] = grade_of[reply.token_ids[0]]
             else:
                 grades[name] = read_grade(answer_text(tokenizer, reply.token_ids))
         self._record(grades)
-        return len(asked)
+        return len(replies)
 
     def _record(self, grades: dict[str, int | None]) -> None:
         name = digest_ids(identifier for identifier, _ in self.questions)
@@ -145,20 +137,29 @@ def read_grades(layout: Layout, recipe_digest: str) -> dict[str, int | None]:
     return grades
 
 
+def forget_ungraded(layout: Layout, recipe_digest: str) -> int:
+    """Makes the answers new again that could not be graded; returns how many they are."""
+    found = 0
+    folder = layout.judgements(recipe_digest)
+    for info in storage.list_files(folder, ".json"):
+        path = storage.join(folder, info.base_name)
+        grades = storage.read_json(path)
+        graded = {name: grade for name, grade in grades.items() if grade is not None}
+        if len(graded) < len(grades):
+            found += len(grades) - len(graded)
+            storage.write_json(path, graded)
+    return found
+
+
 def plan_judging(
-    template: JudgingTask,
-    questions: Sequence[tuple[str, Prompt]],
-    known: Collection[str],
-    answers_per_shard: int,
+    template: JudgingTask, questions: Sequence[tuple[str, Prompt]], answers_per_shard: int
 ) -> list[JudgingTask]:
-    """The answers without a grade, in shards.
+    """The questions in shards.
 
     Args:
         template: a task whose questions are replaced.
-        known: sequences that have been judged.
     """
-    new = [(name, question) for name, question in questions if name not in known]
     return [
-        replace(template, questions=tuple(new[start : start + answers_per_shard]))
-        for start in range(0, len(new), answers_per_shard)
+        replace(template, questions=tuple(questions[start : start + answers_per_shard]))
+        for start in range(0, len(questions), answers_per_shard)
     ]

@@ -25,7 +25,7 @@ class WritingTask:
 
     Attributes:
         max_model_len: tokens that the engine holds, where the config says so; longer requests are
-            counted as `too_long` and not asked.
+            counted as `too_long` and not asked before an engine holds them.
     """
 
     layout: Layout
@@ -70,6 +70,7 @@ class WritingTask:
         fitting = [(request, ids) for request, ids in rendered if len(ids) <= room]
         for request, ids in rendered:
             if len(ids) > room:
+                outcome.needs[request.asked.prompt_id] = len(ids) + self.sampling["max_tokens"]
                 detail = f"a request of {len(ids)} tokens leaves no room for a reply"
                 name = request.asked.prompt_id
                 outcome.reject(request.source, self.generator, "too_long", detail, asked=name)
@@ -106,13 +107,14 @@ class WritingTask:
 def plan_writing(
     template: WritingTask, requests: Sequence[Request], requests_per_shard: int
 ) -> list[WritingTask]:
-    """The requests that no record of the recipe knows yet, grouped by domain.
+    """The requests that are new to the recipe, or have room only now, grouped by domain.
 
     Args:
         template: a task whose requests are replaced.
     """
     asked = [request.asked for request in requests]
-    new = {p.prompt_id for p in new_prompts(template.layout, template.recipe_digest, asked)}
+    found = new_prompts(template.layout, template.recipe_digest, asked, template.max_model_len)
+    new = {prompt.prompt_id for prompt in found}
     groups: dict[str, list[Request]] = {}
     for request in requests:
         if request.asked.prompt_id in new:

@@ -18,6 +18,19 @@ from pipeline.errors import ConfigError
         ("no figures here", None),
         ("####", None),
         ("3 #### nothing", None),
+        ("so .5", 0.5),
+        ("-.5", -0.5),
+        ("see No.5", 5.0),
+        ("and so on...5", 5.0),
+        ("1/2", 0.5),
+        ("it is -3/4.", -0.75),
+        ("on 5/17/2024", 2024.0),
+        ("3/0", 0.0),
+        ("in 3-5 days", 5.0),
+        ("x-5", 5.0),
+        ("x = 3,-4", -4.0),
+        ("it is \u22125", -5.0),
+        ("#### 4 or 5", 4.0),
     ],
 )
 def test_final_number(text: str, expected: float | None) -> None:
@@ -28,6 +41,9 @@ def test_number_compares_values_and_never_two_absences() -> None:
     assert number("it is 72", "work\n#### 72.0")
     assert not number("it is 71", "#### 72")
     assert not number("none", "none")
+    assert not number("so .5", "#### 5") and number(".5", "0.5")
+    assert not number("1/2", "2") and number("2/4", "1/2")
+    assert number("3-5", "5") and not number("-5", "5")
 
 
 def test_exact_ignores_white_space_around() -> None:

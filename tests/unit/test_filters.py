@@ -160,6 +160,22 @@ def test_contamination_lists_what_was_hit(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("question", "inside", "other"),
+    [
+        ("小明有三个苹果 他吃了一个", "请回答 小明有三个苹果 他吃了一个", "小红有五个梨"),
+        ("りんごはいくつありますか", "問 りんごはいくつありますか。", "みかんを三つください"),
+        ("มีแอปเปิ้ลเหลืออยู่กี่ลูก", "ตอบ มีแอปเปิ้ลเหลืออยู่กี่ลูก ครับ", "ส้มสีอะไร"),
+        ("wie viele Äpfel hat Ann jetzt", "Wie VIELE äpfel hat ann jetzt?", "viele Birnen"),
+    ],
+    ids=["Chinese", "Japanese", "Thai", "with spaces"],
+)  # fmt: skip
+def test_contamination_sees_words_in_every_script(question: str, inside: str, other: str) -> None:
+    rows = [candidate("fine", inside), candidate("fine", other, of="2")]
+    evidence = Evidence(holdout_prompts={"hold-out": question})
+    assert dropped({"type": "contamination", "ngram": 6}, rows, evidence) == [0]
+
+
 def test_contamination_needs_the_columns_that_it_is_given(tmp_path: Path) -> None:
     path = tmp_path / "benchmark.jsonl"
     path.write_text('{"question": "why?"}\n')
@@ -348,11 +364,23 @@ def test_identity_follows_contents_and_not_paths(tmp_path: Path) -> None:
         ("[{type: checker}, {type: checker}]", "stands there twice"),
         ("[{type: agreement, by: number, min_share: 0.5}]", "there is one each"),
         ("[{type: best_of, keep: 1, by: longest, teacher: words}]", "goes with by: likelihood"),
+        ("[{type: alphabet, scripts: [latin], min_share: 0}]", "greater than 0"),
+        ("[{type: repetition, ngram: 2, max_share: 1}]", "less than 1"),
     ],
 )
 def test_a_filter_that_cannot_be_honoured_is_refused(filters: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(QUICKSTART, [f"synthesis.filters={filters}"])
+
+
+def test_a_choice_among_answers_needs_some() -> None:
+    answer = "{type: answer, by: domain_teacher, samples_per_prompt: %d, sampling: {max_tokens: 9}}"
+    vote = "synthesis.filters=[{type: agreement, by: exact, min_share: 0.5}]"
+    load_config(QUICKSTART, [f"synthesis.recipes=[{{type: dataset}}, {answer % 1}]", vote])
+    best = "synthesis.filters=[{type: best_of, keep: 2, by: longest}]"
+    load_config(QUICKSTART, [f"synthesis.recipes=[{answer % 3}]", best])
+    with pytest.raises(ConfigError, match="keeps 2 answers to a prompt, and there are at most 2"):
+        load_config(QUICKSTART, [f"synthesis.recipes=[{answer % 2}]", best])
 
 
 def test_a_checker_filter_needs_a_checker() -> None:
@@ -362,7 +390,7 @@ def test_a_checker_filter_needs_a_checker() -> None:
 
 def test_filters_behind_one_that_needs_rows_run_after_scoring() -> None:
     filters = "[{type: length, max_tokens: 9}, {type: perplexity, teacher: words, max: 9},"
-    filters += " {type: repetition, ngram: 2, max_share: 1}]"
+    filters += " {type: repetition, ngram: 2, max_share: 0.9}]"
     synthesis = load_config(QUICKSTART, [f"synthesis.filters={filters}"]).synthesis
     assert [each.type for each in synthesis.filters_before_scoring] == ["length"]
     assert [each.type for each in synthesis.filters_after_scoring] == ["perplexity", "repetition"]

@@ -78,6 +78,8 @@ def test_overrides_reach_lists_and_nested_keys() -> None:
         ("scoring.num_logprobs=4", "exceeds num_logprobs"),
         ("scoring.selection.max_entries=300", "255"),
         ("training.deepspeed={train_batch_size: 8}", "training.sequences_per_step sets the batch"),
+        ("prompts.validation_fraction=0.1", "every source has a `split`"),
+        ("scoring.features.dimensions=8", "no loss needs any"),
         ("synthesis.max_sequence_tokens=257", "exceeds training.tokens_per_micro_batch (256)"),
         ("training.warmup_steps=5000", "must be less than steps"),
         ("combine.weights.domains.words={nobody: 1.0}", "the teachers are"),

@@ -1,5 +1,6 @@
 """The plan of a run over caches that other runs have filled."""
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -216,6 +217,11 @@ def test_a_template_without_a_system_role_is_found_before_an_engine_starts(tmp_p
         ("teachers.words.vllm.max_num_seq=3", "max_num_seq"),
         ("synthesis.recipes.0.sampling.temprature=1", "temprature"),
         ("teachers.words.domains=[poems]", r"no teacher names \['words'\]"),
+        (
+            "synthesis.recipes=[{type: paraphrase, teacher: words, versions: 3, sampling: {"
+            "max_tokens: 9, temperature: 0}}, {type: dataset}]",
+            "temperature is 0, so 3 answers to a prompt would be alike",
+        ),
     ],
 )
 def test_a_dry_run_refuses_what_prepare_would(change: str, message: str, tmp_path: Path) -> None:
@@ -240,6 +246,25 @@ def test_attempts_that_did_not_end_are_counted(
     assert stage_rows(config)[0]["unended"] == 2
     run_stage("prepare", config)
     assert stage_rows(config)[0]["unended"] == 2, "the record adds up its attempts"
+
+
+@pytest.mark.parametrize("name", ["single_node", "multi_node"])
+def test_the_examples_for_open_weights_can_be_planned(name: str, tmp_path: Path) -> None:
+    """With prompts and a tokenizer of this machine; no hub and no bucket is asked."""
+    changes = [f"storage.root={tmp_path}", f"storage.models_root={tmp_path}"]
+    changes.append(f"student.model={QUICKSTART.parent / 'student'}")
+    changes += ["prompts.validation_fraction=0.2", "prompts.holdout_fraction=0.2"]
+    for i, domain in enumerate(("code", "chat")):
+        path = tmp_path / f"{domain}.jsonl"
+        rows = ({"messages": [{"role": "user", "content": f"{domain} {k}"}]} for k in range(40))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        changes.append(f"prompts.sources.{i}.path={path}")
+    config = load_config(QUICKSTART.parents[2] / f"jobs/configs/{name}.yaml", changes)
+    text = describe(config)
+    plan = [line.split()[0] for line in text.partition("# resources")[0].splitlines()[1:]]
+    assert plan == list(STAGES), "no stage is in doubt, and nothing may be too long"
+    assert "read 80, holdout 16" in text
+    assert f"\nstudent: {config.training.workers} x " in text and "1 GPU" in text
 
 
 def test_engines_and_workers_are_priced_by_the_config_of_the_report() -> None:

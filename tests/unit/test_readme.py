@@ -5,10 +5,13 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
 from jobs.__main__ import main, parse
+from pipeline.config_recipes import Recipe
+from pipeline.config_synthesis import Filter
 from pipeline.loading import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,6 +98,16 @@ def test_scripts_exist_and_take_the_options(command: str) -> None:
     ).stdout
     for option in [argument for argument in arguments if argument.startswith("--")]:
         assert option in shown
+
+
+@pytest.mark.parametrize(
+    ("section", "union"), [("Recipes", Recipe), ("Filters", Filter)], ids=["recipes", "filters"]
+)
+def test_every_recipe_and_filter_stands_in_its_table(section: str, union: Any) -> None:
+    (text,) = re.findall(rf"^## {section}\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)
+    kinds = get_args(get_args(union)[0])
+    types = [get_args(kind.model_fields["type"].annotation)[0] for kind in kinds]
+    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == types
 
 
 def test_the_file_map_names_every_module_once() -> None:

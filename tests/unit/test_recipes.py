@@ -12,22 +12,26 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from jobs.caches import retry
 from jobs.evaluate import _holdout_prompts
-from jobs.plan import layout_of
+from jobs.plan import dataset_of, layout_of
 from jobs.synthesis_checks import check_recipes, filter_identities, synthesis_recipes
 from jobs.synthesize import synthesize
 from pipeline import storage
+from pipeline.cache_index import quarantined
 from pipeline.config import Config
 from pipeline.datasets import SequenceReader, read_dataset
 from pipeline.errors import ConfigError
 from pipeline.loading import load_config
-from pipeline.prepared import Prepared, preparation_key
+from pipeline.prepared import Prepared, preparation_key, save_prepared
 from pipeline.prompts import write_prompts
 from pipeline.recipes import scoring_recipe
 from pipeline.records import Prompt
+from pipeline.synthesis_index import new_prompts
 from pipeline.synthesis_steps import as_asked, steps_of, walk
 from teachers.dispatch import PoolReport
 from teachers.engine import GeneratedAnswer
+from teachers.synthesis import SynthesisTask
 from tests.support.command_line import QUICKSTART
 from tests.support.replies import BAD_REPLIES
 from tests.support.tokenizers_for_tests import save_byte_tokenizer
@@ -261,7 +265,8 @@ def test_system_prompts_and_sampling_of_single_teachers_are_sent(run: Run) -> No
             {"role": "user", "content": "first"},
         ),
     )
-    outcome = run.synthesize([answer], evaluation={"system_prompt": "Be brief. "})
+    evaluation = {"sampling": {"max_tokens": 9}, "system_prompt": None}
+    outcome = run.synthesize([answer], evaluation=evaluation)
     sent = {(who, text): s.get("temperature") for who, text, s in run.engines.asked}
     assert sent["words", "Be brief. second"] is None
     assert sent["arithmetic", "Be brief. second"] == 0.25
@@ -300,15 +305,105 @@ def test_a_judge_can_only_write_grades_and_is_asked_once(run: Run) -> None:
     assert run.engines.asked == [], "another bound asks nobody"
 
 
-def test_a_request_that_is_too_long_is_counted_and_not_asked(run: Run) -> None:
-    config = run.config([EVOLVE, ANSWER])
-    engine = {"max_model_len": 700}
-    words = config.teachers["words"].model_copy(update={"vllm": engine})
-    config = config.model_copy(update={"teachers": {**config.teachers, "words": words}})
+def test_a_request_that_is_too_long_is_counted_and_asked_once_it_fits(run: Run) -> None:
     run.prompts[1] = chat("x" * 300)
     run.engines.reply = scripted({"Request:\n": ("<prompt>harder</prompt>", "stop")})
-    outcome = synthesize(config, layout_of(config), run.prepared(config))
-    assert outcome["counts"]["evolve by words"]["too_long"] == 1
+
+    def counts(max_model_len: int) -> dict[str, int]:
+        run.engines.asked.clear()
+        config = with_engine(run.config([EVOLVE, ANSWER]), max_model_len)
+        prepared, layout = run.prepared(config), layout_of(config)
+        evolve = next(walk(config, layout, prepared, run.prompts))
+        new = new_prompts(layout, evolve.digest, evolve.prompts, max_model_len)
+        found = synthesize(config, layout, prepared)["counts"]["evolve by words"]
+        requests = [text for _, text, s in run.engines.asked if s["max_tokens"] == 300]
+        assert len(requests) == len(new) - found.get("too_long", 0) or not new
+        return {"requests": len(requests), "new": len(new)} | found
+
+    first = counts(700)
+    assert (first["new"], first["requests"], first["too_long"], first["kept"]) == (3, 2, 1, 2)
+    assert counts(700) == first | {"new": 0, "requests": 0}
+    assert counts(699)["new"] == 0, "less room asks nobody again"
+    more = counts(1000)
+    assert (more["new"], more["requests"], more["kept"]) == (1, 1, 3) and "too_long" not in more
+    assert counts(700)["new"] == 0
+
+
+def test_an_answer_that_is_too_long_for_the_judge_is_graded_once_it_fits(run: Run) -> None:
+    run.prompts[1] = chat("x" * 300)
+    run.engines.reply = lambda text, sample: (
+        ("5", "length") if "Grade the answer" in text else ("an answer", "stop")
+    )
+    judge = {"type": "judge", "teacher": "words", "min_grade": 4}
+
+    def dropped(max_model_len: int) -> tuple[int, int]:
+        run.engines.asked.clear()
+        config = with_engine(run.config([ANSWER], [judge]), max_model_len)
+        outcome = synthesize(config, layout_of(config), run.prepared(config))
+        keys.append(outcome["key"])
+        return outcome["filters"][0]["dropped"], len(run.engines.asked)
+
+    keys: list[str] = []
+    assert dropped(700) == (1, 4 + 3)
+    assert dropped(700) == (1, 0)
+    assert dropped(1200) == (0, 1)
+    assert keys[0] == keys[1] != keys[2], "another room is another dataset"
+
+
+def with_engine(config: Config, max_model_len: int) -> Config:
+    """The config with an engine of the teacher of words that holds so much."""
+    engine = {"max_model_len": max_model_len}
+    words = config.teachers["words"].model_copy(update={"vllm": engine})
+    return config.model_copy(update={"teachers": {**config.teachers, "words": words}})
+
+
+def test_what_was_quarantined_is_asked_again_when_that_is_wanted(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = {"type": "judge", "teacher": "arithmetic", "min_grade": 4}
+
+    def failing(jobs: Sequence[Any]) -> dict[str, PoolReport]:
+        """Sets aside what is asked about the second prompt, but for its answer."""
+        for job in jobs:
+            for task in job.tasks:
+                if "second" in str(task) and not isinstance(task, SynthesisTask):
+                    task.quarantine("the engine died")
+                else:
+                    asyncio.run(task.run(_Engine(run.engines, job.name)))
+        return {job.name: PoolReport() for job in jobs}
+
+    run.engines.reply = lambda text, sample: (
+        ("5", "length")
+        if "Grade the answer" in text
+        else ("<prompt>harder</prompt>" if "Request" in text else "an answer", "stop")
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.synthesize.run_pools", failing)
+        patch.setattr("jobs.filtering.run_pools", failing)
+        config = run.config([EVOLVE, ANSWER], [judge])
+        synthesis = config.synthesis.model_copy(update={"prompts_per_shard": 1})
+        config = config.model_copy(update={"synthesis": synthesis})
+        layout, prepared = layout_of(config), run.prepared(config)
+        save_prepared(layout, prepared)
+        outcome = synthesize(config, layout, prepared)
+    storage.write_json(layout.stage_record("synthesize"), outcome)
+    assert outcome["counts"]["evolve by words"]["quarantined"] == 1
+    assert outcome["filters"][0]["examples"] == ["arithmetic could not grade it"]
+    cache = prepared.caches(layout)["words"]
+    name = read_dataset(layout, outcome["dataset"])[0].sequence_id
+    for identifier in (name, "another run's"):
+        path = storage.join(cache.quarantine, f"{identifier}.json")
+        storage.write_json(path, {"sequence_id": identifier, "error": "died"})
+    run.engines.asked.clear()
+    assert synthesize(config, layout, prepared)["dataset"] == outcome["dataset"]
+    assert run.engines.asked == []
+    assert retry(config) == "to be asked again by the next run: 1 prompts, 1 grades, 1 rows"
+    assert dataset_of(config, layout, prepared) is None, "there is something to do"
+    assert list(quarantined(cache)) == ["another run's"]
+    again = synthesize(config, layout, prepared)
+    assert len(run.engines.asked) == 2 and again["counts"]["evolve by words"]["kept"] == 3
+    assert again["filters"][0]["dropped"] == 0
+    assert retry(config) == "nothing is quarantined"
 
 
 def test_a_vote_counts_the_samples_of_one_teacher_in_two_recipes(run: Run) -> None:
@@ -364,6 +459,11 @@ def test_records_name_what_they_need(run: Run) -> None:
         ([ANSWER | {"by": "wrods"}], "did you mean 'words'"),
         ([EVOLVE | {"teacher": "wrods"}, ANSWER], "did you mean 'words'"),
         ([ANSWER | {"sampling_of": {"wrods": {}}}], "did you mean 'words'"),
+        (
+            [ANSWER | {"sampling_of": {"arithmetic": {}}}],
+            "who does not write in it: it is by words",
+        ),
+        ([EVOLVE | {"templates": {"broader": "/none.txt"}}, ANSWER], "not among its ways"),
         ([{"type": "anwser"}], "anwser"),
         ([ANSWER | {"sample": 3}], "unknown key 'synthesis.recipes.0.answer.sample'"),
         ([EVOLVE | {"ways": ["depper"]}, ANSWER], "deeper"),
