@@ -19,6 +19,7 @@ from pipeline import storage
 from pipeline.config import Config
 from pipeline.config_base import Resources
 from pipeline.config_endpoint import EndpointTeacherConfig
+from pipeline.config_recipes import STUDENT
 from pipeline.datasets import DatasetEntry, read_dataset, read_sequences
 from pipeline.errors import TrainingError
 from pipeline.layout import Layout
@@ -74,22 +75,25 @@ def evaluate(config: Config, layout: Layout, prepared: Prepared, dataset: str) -
         answered, engine = _serve(config, layout, prepared, name, prompts, compared)
         took[name] = time.monotonic() - begun
         too_long = answered.num_too_long  # the same for all: the student's tokenizer decides
-        models.append(_model(config, name, answered, engine, figures[name]))
+        models.append(_model(config, name, answered, engine, figures[name]["domains"]))
         if name not in config.teachers:
             figures[name]["engine_difference"] = _difference(
                 figures[name]["gold_logprobs"], answered.gold_logprobs
             )
         print(f"{name}: {_line(models[-1])}", flush=True)
+    begun = time.monotonic()
+    students = [
+        _former_student(config, each, prepared, prompts, numbers)
+        for each, numbers in zip(former, figures["former"], strict=True)
+    ]
+    took[STUDENT] += time.monotonic() - begun
     check = _export_check(config, layout, figures)
     report = _report(config, layout, prepared, dataset, models, figures, check)
     report["prompts"] = report["prompts"] | {"holdout_too_long_to_ask": too_long}
-    own = {"seconds": time.time() - started, "engine_seconds": took}
-    cost = stage_cost(config, own)
-    row = {"stage": "evaluate", "cost": cost, "detail": "", **own}
-    # This attempt is one of them.
-    row["unended"] = max(0, unended_attempts(layout, "evaluate") - 1)
-    report["stages"].append(row)
-    report["rounds"] = round_rows(config, figures) if former else []
+    report["stages"].append(_own_row(config, layout, time.time() - started, took))
+    if former:
+        last = next(model["domains"] for model in models if model["name"] == STUDENT)
+        report["rounds"] = round_rows(config, [*students, last])
     storage.write_json(layout.report_json, report)
     storage.write_bytes(layout.report_html, render_html(report).encode())
     summary = f"{rounds_summary(report)}{text_summary(report)}\n{layout.report_html}"
@@ -107,7 +111,7 @@ def _serve(
     """Answers of one model, alone on its hardware, and the description of its engine."""
     teacher = config.teachers.get(name)
     resources: Resources = teacher.resources if teacher else config.evaluation.resources
-    need = max(_longest_request(config, prompts), *(len(s.input_ids) + 1 for s in compared))
+    need = max([_longest_request(config, prompts), *(len(s.input_ids) + 1 for s in compared)])
     if isinstance(teacher, EndpointTeacherConfig):
         spec = endpoint_spec(config, name, prepared, min_model_len=need, num_logprobs=0)
     else:
@@ -149,25 +153,26 @@ def _serve(
     return report.results[0], report.engines[-1]
 
 
+def _former_student(
+    config: Config, layout: Layout, prepared: Prepared, prompts: tuple[Prompt, ...], numbers: Json
+) -> Json:
+    """By domain the figures of a former round's student."""
+    answered, _ = _serve(config, layout, prepared, STUDENT, prompts, compared=())
+    domains = _domains(answered, numbers)
+    print(f"{layout.export_folder(STUDENT)}: {', '.join(_exact(domains))}", flush=True)
+    return domains
+
+
 def _model(
-    config: Config, name: str, answered: AnsweredPrompts, engine: Json, figures: Json
+    config: Config, name: str, answered: AnsweredPrompts, engine: Json, numbers: Json
 ) -> Json:
     teacher = config.teachers.get(name)
     cost = teacher.cost_per_hour if teacher else config.student.cost_per_hour
     speed = answered.tokens_per_second
-    # Where no hold-out answer was kept there are prompts but no sequences.
-    unmeasured = dict.fromkeys(answered.num_checked, NOT_MEASURED)
     return {
         "name": name,
         "role": "teacher" if teacher else name,
-        "domains": {
-            domain: {
-                "prompts": answered.num_checked.get(domain, 0),
-                "exact_match": answered.correct.get(domain),
-                **numbers,
-            }
-            for domain, numbers in {**unmeasured, **figures["domains"]}.items()
-        },
+        "domains": _domains(answered, numbers),
         "parameters": engine["num_parameters"],
         "weight_bytes": engine["weight_bytes"],
         "peak_memory_bytes": engine["peak_memory_bytes"],
@@ -177,6 +182,20 @@ def _model(
         "cost_per_hour": cost,
         "price_per_million_tokens": cost / (speed * 3600) * 1e6 if cost else None,
         "engine": engine,
+    }
+
+
+def _domains(answered: AnsweredPrompts, numbers: Json) -> Json:
+    """By domain what a model's answers and likelihoods came to."""
+    # Where no hold-out answer was kept there are prompts but no sequences.
+    unmeasured = dict.fromkeys(answered.num_checked, NOT_MEASURED)
+    return {
+        domain: {
+            "prompts": answered.num_checked.get(domain, 0),
+            "exact_match": answered.correct.get(domain),
+            **measured,
+        }
+        for domain, measured in {**unmeasured, **numbers}.items()
     }
 
 
@@ -211,6 +230,7 @@ def _report(
             name: {**found, "quarantined": refused.get(name, 0)}
             for name, found in cache_totals(layout, prepared).items()
         },
+        "rounds": [],
         "combine": config.combine.method,
         "weights": figures["weights"],
         "product": figures["product"],
@@ -222,6 +242,15 @@ def _report(
         "curves": {label: _curve(layout, label) for label in students_of(config)},
         "export_check": check,
     }
+
+
+def _own_row(config: Config, layout: Layout, seconds: float, took: dict[str, float]) -> Json:
+    """Like the rows of `jobs.round_figures.stage_rows`."""
+    own = {"seconds": seconds, "engine_seconds": took}
+    # This attempt is one of them.
+    unended = max(0, unended_attempts(layout, "evaluate") - 1)
+    cost = stage_cost(config, own)
+    return {"stage": "evaluate", "cost": cost, "detail": "", "unended": unended, **own}
 
 
 def _export_check(config: Config, layout: Layout, figures: Json) -> Json:
@@ -297,9 +326,12 @@ def _versions() -> dict[str, str]:
 
 
 def _line(model: Json) -> str:
-    shares = [
+    return ", ".join([*_exact(model["domains"]), f"{model['tokens_per_second']:.0f} tokens/s"])
+
+
+def _exact(domains: Json) -> list[str]:
+    return [
         f"{domain} {numbers['exact_match']:.1%}"
-        for domain, numbers in model["domains"].items()
+        for domain, numbers in domains.items()
         if numbers["exact_match"] is not None
     ]
-    return ", ".join([*shares, f"{model['tokens_per_second']:.0f} tokens/s"])

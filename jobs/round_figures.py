@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jobs.plan import STAGES, read_record, round_layouts
@@ -38,14 +39,13 @@ def stage_rows(config: Config) -> list[Json]:
     return rows
 
 
-def round_rows(config: Config, figures: Json) -> list[Json]:
-    """What each round trained on and for how long, and its student on the hold-out sequences.
+def round_rows(config: Config, students: Sequence[Json]) -> list[Json]:
+    """What each round trained on and for how long, and its student on the hold-out split.
 
     Args:
-        figures: of `jobs.holdout.holdout_figures`; all students are measured on the sequences of
-            the last round.
+        students: of each round the student's figures by domain; all are measured on the prompts and
+            sequences of the last round.
     """
-    students = [*figures["former"], figures[STUDENT]["domains"]]
     return [
         _row(number, layout, domains)
         for number, (layout, domains) in enumerate(
@@ -65,8 +65,5 @@ def _row(number: int, layout: Layout, domains: Json) -> Json:
         "steps": training["steps"],
         "tokens": training["tokens"],
         "seconds": sum(read_record(layout, stage).get("seconds", 0.0) for stage in MEASURED),
-        "domains": {
-            domain: {"prompts": 0, "exact_match": None, **numbers}
-            for domain, numbers in domains.items()
-        },
+        "domains": domains,
     }

@@ -141,17 +141,18 @@ def rounds_summary(report: dict[str, Any]) -> str:
     """A table for a terminal with a row per round; empty where there was only one."""
     if not report["rounds"]:
         return ""
-    header = ["round", "sequences", "of the student", "steps", "tokens", "hold-out loss"]
+    header = ["round", "sequences", "of the student", "steps", "tokens", "exact match"]
     rows = [
         [
             *(f"{row[key]:,}" for key in ("round", "sequences", "by_student", "steps", "tokens")),
+            percent(pooled(row)["exact_match"]),
             number(pooled(row)["holdout_loss"]),
             number(pooled(row)["kl_to_mixture"]),
             number(row["seconds"], 0),
         ]
         for row in report["rounds"]
     ]
-    return table([*header, "KL to mixture", "seconds"], rows) + "\n"
+    return table([*header, "hold-out loss", "KL to mixture", "seconds"], rows) + "\n"
 
 
 def render_html(report: dict[str, Any]) -> str:

@@ -86,6 +86,10 @@ def test_a_student_trains_on_what_it_writes(command: tuple[list[str], Path]) -> 
     assert [row["round"] for row in report["rounds"]] == [1, 2]
     assert [row["by_student"] > 0 for row in report["rounds"]] == [False, True]
     assert all(np.isfinite(r["domains"]["words"]["holdout_loss"]) for r in report["rounds"])
+    for each, row in zip(rounds, report["rounds"], strict=True):
+        answers = read_lines(Path(each.run_folder) / "answers" / "student.jsonl")
+        right = [answer["correct"] for answer in answers]
+        assert row["domains"]["words"]["exact_match"] == np.mean(right) and len(right) == 4
     student = next(model for model in report["models"] if model["name"] == "student")
     own = report["rounds"][1]["domains"]["words"]["holdout_loss"]
     assert own == student["domains"]["words"]["holdout_loss"]

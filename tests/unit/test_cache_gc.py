@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from jobs import regenerate
 from jobs.caches import collect_garbage, open_run
 from jobs.regenerate import Request, regenerate_inside_job
 from pipeline import cache_gc, storage
@@ -18,14 +17,6 @@ from pipeline.generations import begin_generation
 from tests.support.caches import flip_bit
 from tests.support.command_line import file_times
 from tests.support.fabricated import FabricatedRun, FakePools
-
-
-@pytest.fixture
-def pools(monkeypatch: pytest.MonkeyPatch) -> FakePools:
-    fake = FakePools()
-    monkeypatch.setattr("jobs.score.run_pools", fake)
-    monkeypatch.setattr(regenerate, "join_cluster", lambda: None)
-    return fake
 
 
 @pytest.fixture

@@ -16,8 +16,7 @@ from tests.support.fabricated import FabricatedRun, FakePools
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FabricatedRun:
-    monkeypatch.setattr("jobs.score.run_pools", FakePools())
+def run(tmp_path: Path, pools: FakePools) -> FabricatedRun:
     made = FabricatedRun(tmp_path)
     made.prepare()
     made.write_answers(0, 4)
@@ -90,10 +89,7 @@ def test_a_sequence_is_shown_token_by_token(run: FabricatedRun) -> None:
     assert len(only.splitlines()) == 3 + entry.num_positions
 
 
-def test_drawn_entries_are_shown_by_their_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("jobs.score.run_pools", FakePools())
+def test_drawn_entries_are_shown_by_their_counts(tmp_path: Path, pools: FakePools) -> None:
     rule = "{type: head_and_sampled, head_mass: 0.1, max_head_entries: 1, num_draws: 3}"
     drawn = FabricatedRun(tmp_path, overrides=[f"scoring.selection={rule}"])
     drawn.prepare()

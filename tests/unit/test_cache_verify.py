@@ -36,8 +36,7 @@ HEADED = HeadAndSampled(type="head_and_sampled", head_mass=0.5, max_head_entries
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FabricatedRun:
-    monkeypatch.setattr("jobs.score.run_pools", FakePools())
+def run(tmp_path: Path, pools: FakePools) -> FabricatedRun:
     made = FabricatedRun(tmp_path)
     made.prepare()
     made.write_answers(0, 4)
@@ -337,9 +336,8 @@ def test_an_id_that_is_no_longer_captured_counts_as_the_least() -> None:
 
 
 def test_draws_of_another_teacher_are_named_in_rows_scored_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pools: FakePools
 ) -> None:
-    monkeypatch.setattr("jobs.score.run_pools", FakePools())
     selection = "{type: sampled, num_draws: 12}"
     run = FabricatedRun(tmp_path, overrides=[f"scoring.selection={selection}"])
     run.prepare()

@@ -39,8 +39,8 @@ def test_a_domain_without_kept_holdout_answers_is_still_reported() -> None:
         "kl_bounded_mass": 0.0,
         "top1_agreement": 0.9,
     }
-    figures = {"domains": {"arithmetic": measured}}
-    model = _model(load_config(QUICKSTART), "student", answered, ENGINE, figures)
+    numbers = {"arithmetic": measured}
+    model = _model(load_config(QUICKSTART), "student", answered, ENGINE, numbers)
     assert model["domains"]["words"]["exact_match"] == 0.0
     overall = pooled(model)
     assert overall["exact_match"] == 0.25 and overall["holdout_loss"] == 0.5

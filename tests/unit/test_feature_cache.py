@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from jobs import regenerate
 from jobs.caches import collect_garbage, open_run, status, verify
 from jobs.regenerate import Request, regenerate_inside_job
 from pipeline import storage
@@ -32,14 +31,6 @@ from tests.support.fabricated import HIDDEN, VOCABULARY, FabricatedRun, FakePool
 LOSS = "{type: hidden_state, weight: 1.0, teacher: words, layers: {4: 2, 1: 1}, measure: mse, "
 LOSSES = [f"training.losses=[{{type: forward_kl, weight: 1.0}}, {LOSS} projection: learned}}]"]
 NAME = features_of("words")
-
-
-@pytest.fixture
-def pools(monkeypatch: pytest.MonkeyPatch) -> FakePools:
-    made = FakePools()
-    monkeypatch.setattr("jobs.score.run_pools", made)
-    monkeypatch.setattr(regenerate, "join_cluster", lambda: None)
-    return made
 
 
 @pytest.fixture

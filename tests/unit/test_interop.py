@@ -31,8 +31,7 @@ RULE = TopK(type="top_k", max_entries=8)
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FabricatedRun:
-    monkeypatch.setattr("jobs.score.run_pools", FakePools())
+def run(tmp_path: Path, pools: FakePools) -> FabricatedRun:
     made = FabricatedRun(tmp_path / "root")
     made.prepare()
     made.write_answers(0, 4)
@@ -224,8 +223,7 @@ DRAWS = "{type: head_and_sampled, head_mass: 0.5, max_head_entries: 4, num_draws
 
 
 @pytest.fixture
-def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FabricatedRun:
-    monkeypatch.setattr("jobs.score.run_pools", FakePools())
+def drawn(tmp_path: Path, pools: FakePools) -> FabricatedRun:
     made = FabricatedRun(tmp_path / "root", overrides=[f"scoring.selection={DRAWS}"])
     made.prepare()
     made.write_answers(0, 4)

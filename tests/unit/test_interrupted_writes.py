@@ -94,14 +94,6 @@ def caches(run: FabricatedRun) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
-@pytest.fixture
-def pools(monkeypatch: pytest.MonkeyPatch) -> FakePools:
-    fake = FakePools()
-    monkeypatch.setattr("jobs.score.run_pools", fake)
-    monkeypatch.setattr("jobs.regenerate.join_cluster", lambda: None)
-    return fake
-
-
 PART = {"teacher": "words", "where": {"domain": "words"}, "force": True}
 
 

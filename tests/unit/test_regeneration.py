@@ -32,14 +32,6 @@ FORCE = Request(force=True)
 
 
 @pytest.fixture
-def pools(monkeypatch: pytest.MonkeyPatch) -> FakePools:
-    fake = FakePools()
-    monkeypatch.setattr("jobs.score.run_pools", fake)
-    monkeypatch.setattr("jobs.regenerate.join_cluster", lambda: None)
-    return fake
-
-
-@pytest.fixture
 def run(tmp_path: Path, pools: FakePools) -> FabricatedRun:
     """Two shards of each domain, scored by both teachers."""
     made = FabricatedRun(tmp_path)

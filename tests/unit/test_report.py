@@ -587,7 +587,7 @@ def test_attempts_that_are_not_counted_are_named(report):
 
 def test_every_round_is_shown_where_there_are_several(report):
     assert "Rounds" not in Page(render_html(report)).words and rounds_summary(report) == ""
-    figures = {"holdout_tokens": 100, "kl_bounded_mass": 0.0, "exact_match": None, "prompts": 0}
+    figures = {"holdout_tokens": 100, "kl_bounded_mass": 0.0, "prompts": 60}
     report["rounds"] = [
         {
             "round": number,
@@ -599,14 +599,15 @@ def test_every_round_is_shown_where_there_are_several(report):
             "domains": {
                 "algebra": figures
                 | {"holdout_loss": loss, "kl_to_mixture": kl, "top1_agreement": 0.5}
+                | {"exact_match": exact}
             },
         }
-        for number, loss, kl in ((1, 0.7112, 0.2), (2, 0.6334, None))
+        for number, exact, loss, kl in ((1, None, 0.7112, 0.2), (2, 0.25, 0.6334, None))
     ]
     words = Page(render_html(report)).words
-    assert "1 1,369 0 500 90,001 0.711 0.200 50.0 % 61.5" in words
-    assert "2 1,369 1,200 500 90,002 0.633 — 50.0 % 61.5" in words
+    assert "1 1,369 0 500 90,001 — 0.711 0.200 50.0 % 61.5" in words
+    assert "2 1,369 1,200 500 90,002 25.0 % 0.633 — 50.0 % 61.5" in words
     header, first, second = rounds_summary(report).splitlines()
     assert header.split()[:2] == ["round", "sequences"]
-    assert first.split()[-3:] == ["0.711", "0.200", "62"]
-    assert second.split()[-3:] == ["0.633", "—", "62"]
+    assert first.split()[-4:] == ["—", "0.711", "0.200", "62"]
+    assert second.split()[-5:] == ["25.0", "%", "0.633", "—", "62"]

@@ -314,11 +314,8 @@ def test_the_report_has_a_row_for_each_round(fabricated: list[FabricatedRun]) ->
         record = {"figures": {"student": trained}, "seconds": 4.0, "summary": "trained"}
         storage.write_json(each.layout.stage_record("train"), record)
     numbers = {"holdout_tokens": 7, "holdout_loss": 1.0}
-    figures = {
-        "former": [{"words": numbers}],
-        "student": {"domains": {"words": numbers | {"holdout_loss": 0.5}}},
-    }
-    one, two = round_rows(second.config, figures)
+    students = [{"words": numbers}, {"words": numbers | {"holdout_loss": 0.5}}]
+    one, two = round_rows(second.config, students)
     assert (one["round"], one["sequences"], one["by_student"], one["steps"]) == (1, 8, 0, 10)
     assert (two["round"], two["sequences"], two["by_student"], two["steps"]) == (2, 8, 3, 20)
     assert (one["seconds"], two["seconds"]) == (6.5, 6.5)
