@@ -2,6 +2,7 @@
 explicit bucket.
 """
 
+from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -271,3 +272,22 @@ def test_a_chunk_grows_with_the_memory_of_a_gpu(monkeypatch):
 
     assert chunk_elements(torch.device("cpu")) == elements(4) == 2**25
     assert elements(80) == 80 * 2**30 // 128 // 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_on_a_gpu_are_those_on_a_cpu(dtype, device="cuda"):
+    """Sums in another order: what the dtype resolves, times a few."""
+    targets, _ = _teachers(6, num_teachers=2, ragged=True)
+    terms = terms_of(forward_kl=0.7, reverse_kl=0.2, cross_entropy=0.4)
+    moved = Targets(*(getattr(targets, field.name).to(device) for field in fields(targets)))
+    found = []
+    for place, theirs in (("cpu", targets), (device, moved)):
+        student = [t.detach().to(place).requires_grad_() for t in _student(dtype)[:2]]
+        loss = distillation_loss(*student, None, theirs, terms)
+        found.append([loss.figures, *_gradients(loss.total, student)])
+    close = (
+        {"rtol": 5e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    )
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(theirs.cpu(), ours, **close)
