@@ -25,7 +25,7 @@ from jobs import cache_commands  # noqa: E402
 from jobs.plan import STAGES  # noqa: E402
 from pipeline.config import Config  # noqa: E402
 from pipeline.errors import ClusterError, ConfigError, DistillationError  # noqa: E402
-from pipeline.loading import dump_config, load_config  # noqa: E402
+from pipeline.loading import check_shared_paths, dump_config, load_config  # noqa: E402
 
 INTERRUPTED = 130
 
@@ -159,7 +159,7 @@ def _run(options: argparse.Namespace) -> None:
         from jobs.dry_run import describe
 
         _say(dump_config(config))
-        _say(describe(config))
+        _say(describe(config, options.address))
         return
     from jobs import distill, submit
 
@@ -173,7 +173,7 @@ def _run(options: argparse.Namespace) -> None:
         return
     if options.address is None:
         raise ConfigError("--detach leaves the run to a cluster, so it needs --address")
-    distill.check_shared_paths(config)
+    check_shared_paths(config)
     identifier = distill.submit(
         submit.connect(options.address),
         config,
@@ -199,7 +199,7 @@ def _submit(options: argparse.Namespace) -> None:
     from jobs import distill, submit
 
     config = _load(options)
-    distill.check_shared_paths(config)
+    check_shared_paths(config)
     client = submit.connect(options.address)
     if options.detach:
         _say(f"submitted {distill.submit(client, config, options.stage, ['stage', options.stage])}")

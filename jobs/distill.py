@@ -14,19 +14,19 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 import jobs
 from jobs.follow import PREAMBLE, failure_message, follow
 from jobs.local_head import local_head
+from jobs.placement import check_local_head, local_custom_resources
 from jobs.plan import STAGES, StagePlan, layout_of, make_plan, plan_rounds, round_layouts, stages_of
 from jobs.run_lock import alone
 from jobs.submit import DETACHED, build_upload, connect, job_logs, submit_stage
 from pipeline import storage
 from pipeline.config import Config
 from pipeline.config_base import Resources
-from pipeline.errors import ClusterError, ConfigError, StorageError
+from pipeline.errors import ClusterError, StorageError
 from pipeline.fingerprint import digest_json
-from pipeline.loading import dump_config, local_paths
+from pipeline.loading import check_shared_paths, dump_config, local_paths
 from pipeline.rounds import rounds_of
 
 PACKAGES_ROOT = Path(jobs.__file__).resolve().parent.parent
-LOCAL_CUSTOM_RESOURCE = 1000.0
 
 Say = Callable[[str], object]
 
@@ -172,22 +172,6 @@ def stage_environment(config: Config) -> dict[str, str]:
     return {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", **config.cluster.env_vars}
 
 
-def check_shared_paths(config: Config) -> None:
-    """Refuses local paths that the nodes of a remote cluster cannot see.
-
-    Raises:
-        ConfigError: a local path lies outside `storage.shared_roots`.
-    """
-    roots = [root.rstrip("/") + "/" for root in config.storage.shared_roots]
-    for key, path in local_paths(config).items():
-        if not any(f"{path}/".startswith(root) for root in roots):
-            raise ConfigError(
-                f"{key} is the local path {path}, which a cluster's nodes may not see; use a URI "
-                "such as s3://…, or name a folder above it that every node mounts in "
-                "storage.shared_roots"
-            )
-
-
 def where(config: Config, stages: Sequence[str]) -> str:
     """Where the results of a run's stages lie, of its last round, one a line."""
     layout = layout_of(rounds_of(config)[-1])
@@ -202,13 +186,16 @@ def where(config: Config, stages: Sequence[str]) -> str:
 
 @contextmanager
 def cluster(config: Config, address: str | None) -> Iterator[str]:
-    """The job server to use: that at `address`, or of a head that lives as long as the context."""
+    """The job server to use: that at `address`, or of a head that lives as long as the context.
+
+    Raises:
+        ClusterError: such a head could not hold a stage, or does not start.
+    """
     if address is not None:
         yield address
         return
-    asked = [teacher.resources for teacher in config.teachers.values()]
-    asked += [config.training.resources, config.evaluation.resources, config.cluster.job_resources]
-    custom = {name: LOCAL_CUSTOM_RESOURCE for resources in asked for name in resources.custom}
+    check_local_head(config)
+    custom = local_custom_resources(config)
     with local_head(config.cluster.local_num_cpus, config.cluster.local_num_gpus, custom) as head:
         yield head.address
 

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+from jobs.placement import check_local_head
 from jobs.plan import layout_of, length_cautions, plan_rounds, scored_dataset
 from pipeline.cache_status import stale_caches
 from pipeline.config import Config
 from pipeline.config_base import Resources
 from pipeline.config_endpoint import EndpointTeacherConfig
 from pipeline.config_recipes import Writing
+from pipeline.loading import check_shared_paths
 from pipeline.prepared import load_prepared
 from pipeline.rounds import is_by_student, rounds_of
 from pipeline.training import training_jobs
 
 
-def describe(config: Config) -> str:
+def describe(config: Config, address: str | None = None) -> str:
     """The plan as lines for people; starts nothing.
 
+    Args:
+        address: of the cluster that would run it; None for a head of its own.
+
     Raises:
-        ConfigError, PromptError: the prompts are bad, or an option is none of upstream's.
+        ConfigError, PromptError: the prompts are bad, an option is none of upstream's, or a path is
+            not seen by the cluster.
+        ClusterError: a head of its own would not hold a stage.
         TrainingError: the run holds another training.
     """
+    if address is None:
+        check_local_head(config)
+    else:
+        check_shared_paths(config)
     lines = ["# plan"]
     for each, plans in zip(rounds_of(config), plan_rounds(config), strict=True):
         lines += [f"round {each.round} of {each.rounds}"] if each.rounds > 1 else []
@@ -39,7 +50,7 @@ def describe(config: Config) -> str:
 
 
 def _check(config: Config) -> None:
-    """All that a stage would refuse and that can be seen from here. Engines are slow to import."""
+    """What a stage would refuse and can be told without a model. Engines are slow to import."""
     layout = layout_of(config)
     prepared = load_prepared(config, layout)
     if prepared is None and config.round > 1:

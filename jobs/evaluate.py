@@ -68,18 +68,15 @@ def evaluate(config: Config, layout: Layout, prepared: Prepared, dataset: str) -
     figures = holdout_figures(
         config, layout, entries, compared, caches, students_of(config), former
     )
-    figures["renormalised_sequences"] = renormalised_sequences(config, layout, whole, caches)
-    models, took, too_long = [], {}, 0
+    models, took, differences, too_long = [], {}, {}, 0
     for name in [*config.scoring_teachers, *students_of(config)]:
-        begun = time.monotonic()
+        measured, begun = figures["models"][name], time.monotonic()
         answered, engine = _serve(config, layout, prepared, name, prompts, compared)
         took[name] = time.monotonic() - begun
         too_long = answered.num_too_long  # the same for all: the student's tokenizer decides
-        models.append(_model(config, name, answered, engine, figures[name]["domains"]))
+        models.append(_model(config, name, answered, engine, measured["domains"]))
         if name not in config.teachers:
-            figures[name]["engine_difference"] = _difference(
-                figures[name]["gold_logprobs"], answered.gold_logprobs
-            )
+            differences[name] = _difference(measured["gold_logprobs"], answered.gold_logprobs)
         print(f"{name}: {_line(models[-1])}", flush=True)
     begun = time.monotonic()
     students = [
@@ -87,13 +84,15 @@ def evaluate(config: Config, layout: Layout, prepared: Prepared, dataset: str) -
         for each, numbers in zip(former, figures["former"], strict=True)
     ]
     took[STUDENT] += time.monotonic() - begun
-    check = _export_check(config, layout, figures)
-    report = _report(config, layout, prepared, dataset, models, figures, check)
-    report["prompts"] = report["prompts"] | {"holdout_too_long_to_ask": too_long}
-    report["stages"].append(_own_row(config, layout, time.time() - started, took))
-    if former:
-        last = next(model["domains"] for model in models if model["name"] == STUDENT)
-        report["rounds"] = round_rows(config, [*students, last])
+    students += [model["domains"] for model in models if model["name"] == STUDENT]
+    report = {
+        **_report(config, layout, prepared, dataset, models, figures),
+        "renormalised_sequences": renormalised_sequences(config, layout, whole, caches),
+        "export_check": _export_check(config, layout, differences),
+        "prompts": prepared.prompt_counts | {"holdout_too_long_to_ask": too_long},
+        "stages": [*stage_rows(config), _own_row(config, layout, time.time() - started, took)],
+        "rounds": round_rows(config, students) if former else [],
+    }
     storage.write_json(layout.report_json, report)
     storage.write_bytes(layout.report_html, render_html(report).encode())
     summary = f"{rounds_summary(report)}{text_summary(report)}\n{layout.report_html}"
@@ -206,8 +205,8 @@ def _report(
     dataset: str,
     models: list[Json],
     figures: Json,
-    check: Json,
 ) -> Json:
+    """What `report.json` says of the run, its models, caches and synthesis."""
     records = {stage: read_record(layout, stage) for stage in ("synthesize", "score")}
     refused = records["score"].get("quarantined", {})
     return {
@@ -225,22 +224,17 @@ def _report(
             "identities": {name: prepared.identities[name] for name in config.teachers},
         },
         "models": models,
-        "stages": stage_rows(config),
         "caches": {
             name: {**found, "quarantined": refused.get(name, 0)}
             for name, found in cache_totals(layout, prepared).items()
         },
-        "rounds": [],
         "combine": config.combine.method,
         "weights": figures["weights"],
         "product": figures["product"],
         "learned_weights": learned_provenance(config.combine, layout),
-        "renormalised_sequences": figures["renormalised_sequences"],
         "synthesis": records["synthesize"]["counts"],
         "filters": records["synthesize"]["filters"] + records["score"]["filters"],
-        "prompts": prepared.prompt_counts,
         "curves": {label: _curve(layout, label) for label in students_of(config)},
-        "export_check": check,
     }
 
 
@@ -253,9 +247,8 @@ def _own_row(config: Config, layout: Layout, seconds: float, took: dict[str, flo
     return {"stage": "evaluate", "cost": cost, "detail": "", "unended": unended, **own}
 
 
-def _export_check(config: Config, layout: Layout, figures: Json) -> Json:
+def _export_check(config: Config, layout: Layout, differences: dict[str, float]) -> Json:
     tolerance = ENGINE_TOLERANCE[config.student.dtype]
-    differences = {label: figures[label]["engine_difference"] for label in students_of(config)}
     for label, difference in differences.items():
         if not difference <= tolerance:
             raise TrainingError(

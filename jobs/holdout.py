@@ -43,11 +43,11 @@ def holdout_figures(
         former: rounds whose students are measured on the same sequences.
 
     Returns:
-        `weights`, the mean weight of each teacher by domain; `product`, of a product of teachers by
-        domain the mean `assumed_mass` and the share of positions `floored`; and for each model
-        `domains`, by domain `holdout_tokens`, `holdout_loss`, `kl_to_mixture`, `kl_bounded_mass`
-        and `top1_agreement`; for each student also `gold_logprobs`; and `former`, the `domains`
-        of each former round's student.
+        `models`, of each `domains`: by domain `holdout_tokens`, `holdout_loss`, `kl_to_mixture`,
+        `kl_bounded_mass` and `top1_agreement`, and of each student also `gold_logprobs`; `former`,
+        the `domains` of each former round's student; `weights`, the mean weight of each teacher by
+        domain; `product`, of a product of teachers by domain the mean `assumed_mass` and the share
+        of positions `floored`.
     """
     return run_on_evaluation_resources(
         config, _figures, config, layout, entries, compared, caches, students, former
@@ -119,7 +119,7 @@ def _figures(
     teachers, combine = config.scoring_teachers, combination(config, layout)
     examples = open_examples(layout, caches, teachers, combine, entries, vocabulary)
     readers = {name: open_cache(cache) for name, cache in caches.items()}
-    found: Json = {
+    models: Json = {
         name: {"domains": _renamed(numbers)}
         for name, numbers in teacher_holdout_numbers(entries, examples, readers).items()
     }
@@ -131,13 +131,16 @@ def _figures(
 
     for label in students:
         folder = layout.export_folder(label)
-        found[label] = {
+        models[label] = {
             "domains": domains(folder),
             "gold_logprobs": gold_logprobs(folder, compared, trust, device),
         }
-    found["former"] = [domains(each.export_folder(students[0])) for each in former]
     ordered = {name: readers[name] for name in teachers}
-    return found | combination_figures(combine, entries, examples, ordered, vocabulary)
+    return {
+        "models": models,
+        "former": [domains(each.export_folder(students[0])) for each in former],
+        **combination_figures(combine, entries, examples, ordered, vocabulary),
+    }
 
 
 def combination_figures(
@@ -182,5 +185,4 @@ def _renamed(numbers: dict[str, dict[str, float | None]]) -> dict[str, dict[str,
             "top1_agreement": values["agreement"],
         }
         for domain, values in numbers.items()
-        if domain != "all"
     }

@@ -32,6 +32,7 @@ from pipeline.generations import (
     is_regenerated,
 )
 from pipeline.layout import CacheLayout
+from pipeline.loading import check_shared_paths
 from pipeline.recipes import provenance_of
 from pipeline.regeneration import (
     Damage,
@@ -139,7 +140,7 @@ def submit_job(
         ClusterError: the job failed.
     """
     if address is not None:
-        distill.check_shared_paths(config)
+        check_shared_paths(config)
     with distill.cluster(config, address) as url:
         # Equal commands share a name, so that a running one is attached to.
         job = f"{name}-{digest_json(command)[:8]}"

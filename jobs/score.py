@@ -16,6 +16,7 @@ from jobs.plan import score_key
 from pipeline.cache_index import is_published, publish, quarantined
 from pipeline.config import Config, TeacherConfig
 from pipeline.config_targets import CombineConfig, LearnedWeights
+from pipeline.config_training import sequences_together
 from pipeline.datasets import DatasetEntry, read_dataset, write_dataset
 from pipeline.features import FeatureRule, holds_features, teacher_of
 from pipeline.filters import summary
@@ -26,7 +27,7 @@ from pipeline.learned_weights import learn_weights, with_learned
 from pipeline.prepared import Prepared
 from pipeline.recipes import provenance_of
 from pipeline.targets import required_teachers
-from students.packing import refuse_long_sequences
+from students.packing import refuse_long_groups, refuse_long_sequences
 from teachers.canary import Canary, hold_to_cache
 from teachers.dispatch import PoolReport
 from teachers.pool import run_pools
@@ -94,7 +95,10 @@ def _check_lengths(config: Config, entries: Sequence[DatasetEntry]) -> None:
     if config.synthesis.filters_after_scoring:
         return  # one of them may drop it
     used = [(e.sequence_id, e.num_tokens) for e in entries if e.split in ("train", "holdout")]
-    refuse_long_sequences(used, config.training.tokens_per_micro_batch)
+    training, budget = config.training, config.training.tokens_per_micro_batch
+    refuse_long_sequences(used, budget)
+    together = sequences_together(training.losses)
+    refuse_long_groups([length for _, length in used], budget, not training.packing, together)
 
 
 def _dropped(filtered: Filtered) -> list[str]:

@@ -80,8 +80,11 @@ def _prepare(config: Config, layout: Layout) -> Outcome:
 
 
 def _synthesize(config: Config, layout: Layout) -> Outcome:
+    from jobs.placement import cautions
     from jobs.synthesize import synthesize
 
+    for line in cautions(config, ray.nodes()):
+        print(f"caution: {line}", flush=True)
     return synthesize(config, layout, _prepared(config, layout))
 
 

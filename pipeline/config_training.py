@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -227,6 +228,12 @@ def _named_exception(name: str) -> str:
     if "student.dtype".startswith(name):
         raise ValueError(f"{name!r}: the optimizer's state depends on student.dtype")
     return name
+
+
+def sequences_together(losses: Sequence[Loss]) -> int:
+    """How many sequences in a row of a step's batch stay in one micro-batch."""
+    sizes = [loss.sequences for loss in losses if isinstance(loss, Relation)]
+    return max([1, *(size for size in sizes if size)])
 
 
 class TrainingConfig(Section):

@@ -132,6 +132,22 @@ def local_paths(config: Config) -> dict[str, str]:
     return {key: path for key, path in paths.items() if path.startswith("/")}
 
 
+def check_shared_paths(config: Config) -> None:
+    """Refuses local paths that the nodes of a remote cluster cannot see.
+
+    Raises:
+        ConfigError: a local path lies outside `storage.shared_roots`.
+    """
+    roots = [root.rstrip("/") + "/" for root in config.storage.shared_roots]
+    for key, path in local_paths(config).items():
+        if not any(f"{path}/".startswith(root) for root in roots):
+            raise ConfigError(
+                f"{key} is the local path {path}, which a cluster's nodes may not see; use a URI "
+                "such as s3://…, or name a folder above it that every node mounts in "
+                "storage.shared_roots"
+            )
+
+
 def evaluation_files(config: Config) -> dict[str, EvaluationFile]:
     """The evaluation files of all contamination filters by the key that holds their path."""
     return {

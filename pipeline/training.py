@@ -9,7 +9,13 @@ from typing import Any
 from pipeline import storage
 from pipeline.config import Config
 from pipeline.config_targets import ByDomainWeights, CombineConfig
-from pipeline.config_training import CrossEntropy, Loss, Relation, StateLoss, TeacherLoss
+from pipeline.config_training import (
+    CrossEntropy,
+    Loss,
+    StateLoss,
+    TeacherLoss,
+    sequences_together,
+)
 from pipeline.features import features_of
 from pipeline.fingerprint import digest_json
 from pipeline.layout import CacheLayout, Layout
@@ -99,8 +105,7 @@ class TrainingJob:
     @property
     def sequences_together(self) -> int:
         """How many sequences in a row of a step's batch stay in one micro-batch."""
-        sizes = [loss.sequences for loss in self.losses if isinstance(loss, Relation)]
-        return max([1, *(size for size in sizes if size)])
+        return sequences_together(self.losses)
 
     @property
     def zero_stage(self) -> int:

@@ -123,7 +123,7 @@ def holdout_numbers(
                 continue
             mixture = np.concatenate([mixture_argmax(example) for example in together])
             domain_sums.add(loss, kl, found.argmax_ids.cpu().numpy() == mixture)
-    return _with_total(sums, bounded=False)
+    return _means(sums, bounded=False)
 
 
 def teacher_holdout_numbers(
@@ -155,7 +155,7 @@ def teacher_holdout_numbers(
                 first = np.concatenate([[0], np.cumsum(row.num_entries, dtype=np.int64)[:-1]])
                 agrees_P = row.token_ids[first] == mixture_argmax(example)
                 domain_sums.add(loss, kl_P, agrees_P, bounded_P)
-        found[name] = _with_total(sums, bounded=True)
+        found[name] = _means(sums, bounded=True)
     return found
 
 
@@ -226,10 +226,5 @@ def _by_domain(entries: Sequence[DatasetEntry]) -> Iterator[tuple[str, list[Data
         yield domain, [entry for entry in entries if entry.domain == domain]
 
 
-def _with_total(sums: dict[str, _Sums], *, bounded: bool) -> dict[str, Means]:
-    total = _Sums()
-    for part in sums.values():
-        for name, value in vars(part).items():
-            setattr(total, name, getattr(total, name) + value)
-    everything = sums | ({"all": total} if total.tokens else {})
-    return {domain: part.means(bounded=bounded) for domain, part in everything.items()}
+def _means(sums: dict[str, _Sums], *, bounded: bool) -> dict[str, Means]:
+    return {domain: part.means(bounded=bounded) for domain, part in sums.items()}

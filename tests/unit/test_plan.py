@@ -248,10 +248,16 @@ def test_attempts_that_did_not_end_are_counted(
     assert stage_rows(config)[0]["unended"] == 2, "the record adds up its attempts"
 
 
-@pytest.mark.parametrize("name", ["single_node", "multi_node"])
-def test_the_examples_for_open_weights_can_be_planned(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "address"), [("single_node", None), ("multi_node", "http://127.0.0.1:8265")]
+)
+def test_the_examples_for_open_weights_can_be_planned(
+    name: str, address: str | None, tmp_path: Path
+) -> None:
     """With prompts and a tokenizer of this machine; no hub and no bucket is asked."""
-    changes = [f"storage.root={tmp_path}", f"storage.models_root={tmp_path}"]
+    seen = [str(tmp_path), str(QUICKSTART.parent), "/shared"]
+    changes = [f"storage.shared_roots={json.dumps(seen)}"]
+    changes += [f"storage.root={tmp_path}", f"storage.models_root={tmp_path}"]
     changes.append(f"student.model={QUICKSTART.parent / 'student'}")
     changes += ["prompts.validation_fraction=0.2", "prompts.holdout_fraction=0.2"]
     for i, domain in enumerate(("code", "chat")):
@@ -260,7 +266,7 @@ def test_the_examples_for_open_weights_can_be_planned(name: str, tmp_path: Path)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         changes.append(f"prompts.sources.{i}.path={path}")
     config = load_config(QUICKSTART.parents[2] / f"jobs/configs/{name}.yaml", changes)
-    text = describe(config)
+    text = describe(config, address)
     plan = [line.split()[0] for line in text.partition("# resources")[0].splitlines()[1:]]
     assert plan == list(STAGES), "no stage is in doubt, and nothing may be too long"
     assert "read 80, holdout 16" in text
