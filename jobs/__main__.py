@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = _command(commands, "run", _run, "run all stages as Ray jobs, doing only what is missing")
     _config_arguments(run)
+    _allow_argument(run)
     run.add_argument(
         "--address",
         metavar="URL",
@@ -77,11 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--detach", action="store_true", help="leave the run to the cluster; needs --address"
     )
+    run.add_argument("--inside-job", action="store_true", help=argparse.SUPPRESS)
 
     train = _command(
         commands, "train", _train, "run the stages up to the export of the trained student"
     )
     _config_arguments(train)
+    _allow_argument(train)
     train.add_argument(
         "--from-checkpoint",
         metavar="PATH",
@@ -96,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     submit = _command(commands, "submit", _submit, "submit one stage and follow it")
     submit.add_argument("stage", choices=STAGES)
     _config_arguments(submit)
+    _allow_argument(submit)
     submit.add_argument("--address", metavar="URL", required=True)
     submit.add_argument("--detach", action="store_true", help="do not follow it")
 
@@ -117,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     stage.add_argument("stage", choices=STAGES)
     _config_arguments(stage)
+    _allow_argument(stage)
     return parser
 
 
@@ -134,6 +139,9 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         help="dotted overrides, e.g. training.steps=100",
     )
+
+
+def _allow_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow",
         metavar="NAME",
@@ -161,25 +169,18 @@ def _run(options: argparse.Namespace) -> None:
         _say(dump_config(config))
         _say(describe(config, options.address))
         return
-    from jobs import distill, submit
+    from jobs import distill
+    from jobs.connection import connect, job_server_address_inside_job
 
     if not options.detach:
-        address = (
-            submit.job_server_address_inside_job()
-            if options.address == "inside-job"
-            else options.address
-        )
-        distill.run(config, address, _say)
+        inside = options.inside_job and job_server_address_inside_job()
+        distill.run(config, inside or options.address, _say)
         return
     if options.address is None:
         raise ConfigError("--detach leaves the run to a cluster, so it needs --address")
     check_shared_paths(config)
-    identifier = distill.submit(
-        submit.connect(options.address),
-        config,
-        distill.DETACHED,
-        ["run", "--address", "inside-job"],
-    )
+    client = connect(options.address)
+    identifier = distill.submit(client, config, distill.DETACHED, ["run", "--inside-job"])
     _say(f"submitted {identifier}")
     _say(f"follow it with: polystill logs {identifier} --address {options.address} --follow")
 
@@ -196,11 +197,12 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _submit(options: argparse.Namespace) -> None:
-    from jobs import distill, submit
+    from jobs import distill
+    from jobs.connection import connect
 
     config = _load(options)
     check_shared_paths(config)
-    client = submit.connect(options.address)
+    client = connect(options.address)
     if options.detach:
         _say(f"submitted {distill.submit(client, config, options.stage, ['stage', options.stage])}")
     else:
@@ -208,14 +210,16 @@ def _submit(options: argparse.Namespace) -> None:
 
 
 def _status(options: argparse.Namespace) -> None:
-    from jobs.submit import connect, describe_jobs
+    from jobs.connection import connect
+    from jobs.submit import describe_jobs
 
     _say(describe_jobs(connect(options.address), options.run))
 
 
 def _logs(options: argparse.Namespace) -> None:
+    from jobs.connection import connect
     from jobs.follow import follow
-    from jobs.submit import connect, job_logs
+    from jobs.submit import job_logs
 
     client = connect(options.address)
     if not options.follow:
@@ -225,7 +229,8 @@ def _logs(options: argparse.Namespace) -> None:
 
 
 def _stop(options: argparse.Namespace) -> None:
-    from jobs.submit import connect, stop_with_stages
+    from jobs.connection import connect
+    from jobs.submit import stop_with_stages
 
     for name, status in stop_with_stages(connect(options.address), options.submission_id):
         _say(f"{name}: {status}")

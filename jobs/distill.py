@@ -12,12 +12,13 @@ from pathlib import Path
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 import jobs
+from jobs.connection import connect
 from jobs.follow import PREAMBLE, failure_message, follow
 from jobs.local_head import local_head
 from jobs.placement import check_local_head, local_custom_resources
 from jobs.plan import STAGES, StagePlan, layout_of, make_plan, plan_rounds, round_layouts, stages_of
 from jobs.run_lock import alone
-from jobs.submit import DETACHED, build_upload, connect, job_logs, submit_stage
+from jobs.submit import DETACHED, build_upload, job_logs, submit_stage
 from pipeline import storage
 from pipeline.config import Config
 from pipeline.config_base import Resources

@@ -15,6 +15,7 @@ from pipeline.config_targets import LearnedWeights
 from pipeline.datasets import DatasetEntry, read_dataset
 from pipeline.fingerprint import digest_json
 from pipeline.layout import Layout
+from pipeline.learned_weights import learned_weights, with_learned
 from pipeline.loading import check_model_folders
 from pipeline.prepared import Prepared, load_prepared
 from pipeline.prompts import load_prompts, read_prompts
@@ -167,6 +168,10 @@ def stage_key(config: Config, layout: Layout, prepared: Prepared, stage: str) ->
         costs = {name: teacher.cost_per_hour for name, teacher in config.teachers.items()}
         parts += [config.evaluation.model_dump(mode="json"), costs, config.student.cost_per_hour]
         parts += [config.training.cost_per_hour, config.synthesis.max_sequence_tokens]
+        # The report compares with the mixture, whatever the losses are.
+        combine = with_learned(config.combine, learned_weights(config.combine, layout))
+        parts.append(combine.model_dump(mode="json"))
+        parts.append({name: c.generation for name, c in prepared.caches(layout).items()})
     return digest_json([stage, *parts])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
 
 from jobs.plan import layout_of, read_record, round_layouts
 from jobs.synthesis_checks import (
@@ -166,10 +167,23 @@ def _check_upstream_options(config: Config) -> None:
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from error
     check_sampling(config)
+    _check_attention(config.student.attn_implementation)
     if config.training.deepspeed:
         from students.deepspeed_options import check_deepspeed_options
 
         check_deepspeed_options(config.training.deepspeed)
+
+
+def _check_attention(name: str) -> None:
+    packages = {
+        "flash_attention_2": ("flash_attn", "kernels"),
+        "flash_attention_3": ("flash_attn_interface", "kernels"),
+    }.get(name)
+    if packages and not any(map(find_spec, packages)):
+        raise ConfigError(
+            f"student.attn_implementation {name} needs the package {' or '.join(packages)}, and "
+            "none is installed here: choose sdpa, or add one to every node's environment"
+        )
 
 
 def _check_prompts(config: Config, prompts: Sequence[Prompt]) -> None:

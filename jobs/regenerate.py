@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from jobs import distill
 from jobs.caches import RunCaches, open_run
+from jobs.connection import connect
 from jobs.score import fill_caches, new_shards, scored_summary
 from jobs.stages import join_cluster, log_our_lines, run_stage
-from jobs.submit import connect
 from pipeline import storage
 from pipeline.cache_index import (
     is_published,

@@ -35,6 +35,8 @@ from pipeline.training import training_jobs
 Outcome = dict[str, Any]
 ALONE = ("train", "export")
 """Stages that write files in place; whatever two of the others write at once is the same."""
+USES_OUTPUT_OF = {"export": "train", "evaluate": "export"}
+"""Stages whose input lies at one place, whatever config has made it."""
 
 
 def run_stage(stage: str, config: Config) -> None:
@@ -44,10 +46,13 @@ def run_stage(stage: str, config: Config) -> None:
         DistillationError: what went wrong; everything finished before stays.
     """
     layout = layout_of(config)
-    plan = {plan.stage: plan for plan in make_plan(config)}[stage]
-    if plan.todo == 0:
-        print(f"up to date ({plan.summary})", flush=True)
+    plans = {plan.stage: plan for plan in make_plan(config)}
+    if plans[stage].todo == 0:
+        print(f"up to date ({plans[stage].summary})", flush=True)
         return
+    needed = USES_OUTPUT_OF.get(stage)
+    if needed and plans[needed].todo:
+        raise ConfigError(f"{needed} is not complete for this config: let it run first")
     log_our_lines()
     started = time.time()
     unended = unended_attempts(layout, stage)

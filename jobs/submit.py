@@ -16,8 +16,6 @@ import requests
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from jobs.connection import cluster_errors
-from jobs.connection import connect as connect
-from jobs.connection import job_server_address_inside_job as job_server_address_inside_job
 from jobs.plan import STAGES
 from pipeline.errors import ClusterError, ConfigError
 

@@ -64,6 +64,9 @@ def learn_weights(
                 "prompts.validation_fraction, or choose other weights"
             )
         gold_MP = np.stack([_gold_logprobs(chosen, reader) for reader in readers.values()])
+        possible_P = np.isfinite(gold_MP.max(axis=0))
+        fits[domain]["impossible_positions"] = int((~possible_P).sum())
+        gold_MP = gold_MP[:, possible_P]
         weights_M, gap = likeliest_mixture(gold_MP)
         stored = [round(float(weight), DECIMALS) for weight in weights_M]
         weights[domain] = dict(zip(readers, stored, strict=True))
@@ -119,6 +122,9 @@ def likeliest_mixture(gold_logprobs_MP: np.ndarray) -> tuple[np.ndarray, float]:
 
     The problem is concave, and at any w the best mean is at most `max_m mean(p_m / mixture) - 1`
     nats higher (the gradient's bound on the simplex), which is when to stop.
+
+    Args:
+        gold_logprobs_MP: at each position finite of some teacher.
 
     Returns:
         float64[M], which sum to 1, and that bound.

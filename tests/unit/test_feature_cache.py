@@ -20,7 +20,7 @@ from pipeline.cache import describe_shard, open_shard, read_features, read_shard
 from pipeline.cache_index import open_cache, open_features
 from pipeline.cache_verify import row_problems
 from pipeline.datasets import read_dataset
-from pipeline.errors import CacheError, ConfigError, CorruptShardError
+from pipeline.errors import CacheError, ConfigError, CorruptShardError, TrainingError
 from pipeline.features import FeatureRule, features_of, projection_matrix, to_bfloat16
 from pipeline.generations import named_generations
 from pipeline.records import HiddenStates
@@ -182,6 +182,25 @@ def test_a_loss_that_comes_later_leaves_distributions_as_they_are(
     assert before.shards("words") == shards
     assert "words+features" in status(open_run(later.config))
     assert NAME not in open_run(before.config).caches
+
+
+def test_groups_that_training_would_refuse_are_refused_before_scoring(
+    tmp_path: Path, pools: FakePools
+) -> None:
+    relation = "{type: relation, weight: 1.0, teacher: words, layers: {2: 1}, relation: distance"
+    losses = f"training.losses=[{{type: forward_kl, weight: 1.0}}, {relation}, sequences: 4}}]"
+    longest = max(e.num_tokens for e in prepared_run(tmp_path / "other").entries())
+    run = prepared_run(tmp_path, losses, f"training.tokens_per_micro_batch={longest}")
+    with pytest.raises(TrainingError, match="a relation loss keeps 4 sequences"):
+        run.score()
+    assert pools.scored == []
+
+
+def prepared_run(root: Path, *overrides: str) -> FabricatedRun:
+    made = FabricatedRun(root, overrides=list(overrides))
+    made.prepare()
+    made.write_answers(0, 4)
+    return made
 
 
 def test_interrupted_capture_goes_on(run: FabricatedRun, pools: FakePools) -> None:

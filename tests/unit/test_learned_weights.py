@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jobs import score as score_module
 from jobs.holdout import combination
 from jobs.plan import plan_score, score_key, scored_dataset
+from pipeline import learned_weights as learned_weights_module
 from pipeline import storage
 from pipeline.datasets import write_dataset
 from pipeline.errors import ConfigError
@@ -104,6 +105,24 @@ def test_score_learns_and_the_training_is_what_was_learned(run):
         members = [e for e in entries if e.domain == domain and e.split == "validation"]
         assert fit["positions"] == sum(e.num_positions for e in members) > 0
         assert fit["gold_logprob_mixture"] >= max(fit["gold_logprob"].values()) - 1e-4
+
+
+def test_tokens_that_every_teacher_masks_say_nothing(run, monkeypatch):
+    read = learned_weights_module._gold_logprobs
+
+    def masked(entries, reader):
+        found = read(entries, reader)
+        found[:2] = -np.inf
+        return found
+
+    run.score()
+    monkeypatch.setattr(learned_weights_module, "_gold_logprobs", masked)
+    storage.remove(run.layout.learned_weights)
+    run.score()
+    stored = storage.read_json(run.layout.learned_weights)["provenance"]["domains"]
+    assert {fit["impossible_positions"] for fit in stored.values()} == {2}
+    for weights in learned_weights(run.config.combine, run.layout).values():
+        assert sum(weights.values()) == pytest.approx(1)
 
 
 def test_lost_weights_are_learned_again(run):

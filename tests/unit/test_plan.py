@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.dry_run import describe
-from jobs.plan import make_plan, plan_score, score_key, stage_key
+from jobs.plan import StagePlan, make_plan, plan_score, score_key, stage_key
 from jobs.prepare import prepare
 from jobs.round_figures import stage_rows
 from jobs.score import score
@@ -84,6 +84,15 @@ def test_a_missing_model_folder_is_found_without_a_cluster(tmp_path: Path) -> No
         make_plan(load_config(QUICKSTART, changes))
 
 
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])
+def test_attention_that_is_not_installed_is_refused_before_anything_runs(
+    name: str, tmp_path: Path
+) -> None:
+    changes = [f"storage.root={tmp_path}", f"student.attn_implementation={name}"]
+    with pytest.raises(ConfigError, match="none is installed here: choose sdpa"):
+        describe(load_config(QUICKSTART, changes))
+
+
 def test_prices_and_placement_ask_for_no_new_preparation() -> None:
     changes = [
         "teachers.words.cost_per_hour=3",
@@ -112,6 +121,27 @@ def test_what_the_report_says_of_speed_and_price_is_measured_anew(
     assert evaluate_key(load_config(QUICKSTART, changes), tmp_path) != evaluate_key(
         load_config(QUICKSTART, [*changes, change]), tmp_path
     )
+
+
+def test_weights_that_only_the_report_uses_make_another_one(tmp_path: Path) -> None:
+    """A student of the text alone is trained without them, and compared with their mixture."""
+    changes = [f"storage.root={tmp_path}", "name=run", "evaluation.twin=false"]
+    changes.append("training.losses=[{type: cross_entropy, weight: 1.0}]")
+    weigh = "combine.weights={{type: static, teachers: {{arithmetic: {}, words: 1.0}}}}"
+    first, second = (load_config(QUICKSTART, [*changes, weigh.format(w)]) for w in (1.0, 0.0))
+    assert evaluate_key(first, tmp_path) != evaluate_key(second, tmp_path)
+
+
+@pytest.mark.parametrize(("stage", "needed"), [("export", "train"), ("evaluate", "export")])
+def test_a_stage_does_not_take_what_another_config_has_left(
+    stage: str, needed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(QUICKSTART, [f"storage.root={tmp_path}"])
+    todo = [StagePlan(name, int(name in (stage, needed)), "to do") for name in STAGES]
+    monkeypatch.setattr("jobs.stages.make_plan", lambda config: todo)
+    with pytest.raises(ConfigError, match=f"^{needed} is not complete for this config"):
+        run_stage(stage, config)
+    assert not list(tmp_path.rglob("*.json"))
 
 
 def test_another_checker_is_another_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

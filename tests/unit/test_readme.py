@@ -1,5 +1,6 @@
 """README.md: every command parses, names what exists, and its overrides load."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import yaml
 
 from jobs.__main__ import main, parse
 from pipeline.config_recipes import Recipe
@@ -51,6 +53,20 @@ def of_kind(start: str) -> list[str]:
 def test_every_command_is_of_a_kind_that_is_tested_below() -> None:
     kinds = ("make ", "polystill ", ".venv/bin/python ", "ray ", "export ")
     assert [command for command in commands() if not command.startswith(kinds)] == []
+
+
+def test_examples_for_open_weights_have_the_recommended_settings() -> None:
+    part = README.partition("### Where to start")[2]
+    recommended = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", part, flags=re.DOTALL)[0])
+    assert set(recommended) == {"scoring", "combine", "training"}
+    for name in ("single_node", "multi_node"):
+        shown = yaml.safe_load((ROOT / f"jobs/configs/{name}.yaml").read_text())
+        assert shown["scoring"] == recommended["scoring"]
+        assert shown["training"]["losses"] == recommended["training"]["losses"]
+    assert shown["combine"] == recommended["combine"], "who knows what is not said there"
+    overrides = [f"{key}={json.dumps(value)}" for key, value in recommended.items()]
+    config = load_config(STAND_INS["CONFIG"], [o for o in overrides if "losses" not in o])
+    assert config.model_dump(mode="json")["combine"]["method"] == "route"
 
 
 def test_ray_knows_its_commands_and_the_exports_are_those_of_cluster_yaml() -> None:

@@ -196,7 +196,7 @@ def test_logs_are_followed_to_the_end(
 ):
     client = UnsteadyClient(num_looks=1)
     client.get_job_status = lambda _: status
-    monkeypatch.setattr("jobs.submit.connect", lambda url: client)
+    monkeypatch.setattr("jobs.connection.connect", lambda url: client)
     assert main(["logs", "r-run-a-a1", "--address", "http://head", "--follow"]) == code
     printed = capsys.readouterr()
     assert printed.out == client.LOG
