@@ -138,7 +138,7 @@ def _keep_log(config: Config, client: JobSubmissionClient, identifier: str) -> s
 
     A job that failed because nothing can be written there must still say so.
     """
-    kept = storage.join(layout_of(config).run_folder, "logs", f"{identifier}.log")
+    kept = layout_of(config).job_log(identifier)
     try:
         storage.write_bytes(kept, job_logs(client, identifier).encode())
     except StorageError as error:
@@ -178,9 +178,9 @@ def where(config: Config, stages: Sequence[str]) -> str:
     layout = layout_of(rounds_of(config)[-1])
     report = {"report": layout.report_html, "figures": layout.report_json}
     places = (report if stages[-1] == STAGES[-1] else {}) | {
-        "caches": storage.join(layout.root, "caches"),
+        "caches": layout.caches_folder,
         "student": layout.export_folder("student"),
-        "metrics": storage.join(layout.training_folder("student"), "metrics.jsonl"),
+        "metrics": layout.metrics("student"),
     }
     return "\n".join(f"{name + ':':9} {path}" for name, path in places.items())
 

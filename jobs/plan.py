@@ -249,9 +249,9 @@ def _outputs(config: Config, layout: Layout, stage: str) -> list[str]:
             for name in made.get(student, {}).get("files", ["config.json"])
         ]
     return [
-        storage.join(layout.training_folder(student), name)
+        path
         for student in students_of(config)
-        for name in ("training.json", "final/weights.safetensors")
+        for path in (layout.training_summary(student), layout.final_weights(student))
     ]
 
 

@@ -119,6 +119,14 @@ class Layout:
     def report_html(self) -> str:
         return join(self.run_folder, "report.html")
 
+    def answers(self, model: str) -> str:
+        """What a model answered to the hold-out prompts."""
+        return join(self.run_folder, "answers", f"{model}.jsonl")
+
+    def job_log(self, identifier: str) -> str:
+        """Of a job whose head has ended."""
+        return join(self.run_folder, "logs", f"{identifier}.log")
+
     @property
     def models_folder(self) -> str:
         """The run's folder on a file system."""
@@ -127,6 +135,21 @@ class Layout:
     def training_folder(self, student: str) -> str:
         """Checkpoints, metrics and TensorBoard events of `student` or `twin`."""
         return join(self.models_folder, student)
+
+    def metrics(self, student: str) -> str:
+        """A line for every step that was logged."""
+        return join(self.training_folder(student), "metrics.jsonl")
+
+    def final_weights(self, student: str) -> str:
+        return join(self.training_folder(student), "final", "weights.safetensors")
+
+    def probe(self, student: str) -> str:
+        """Log-probabilities that the export of the final weights must reproduce."""
+        return join(self.training_folder(student), "final", "probe.json")
+
+    def training_summary(self, student: str) -> str:
+        """Written last of all: its existence means that the training is complete."""
+        return join(self.training_folder(student), "training.json")
 
     def export_folder(self, student: str) -> str:
         return join(self.models_folder, "export", student)

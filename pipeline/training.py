@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline import storage
 from pipeline.config import Config
 from pipeline.config_targets import ByDomainWeights, CombineConfig
 from pipeline.config_training import (
@@ -83,9 +82,13 @@ class TrainingJob:
         return self.layout.training_folder(self.student)
 
     @property
+    def metrics_path(self) -> str:
+        return self.layout.metrics(self.student)
+
+    @property
     def summary_path(self) -> str:
         """Written last of all: its existence means that the training is complete."""
-        return storage.join(self.folder, "training.json")
+        return self.layout.training_summary(self.student)
 
     @property
     def combine(self) -> CombineConfig:

@@ -124,7 +124,7 @@ def trained_model(job: TrainingJob, source: str) -> PreTrainedModel:
     trust = job.config.student.trust_remote_code
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust, dtype=torch.float32)
-    weights = Path(job.folder, "final", "weights.safetensors")
+    weights = Path(job.layout.final_weights(job.student))
     fit_weights(model, load_file(weights), str(weights))
     return model.to(DTYPES[job.config.student.dtype]).eval()
 
@@ -142,7 +142,7 @@ def probe_difference(job: TrainingJob, folder: Path) -> float:
     """Largest difference in nats between the exported model's and the trained engine's gold
     log-probabilities.
     """
-    probe = storage.read_json(str(Path(job.folder, "final", "probe.json")))
+    probe = storage.read_json(job.layout.probe(job.student))
     trained = probe["gold_logprobs"]
     sequences = [
         sequence

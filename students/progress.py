@@ -24,23 +24,24 @@ LINES_PER_TRAINING = 20
 NAMES = {"train/loss": "loss", "holdout/loss": "hold-out loss"}
 
 
-def read_metrics(folder: str) -> list[dict[str, Any]]:
-    """The lines of a training's `metrics.jsonl`; an unfinished last line is left out."""
-    path = Path(folder, "metrics.jsonl")
-    text = path.read_text() if path.exists() else ""
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a training's metrics; an unfinished last line is left out."""
+    text = Path(path).read_text() if Path(path).exists() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 class MetricsLog:
-    """The metrics of rank 0; what an interrupted run wrote after `step` is dropped."""
+    """The metrics of rank 0, as lines and beside them as events of TensorBoard; what an interrupted
+    run wrote after `step` is dropped.
+    """
 
-    def __init__(self, folder: str, step: int) -> None:
-        path = Path(folder, "metrics.jsonl")
-        kept = [line for line in read_metrics(folder) if line["step"] <= step]
+    def __init__(self, path: str, step: int) -> None:
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        storage.write_bytes(str(path), text.encode())
-        self._stream = path.open("a")
-        self._events = SummaryWriter(str(Path(folder, "tensorboard")), purge_step=step + 1)
+        storage.write_bytes(path, text.encode())
+        file = Path(path)
+        self._stream = file.open("a")
+        self._events = SummaryWriter(str(file.with_name("tensorboard")), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends one line, on disk when this returns."""
@@ -72,12 +73,12 @@ class FollowedMetrics:
         self._thread.join()
 
     def _follow(self) -> None:
-        lines = read_metrics(self._job.folder)
+        lines = read_metrics(self._job.metrics_path)
         pace = Pace(self._job.config.training.steps)
         finished = False
         while not finished:
             finished = self._stopped.wait(FOLLOW_SECONDS)
-            seen, lines = len(lines), read_metrics(self._job.folder)
+            seen, lines = len(lines), read_metrics(self._job.metrics_path)
             # a restarted worker drops what lies after its checkpoint, and writes it again
             for line in lines[min(seen, len(lines)) :]:
                 said = pace.line(line)

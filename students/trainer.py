@@ -62,7 +62,7 @@ def train(job: TrainingJob, device: torch.device) -> None:
     engine = StudentEngine(module, job, universal)
     if resume is not None:
         state = load_checkpoint(engine, job, resume)
-    metrics = MetricsLog(job.folder, state.step) if dist.get_rank() == 0 else None
+    metrics = MetricsLog(job.metrics_path, state.step) if dist.get_rank() == 0 else None
     started -= state.seconds
     window_started, window_tokens = time.monotonic(), 0
 
@@ -199,18 +199,18 @@ def finish(
     peak = torch.tensor([peak_memory_gib()], device=engine.device)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     if dist.get_rank() == 0:
-        folder = Path(job.folder, "final")
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(weights, folder / "weights.safetensors", metadata={"format": "pt"})
-        (folder / "weights.safetensors").chmod(0o644)  # safetensors makes it for its owner alone
+        path = Path(job.layout.final_weights(job.student))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(weights, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors makes it for its owner alone
         probe = {"shards": sorted({entry.shard for entry in entries}), "gold_logprobs": {}}
         for entry in entries:
             probe["gold_logprobs"][entry.sequence_id] = gold_logprobs[: entry.num_positions]
             del gold_logprobs[: entry.num_positions]
-        storage.write_json(str(folder / "probe.json"), probe)
+        storage.write_json(job.layout.probe(job.student), probe)
         summary = {
             "steps": state.step,
-            "final": last_values(job.folder),
+            "final": last_values(job.metrics_path),
             "tokens": state.tokens,
             "seconds": state.seconds,
             "peak_memory_gib": float(peak),
@@ -223,10 +223,10 @@ def finish(
     dist.barrier()
 
 
-def last_values(folder: str) -> dict[str, float]:
+def last_values(metrics: str) -> dict[str, float]:
     """The last value of every metric."""
     last: dict[str, float] = {}
-    for line in read_metrics(folder):
+    for line in read_metrics(metrics):
         last |= line
     last.pop("step", None)
     return last

@@ -129,10 +129,11 @@ def disturbed(
     root = undisturbed.root
     arguments = run_arguments(settings | {"name": KILLED}, root)
     student = root / "runs" / KILLED / "student"
+    metrics = student / "metrics.jsonl"
 
     command = start_polystill(tmp_path_factory.mktemp("logs"), *arguments)
     command.wait_until(
-        f"step {KILLED_AFTER}", lambda: len(read_metrics(str(student))) >= KILLED_AFTER, 700
+        f"step {KILLED_AFTER}", lambda: len(read_metrics(metrics)) >= KILLED_AFTER, 700
     )
     end_and_leave_nothing(command, signal.SIGKILL)
     metrics_at_kill = read_lines(student / "metrics.jsonl")

@@ -197,7 +197,7 @@ def make_job(
 
 
 def curve(job, name="train/loss"):
-    return {line["step"]: line[name] for line in read_metrics(job.folder) if name in line}
+    return {line["step"]: line[name] for line in read_metrics(job.metrics_path) if name in line}
 
 
 def final_weights(job):
@@ -205,4 +205,4 @@ def final_weights(job):
 
 
 def steps_of(job):
-    return [line["step"] for line in read_metrics(job.folder)]
+    return [line["step"] for line in read_metrics(job.metrics_path)]

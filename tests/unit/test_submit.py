@@ -15,7 +15,7 @@ from jobs import distill, stages
 from jobs.__main__ import main
 from jobs.follow import LogLines, failure_message, follow
 from jobs.local_head import local_head
-from jobs.plan import layout_of
+from jobs.plan import StagePlan, layout_of
 from jobs.run_lock import alone
 from jobs.submit import (
     DIGEST,
@@ -249,6 +249,8 @@ def test_a_stage_that_writes_in_place_runs_once_whoever_starts_it(
     config = load_config(
         ROOT / "examples/quickstart/config.yaml", [f"storage.root={tmp_path}", "name=r"]
     )
+    plan = [StagePlan(name, int(name == stage), "to do") for name in stages.STAGES]
+    monkeypatch.setattr(stages, "make_plan", lambda config: plan)
     monkeypatch.setattr(stages, "join_cluster", lambda: None)
     monkeypatch.setitem(stages.STAGES, stage, lambda *_: pytest.fail("it runs"))
     with (

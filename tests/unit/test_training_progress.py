@@ -42,15 +42,16 @@ def test_describe_leaves_out_what_is_not_there():
 
 
 def test_metrics_after_the_resumed_step_are_dropped_and_an_unfinished_line_ignored(tmp_path):
-    log = MetricsLog(str(tmp_path), 0)
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(str(path), 0)
     for step in (1, 2, 3):
         log.write(step, {"train/loss": float(step)})
     log.close()
-    with (tmp_path / "metrics.jsonl").open("a") as stream:
+    with path.open("a") as stream:
         stream.write('{"step": 4, "tra')
-    assert [line["step"] for line in read_metrics(str(tmp_path))] == [1, 2, 3]
-    resumed = MetricsLog(str(tmp_path), 2)
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
+    resumed = MetricsLog(str(path), 2)
     resumed.write(3, {"train/loss": 9.0})
     resumed.close()
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["step"], line["train/loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 9.0)]

@@ -138,7 +138,7 @@ def test_losses_on_hidden_states_are_those_of_plain_forwards(state_reference, st
     }
     for name, value in expected.items():
         assert curve(job, f"train/{name}")[1] == pytest.approx(value, rel=1e-5), name
-    line = read_metrics(job.folder)[0]
+    line = read_metrics(job.metrics_path)[0]
     weighted = [loss["weight"] * line[f"train/{name}"] for loss, name in _named_losses()]
     assert line["train/loss"] == pytest.approx(sum(weighted))
 

@@ -39,7 +39,7 @@ def test_summary_metrics_and_checkpoints(reference):
     assert summary["steps"] == 6
     assert steps_of(job) == STEPS
     assert list(curve(job, "holdout/loss")) == [3, 6]
-    first = read_metrics(job.folder)[0]
+    first = read_metrics(job.metrics_path)[0]
     assert first["train/loss"] == pytest.approx(
         first["train/forward_kl"] + 0.5 * first["train/cross_entropy"]
     )
@@ -133,7 +133,7 @@ def test_workers_zero_stages_packing_and_accumulation_change_nothing(
 
 def test_twin_needs_no_cache(run, material):
     twin = run(make_job(material, "twin", student="twin", caches={}, steps=3))
-    assert "train/forward_kl" not in read_metrics(twin.folder)[-1]
+    assert "train/forward_kl" not in read_metrics(twin.metrics_path)[-1]
     assert curve(twin)[3] < curve(twin)[1]
 
 
@@ -144,7 +144,7 @@ def test_a_list_of_losses_is_mixed_and_logged_apart(run, material):
         {"type": "cross_entropy", "weight": 0.25},
     ]
     job = run(make_job(material, "mixed", losses=losses, workers=2, zero_stage=3))
-    lines = read_metrics(job.folder)
+    lines = read_metrics(job.metrics_path)
     weights = {
         "reverse_kl_temperature_2": 0.5,
         "jensen_shannon_temperature_2_beta_0.5": 2.0,
