@@ -113,7 +113,6 @@ def submit_stage(
     num_cpus: float = 0,
     num_gpus: float = 0,
     custom_resources: Mapping[str, float] | None = None,
-    metadata: Mapping[str, str] | None = None,
 ) -> str:
     """Submits a stage, or attaches to its job of the same run and digest if that still goes.
 
@@ -127,7 +126,6 @@ def submit_stage(
             head node.
         num_gpus: likewise.
         custom_resources: likewise.
-        metadata: further strings to keep with the job.
 
     Returns:
         The submission id of the job.
@@ -151,13 +149,7 @@ def submit_stage(
                 entrypoint=entrypoint,
                 submission_id=name,
                 runtime_env=runtime_env,
-                metadata={
-                    **(metadata or {}),
-                    RUN: run,
-                    STAGE: stage,
-                    DIGEST: digest,
-                    FOLDER: folder,
-                },
+                metadata={RUN: run, STAGE: stage, DIGEST: digest, FOLDER: folder},
                 entrypoint_num_cpus=num_cpus,
                 entrypoint_num_gpus=num_gpus,
                 entrypoint_resources=dict(custom_resources or {}),

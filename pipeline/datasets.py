@@ -137,13 +137,34 @@ def read_dataset(layout: Layout, digest: str) -> list[DatasetEntry]:
     return [DatasetEntry(**row | {"generators": tuple(row["generators"])}) for row in rows]
 
 
+class SequenceShards:
+    """Sequences by shard and id, in any order; the last shards read are kept."""
+
+    def __init__(self, layout: Layout, shards_kept: int) -> None:
+        self._root, self._shards_kept = layout.root, shards_kept
+        self._read: OrderedDict[str, dict[str, TokenSequence]] = OrderedDict()
+
+    def get(self, shard: str, sequence_id: str) -> TokenSequence | None:
+        """A sequence; None when the shard does not hold it.
+
+        Raises:
+            StorageError: the shard is missing or corrupt.
+        """
+        if shard not in self._read:
+            found = read_sequences(storage.join(self._root, shard))
+            self._read[shard] = {sequence.sequence_id: sequence for sequence in found}
+            if len(self._read) > self._shards_kept:
+                self._read.popitem(last=False)
+        self._read.move_to_end(shard)
+        return self._read[shard].get(sequence_id)
+
+
 class SequenceReader:
-    """The sequences of dataset entries, read through the last shards used."""
+    """The sequences of dataset entries by id."""
 
     def __init__(self, layout: Layout, entries: Iterable[DatasetEntry]) -> None:
-        self._root = layout.root
+        self._shards = SequenceShards(layout, SHARDS_KEPT)
         self._shard_of = {entry.sequence_id: entry.shard for entry in entries}
-        self._read: OrderedDict[str, dict[str, TokenSequence]] = OrderedDict()
 
     def get(self, sequence_id: str) -> TokenSequence | None:
         """A sequence; None when no entry names it.
@@ -152,12 +173,4 @@ class SequenceReader:
             StorageError: its shard is missing or corrupt.
         """
         shard = self._shard_of.get(sequence_id)
-        if shard is None:
-            return None
-        if shard not in self._read:
-            found = read_sequences(storage.join(self._root, shard))
-            self._read[shard] = {sequence.sequence_id: sequence for sequence in found}
-            if len(self._read) > SHARDS_KEPT:
-                self._read.popitem(last=False)
-        self._read.move_to_end(shard)
-        return self._read[shard].get(sequence_id)
+        return None if shard is None else self._shards.get(shard, sequence_id)

@@ -184,8 +184,6 @@ def sampling_of(recipe: Recipe, generator: str) -> dict[str, Any]:
     return recipe.sampling | own
 
 
-def cache_layout(
-    layout: Layout, name: str, recipe: dict[str, Any], generation: int = 1
-) -> CacheLayout:
-    """Where the cache of that name and recipe lies."""
-    return layout.cache(name, digest_json(recipe), generation)
+def cache_layout(layout: Layout, name: str, recipe: dict[str, Any]) -> CacheLayout:
+    """Where the cache of that name and recipe lies; of its generations the first."""
+    return layout.cache(name, digest_json(recipe))

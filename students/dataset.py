@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline import storage
 from pipeline.cache_index import CacheReader, open_cache
 from pipeline.config_targets import CombineConfig
-from pipeline.datasets import DatasetEntry, read_sequences
+from pipeline.datasets import DatasetEntry, SequenceShards
 from pipeline.errors import TrainingError
 from pipeline.layout import CacheLayout, Layout
 from pipeline.product import ProductTargets, product_of
@@ -75,21 +74,17 @@ class Examples:
         vocabulary: int,
     ) -> None:
         """`combine=None` leaves the teachers out, for losses on the text alone."""
-        self._layout, self._readers, self._teachers = layout, readers, teachers
+        self._readers, self._teachers = readers, teachers
         self._combine, self._vocabulary = combine, vocabulary
-        self._shards: OrderedDict[str, dict[str, TokenSequence]] = OrderedDict()
+        self._sequences = SequenceShards(layout, SEQUENCE_SHARDS_KEPT)
         self._kept: OrderedDict[str, Example] = OrderedDict()
         self._num_bytes = 0
 
     def sequence(self, entry: DatasetEntry) -> TokenSequence:
-        """The sequence of an entry, read through the last shards used."""
-        if entry.shard not in self._shards:
-            shard = read_sequences(storage.join(self._layout.root, entry.shard))
-            self._shards[entry.shard] = {sequence.sequence_id: sequence for sequence in shard}
-            if len(self._shards) > SEQUENCE_SHARDS_KEPT:
-                self._shards.popitem(last=False)
-        self._shards.move_to_end(entry.shard)
-        return self._shards[entry.shard][entry.sequence_id]
+        """The sequence of an entry, which its shard holds."""
+        found = self._sequences.get(entry.shard, entry.sequence_id)
+        assert found is not None, f"{entry.shard} does not hold {entry.sequence_id}"
+        return found
 
     def __getitem__(self, entry: DatasetEntry) -> Example:
         """The combined sequence of an entry.

@@ -46,11 +46,6 @@ def train_student(job: TrainingJob) -> dict[str, Any]:
         ConfigError: DeepSpeed refuses its block.
         StorageError: the disk is full; its checkpoints are kept.
     """
-    if "://" in job.folder:
-        raise TrainingError(
-            f"training folder {job.folder} is not a local path: DeepSpeed writes its checkpoints "
-            "to a file system, so storage.root must be a folder that all workers mount"
-        )
     if storage.exists(job.summary_path):
         return _finished(job)
     check_deepspeed_options(job.config.training.deepspeed)

@@ -134,7 +134,7 @@ def test_a_detached_run_is_stopped_with_its_stage(client):
 
 
 def test_jobs_are_listed_by_run(client):
-    job = submit(client, "list", "pass", run="tests-list", metadata={"note": "x"})
+    job = submit(client, "list", "pass", run="tests-list")
     assert [found.submission_id for found in list_jobs(client, run="tests-list")] == [job]
     assert job in [found.submission_id for found in list_jobs(client)]
     [row] = describe_jobs(client, run="tests-list").splitlines()
