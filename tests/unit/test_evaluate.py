@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from ray.exceptions import RayTaskError
+from ray.remote_function import RemoteFunction
 
 from jobs import holdout, stages
 from jobs.evaluate import _difference, _model
@@ -64,7 +65,11 @@ class Cluster:
     def nodes(self) -> list[dict[str, Any]]:
         return [{"Alive": True, "Resources": {"CPU": 4.0, "big": 1.0}}]
 
-    def remote(self, function: Callable[..., Any]) -> "Cluster":
+    def remote(self, *, max_calls: int) -> Callable[[Callable[..., Any]], "Cluster"]:
+        self.max_calls = max_calls
+        return self.of
+
+    def of(self, function: Callable[..., Any]) -> "Cluster":
         self.function = function
         return self
 
@@ -108,6 +113,23 @@ def test_a_student_is_exported_where_it_is_served(
     outcome = stages._export(config, layout_of(config))
     assert outcome["figures"] == {"twin": exported}
     assert cluster.asked == {"num_cpus": 3, "num_gpus": 0, "resources": {"big": 0.5}}
+
+
+def test_a_worker_that_held_a_student_ends_with_its_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or its cached device memory stays taken while the engine starts on the same GPU."""
+    made: list[RemoteFunction] = []
+
+    def options(self: RemoteFunction, **asked: Any) -> SimpleNamespace:
+        made.append(self)
+        return SimpleNamespace(remote=lambda: asked)
+
+    monkeypatch.setattr(RemoteFunction, "options", options)
+    monkeypatch.setattr("ray.nodes", lambda: Cluster().nodes())
+    monkeypatch.setattr("ray.get", lambda found: found)
+    config = evaluated_on("{num_cpus: 1}")
+    found = holdout.run_on_evaluation_resources(config, lambda: {"local": 1})
+    assert found == {"num_cpus": 1, "num_gpus": 0, "resources": {}}
+    assert [function._max_calls for function in made] == [1]
 
 
 def test_what_a_task_refuses_is_told_without_its_traceback(cluster: Cluster) -> None:
