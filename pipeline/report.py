@@ -251,24 +251,35 @@ def _likelihood(student: dict[str, Any], other: dict[str, Any]) -> str:
 
 def _resources(student: dict[str, Any], other: dict[str, Any]) -> str:
     parts = []
-    for label, figure, less, more in (
-        ("parameters", lambda model: model["parameters"], "smaller", "larger"),
-        ("tokens/s", lambda model: model["tokens_per_second"], "slower", "faster"),
-        ("price per million tokens", price, "cheaper", "dearer"),
+    for label, figure, spread, less, more in (
+        ("parameters", lambda model: model["parameters"], None, "smaller", "larger"),
+        ("tokens/s", lambda model: model["tokens_per_second"], _speeds, "slower", "faster"),
+        ("price per million tokens", price, _prices, "cheaper", "dearer"),
     ):
         if (ours := figure(student)) and (theirs := figure(other)):
             word = less if ours < theirs else more if ours > theirs else "equal"
-            if label != "parameters" and _rounds_overlap(student, other):
+            if spread and _overlap(spread(student), spread(other)):
                 word = "level within the spread of the rounds"
             figures = f"{scaled(ours)} against {scaled(theirs)}"
             parts.append(f"{word}, {significant(ours / theirs)} times the {label} ({figures})")
     return "; ".join(parts)
 
 
-def _rounds_overlap(one: dict[str, Any], two: dict[str, Any]) -> bool:
-    """Whether some round of the slower model was as fast as one of the faster."""
-    (low, high), (other_low, other_high) = (m["tokens_per_second_range"] for m in (one, two))
-    return low <= other_high and other_low <= high
+def _speeds(model: dict[str, Any]) -> tuple[float, float]:
+    """Tokens per second of the slowest and the fastest round."""
+    low, high = model["tokens_per_second_range"]
+    return low, high
+
+
+def _prices(model: dict[str, Any]) -> tuple[float, float]:
+    """Per million tokens at the speeds of the fastest and the slowest round."""
+    low, high = (model["cost_per_hour"] / (speed * 3600) * 1e6 for speed in _speeds(model)[::-1])
+    return low, high
+
+
+def _overlap(one: tuple[float, float], two: tuple[float, float]) -> bool:
+    """Whether two ranges have a value in common."""
+    return one[0] <= two[1] and two[0] <= one[1]
 
 
 def _loss_panel(report: dict[str, Any]) -> dict[str, dict[str, str]]:

@@ -273,6 +273,38 @@ def test_speeds_whose_rounds_overlap_are_not_ranked(report):
     assert "faster" not in line and "cheaper" not in line and "smaller" in line
 
 
+@pytest.mark.parametrize(
+    ("cost", "verdict"), [(0.7, "dearer, 2.00"), (0.35, "level"), (0.1, "cheaper")]
+)
+def test_a_price_is_ranked_by_the_range_of_prices(report, cost, verdict):
+    """Equal speeds at another cost per hour make another price."""
+    for name, per_hour in (("student", cost), ("algebraist", 0.35)):
+        model_of(report, name).update(
+            tokens_per_second=1_000.0,
+            tokens_per_second_range=(900.0, 1_100.0),
+            cost_per_hour=per_hour,
+            price_per_million_tokens=per_hour / 3.6,
+        )
+    line = line_about(report, "Against algebraist, in resources")
+    speed, price = line.split("; ")[1:]
+    assert speed.startswith("level within the spread of the rounds, 1.00 times the tokens/s")
+    assert price.startswith(verdict)
+
+
+def test_a_price_is_level_where_its_ranges_meet(report):
+    """Twice the speed at almost twice the cost, with rounds that differ."""
+    for name, speed, per_hour in (("student", 2_000.0, 0.65), ("algebraist", 1_000.0, 0.35)):
+        model_of(report, name).update(
+            tokens_per_second=speed,
+            tokens_per_second_range=(0.9 * speed, 1.1 * speed),
+            cost_per_hour=per_hour,
+            price_per_million_tokens=per_hour / (speed * 3600) * 1e6,
+        )
+    line = line_about(report, "Against algebraist, in resources")
+    assert "faster, 2.00 times the tokens/s" in line
+    assert "level within the spread of the rounds, 0.929 times the price" in line
+
+
 def test_a_student_that_loses_is_said_to_lose(report):
     student = model_of(report, "student")
     student |= {
