@@ -161,7 +161,7 @@ def render_html(report: dict[str, Any]) -> str:
 
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
-    for function in (number, significant, percent, scaled, price, pooled):
+    for function in (number, significant, percent, scaled, price, pooled, device):
         environment.filters[function.__name__] = function
     counted = {name for counts in report["synthesis"].values() for name in counts}
     environment.globals |= {
@@ -204,6 +204,15 @@ def scaled(value: float | None, base: int = 1000) -> str:
 def price(model: dict[str, Any]) -> float | None:
     """Per million tokens; None where no cost is given, since free is not a measurement."""
     return (model["price_per_million_tokens"] or None) if model["cost_per_hour"] else None
+
+
+def device(model: dict[str, Any]) -> str:
+    """What a model was measured on."""
+    engine = model["engine"]
+    if engine["engine"] == "endpoint":
+        return "over the network"
+    count = engine["num_devices"]
+    return engine["device"] if count == 1 else f"{count} x {engine['device']}"
 
 
 def _domains(report: dict[str, Any]) -> list[str]:
@@ -262,7 +271,15 @@ def _resources(student: dict[str, Any], other: dict[str, Any]) -> str:
                 word = "level within the spread of the rounds"
             figures = f"{scaled(ours)} against {scaled(theirs)}"
             parts.append(f"{word}, {significant(ours / theirs)} times the {label} ({figures})")
+    if device(student) != device(other):
+        places = (f"{model['name']} {_place(model)}" for model in (student, other))
+        parts.append(f"measured apart: {', '.join(places)}")
     return "; ".join(parts)
+
+
+def _place(model: dict[str, Any]) -> str:
+    found = device(model)
+    return found if model["engine"]["engine"] == "endpoint" else f"on {found}"
 
 
 def _speeds(model: dict[str, Any]) -> tuple[float, float]:

@@ -51,6 +51,7 @@ def make_model(name, role, parameters, speed, price, *, exact_match, loss, kl):
         "latency_seconds": 40 / speed,
         "cost_per_hour": 0.35 if price else 0.0,
         "price_per_million_tokens": price,
+        "engine": {"engine": "vllm", "device": "Xeon 6", "num_devices": 1},
     }
 
 
@@ -303,6 +304,21 @@ def test_a_price_is_level_where_its_ranges_meet(report):
     line = line_about(report, "Against algebraist, in resources")
     assert "faster, 2.00 times the tokens/s" in line
     assert "level within the spread of the rounds, 0.929 times the price" in line
+
+
+def test_every_model_names_what_it_was_measured_on(report):
+    assert "measured apart" not in " ".join(headlines(report))
+    model_of(report, "algebraist")["engine"] |= {"device": "NVIDIA H100", "num_devices": 2}
+    model_of(report, "logician")["engine"] = {"engine": "endpoint", "device": "endpoint a.b:8000"}
+    line = line_about(report, "Against algebraist, in resources")
+    assert line.endswith("; measured apart: student on Xeon 6, algebraist on 2 x NVIDIA H100.")
+    line = line_about(report, "Against logician, in resources")
+    assert line.endswith("; measured apart: student on Xeon 6, logician over the network.")
+    words = Page(render_html(report)).words
+    assert "Measured on" not in words
+    assert "algebraist 2 x NVIDIA H100 8.12 M" in words
+    assert "logician over the network 8.12 M" in words
+    assert "student Xeon 6 2.03 M" in words
 
 
 def test_a_student_that_loses_is_said_to_lose(report):
