@@ -245,17 +245,54 @@ def _quality(student: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def _likelihood(student: dict[str, Any], other: dict[str, Any]) -> str:
+    """Loss and KL over the same tokens; what is known as a lower bound has no verdict of its own.
+
+    A KL that is above a bound may be above or below the divergence that it bounds.
+    """
     parts = []
     for label, key in (("hold-out loss", "holdout_loss"), ("KL to the mixture", "kl_to_mixture")):
-        ours, theirs = pooled(student)[key], pooled(other)[key]
-        if ours is None or theirs is None:
+        shared = _shared_domains(student, other, key)
+        if not shared:
             continue
+        both = [_over(model, shared) for model in (student, other)]
+        ours, theirs = (figures[key] for figures in both)
+        bounds = [key == "kl_to_mixture" and figures["kl_bounded_mass"] > 0 for figures in both]
         show = number if max(ours, theirs) >= SMALL_NATS else significant
-        figures = f"{show(ours)} against {show(theirs)} nats/token"
-        level = number(ours) == number(theirs)
-        verdict = "level" if level else "better" if ours < theirs else "worse"
-        parts.append(f"{label} {figures} ({verdict})")
-    return ", ".join(parts) or "nothing measured"
+        words = " against ".join(
+            f"{'at least ' if is_bound else ''}{show(figure)}"
+            for is_bound, figure in zip(bounds, (ours, theirs), strict=True)
+        )
+        places = "" if len(shared) == len(student["domains"]) else f" in {', '.join(shared)}"
+        verdict = _verdict((ours, bounds[0]), (theirs, bounds[1]))
+        parts.append(f"{label} {words} nats/token{places}{verdict}")
+    return ", ".join(parts) or "nothing measured on the same tokens"
+
+
+def _verdict(ours: tuple[float, bool], theirs: tuple[float, bool]) -> str:
+    """Of two figures of which less is better, each with whether it is a lower bound."""
+    (our_figure, ours_is_bound), (their_figure, theirs_is_bound) = ours, theirs
+    if number(our_figure) == number(their_figure):
+        return "" if ours_is_bound or theirs_is_bound else " (level)"
+    if our_figure < their_figure:
+        return "" if ours_is_bound else " (better)"
+    return "" if theirs_is_bound else " (worse)"
+
+
+def _shared_domains(one: dict[str, Any], two: dict[str, Any], key: str) -> list[str]:
+    """Domains in which both models have a figure over as many hold-out tokens."""
+    pairs = ((name, part, two["domains"].get(name)) for name, part in one["domains"].items())
+    return [
+        name
+        for name, ours, theirs in pairs
+        if theirs is not None
+        and None not in (ours[key], theirs[key])
+        and ours["holdout_tokens"] == theirs["holdout_tokens"]
+    ]
+
+
+def _over(model: dict[str, Any], domains: list[str]) -> dict[str, Any]:
+    """Pooled figures over some domains."""
+    return pooled(model | {"domains": {name: model["domains"][name] for name in domains}})
 
 
 def _resources(student: dict[str, Any], other: dict[str, Any]) -> str:
