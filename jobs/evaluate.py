@@ -213,6 +213,7 @@ def _report(
         "run": {
             "name": config.name,
             "seed": config.seed,
+            "checker": config.prompts.checker,
             "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
             "versions": _versions(),
             # The student's: a teacher may run elsewhere.

@@ -94,7 +94,7 @@ def headlines(report: dict[str, Any]) -> list[str]:
     beside = f" ({unasked:,} more were too long to ask)" if unasked else ""
     lines = [f"The student answers {exact} hold-out prompts exactly{beside}; {rates}."]
     if ours["exact_match"] is None:
-        lines = ["No hold-out prompt has a reference answer: likelihood compares the models."]
+        lines = [f"{_unchecked(report)}: likelihood compares the models."]
     for model in others:
         name, quality = model["name"], _quality(student, model)
         if model["role"] == "teacher":
@@ -172,6 +172,7 @@ def render_html(report: dict[str, Any]) -> str:
         "drawn": any("draw_variance" in cache for cache in report["caches"].values()),
         "reasons": [*REASONS, *sorted(counted - {*REASONS, "generated_tokens"})],
         "wilson": wilson_interval,
+        "unchecked": _unchecked(report),
     }
     return environment.get_template("report.html.j2").render(report)
 
@@ -227,6 +228,13 @@ def _colours(report: dict[str, Any]) -> dict[str, str]:
     colours |= {cache: colours[teacher_of(cache)] for cache in report["caches"]}
     pair = [model for model in report["models"] if model["role"] in ROLE_COLOURS]
     return colours | {model["name"]: ROLE_COLOURS[model["role"]] for model in pair}
+
+
+def _unchecked(report: dict[str, Any]) -> str:
+    """Why there is no exact match, where there is none."""
+    if report["run"]["checker"] is None:
+        return "prompts.checker is not set, so no answer is checked"
+    return "No hold-out prompt has a reference answer"
 
 
 def _quality(student: dict[str, Any], other: dict[str, Any]) -> str:

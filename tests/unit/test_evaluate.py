@@ -10,7 +10,7 @@ import pytest
 from ray.exceptions import RayTaskError
 from ray.remote_function import RemoteFunction
 
-from jobs import holdout, stages
+from jobs import evaluate, holdout, stages
 from jobs.evaluate import _difference, _model
 from jobs.plan import layout_of
 from pipeline.config import Config
@@ -45,6 +45,22 @@ def test_a_domain_without_kept_holdout_answers_is_still_reported() -> None:
     assert model["domains"]["words"]["exact_match"] == 0.0
     overall = pooled(model)
     assert overall["exact_match"] == 0.25 and overall["holdout_loss"] == 0.5
+
+
+def test_the_report_says_which_checker_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "read_record", lambda *_: {"counts": {}, "filters": []})
+    monkeypatch.setattr(evaluate, "cache_totals", lambda *_: {})
+    monkeypatch.setattr(evaluate, "_curve", lambda *_: [])
+    for checker in ("exact", None):
+        config = load_config(
+            QUICKSTART, [f"prompts.checker={checker or 'null'}", "synthesis.filters=[]"]
+        )
+        prepared: Any = SimpleNamespace(
+            caches=lambda _: {}, identities={name: {} for name in config.teachers}
+        )
+        models, figures = [{"engine": {"device": "Xeon 6"}}], {"weights": {}, "product": {}}
+        found = evaluate._report(config, layout_of(config), prepared, "d", models, figures)
+        assert found["run"]["checker"] == checker
 
 
 def test_the_largest_difference_is_over_all_tokens() -> None:

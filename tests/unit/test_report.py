@@ -107,6 +107,7 @@ def report():
         "run": {
             "name": "three-teachers",
             "seed": 7,
+            "checker": "exact",
             "finished_at": "2024-05-17T14:03:22+00:00",
             "versions": {"vllm": "0.32.0", "deepspeed": "0.19.8", "ray": "2.50.0", "torch": "2.9"},
             "hardware": "2 CPU cores, 8 GiB",
@@ -378,6 +379,15 @@ def test_without_references_likelihood_speaks(report):
     assert "hold-out loss 0.380 against 1.437 nats/token (better)" in lines[1]
     assert "points" not in "\n".join(lines)
     assert "no exact match is given" in Page(render_html(report)).words
+
+
+def test_without_a_checker_nothing_is_said_of_references(report):
+    without_references(report)["run"]["checker"] = None
+    said = "prompts.checker is not set, so no answer is checked"
+    assert headlines(report)[0] == f"{said}: likelihood compares the models."
+    words = Page(render_html(report)).words
+    assert f"{said}: no exact match is given" in words
+    assert "reference answer" not in words
 
 
 @pytest.mark.parametrize(
