@@ -35,6 +35,8 @@ MASS_FLOOR = 1e-4
 least this much.
 """
 ID_RANGE = 2**24
+SUM_ROUNDING = 1e-9
+"""Relative; far above float64's sums of a few parts, below the step of float16."""
 KL_TO_MIXTURE = (LossTerm(name="forward_kl", type="forward_kl", weight=1.0),)
 """Of every student, whatever it was trained on."""
 Means = dict[str, float | None]
@@ -93,7 +95,8 @@ def holdout_numbers(
 
     Returns:
         For each domain `tokens`, `loss` (cross-entropy with the text), `kl_to_mixture`, and
-        `agreement` (share of positions where its most probable token is the mixture's).
+        `agreement` (share of positions where its most probable token is the mixture's, or one of
+        those that tie).
 
     Raises:
         CacheError: the caches do not cover a sequence.
@@ -121,8 +124,8 @@ def holdout_numbers(
             if any(example.is_estimate for example in together):
                 domain_sums.add_estimated(loss)
                 continue
-            mixture = np.concatenate([mixture_argmax(example) for example in together])
-            domain_sums.add(loss, kl, found.argmax_ids.cpu().numpy() == mixture)
+            argmax_ids = found.argmax_ids.cpu().numpy()
+            domain_sums.add(loss, kl, _agreements(together, argmax_ids))
     return _means(sums, bounded=False)
 
 
@@ -153,7 +156,7 @@ def teacher_holdout_numbers(
                     continue
                 kl_P, bounded_P = bounded_divergence(example, row)
                 first = np.concatenate([[0], np.cumsum(row.num_entries, dtype=np.int64)[:-1]])
-                agrees_P = row.token_ids[first] == mixture_argmax(example)
+                agrees_P = is_likeliest(example, row.token_ids[first].astype(np.int64))
                 domain_sums.add(loss, kl_P, agrees_P, bounded_P)
         found[name] = _means(sums, bounded=True)
     return found
@@ -198,19 +201,30 @@ def bounded_divergence(example: Example, row: SparseLogprobs) -> tuple[np.ndarra
     return kl_P, bounded_P
 
 
-def mixture_argmax(example: Example) -> np.ndarray:
-    """int64[P]: the id of the largest sum_m w_m p_m over kept ids; of equals the smallest."""
-    num_positions = len(example.gold_ids)
+def is_likeliest(example: Example, ids_P: np.ndarray) -> np.ndarray:
+    """bool[P]: whether no id has a larger sum_m w_m p_m over kept ids.
+
+    Heads in bfloat16 tie often, and float16 stores close values as one: then each of the likeliest
+    ids is the mixture's. Rounding keeps the order of a teacher, so values that are stored apart
+    are apart; sums of the same parts may differ in their last bits.
+    """
     mass_MPK = example.teacher_weights[:, :, None].astype(np.float64) * np.exp(
         example.logprobs.astype(np.float64)
     )
-    places_P1 = np.arange(num_positions, dtype=np.int64)[:, None] * ID_RANGE
-    keys, inverse = np.unique((example.token_ids + places_P1).ravel(), return_inverse=True)
+    places_P = np.arange(len(ids_P), dtype=np.int64) * ID_RANGE
+    keys, inverse = np.unique((example.token_ids + places_P[:, None]).ravel(), return_inverse=True)
     masses = np.bincount(inverse, weights=mass_MPK.ravel())
-    positions, ids = np.divmod(keys, ID_RANGE)
-    order = np.lexsort((ids, -masses, positions))
-    _, first = np.unique(positions[order], return_index=True)
-    return ids[order][first]
+    largest_P = np.maximum.reduceat(masses, np.searchsorted(keys, places_P))
+    wanted_P = ids_P + places_P
+    found_P = np.minimum(np.searchsorted(keys, wanted_P), len(keys) - 1)
+    return (keys[found_P] == wanted_P) & (masses[found_P] >= largest_P * (1 - SUM_ROUNDING))
+
+
+def _agreements(examples: Sequence[Example], ids_P: np.ndarray) -> np.ndarray:
+    """bool[P]: `is_likeliest` of the positions of several examples, one after another."""
+    ends = np.cumsum([len(example.gold_ids) for example in examples])
+    parts = zip(examples, np.split(ids_P, ends[:-1]), strict=True)
+    return np.concatenate([is_likeliest(example, ids) for example, ids in parts])
 
 
 def _padded(row: SparseLogprobs) -> tuple[np.ndarray, np.ndarray]:
