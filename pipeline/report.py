@@ -67,7 +67,10 @@ def within_chance(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
 
 
 def pooled(model: dict[str, Any]) -> dict[str, Any]:
-    """Figures over all domains: exact match by prompts with a reference, others by tokens."""
+    """Figures over all domains: exact match by prompts with a reference, others by tokens.
+
+    A figure that lacks some of the tokens is None: it would stand for others than its neighbours.
+    """
     parts = list(model["domains"].values())
 
     def mean(key: str, weight: str) -> float | None:
@@ -75,8 +78,12 @@ def pooled(model: dict[str, Any]) -> dict[str, Any]:
         total = sum(weight for _, weight in known)
         return sum(value * weight for value, weight in known) / total if total else None
 
+    def over_all_tokens(key: str) -> float | None:
+        is_whole = all(part[key] is not None for part in parts if part["holdout_tokens"])
+        return mean(key, "holdout_tokens") if is_whole else None
+
     by_tokens = ("holdout_loss", "kl_to_mixture", "kl_bounded_mass", "top1_agreement")
-    return {key: mean(key, "holdout_tokens") for key in by_tokens} | {
+    return {key: over_all_tokens(key) for key in by_tokens} | {
         "exact_match": mean("exact_match", "prompts"),
         "prompts": sum(part["prompts"] for part in parts if part["exact_match"] is not None),
         "holdout_tokens": sum(part["holdout_tokens"] for part in parts),

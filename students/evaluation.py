@@ -13,6 +13,7 @@ Legend: M teachers of positive weight, P positions, K entries.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ MASS_FLOOR = 1e-4
 least this much.
 """
 ID_RANGE = 2**24
+MASKED = float(np.finfo(np.float16).min)
+"""What a cache stores of a gold token that the teacher gives no probability."""
 SUM_ROUNDING = 1e-9
 """Relative; far above float64's sums of a few parts, below the step of float16."""
 KL_TO_MIXTURE = (LossTerm(name="forward_kl", type="forward_kl", weight=1.0),)
@@ -78,7 +81,9 @@ class _Sums:
             name: None if self.has_estimates else getattr(self, name) / self.tokens
             for name in names
         }
-        return {"tokens": self.tokens, "loss": self.loss / self.tokens, **means}
+        # JSON knows no infinity.
+        loss = self.loss / self.tokens if math.isfinite(self.loss) else None
+        return {"tokens": self.tokens, "loss": loss, **means}
 
 
 @torch.no_grad()
@@ -140,6 +145,7 @@ def teacher_holdout_numbers(
 
     Returns:
         By teacher and domain `tokens`, `loss`, `kl_to_mixture`, `agreement` and `bounded_mass`.
+        The loss of a teacher that masks a token of the text is infinite, and None here.
     """
     found = {}
     for name, reader in readers.items():
@@ -149,7 +155,8 @@ def teacher_holdout_numbers(
                 row = reader.row(entry.sequence_id)
                 if row is None:
                     continue
-                example, loss = examples[entry], -row.gold_logprobs.astype(np.float64)
+                gold_P = row.gold_logprobs.astype(np.float64)
+                example, loss = examples[entry], np.where(gold_P > MASKED, -gold_P, np.inf)
                 domain_sums = sums.setdefault(domain, _Sums())
                 if row.is_drawn or example.is_estimate:
                     domain_sums.add_estimated(loss)

@@ -1,5 +1,6 @@
-"""Hold-out numbers from cached rows: ties."""
+"""Hold-out numbers from cached rows: ties, and tokens that a teacher masks."""
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,3 +72,11 @@ def test_values_that_are_stored_apart_are_apart() -> None:
     example = example_from(row, weights=[[1]])
     assert is_likeliest(example, np.array([9])).all()
     assert not is_likeliest(example, np.array([4])).any()
+
+
+def test_a_masked_token_leaves_no_loss() -> None:
+    """A cache stores -65504 for its -inf: nothing to average, and a mean over others is no loss."""
+    masked = row_of([[9, 4, 2]] * 2, [[0.5, 0.3, 0.1]] * 2, gold=[-1.0, -np.inf])
+    found = measured(masked, example_from(masked, weights=[[1, 1]]))
+    assert found["loss"] is None and found["agreement"] == 1 and found["tokens"] == 2
+    assert "Infinity" not in json.dumps(found)

@@ -419,6 +419,18 @@ def test_likelihoods_are_compared_over_the_same_tokens(report):
     assert line.endswith("nothing measured on the same tokens.")
 
 
+def test_a_loss_that_is_infinite_is_not_given_and_not_beaten(report):
+    model_of(without_references(report), "algebraist")["domains"]["words"]["holdout_loss"] = None
+    line = line_about(report, "Against algebraist, in quality")
+    assert "hold-out loss 0.265 against 1.055 nats/token in algebra, logic (better)" in line
+    assert "—" not in line
+    (row,) = [line for line in text_summary(report).splitlines() if line.startswith("hold-out")]
+    assert row.split()[-4:] == ["—", "1.250", "0.380", "0.447"]
+    words = Page(render_html(report)).words
+    assert "algebraist masks a token of the hold-out answers in words" in words
+    assert words.count("masks a token") == 1
+
+
 def test_a_report_without_twin_and_with_mixed_references(report):
     report["models"] = [model for model in report["models"] if model["role"] != "twin"]
     del report["curves"]["twin"]
