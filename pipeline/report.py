@@ -251,7 +251,7 @@ def _quality(student: dict[str, Any], other: dict[str, Any]) -> str:
         theirs = other["domains"].get(domain, {"exact_match": None})
         if ours["exact_match"] is None or theirs["exact_match"] is None:
             continue
-        points = 100 * (ours["exact_match"] - theirs["exact_match"])
+        points = round(100 * (ours["exact_match"] - theirs["exact_match"]), 1)
         change = f"{'gains' if points > 0 else 'loses'} {abs(points):.1f} points"
         chance = ", within chance" if points and within_chance(ours, theirs) else ""
         figures = f"{percent(ours['exact_match'])} against {percent(theirs['exact_match'])}"

@@ -364,6 +364,17 @@ def test_equal_figures_are_level(report):
     assert "is level in words (79.0 % against 79.0 %)" in line_about(report, "Against the twin")
 
 
+@pytest.mark.parametrize("right", [1_999, 2_001])
+def test_a_gain_that_rounds_to_nothing_is_level(report, right):
+    model_of(report, "student")["domains"]["words"] |= {
+        "exact_match": right / 3000,
+        "prompts": 3000,
+    }
+    model_of(report, "twin")["domains"]["words"] |= {"exact_match": 2 / 3, "prompts": 3000}
+    line = line_about(report, "Against the twin")
+    assert f"is level in words ({right / 30:.1f} % against 66.7 %)" in line
+
+
 @pytest.mark.parametrize("change", [{"cost_per_hour": 0.0}, {"price_per_million_tokens": None}])
 @pytest.mark.parametrize("name", ["student", "algebraist"])
 def test_nothing_is_claimed_where_no_cost_is_given(report, change, name):
