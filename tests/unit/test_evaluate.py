@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from pipeline.errors import ClusterError, TrainingError
 from pipeline.loading import load_config
 from pipeline.report import pooled
 from teachers.answering import AnsweredPrompts
+from teachers.pool import PoolJob
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "examples/quickstart/config.yaml"
 ENGINE = {"num_parameters": 1, "weight_bytes": 4, "peak_memory_bytes": None}
@@ -45,6 +47,25 @@ def test_a_domain_without_kept_holdout_answers_is_still_reported() -> None:
     assert model["domains"]["words"]["exact_match"] == 0.0
     overall = pooled(model)
     assert overall["exact_match"] == 0.25 and overall["holdout_loss"] == 0.5
+
+
+def test_every_engine_of_ours_is_started_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an engine does at its start is part of its peak memory."""
+    jobs: list[PoolJob] = []
+
+    def run_pools(asked: list[PoolJob]) -> dict[str, Any]:
+        jobs.extend(asked)
+        return {asked[0].name: SimpleNamespace(results=[None], engines=[{}])}
+
+    monkeypatch.setattr(evaluate, "run_pools", run_pools)
+    monkeypatch.setattr(evaluate, "_longest_request", lambda *_: 40)
+    config = load_config(QUICKSTART)
+    prepared: Any = SimpleNamespace(eos_token_id=1)
+    for name in ("arithmetic", "words", "student", "twin"):
+        evaluate._serve(config, layout_of(config), prepared, name, (), ())
+    specs = [job.spec for job in jobs]
+    assert [replace(spec, model="") for spec in specs] == [replace(specs[0], model="")] * 4
+    assert specs[0].num_logprobs == 1
 
 
 def test_the_report_says_which_checker_judged(monkeypatch: pytest.MonkeyPatch) -> None:

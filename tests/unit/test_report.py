@@ -492,6 +492,10 @@ def test_page_holds_every_model_and_number(report):
         assert line.partition(": ")[2] in words
 
 
+def test_peak_memory_says_what_it_is_on_a_gpu(report):
+    assert "mostly what vLLM reserves there" in Page(render_html(report)).words
+
+
 def test_bounds_are_marked_and_explained(report):
     words = Page(render_html(report)).words
     assert "≥ 0.020 a" in words
