@@ -36,6 +36,8 @@ MASS_FLOOR = 1e-4
 least this much.
 """
 ID_RANGE = 2**24
+POSITIONS_AT_ONCE = 512
+"""Whose entries are compared pair by pair together: 256 of each make 32 MiB of truth values."""
 MASKED = float(np.finfo(np.float16).min)
 """What a cache stores of a gold token that the teacher gives no probability."""
 SUM_ROUNDING = 1e-9
@@ -180,32 +182,43 @@ def bounded_divergence(example: Example, row: SparseLogprobs) -> tuple[np.ndarra
         float64[P]: the bound, and the mass of the mixture on ids that were bounded.
     """
     ids_PK, logprobs_PK = _padded(row)
-    kept_PK, tail_P = np.exp(logprobs_PK), row.tail_mass.astype(np.float64)
+    kl_P, bounded_P = np.zeros(len(ids_PK)), np.zeros(len(ids_PK))
+    for start in range(0, len(ids_PK), POSITIONS_AT_ONCE):
+        some = slice(start, start + POSITIONS_AT_ONCE)
+        kept, tail_P = (ids_PK[some], logprobs_PK[some]), row.tail_mass[some].astype(np.float64)
+        for m, weights_P in enumerate(example.teacher_weights[:, some].astype(np.float64)):
+            theirs = (example.token_ids[m, some], example.logprobs[m, some].astype(np.float64))
+            their_tail_P = example.tail_mass[m, some].astype(np.float64)
+            found_P, outside_P = _bounded(theirs, their_tail_P, kept, tail_P)
+            kl_P[some] += weights_P * found_P
+            bounded_P[some] += weights_P * outside_P
+    return kl_P, bounded_P
+
+
+def _bounded(
+    theirs: tuple[np.ndarray, np.ndarray],
+    their_tail_P: np.ndarray,
+    kept: tuple[np.ndarray, np.ndarray],
+    tail_P: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`bounded_divergence` of one p_m: its ids and log-probabilities [P, K] and tail, then t's."""
+    (their_ids_PK, p_logs_PK), (ids_PK, logprobs_PK) = theirs, kept
+    kept_PK = np.exp(logprobs_PK)
     least_P = np.where(np.isfinite(logprobs_PK), kept_PK, np.inf).min(axis=1)
     ceiling_P = np.log(np.minimum(least_P, np.maximum(tail_P, MASS_FLOOR)))
-    kl_P, bounded_P = np.zeros(len(tail_P)), np.zeros(len(tail_P))
-    for m, weights_P in enumerate(example.teacher_weights.astype(np.float64)):
-        p_logs_PK = example.logprobs[m].astype(np.float64)
-        present_PK = np.isfinite(p_logs_PK)
-        p_PK = np.exp(p_logs_PK)
-        matches_PKK = (example.token_ids[m][:, :, None] == ids_PK[:, None, :]) & np.isfinite(
-            logprobs_PK
-        )[:, None, :]
-        shared_PK = matches_PKK.any(axis=2) & present_PK
-        q_logs_PK = np.take_along_axis(logprobs_PK, matches_PKK.argmax(axis=2), axis=1)
-        q_logs_PK = np.where(shared_PK, q_logs_PK, ceiling_P[:, None])
-        terms_PK = np.where(
-            present_PK, p_PK * (np.where(present_PK, p_logs_PK, 0.0) - q_logs_PK), 0.0
-        )
-        t_P = example.tail_mass[m].astype(np.float64)
-        shared_q_P = np.where(shared_PK, np.exp(q_logs_PK), 0.0).sum(axis=1)
-        bucket_P = np.maximum(tail_P + kept_PK.sum(axis=1) - shared_q_P, MASS_FLOOR)
-        tail_term_P = np.where(
-            t_P > 0, t_P * (np.log(np.where(t_P > 0, t_P, 1.0)) - np.log(bucket_P)), 0.0
-        )
-        kl_P += weights_P * (terms_PK.sum(axis=1) + tail_term_P)
-        bounded_P += weights_P * np.where(present_PK & ~shared_PK, p_PK, 0.0).sum(axis=1)
-    return kl_P, bounded_P
+    present_PK, p_PK = np.isfinite(p_logs_PK), np.exp(p_logs_PK)
+    matches_PKK = their_ids_PK[:, :, None] == ids_PK[:, None, :]
+    matches_PKK &= np.isfinite(logprobs_PK)[:, None, :]
+    shared_PK = matches_PKK.any(axis=2) & present_PK
+    q_logs_PK = np.take_along_axis(logprobs_PK, matches_PKK.argmax(axis=2), axis=1)
+    q_logs_PK = np.where(shared_PK, q_logs_PK, ceiling_P[:, None])
+    terms_PK = np.where(present_PK, p_PK * (np.where(present_PK, p_logs_PK, 0.0) - q_logs_PK), 0.0)
+    shared_q_P = np.where(shared_PK, np.exp(q_logs_PK), 0.0).sum(axis=1)
+    bucket_P = np.maximum(tail_P + kept_PK.sum(axis=1) - shared_q_P, MASS_FLOOR)
+    tail_logs_P = np.log(np.where(their_tail_P > 0, their_tail_P, 1.0))
+    tail_term_P = np.where(their_tail_P > 0, their_tail_P * (tail_logs_P - np.log(bucket_P)), 0.0)
+    outside_PK = np.where(present_PK & ~shared_PK, p_PK, 0.0)
+    return terms_PK.sum(axis=1) + tail_term_P, outside_PK.sum(axis=1)
 
 
 def is_likeliest(example: Example, ids_P: np.ndarray) -> np.ndarray:

@@ -1,17 +1,20 @@
-"""Hold-out numbers from cached rows: ties, and tokens that a teacher masks."""
+"""Hold-out numbers from cached rows: ties, tokens that a teacher masks, and bounds."""
 
 import json
+import tracemalloc
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from pipeline.config_targets import TopK
 from pipeline.datasets import DatasetEntry
 from pipeline.records import CombinedTargets, SparseLogprobs, TokenSequence
 from pipeline.selection import select
+from students import evaluation
 from students.dataset import Example, example_of
-from students.evaluation import is_likeliest, teacher_holdout_numbers
+from students.evaluation import bounded_divergence, is_likeliest, teacher_holdout_numbers
 
 KEPT = TopK(type="top_k", max_entries=3)
 
@@ -80,3 +83,27 @@ def test_a_masked_token_leaves_no_loss() -> None:
     found = measured(masked, example_from(masked, weights=[[1, 1]]))
     assert found["loss"] is None and found["agreement"] == 1 and found["tokens"] == 2
     assert "Infinity" not in json.dumps(found)
+
+
+def test_a_bound_needs_little_memory_and_does_not_depend_on_the_chunks() -> None:
+    """Pairs of entries of all positions at once would be 64 MiB."""
+    generator, positions, entries = np.random.default_rng(0), 4096, 128
+    rows = []
+    for _ in range(2):
+        ids = np.argsort(generator.random((positions, 2 * entries)), axis=1)[:, :entries]
+        masses = -np.sort(-generator.dirichlet(np.ones(entries + 1), positions), axis=1)
+        logprobs = np.log(masses[:, :entries]).astype(np.float32)
+        wide = TopK(type="top_k", max_entries=entries)
+        rows.append(select("s", ids, logprobs, logprobs[:, 0], wide, teacher="t"))
+    one, two = rows
+    example = example_from(one, weights=[[1.0] * positions])
+    tracemalloc.start()
+    found = np.stack(bounded_divergence(example, two))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # 8 MiB of padded rows, and for each buffer of pairs 8 MiB
+    assert peak < 48 * 2**20
+    assert found.shape == (2, positions) and (found > 0).all()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "POSITIONS_AT_ONCE", 100)
+        assert np.array_equal(np.stack(bounded_divergence(example, two)), found)
