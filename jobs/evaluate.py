@@ -120,7 +120,8 @@ def _serve(
             trust_remote_code=(teacher or config.student).trust_remote_code,
             # Prompts are asked more than once; a cached prefix would flatter the speed.
             vllm={"enable_prefix_caching": False, **(teacher or config.student).vllm},
-            num_logprobs=0 if teacher else 1,
+            # Of all alike: a step of log-probabilities at the start is part of the peak memory.
+            num_logprobs=1,
             min_model_len=need,
             seed=config.seed,
             eos_token_ids=(prepared.eos_token_id,),
@@ -213,6 +214,7 @@ def _report(
         "run": {
             "name": config.name,
             "seed": config.seed,
+            "checker": config.prompts.checker,
             "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
             "versions": _versions(),
             # The student's: a teacher may run elsewhere.

@@ -58,7 +58,8 @@ def run_on_evaluation_resources(
     config: Config, function: Callable[..., Json], *arguments: object
 ) -> Json:
     """Runs a function that holds a student in memory where the student is served, for the job's own
-    process may be on a small head.
+    process may be on a small head. The worker ends with the function: an idle one would keep the
+    device memory that the next engine needs.
 
     Raises:
         ClusterError: the cluster has no node for it.
@@ -67,7 +68,8 @@ def run_on_evaluation_resources(
     resources = config.evaluation.resources
     if not config.cluster.autoscaling:
         check_placement("the evaluation", resources, ray.nodes())
-    task = ray.remote(function).options(
+    # Ray ends the workers of GPU tasks by itself only where num_gpus stands in ray.remote().
+    task = ray.remote(max_calls=1)(function).options(
         num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, resources=resources.custom
     )
     try:

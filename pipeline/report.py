@@ -67,7 +67,10 @@ def within_chance(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
 
 
 def pooled(model: dict[str, Any]) -> dict[str, Any]:
-    """Figures over all domains: exact match by prompts with a reference, others by tokens."""
+    """Figures over all domains: exact match by prompts with a reference, others by tokens.
+
+    A figure that lacks some of the tokens is None: it would stand for others than its neighbours.
+    """
     parts = list(model["domains"].values())
 
     def mean(key: str, weight: str) -> float | None:
@@ -75,8 +78,12 @@ def pooled(model: dict[str, Any]) -> dict[str, Any]:
         total = sum(weight for _, weight in known)
         return sum(value * weight for value, weight in known) / total if total else None
 
+    def over_all_tokens(key: str) -> float | None:
+        is_whole = all(part[key] is not None for part in parts if part["holdout_tokens"])
+        return mean(key, "holdout_tokens") if is_whole else None
+
     by_tokens = ("holdout_loss", "kl_to_mixture", "kl_bounded_mass", "top1_agreement")
-    return {key: mean(key, "holdout_tokens") for key in by_tokens} | {
+    return {key: over_all_tokens(key) for key in by_tokens} | {
         "exact_match": mean("exact_match", "prompts"),
         "prompts": sum(part["prompts"] for part in parts if part["exact_match"] is not None),
         "holdout_tokens": sum(part["holdout_tokens"] for part in parts),
@@ -94,7 +101,7 @@ def headlines(report: dict[str, Any]) -> list[str]:
     beside = f" ({unasked:,} more were too long to ask)" if unasked else ""
     lines = [f"The student answers {exact} hold-out prompts exactly{beside}; {rates}."]
     if ours["exact_match"] is None:
-        lines = ["No hold-out prompt has a reference answer: likelihood compares the models."]
+        lines = [f"{_unchecked(report)}: likelihood compares the models."]
     for model in others:
         name, quality = model["name"], _quality(student, model)
         if model["role"] == "teacher":
@@ -161,7 +168,7 @@ def render_html(report: dict[str, Any]) -> str:
 
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
-    for function in (number, significant, percent, scaled, price, pooled):
+    for function in (number, significant, percent, scaled, price, pooled, device):
         environment.filters[function.__name__] = function
     counted = {name for counts in report["synthesis"].values() for name in counts}
     environment.globals |= {
@@ -172,6 +179,7 @@ def render_html(report: dict[str, Any]) -> str:
         "drawn": any("draw_variance" in cache for cache in report["caches"].values()),
         "reasons": [*REASONS, *sorted(counted - {*REASONS, "generated_tokens"})],
         "wilson": wilson_interval,
+        "unchecked": _unchecked(report),
     }
     return environment.get_template("report.html.j2").render(report)
 
@@ -206,6 +214,15 @@ def price(model: dict[str, Any]) -> float | None:
     return (model["price_per_million_tokens"] or None) if model["cost_per_hour"] else None
 
 
+def device(model: dict[str, Any]) -> str:
+    """What a model was measured on."""
+    engine = model["engine"]
+    if engine["engine"] == "endpoint":
+        return "over the network"
+    count = engine["num_devices"]
+    return engine["device"] if count == 1 else f"{count} x {engine['device']}"
+
+
 def _domains(report: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(name for model in report["models"] for name in model["domains"]))
 
@@ -220,6 +237,13 @@ def _colours(report: dict[str, Any]) -> dict[str, str]:
     return colours | {model["name"]: ROLE_COLOURS[model["role"]] for model in pair}
 
 
+def _unchecked(report: dict[str, Any]) -> str:
+    """Why there is no exact match, where there is none."""
+    if report["run"]["checker"] is None:
+        return "prompts.checker is not set, so no answer is checked"
+    return "No hold-out prompt has a reference answer"
+
+
 def _quality(student: dict[str, Any], other: dict[str, Any]) -> str:
     """Gains and losses in exact match by domain; likelihood where nothing has a reference."""
     parts = []
@@ -227,7 +251,7 @@ def _quality(student: dict[str, Any], other: dict[str, Any]) -> str:
         theirs = other["domains"].get(domain, {"exact_match": None})
         if ours["exact_match"] is None or theirs["exact_match"] is None:
             continue
-        points = 100 * (ours["exact_match"] - theirs["exact_match"])
+        points = round(100 * (ours["exact_match"] - theirs["exact_match"]), 1)
         change = f"{'gains' if points > 0 else 'loses'} {abs(points):.1f} points"
         chance = ", within chance" if points and within_chance(ours, theirs) else ""
         figures = f"{percent(ours['exact_match'])} against {percent(theirs['exact_match'])}"
@@ -236,39 +260,95 @@ def _quality(student: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def _likelihood(student: dict[str, Any], other: dict[str, Any]) -> str:
+    """Loss and KL over the same tokens; what is known as a lower bound has no verdict of its own.
+
+    A KL that is above a bound may be above or below the divergence that it bounds.
+    """
     parts = []
     for label, key in (("hold-out loss", "holdout_loss"), ("KL to the mixture", "kl_to_mixture")):
-        ours, theirs = pooled(student)[key], pooled(other)[key]
-        if ours is None or theirs is None:
+        shared = _shared_domains(student, other, key)
+        if not shared:
             continue
+        both = [_over(model, shared) for model in (student, other)]
+        ours, theirs = (figures[key] for figures in both)
+        bounds = [key == "kl_to_mixture" and figures["kl_bounded_mass"] > 0 for figures in both]
         show = number if max(ours, theirs) >= SMALL_NATS else significant
-        figures = f"{show(ours)} against {show(theirs)} nats/token"
-        level = number(ours) == number(theirs)
-        verdict = "level" if level else "better" if ours < theirs else "worse"
-        parts.append(f"{label} {figures} ({verdict})")
-    return ", ".join(parts) or "nothing measured"
+        words = " against ".join(
+            f"{'at least ' if is_bound else ''}{show(figure)}"
+            for is_bound, figure in zip(bounds, (ours, theirs), strict=True)
+        )
+        places = "" if len(shared) == len(student["domains"]) else f" in {', '.join(shared)}"
+        verdict = _verdict((ours, bounds[0]), (theirs, bounds[1]))
+        parts.append(f"{label} {words} nats/token{places}{verdict}")
+    return ", ".join(parts) or "nothing measured on the same tokens"
+
+
+def _verdict(ours: tuple[float, bool], theirs: tuple[float, bool]) -> str:
+    """Of two figures of which less is better, each with whether it is a lower bound."""
+    (our_figure, ours_is_bound), (their_figure, theirs_is_bound) = ours, theirs
+    if number(our_figure) == number(their_figure):
+        return "" if ours_is_bound or theirs_is_bound else " (level)"
+    if our_figure < their_figure:
+        return "" if ours_is_bound else " (better)"
+    return "" if theirs_is_bound else " (worse)"
+
+
+def _shared_domains(one: dict[str, Any], two: dict[str, Any], key: str) -> list[str]:
+    """Domains in which both models have a figure over as many hold-out tokens."""
+    pairs = ((name, part, two["domains"].get(name)) for name, part in one["domains"].items())
+    return [
+        name
+        for name, ours, theirs in pairs
+        if theirs is not None
+        and None not in (ours[key], theirs[key])
+        and ours["holdout_tokens"] == theirs["holdout_tokens"]
+    ]
+
+
+def _over(model: dict[str, Any], domains: list[str]) -> dict[str, Any]:
+    """Pooled figures over some domains."""
+    return pooled(model | {"domains": {name: model["domains"][name] for name in domains}})
 
 
 def _resources(student: dict[str, Any], other: dict[str, Any]) -> str:
     parts = []
-    for label, figure, less, more in (
-        ("parameters", lambda model: model["parameters"], "smaller", "larger"),
-        ("tokens/s", lambda model: model["tokens_per_second"], "slower", "faster"),
-        ("price per million tokens", price, "cheaper", "dearer"),
+    for label, figure, spread, less, more in (
+        ("parameters", lambda model: model["parameters"], None, "smaller", "larger"),
+        ("tokens/s", lambda model: model["tokens_per_second"], _speeds, "slower", "faster"),
+        ("price per million tokens", price, _prices, "cheaper", "dearer"),
     ):
         if (ours := figure(student)) and (theirs := figure(other)):
             word = less if ours < theirs else more if ours > theirs else "equal"
-            if label != "parameters" and _rounds_overlap(student, other):
+            if spread and _overlap(spread(student), spread(other)):
                 word = "level within the spread of the rounds"
             figures = f"{scaled(ours)} against {scaled(theirs)}"
             parts.append(f"{word}, {significant(ours / theirs)} times the {label} ({figures})")
+    if device(student) != device(other):
+        places = (f"{model['name']} {_place(model)}" for model in (student, other))
+        parts.append(f"measured apart: {', '.join(places)}")
     return "; ".join(parts)
 
 
-def _rounds_overlap(one: dict[str, Any], two: dict[str, Any]) -> bool:
-    """Whether some round of the slower model was as fast as one of the faster."""
-    (low, high), (other_low, other_high) = (m["tokens_per_second_range"] for m in (one, two))
-    return low <= other_high and other_low <= high
+def _place(model: dict[str, Any]) -> str:
+    found = device(model)
+    return found if model["engine"]["engine"] == "endpoint" else f"on {found}"
+
+
+def _speeds(model: dict[str, Any]) -> tuple[float, float]:
+    """Tokens per second of the slowest and the fastest round."""
+    low, high = model["tokens_per_second_range"]
+    return low, high
+
+
+def _prices(model: dict[str, Any]) -> tuple[float, float]:
+    """Per million tokens at the speeds of the fastest and the slowest round."""
+    low, high = (model["cost_per_hour"] / (speed * 3600) * 1e6 for speed in _speeds(model)[::-1])
+    return low, high
+
+
+def _overlap(one: tuple[float, float], two: tuple[float, float]) -> bool:
+    """Whether two ranges have a value in common."""
+    return one[0] <= two[1] and two[0] <= one[1]
 
 
 def _loss_panel(report: dict[str, Any]) -> dict[str, dict[str, str]]:

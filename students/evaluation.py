@@ -13,6 +13,7 @@ Legend: M teachers of positive weight, P positions, K entries.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,12 @@ MASS_FLOOR = 1e-4
 least this much.
 """
 ID_RANGE = 2**24
+POSITIONS_AT_ONCE = 512
+"""Whose entries are compared pair by pair together: 256 of each make 32 MiB of truth values."""
+MASKED = float(np.finfo(np.float16).min)
+"""What a cache stores of a gold token that the teacher gives no probability."""
+SUM_ROUNDING = 1e-9
+"""Relative; far above float64's sums of a few parts, below the step of float16."""
 KL_TO_MIXTURE = (LossTerm(name="forward_kl", type="forward_kl", weight=1.0),)
 """Of every student, whatever it was trained on."""
 Means = dict[str, float | None]
@@ -76,7 +83,9 @@ class _Sums:
             name: None if self.has_estimates else getattr(self, name) / self.tokens
             for name in names
         }
-        return {"tokens": self.tokens, "loss": self.loss / self.tokens, **means}
+        # JSON knows no infinity.
+        loss = self.loss / self.tokens if math.isfinite(self.loss) else None
+        return {"tokens": self.tokens, "loss": loss, **means}
 
 
 @torch.no_grad()
@@ -93,7 +102,8 @@ def holdout_numbers(
 
     Returns:
         For each domain `tokens`, `loss` (cross-entropy with the text), `kl_to_mixture`, and
-        `agreement` (share of positions where its most probable token is the mixture's).
+        `agreement` (share of positions where its most probable token is the mixture's, or one of
+        those that tie).
 
     Raises:
         CacheError: the caches do not cover a sequence.
@@ -121,8 +131,8 @@ def holdout_numbers(
             if any(example.is_estimate for example in together):
                 domain_sums.add_estimated(loss)
                 continue
-            mixture = np.concatenate([mixture_argmax(example) for example in together])
-            domain_sums.add(loss, kl, found.argmax_ids.cpu().numpy() == mixture)
+            argmax_ids = found.argmax_ids.cpu().numpy()
+            domain_sums.add(loss, kl, _agreements(together, argmax_ids))
     return _means(sums, bounded=False)
 
 
@@ -137,6 +147,7 @@ def teacher_holdout_numbers(
 
     Returns:
         By teacher and domain `tokens`, `loss`, `kl_to_mixture`, `agreement` and `bounded_mass`.
+        The loss of a teacher that masks a token of the text is infinite, and None here.
     """
     found = {}
     for name, reader in readers.items():
@@ -146,14 +157,15 @@ def teacher_holdout_numbers(
                 row = reader.row(entry.sequence_id)
                 if row is None:
                     continue
-                example, loss = examples[entry], -row.gold_logprobs.astype(np.float64)
+                gold_P = row.gold_logprobs.astype(np.float64)
+                example, loss = examples[entry], np.where(gold_P > MASKED, -gold_P, np.inf)
                 domain_sums = sums.setdefault(domain, _Sums())
                 if row.is_drawn or example.is_estimate:
                     domain_sums.add_estimated(loss)
                     continue
                 kl_P, bounded_P = bounded_divergence(example, row)
                 first = np.concatenate([[0], np.cumsum(row.num_entries, dtype=np.int64)[:-1]])
-                agrees_P = row.token_ids[first] == mixture_argmax(example)
+                agrees_P = is_likeliest(example, row.token_ids[first].astype(np.int64))
                 domain_sums.add(loss, kl_P, agrees_P, bounded_P)
         found[name] = _means(sums, bounded=True)
     return found
@@ -170,47 +182,69 @@ def bounded_divergence(example: Example, row: SparseLogprobs) -> tuple[np.ndarra
         float64[P]: the bound, and the mass of the mixture on ids that were bounded.
     """
     ids_PK, logprobs_PK = _padded(row)
-    kept_PK, tail_P = np.exp(logprobs_PK), row.tail_mass.astype(np.float64)
-    least_P = np.where(np.isfinite(logprobs_PK), kept_PK, np.inf).min(axis=1)
-    ceiling_P = np.log(np.minimum(least_P, np.maximum(tail_P, MASS_FLOOR)))
-    kl_P, bounded_P = np.zeros(len(tail_P)), np.zeros(len(tail_P))
-    for m, weights_P in enumerate(example.teacher_weights.astype(np.float64)):
-        p_logs_PK = example.logprobs[m].astype(np.float64)
-        present_PK = np.isfinite(p_logs_PK)
-        p_PK = np.exp(p_logs_PK)
-        matches_PKK = (example.token_ids[m][:, :, None] == ids_PK[:, None, :]) & np.isfinite(
-            logprobs_PK
-        )[:, None, :]
-        shared_PK = matches_PKK.any(axis=2) & present_PK
-        q_logs_PK = np.take_along_axis(logprobs_PK, matches_PKK.argmax(axis=2), axis=1)
-        q_logs_PK = np.where(shared_PK, q_logs_PK, ceiling_P[:, None])
-        terms_PK = np.where(
-            present_PK, p_PK * (np.where(present_PK, p_logs_PK, 0.0) - q_logs_PK), 0.0
-        )
-        t_P = example.tail_mass[m].astype(np.float64)
-        shared_q_P = np.where(shared_PK, np.exp(q_logs_PK), 0.0).sum(axis=1)
-        bucket_P = np.maximum(tail_P + kept_PK.sum(axis=1) - shared_q_P, MASS_FLOOR)
-        tail_term_P = np.where(
-            t_P > 0, t_P * (np.log(np.where(t_P > 0, t_P, 1.0)) - np.log(bucket_P)), 0.0
-        )
-        kl_P += weights_P * (terms_PK.sum(axis=1) + tail_term_P)
-        bounded_P += weights_P * np.where(present_PK & ~shared_PK, p_PK, 0.0).sum(axis=1)
+    kl_P, bounded_P = np.zeros(len(ids_PK)), np.zeros(len(ids_PK))
+    for start in range(0, len(ids_PK), POSITIONS_AT_ONCE):
+        some = slice(start, start + POSITIONS_AT_ONCE)
+        kept, tail_P = (ids_PK[some], logprobs_PK[some]), row.tail_mass[some].astype(np.float64)
+        for m, weights_P in enumerate(example.teacher_weights[:, some].astype(np.float64)):
+            theirs = (example.token_ids[m, some], example.logprobs[m, some].astype(np.float64))
+            their_tail_P = example.tail_mass[m, some].astype(np.float64)
+            found_P, outside_P = _bounded(theirs, their_tail_P, kept, tail_P)
+            kl_P[some] += weights_P * found_P
+            bounded_P[some] += weights_P * outside_P
     return kl_P, bounded_P
 
 
-def mixture_argmax(example: Example) -> np.ndarray:
-    """int64[P]: the id of the largest sum_m w_m p_m over kept ids; of equals the smallest."""
-    num_positions = len(example.gold_ids)
+def _bounded(
+    theirs: tuple[np.ndarray, np.ndarray],
+    their_tail_P: np.ndarray,
+    kept: tuple[np.ndarray, np.ndarray],
+    tail_P: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`bounded_divergence` of one p_m: its ids and log-probabilities [P, K] and tail, then t's."""
+    (their_ids_PK, p_logs_PK), (ids_PK, logprobs_PK) = theirs, kept
+    kept_PK = np.exp(logprobs_PK)
+    least_P = np.where(np.isfinite(logprobs_PK), kept_PK, np.inf).min(axis=1)
+    ceiling_P = np.log(np.minimum(least_P, np.maximum(tail_P, MASS_FLOOR)))
+    present_PK, p_PK = np.isfinite(p_logs_PK), np.exp(p_logs_PK)
+    matches_PKK = their_ids_PK[:, :, None] == ids_PK[:, None, :]
+    matches_PKK &= np.isfinite(logprobs_PK)[:, None, :]
+    shared_PK = matches_PKK.any(axis=2) & present_PK
+    q_logs_PK = np.take_along_axis(logprobs_PK, matches_PKK.argmax(axis=2), axis=1)
+    q_logs_PK = np.where(shared_PK, q_logs_PK, ceiling_P[:, None])
+    terms_PK = np.where(present_PK, p_PK * (np.where(present_PK, p_logs_PK, 0.0) - q_logs_PK), 0.0)
+    shared_q_P = np.where(shared_PK, np.exp(q_logs_PK), 0.0).sum(axis=1)
+    bucket_P = np.maximum(tail_P + kept_PK.sum(axis=1) - shared_q_P, MASS_FLOOR)
+    tail_logs_P = np.log(np.where(their_tail_P > 0, their_tail_P, 1.0))
+    tail_term_P = np.where(their_tail_P > 0, their_tail_P * (tail_logs_P - np.log(bucket_P)), 0.0)
+    outside_PK = np.where(present_PK & ~shared_PK, p_PK, 0.0)
+    return terms_PK.sum(axis=1) + tail_term_P, outside_PK.sum(axis=1)
+
+
+def is_likeliest(example: Example, ids_P: np.ndarray) -> np.ndarray:
+    """bool[P]: whether no id has a larger sum_m w_m p_m over kept ids.
+
+    Heads in bfloat16 tie often, and float16 stores close values as one: then each of the likeliest
+    ids is the mixture's. Rounding keeps the order of a teacher, so values that are stored apart
+    are apart; sums of the same parts may differ in their last bits.
+    """
     mass_MPK = example.teacher_weights[:, :, None].astype(np.float64) * np.exp(
         example.logprobs.astype(np.float64)
     )
-    places_P1 = np.arange(num_positions, dtype=np.int64)[:, None] * ID_RANGE
-    keys, inverse = np.unique((example.token_ids + places_P1).ravel(), return_inverse=True)
+    places_P = np.arange(len(ids_P), dtype=np.int64) * ID_RANGE
+    keys, inverse = np.unique((example.token_ids + places_P[:, None]).ravel(), return_inverse=True)
     masses = np.bincount(inverse, weights=mass_MPK.ravel())
-    positions, ids = np.divmod(keys, ID_RANGE)
-    order = np.lexsort((ids, -masses, positions))
-    _, first = np.unique(positions[order], return_index=True)
-    return ids[order][first]
+    largest_P = np.maximum.reduceat(masses, np.searchsorted(keys, places_P))
+    wanted_P = ids_P + places_P
+    found_P = np.minimum(np.searchsorted(keys, wanted_P), len(keys) - 1)
+    return (keys[found_P] == wanted_P) & (masses[found_P] >= largest_P * (1 - SUM_ROUNDING))
+
+
+def _agreements(examples: Sequence[Example], ids_P: np.ndarray) -> np.ndarray:
+    """bool[P]: `is_likeliest` of the positions of several examples, one after another."""
+    ends = np.cumsum([len(example.gold_ids) for example in examples])
+    parts = zip(examples, np.split(ids_P, ends[:-1]), strict=True)
+    return np.concatenate([is_likeliest(example, ids) for example, ids in parts])
 
 
 def _padded(row: SparseLogprobs) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from pipeline import storage
-from pipeline.config import TeacherConfig
+from pipeline.config import Config, TeacherConfig
 from pipeline.config_endpoint import EndpointTeacherConfig
 from pipeline.datasets import read_sequences
 from pipeline.errors import TrainingError
@@ -158,15 +158,13 @@ def probe_difference(job: TrainingJob, folder: Path) -> float:
 def model_card(job: TrainingJob) -> str:
     """README.md with a YAML header: where the model comes from, in full."""
     config, summary = job.config, storage.read_json(job.summary_path)
-    own = [teacher for teacher in config.teachers.values() if isinstance(teacher, TeacherConfig)]
-    hub_ids = [teacher.model for teacher in own if not is_folder(teacher.model)]
     header = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["distillation", "polystill"],
     }
-    if hub_ids:
-        header["base_model"] = hub_ids
+    if (base := _base_model(config)) is not None:
+        header["base_model"] = base
     provenance = {
         "run": config.name,
         "student": job.student,
@@ -183,7 +181,7 @@ def model_card(job: TrainingJob) -> str:
         "identity": summary["identity"],
         "changes": summary["changes"],
     }
-    teachers = ", ".join(config.teachers)
+    teachers = ", ".join(map(_named, config.teachers, config.teachers.values()))
     made = f"distilled from {teachers}"
     if job.student == "twin":
         made = f"trained by cross-entropy alone on what the student distilled from {teachers} saw,"
@@ -193,6 +191,25 @@ def model_card(job: TrainingJob) -> str:
         f"A causal language model {made} with polystill.\n\n"
         f"## Provenance\n\n```yaml\n{yaml.safe_dump(provenance, sort_keys=False)}```\n"
     )
+
+
+def _base_model(config: Config) -> str | None:
+    """The hub id of what the student was fine-tuned from, which `base_model` means on the Hub.
+
+    Rounds after the first start from a student of this run; other initial weights have an origin
+    that is not known here.
+    """
+    student = config.student
+    is_known = student.initial_weights is None or config.round > 1
+    is_tuned = student.initialization == "pretrained" and is_known
+    return student.model if is_tuned and not is_folder(student.model) else None
+
+
+def _named(name: str, teacher: TeacherConfig | EndpointTeacherConfig) -> str:
+    """A teacher by its name, with its hub id where it has one."""
+    if isinstance(teacher, EndpointTeacherConfig) or is_folder(teacher.model):
+        return name
+    return f"{name} ({teacher.model})"
 
 
 def _origin(teacher: TeacherConfig | EndpointTeacherConfig) -> dict[str, str | None]:

@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.exceptions import RayTaskError
+from ray.remote_function import RemoteFunction
 
-from jobs import holdout, stages
+from jobs import evaluate, holdout, stages
 from jobs.evaluate import _difference, _model
 from jobs.plan import layout_of
 from pipeline.config import Config
@@ -17,6 +19,7 @@ from pipeline.errors import ClusterError, TrainingError
 from pipeline.loading import load_config
 from pipeline.report import pooled
 from teachers.answering import AnsweredPrompts
+from teachers.pool import PoolJob
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "examples/quickstart/config.yaml"
 ENGINE = {"num_parameters": 1, "weight_bytes": 4, "peak_memory_bytes": None}
@@ -46,6 +49,41 @@ def test_a_domain_without_kept_holdout_answers_is_still_reported() -> None:
     assert overall["exact_match"] == 0.25 and overall["holdout_loss"] == 0.5
 
 
+def test_every_engine_of_ours_is_started_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an engine does at its start is part of its peak memory."""
+    jobs: list[PoolJob] = []
+
+    def run_pools(asked: list[PoolJob]) -> dict[str, Any]:
+        jobs.extend(asked)
+        return {asked[0].name: SimpleNamespace(results=[None], engines=[{}])}
+
+    monkeypatch.setattr(evaluate, "run_pools", run_pools)
+    monkeypatch.setattr(evaluate, "_longest_request", lambda *_: 40)
+    config = load_config(QUICKSTART)
+    prepared: Any = SimpleNamespace(eos_token_id=1)
+    for name in ("arithmetic", "words", "student", "twin"):
+        evaluate._serve(config, layout_of(config), prepared, name, (), ())
+    specs = [job.spec for job in jobs]
+    assert [replace(spec, model="") for spec in specs] == [replace(specs[0], model="")] * 4
+    assert specs[0].num_logprobs == 1
+
+
+def test_the_report_says_which_checker_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "read_record", lambda *_: {"counts": {}, "filters": []})
+    monkeypatch.setattr(evaluate, "cache_totals", lambda *_: {})
+    monkeypatch.setattr(evaluate, "_curve", lambda *_: [])
+    for checker in ("exact", None):
+        config = load_config(
+            QUICKSTART, [f"prompts.checker={checker or 'null'}", "synthesis.filters=[]"]
+        )
+        prepared: Any = SimpleNamespace(
+            caches=lambda _: {}, identities={name: {} for name in config.teachers}
+        )
+        models, figures = [{"engine": {"device": "Xeon 6"}}], {"weights": {}, "product": {}}
+        found = evaluate._report(config, layout_of(config), prepared, "d", models, figures)
+        assert found["run"]["checker"] == checker
+
+
 def test_the_largest_difference_is_over_all_tokens() -> None:
     trained, served = {"a": [-1.0, -2.0], "b": [-3.0]}, {"a": [-1.0, -2.5], "b": [-2.0]}
     assert _difference(trained, served) == pytest.approx(1.0)
@@ -64,7 +102,11 @@ class Cluster:
     def nodes(self) -> list[dict[str, Any]]:
         return [{"Alive": True, "Resources": {"CPU": 4.0, "big": 1.0}}]
 
-    def remote(self, function: Callable[..., Any]) -> "Cluster":
+    def remote(self, *, max_calls: int) -> Callable[[Callable[..., Any]], "Cluster"]:
+        self.max_calls = max_calls
+        return self.of
+
+    def of(self, function: Callable[..., Any]) -> "Cluster":
         self.function = function
         return self
 
@@ -108,6 +150,23 @@ def test_a_student_is_exported_where_it_is_served(
     outcome = stages._export(config, layout_of(config))
     assert outcome["figures"] == {"twin": exported}
     assert cluster.asked == {"num_cpus": 3, "num_gpus": 0, "resources": {"big": 0.5}}
+
+
+def test_a_worker_that_held_a_student_ends_with_its_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or its cached device memory stays taken while the engine starts on the same GPU."""
+    made: list[RemoteFunction] = []
+
+    def options(self: RemoteFunction, **asked: Any) -> SimpleNamespace:
+        made.append(self)
+        return SimpleNamespace(remote=lambda: asked)
+
+    monkeypatch.setattr(RemoteFunction, "options", options)
+    monkeypatch.setattr("ray.nodes", lambda: Cluster().nodes())
+    monkeypatch.setattr("ray.get", lambda found: found)
+    config = evaluated_on("{num_cpus: 1}")
+    found = holdout.run_on_evaluation_resources(config, lambda: {"local": 1})
+    assert found == {"num_cpus": 1, "num_gpus": 0, "resources": {}}
+    assert [function._max_calls for function in made] == [1]
 
 
 def test_what_a_task_refuses_is_told_without_its_traceback(cluster: Cluster) -> None:

@@ -37,7 +37,7 @@ def make_model(name, role, parameters, speed, price, *, exact_match, loss, kl):
                 "exact_match": rate,
                 "holdout_loss": nats,
                 "kl_to_mixture": divergence,
-                "kl_bounded_mass": 0.0021 if role != "teacher" else 0.0,
+                "kl_bounded_mass": 0.0021 if role == "teacher" else 0.0,
                 "top1_agreement": 0.9 - divergence / 2,
                 "holdout_tokens": 4321,
             }
@@ -51,6 +51,7 @@ def make_model(name, role, parameters, speed, price, *, exact_match, loss, kl):
         "latency_seconds": 40 / speed,
         "cost_per_hour": 0.35 if price else 0.0,
         "price_per_million_tokens": price,
+        "engine": {"engine": "vllm", "device": "Xeon 6", "num_devices": 1},
     }
 
 
@@ -106,6 +107,7 @@ def report():
         "run": {
             "name": "three-teachers",
             "seed": 7,
+            "checker": "exact",
             "finished_at": "2024-05-17T14:03:22+00:00",
             "versions": {"vllm": "0.32.0", "deepspeed": "0.19.8", "ray": "2.50.0", "torch": "2.9"},
             "hardware": "2 CPU cores, 8 GiB",
@@ -211,6 +213,13 @@ def model_of(report, name):
     return next(model for model in report["models"] if model["name"] == name)
 
 
+def without_references(report):
+    for model in report["models"]:
+        for figures in model["domains"].values():
+            figures["exact_match"] = None
+    return report
+
+
 def line_about(report, start):
     (line,) = [line for line in headlines(report) if line.startswith(start)]
     return line
@@ -273,6 +282,53 @@ def test_speeds_whose_rounds_overlap_are_not_ranked(report):
     assert "faster" not in line and "cheaper" not in line and "smaller" in line
 
 
+@pytest.mark.parametrize(
+    ("cost", "verdict"), [(0.7, "dearer, 2.00"), (0.35, "level"), (0.1, "cheaper")]
+)
+def test_a_price_is_ranked_by_the_range_of_prices(report, cost, verdict):
+    """Equal speeds at another cost per hour make another price."""
+    for name, per_hour in (("student", cost), ("algebraist", 0.35)):
+        model_of(report, name).update(
+            tokens_per_second=1_000.0,
+            tokens_per_second_range=(900.0, 1_100.0),
+            cost_per_hour=per_hour,
+            price_per_million_tokens=per_hour / 3.6,
+        )
+    line = line_about(report, "Against algebraist, in resources")
+    speed, price = line.split("; ")[1:]
+    assert speed.startswith("level within the spread of the rounds, 1.00 times the tokens/s")
+    assert price.startswith(verdict)
+
+
+def test_a_price_is_level_where_its_ranges_meet(report):
+    """Twice the speed at almost twice the cost, with rounds that differ."""
+    for name, speed, per_hour in (("student", 2_000.0, 0.65), ("algebraist", 1_000.0, 0.35)):
+        model_of(report, name).update(
+            tokens_per_second=speed,
+            tokens_per_second_range=(0.9 * speed, 1.1 * speed),
+            cost_per_hour=per_hour,
+            price_per_million_tokens=per_hour / (speed * 3600) * 1e6,
+        )
+    line = line_about(report, "Against algebraist, in resources")
+    assert "faster, 2.00 times the tokens/s" in line
+    assert "level within the spread of the rounds, 0.929 times the price" in line
+
+
+def test_every_model_names_what_it_was_measured_on(report):
+    assert "measured apart" not in " ".join(headlines(report))
+    model_of(report, "algebraist")["engine"] |= {"device": "NVIDIA H100", "num_devices": 2}
+    model_of(report, "logician")["engine"] = {"engine": "endpoint", "device": "endpoint a.b:8000"}
+    line = line_about(report, "Against algebraist, in resources")
+    assert line.endswith("; measured apart: student on Xeon 6, algebraist on 2 x NVIDIA H100.")
+    line = line_about(report, "Against logician, in resources")
+    assert line.endswith("; measured apart: student on Xeon 6, logician over the network.")
+    words = Page(render_html(report)).words
+    assert "Measured on" not in words
+    assert "algebraist 2 x NVIDIA H100 8.12 M" in words
+    assert "logician over the network 8.12 M" in words
+    assert "student Xeon 6 2.03 M" in words
+
+
 def test_a_student_that_loses_is_said_to_lose(report):
     student = model_of(report, "student")
     student |= {
@@ -308,6 +364,17 @@ def test_equal_figures_are_level(report):
     assert "is level in words (79.0 % against 79.0 %)" in line_about(report, "Against the twin")
 
 
+@pytest.mark.parametrize("right", [1_999, 2_001])
+def test_a_gain_that_rounds_to_nothing_is_level(report, right):
+    model_of(report, "student")["domains"]["words"] |= {
+        "exact_match": right / 3000,
+        "prompts": 3000,
+    }
+    model_of(report, "twin")["domains"]["words"] |= {"exact_match": 2 / 3, "prompts": 3000}
+    line = line_about(report, "Against the twin")
+    assert f"is level in words ({right / 30:.1f} % against 66.7 %)" in line
+
+
 @pytest.mark.parametrize("change", [{"cost_per_hour": 0.0}, {"price_per_million_tokens": None}])
 @pytest.mark.parametrize("name", ["student", "algebraist"])
 def test_nothing_is_claimed_where_no_cost_is_given(report, change, name):
@@ -318,14 +385,61 @@ def test_nothing_is_claimed_where_no_cost_is_given(report, change, name):
 
 
 def test_without_references_likelihood_speaks(report):
-    for model in report["models"]:
-        for figures in model["domains"].values():
-            figures["exact_match"] = None
-    lines = headlines(report)
+    lines = headlines(without_references(report))
     assert lines[0].startswith("No hold-out prompt has a reference answer")
     assert "hold-out loss 0.380 against 1.437 nats/token (better)" in lines[1]
     assert "points" not in "\n".join(lines)
     assert "no exact match is given" in Page(render_html(report)).words
+
+
+def test_without_a_checker_nothing_is_said_of_references(report):
+    without_references(report)["run"]["checker"] = None
+    said = "prompts.checker is not set, so no answer is checked"
+    assert headlines(report)[0] == f"{said}: likelihood compares the models."
+    words = Page(render_html(report)).words
+    assert f"{said}: no exact match is given" in words
+    assert "reference answer" not in words
+
+
+@pytest.mark.parametrize(
+    ("ours", "said"),
+    [
+        (0.1, "KL to the mixture 0.100 against at least 0.573 nats/token (better)."),
+        (0.8, "KL to the mixture 0.800 against at least 0.573 nats/token."),
+        (0.5733, "KL to the mixture 0.573 against at least 0.573 nats/token."),
+    ],
+)
+def test_a_lower_bound_is_not_ranked_as_if_measured(report, ours, said):
+    for figures in model_of(without_references(report), "student")["domains"].values():
+        figures["kl_to_mixture"] = ours
+    assert line_about(report, "Against algebraist, in quality").endswith(said)
+
+
+def test_likelihoods_are_compared_over_the_same_tokens(report):
+    """The teacher has no row in one domain, and not all in another."""
+    teacher = model_of(without_references(report), "algebraist")["domains"]
+    del teacher["words"]
+    line = line_about(report, "Against algebraist, in quality")
+    assert "hold-out loss 0.265 against 1.055 nats/token in algebra, logic (better)" in line
+    assert "KL to the mixture 0.055 against at least 0.410 nats/token in algebra, logic" in line
+    teacher["logic"]["holdout_tokens"] -= 1
+    line = line_about(report, "Against algebraist, in quality")
+    assert "hold-out loss 0.250 against 0.210 nats/token in algebra (worse)" in line
+    teacher["algebra"]["holdout_tokens"] -= 1
+    line = line_about(report, "Against algebraist, in quality")
+    assert line.endswith("nothing measured on the same tokens.")
+
+
+def test_a_loss_that_is_infinite_is_not_given_and_not_beaten(report):
+    model_of(without_references(report), "algebraist")["domains"]["words"]["holdout_loss"] = None
+    line = line_about(report, "Against algebraist, in quality")
+    assert "hold-out loss 0.265 against 1.055 nats/token in algebra, logic (better)" in line
+    assert "—" not in line
+    (row,) = [line for line in text_summary(report).splitlines() if line.startswith("hold-out")]
+    assert row.split()[-4:] == ["—", "1.250", "0.380", "0.447"]
+    words = Page(render_html(report)).words
+    assert "algebraist masks a token of the hold-out answers in words" in words
+    assert words.count("masks a token") == 1
 
 
 def test_a_report_without_twin_and_with_mixed_references(report):
@@ -378,11 +492,15 @@ def test_page_holds_every_model_and_number(report):
         assert line.partition(": ")[2] in words
 
 
+def test_peak_memory_says_what_it_is_on_a_gpu(report):
+    assert "mostly what vLLM reserves there" in Page(render_html(report)).words
+
+
 def test_bounds_are_marked_and_explained(report):
     words = Page(render_html(report)).words
-    assert "≥ 0.050 a" in words
+    assert "≥ 0.020 a" in words
     assert "A lower bound" in words
-    assert "≥ 0.020" not in words
+    assert "≥ 0.050" not in words
     for model in report["models"]:
         for figures in model["domains"].values():
             figures["kl_bounded_mass"] = 0.0
@@ -475,7 +593,8 @@ def test_text_summary_is_aligned(report):
     for line in lines[2:]:
         assert all(line[end - 1] != " " and line[end : end + 1] in ("", " ") for end in ends)
     assert "93.0 %" in next(line for line in lines if "exact match, algebra" in line)
-    assert ">= 0.077" in next(line for line in lines if "KL to mixture" in line)
+    (line,) = [line for line in lines if "KL to mixture" in line]
+    assert ">= 0.573" in line and ">= 0.077" not in line and " 0.077" in line
 
 
 @pytest.mark.parametrize(
@@ -518,7 +637,7 @@ def test_what_rounds_to_zero_has_no_sign(report):
             for name, figures in report["models"][2]["domains"].items()
         }
         (line,) = (x for x in text_summary(report).splitlines() if x.startswith("KL to mixture"))
-        assert ">= 0.000" in line
+        assert " 0.000" in line
         assert not re.search(r"[-\u2212]0\.0+(?!\d)", text_summary(report) + render_html(report))
 
 
