@@ -133,7 +133,7 @@ def _serve(
         sampling=config.evaluation.sampling,
         max_sequence_tokens=config.synthesis.max_sequence_tokens,
         checker=config.prompts.checker,
-        answers_path=storage.join(layout.run_folder, "answers", f"{name}.jsonl"),
+        answers_path=layout.answers(name),
         compared=() if teacher else compared,
         seed=config.seed,
     )
@@ -307,7 +307,7 @@ def _compared_sequences(layout: Layout, entries: list[DatasetEntry]) -> tuple[To
 
 
 def _curve(layout: Layout, label: str) -> list[Json]:
-    text = storage.read_bytes(storage.join(layout.training_folder(label), "metrics.jsonl")).decode()
+    text = storage.read_bytes(layout.metrics(label)).decode()
     return [json.loads(line) for line in text.splitlines()]
 
 
