@@ -159,6 +159,11 @@ class GeneratedAnswer:
 class Teacher(Protocol):
     """What tasks are given: an engine beside them, or an endpoint elsewhere."""
 
+    @property
+    def can_score(self) -> bool:
+        """Whether it was started to capture rows, and not to generate alone."""
+        ...
+
     async def score(
         self,
         input_ids: list[int],
@@ -188,7 +193,7 @@ class Teacher(Protocol):
         ...
 
     def canary(self) -> Canary | None:
-        """What it said of the canary; None when it only writes."""
+        """What it said of the canary; None where none of its rows are kept."""
         ...
 
     def describe(self) -> dict[str, Any]:
