@@ -15,7 +15,7 @@ import numpy as np
 from jobs.engines import engine_seconds, pool_job
 from pipeline import storage
 from pipeline.cache_index import load_index
-from pipeline.checkers import find_checker
+from pipeline.checkers import SafeChecker
 from pipeline.config import Config
 from pipeline.config_synthesis import Filter, Judge, scoring_teacher
 from pipeline.datasets import DatasetEntry, read_sequences, write_dataset
@@ -110,10 +110,11 @@ def _filtered(
     samples = sample_counts(layout, [(work.digest, work.prompts) for work in steps])
     caches, ids = prepared.caches(layout), {entry.sequence_id for entry in entries}
     teachers = {teacher for rule in rules if (teacher := scoring_teacher(rule)) is not None}
-    checker = config.prompts.checker
+    name = config.prompts.checker
+    checker = None if name is None else SafeChecker(name)
     took: Counter[str] = Counter()
     evidence = Evidence(
-        checker=None if checker is None else find_checker(checker),
+        checker=checker,
         holdout_prompts={
             f"hold-out prompt {p.prompt_id}": p.words
             for p in prompts.values()
@@ -129,6 +130,8 @@ def _filtered(
         _candidates(config, layout, entries, prompts, samples),
         evidence,
     )
+    if checker is not None:
+        checker.log_count()
     return Filtered([candidate.entry for candidate in kept], counts, took)
 
 

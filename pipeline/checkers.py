@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import digest_bytes
 from pipeline.text import closest
+
+logger = logging.getLogger(__name__)
 
 CheckAnswer = Callable[[str, str], bool]
 
@@ -45,8 +48,16 @@ def final_number(text: str) -> float | None:
 
 def _value(found: re.Match[str]) -> float:
     plain = found["plain"]
-    size = float(plain.replace(",", "")) if plain else int(found["over"]) / int(found["under"])
+    size = float(plain.replace(",", "")) if plain else _quotient(found["over"], found["under"])
     return size if found["sign"] in (None, "+") else -size
+
+
+def _quotient(over: str, under: str) -> float:
+    """Infinite, 0 or not a number, where the digits are too many for a float."""
+    try:
+        return int(over) / int(under)
+    except (OverflowError, ValueError):  # the quotient is too large, or `int` takes no such length
+        return float(over) / float(under)
 
 
 CHECKERS: dict[str, CheckAnswer] = {"exact": exact, "number": number}
@@ -77,6 +88,48 @@ def find_checker(name: str) -> CheckAnswer:
     if len(inspect.signature(found).parameters) != 2:
         raise ConfigError(f"checker {name} must take two arguments: answer and reference")
     return found
+
+
+class SafeChecker:
+    """A checker by its name, which has a verdict on every answer: one at which it raises is wrong.
+
+    The first error is logged at once; `log_count` says how many there were.
+    """
+
+    def __init__(self, name: str) -> None:
+        """As `find_checker`."""
+        self._name, self._check = name, find_checker(name)
+        self._num_errors = self._num_judged = 0
+
+    def __call__(self, answer: str, reference: str) -> bool:
+        """Whether the answer is right."""
+        return self.judge(answer, reference)[0]
+
+    def judge(self, answer: str, reference: str) -> tuple[bool, str | None]:
+        """Whether the answer is right, and what the checker raised instead of saying so."""
+        self._num_judged += 1
+        try:
+            return bool(self._check(answer, reference)), None
+        except Exception as error:  # a function of the user's raises what it likes
+            problem = f"{type(error).__name__}: {error}"
+        self._num_errors += 1
+        if self._num_errors == 1:
+            logger.warning(
+                "checker %s raised %s; an answer at which it raises counts as wrong",
+                self._name,
+                problem,
+            )
+        return False, problem
+
+    def log_count(self) -> None:
+        """Says how many answers were wrong because the checker raised, if any were."""
+        if self._num_errors:
+            logger.warning(
+                "checker %s raised at %d of %d answers, which count as wrong",
+                self._name,
+                self._num_errors,
+                self._num_judged,
+            )
 
 
 def checker_identity(name: str) -> str:

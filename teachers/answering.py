@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from pipeline import storage
-from pipeline.checkers import find_checker
+from pipeline.checkers import SafeChecker
 from pipeline.config_training import StudentConfig
 from pipeline.errors import ConfigError, TeacherError
 from pipeline.records import Prompt, TokenSequence
@@ -109,10 +109,7 @@ class AnsweringTask:
         answers = await asyncio.gather(*(self._ask(teacher, ids) for ids in asked))
         rates, latency = await self._speed(teacher, asked)
         texts = [answer_text(tokenizer, answer.token_ids) for answer in answers]
-        verdicts = [
-            self._verdict(prompt, text) for prompt, text in zip(prompts, texts, strict=True)
-        ]
-        self._write(prompts, texts, verdicts)
+        verdicts = self._check(prompts, texts)
         correct, num_checked = _shares(prompts, verdicts)
         return AnsweredPrompts(
             correct=correct,
@@ -146,25 +143,28 @@ class AnsweringTask:
         sampling = self.sampling | {"seed": self.seed} | (changes or {})
         return (await teacher.generate(ids, sampling, 1))[0]
 
-    def _verdict(self, prompt: Prompt, text: str) -> bool | None:
-        if self.checker is None or prompt.reference is None:
-            return None
-        return find_checker(self.checker)(text, prompt.reference)
-
-    def _write(self, prompts: list[Prompt], texts: list[str], verdicts: list[bool | None]) -> None:
-        lines = [
-            json.dumps(
-                {
-                    "prompt_id": prompt.prompt_id,
-                    "domain": prompt.domain,
-                    "answer": text,
-                    "reference": prompt.reference,
-                    "correct": verdict,
-                }
-            )
-            for prompt, text, verdict in zip(prompts, texts, verdicts, strict=True)
-        ]
+    def _check(self, prompts: list[Prompt], texts: list[str]) -> list[bool | None]:
+        """Writes every answer with its verdict, None where there is nothing to compare with."""
+        checker = None if self.checker is None else SafeChecker(self.checker)
+        verdicts: list[bool | None] = []
+        lines: list[str] = []
+        for prompt, text in zip(prompts, texts, strict=True):
+            verdict, problem = None, None
+            if checker is not None and prompt.reference is not None:
+                verdict, problem = checker.judge(text, prompt.reference)
+            verdicts.append(verdict)
+            line = {
+                "prompt_id": prompt.prompt_id,
+                "domain": prompt.domain,
+                "answer": text,
+                "reference": prompt.reference,
+                "correct": verdict,
+            }
+            lines.append(json.dumps(line if problem is None else line | {"error": problem}))
         storage.write_bytes(self.answers_path, ("\n".join(lines) + "\n").encode())
+        if checker is not None:
+            checker.log_count()
+        return verdicts
 
 
 def _shares(

@@ -64,8 +64,8 @@ class Canary:
 
 
 class ControlTask:
-    """A task of no items that every sound teacher can do: rows of a few tokens, or of one that only
-    writes, an answer of one token.
+    """A task of no items that every sound teacher can do: rows of a few tokens, or of one that was
+    started to generate alone, an answer of one token.
     """
 
     label = "a control"
@@ -80,7 +80,7 @@ class ControlTask:
             TeacherError: the teacher cannot do it.
         """
         input_ids = canary_ids(CONTROL_TOKENS, CONTROL_VOCABULARY)
-        if teacher.canary() is not None:
+        if teacher.can_score:
             await teacher.score(input_ids, 1)
             return
         prompt = Prompt("control", "control", "train", messages=(CONTROL_MESSAGE,))

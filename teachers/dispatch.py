@@ -3,10 +3,11 @@
 A dispatcher belongs to one teacher and knows nothing of Ray: `launch` gives it replicas.
 
 What happens to a task that fails: it is tried once more; then it is cut in halves; a single item is
-set aside. Items set aside are quarantined as soon as another task succeeds, for that shows that the
-item is at fault and not the engine; where no other is left, a control task takes its place. Tasks
-that were in flight when a replica died are suspects: its successor takes them alone, one after
-another, so that a second death names the culprit.
+set aside. A task that can tell which of its items failed has done the others, and only these are
+tried once more, one by one. Items set aside are quarantined as soon as another task succeeds, for
+that shows that the item is at fault and not the engine; where no other is left, a control task
+takes its place. Tasks that were in flight when a replica died are suspects: its successor takes
+them alone, one after another, so that a second death names the culprit.
 
 Every engine, also one that replaces a dead one, must say the same of a canary as the first.
 """
@@ -17,14 +18,15 @@ import asyncio
 import contextlib
 import logging
 import math
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 from pipeline.errors import ConfigError, DistillationError, StorageError, TeacherError
 from teachers.canary import Canary, ControlTask, refuse_difference
-from teachers.engine import Teacher
+from teachers.engine import EngineDiedError, ItemsFailedError, Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ WAITING_SECONDS = 60
 LOGGED = ("engine_version", "device", "dtype", "capture", "capture_reason", "prefix_sharing")
 
 Progress = Callable[[int, int, Any], None]
+Item = TypeVar("Item")
+Reply = TypeVar("Reply")
 
 
 class ReplicaDied(Exception):
@@ -68,7 +72,11 @@ class Task(Protocol):
         ...
 
     async def run(self, teacher: Teacher) -> Any:
-        """Does the work inside the actor; doing it again is harmless."""
+        """Does the work inside the actor; doing it again is harmless.
+
+        Raises:
+            ItemsFailedError: some items failed, and the others are done.
+        """
         ...
 
 
@@ -104,8 +112,20 @@ class PoolReport:
 
 @dataclass(eq=False)
 class _Attempt:
+    """A task and what became of it so far.
+
+    Attributes:
+        stood_among_others: it is one item of a task whose other items are done.
+        begun, failed: when it last did, by `time.monotonic`.
+        error: of its last failure.
+    """
+
     task: Any
     failures: int = 0
+    stood_among_others: bool = False
+    begun: float = 0.0
+    failed: float = 0.0
+    error: str = ""
 
 
 class Dispatcher:
@@ -134,7 +154,7 @@ class Dispatcher:
             self._queue.put_nowait(_Attempt(task))
         self._finished = asyncio.Event()
         self._running: dict[Replica, dict[str, Any]] = {}
-        self._set_aside: list[tuple[Any, str]] = []
+        self._set_aside: list[_Attempt] = []
         self._first_canary: Canary | None = None
         self._deaths_in_a_row = 0
         self._report = PoolReport()
@@ -232,6 +252,7 @@ class Dispatcher:
         while True:
             attempt = await self._queue.get()
             in_flight.append(attempt)
+            attempt.begun = time.monotonic()
             try:
                 result = await replica.run(attempt.task)
             except ReplicaDied:
@@ -244,6 +265,7 @@ class Dispatcher:
 
     async def _run_alone(self, replica: Replica, suspects: deque[_Attempt]) -> None:
         attempt = suspects[0]
+        attempt.begun = time.monotonic()
         try:
             result = await replica.run(attempt.task)
         except ReplicaDied as death:
@@ -264,35 +286,45 @@ class Dispatcher:
     def _succeed(self, attempt: _Attempt, result: Any) -> None:
         self._deaths_in_a_row = 0
         self._quarantine()
-        is_control = isinstance(attempt.task, ControlTask)
-        if not is_control:
-            self._report.results.append(result)
-        self._close(len(attempt.task))
-        if self._progress and not is_control:
+        if isinstance(attempt.task, ControlTask):
+            self._close(0)
+        else:
+            self._add(len(attempt.task), result)
+
+    def _add(self, num_items: int, result: Any) -> None:
+        self._report.results.append(result)
+        self._close(num_items)
+        if self._progress:
             self._progress(self._total - self._open_items, self._total, result)
 
     def _remainder(self, attempt: _Attempt, error: Exception) -> list[_Attempt]:
         """What is still to be tried of a task that failed."""
         task = attempt.task
         attempt.failures += 1
+        attempt.failed, attempt.error = time.monotonic(), str(error)
         logger.warning("%s: %s failed (%d): %s", self._name, task.label, attempt.failures, error)
+        if isinstance(error, ItemsFailedError):
+            self._quarantine(before=attempt.begun)
+            self._add(len(task) - len(error.failed), error.result)
+            return [_Attempt(each, 1, stood_among_others=True) for each, _ in error.failed]
         if attempt.failures < TRIES:
             return [attempt]
         if isinstance(task, ControlTask):
-            count, (first, reason) = len(self._set_aside), self._set_aside[0]
+            count, first = len(self._set_aside), self._set_aside[0]
             raise TeacherError(
-                f"{self._name}: {count} items failed, first {first.label}: {reason}. The engine "
-                f"fails {task.label} as well ({error}), so it is at fault and not they"
+                f"{self._name}: {count} items failed, first {first.task.label}: {first.error}. The "
+                f"engine fails {task.label} as well ({error}), so it is at fault and not they"
             ) from error
         if isinstance(error, NOT_THE_ITEMS_FAULT):
             raise error
         if len(task) > 1:
             return [_Attempt(half) for half in task.halves()]
-        self._set_aside.append((task, str(error)))
-        if len(self._set_aside) > ITEMS_SET_ASIDE_IN_A_ROW:
+        self._set_aside.append(attempt)
+        count = sum(not each.stood_among_others for each in self._set_aside)
+        if count > ITEMS_SET_ASIDE_IN_A_ROW:
             raise TeacherError(
-                f"{self._name}: {len(self._set_aside)} items failed one after another and nothing "
-                f"succeeds, last {task.label}: {error}"
+                f"{self._name}: {count} items failed one after another and nothing succeeds, last "
+                f"{task.label}: {error}"
             ) from error
         self._close(1)
         return []
@@ -304,12 +336,14 @@ class Dispatcher:
         elif self._open_items == 0:
             self._finished.set()
 
-    def _quarantine(self) -> None:
-        for task, error in self._set_aside:
+    def _quarantine(self, before: float = math.inf) -> None:
+        """Of what is set aside all that failed before a time from which on an item succeeded."""
+        for attempt in [each for each in self._set_aside if each.failed < before]:
+            task, error = attempt.task, attempt.error
             logger.warning("%s: %s is quarantined: %s", self._name, task.label, error)
             task.quarantine(error)
             self._report.quarantined.append((task.label, error))
-        self._set_aside.clear()
+            self._set_aside.remove(attempt)
 
     def _count_death(self, death: ReplicaDied) -> None:
         self._report.num_deaths += 1
@@ -321,6 +355,41 @@ class Dispatcher:
                 f"{self._name}: {self._deaths_in_a_row} engines died and nothing was done "
                 f"meanwhile, last: {death}"
             ) from death
+
+
+async def ask_each(
+    items: Sequence[Item], ask: Callable[[Item], Awaitable[Reply]]
+) -> tuple[list[tuple[Item, Reply]], list[tuple[Item, str]]]:
+    """Asks a teacher for all items of a task at once.
+
+    Returns:
+        The items with their replies, and those that failed with their errors, each in order.
+
+    Raises:
+        TeacherError: all failed, which is not said of any one of them.
+        DistillationError: the teacher is gone or cannot be asked like this; no other item is asked
+            any longer.
+    """
+
+    async def reply_or_error(item: Item) -> Reply | TeacherError:
+        try:
+            return await ask(item)
+        except EngineDiedError:
+            raise
+        except TeacherError as error:
+            return error
+
+    asking = [asyncio.create_task(reply_or_error(item)) for item in items]
+    try:
+        found = list(zip(items, await asyncio.gather(*asking), strict=True))
+    finally:
+        await cancel(asking)
+    errors = [reply for _, reply in found if isinstance(reply, TeacherError)]
+    if errors and len(errors) == len(items):
+        raise errors[0]
+    done = [(item, reply) for item, reply in found if not isinstance(reply, TeacherError)]
+    failed = [(item, str(reply)) for item, reply in found if isinstance(reply, TeacherError)]
+    return done, failed
 
 
 async def cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:

@@ -58,6 +58,7 @@ class EndpointTeacher:
 
     def __init__(self, spec: EndpointSpec, requester: Requester) -> None:
         self._spec, self._endpoint, self._requester = spec, spec.endpoint, requester
+        self.can_score = spec.num_logprobs > 0
         self._tokenizer: Any = student_tokenizer(spec.student)[0]  # upstream's stubs are too wide
         self._max_model_len = spec.endpoint.max_model_len
         self._version: str | None = None
@@ -112,7 +113,7 @@ class EndpointTeacher:
             TeacherError: the server refuses the sequence, or its rows break an invariant.
             EngineDiedError: the server is gone.
         """
-        assert self._spec.num_logprobs > 0, "an endpoint started with num_logprobs=0 cannot score"
+        assert self.can_score, "an endpoint started with num_logprobs=0 cannot score"
         assert distributions and not states, "the config asks an endpoint for no hidden states"
         assert 1 <= first_index < len(input_ids), f"row {first_index} of {len(input_ids)} tokens"
         return await self._rows(input_ids, first_index, self._spec.num_logprobs)
@@ -145,7 +146,7 @@ class EndpointTeacher:
         return list(await asyncio.gather(*(self._text(prompt, each) for each in bodies)))
 
     def canary(self) -> Canary | None:
-        """What the server said of the canary; None where no rows are captured from it."""
+        """What the server said of the canary; None where its rows belong to no identity."""
         return self._canary
 
     def describe(self) -> dict[str, Any]:

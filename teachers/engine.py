@@ -8,6 +8,7 @@ tokens of a sequence, L layers, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,6 +26,23 @@ if TYPE_CHECKING:
 
 class EngineDiedError(TeacherError):
     """The engine process is gone: no later request to this teacher can succeed, another one may."""
+
+
+class ItemsFailedError(TeacherError):
+    """Some items of a task failed; the others are done, and need not be asked again.
+
+    Attributes:
+        result: of the part that is done.
+        failed: a task of each item that failed, and its error.
+    """
+
+    def __init__(self, result: Any, failed: Sequence[tuple[Any, str]]) -> None:
+        super().__init__(result, failed)
+        self.result, self.failed = result, failed
+
+    def __str__(self) -> str:
+        (task, error), *_ = self.failed
+        return f"{len(self.failed)} failed, first {task.label}: {error}"
 
 
 @dataclass(frozen=True)
@@ -159,6 +177,11 @@ class GeneratedAnswer:
 class Teacher(Protocol):
     """What tasks are given: an engine beside them, or an endpoint elsewhere."""
 
+    @property
+    def can_score(self) -> bool:
+        """Whether it was started to capture rows, and not to generate alone."""
+        ...
+
     async def score(
         self,
         input_ids: list[int],
@@ -188,7 +211,7 @@ class Teacher(Protocol):
         ...
 
     def canary(self) -> Canary | None:
-        """What it said of the canary; None when it only writes."""
+        """What it said of the canary; None where none of its rows are kept."""
         ...
 
     def describe(self) -> dict[str, Any]:

@@ -7,7 +7,6 @@ graded once under a recipe.
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,8 @@ from pipeline.errors import ConfigError
 from pipeline.fingerprint import digest_ids
 from pipeline.layout import Layout
 from pipeline.records import Prompt
-from teachers.engine import Teacher
+from teachers.dispatch import ask_each
+from teachers.engine import ItemsFailedError, Teacher
 from teachers.synthesis import student_tokenizer
 from teachers.vocabulary import answer_text, prompt_ids
 
@@ -75,6 +75,7 @@ class JudgingTask:
 
         Raises:
             ConfigError: a grade is no single token.
+            ItemsFailedError: some answers could not be graded; the others are.
         """
         tokenizer, _ = student_tokenizer(self.student)
         sampling: dict[str, Any] = {"max_tokens": self.max_tokens, "temperature": 0.0}
@@ -82,22 +83,23 @@ class JudgingTask:
         if self.is_bound:
             sampling["allowed_token_ids"] = sorted(grade_of)
         grades: dict[str, int | None] = {}
-        replies = await asyncio.gather(
-            *(
-                teacher.generate(prompt_ids(tokenizer, question), sampling, 1, question)
-                for _, question in self.questions
-            )
+        replied, failed = await ask_each(
+            self.questions,
+            lambda asked: teacher.generate(prompt_ids(tokenizer, asked[1]), sampling, 1, asked[1]),
         )
-        for (name, _), (reply,) in zip(self.questions, replies, strict=True):
+        for (name, _), (reply,) in replied:
             if self.is_bound:
                 grades[name] = grade_of[reply.token_ids[0]]
             else:
                 grades[name] = read_grade(answer_text(tokenizer, reply.token_ids))
         self._record(grades)
-        return len(replies)
+        if failed:
+            alone = [(replace(self, questions=(asked,)), error) for asked, error in failed]
+            raise ItemsFailedError(len(replied), alone)
+        return len(replied)
 
     def _record(self, grades: dict[str, int | None]) -> None:
-        name = digest_ids(identifier for identifier, _ in self.questions)
+        name = digest_ids(grades)
         storage.write_json(self.layout.judgements(self.recipe_digest, f"{name}.json"), grades)
 
 

@@ -32,10 +32,16 @@ AWAY = frozenset({408, 425, 429, 502, 503, 504})
 """Say nothing against the request: who does not get beyond them has lost the server."""
 NEEDS_ANOTHER_CONFIG = {
     401: "the key is missing or not accepted: see endpoint.api_key_env",
+    402: "the account has no credit left: what is finished is kept, so run it again with some",
     403: "the key does not allow this: see endpoint.api_key_env",
     404: "there is no such path or model: check endpoint.url, endpoint.model and endpoint.api",
     405: "there is no such path: check endpoint.url and endpoint.api",
 }
+
+FORBIDDEN = 403
+"""Of a key at first; from a server that has answered it, some APIs' word for one prompt that is not
+to their taste.
+"""
 
 Reply = TypeVar("Reply")
 
@@ -78,6 +84,7 @@ class Requester:
             headers=headers,
         )
         self._slots = asyncio.Semaphore(endpoint.max_concurrency)
+        self._has_answered = False
 
     async def ask(
         self, path: str, kind: TypeAdapter[Reply], body: dict[str, Any] | None = None
@@ -88,7 +95,7 @@ class Requester:
             path: behind the endpoint's url, beginning with a slash; or a whole URL.
 
         Raises:
-            ConfigError: the server will never accept such requests: key, path or model.
+            ConfigError: the server will never accept such requests: key, credit, path or model.
             TeacherError: it does not accept this one, or fails at it each time.
             EngineDiedError: it is gone, or too busy for all tries.
         """
@@ -132,17 +139,35 @@ class Requester:
         except (aiohttp.ClientError, OSError) as error:
             problem = self._clean(f"{asked}: {type(error).__name__}: {error}")
             raise _TryFailed(EngineDiedError(problem), True) from None
-        text = _shortened(self._clean(content.decode(errors="replace")))
-        shown = f"{asked}: status {status}: {text}"
         if status != 200:
-            raise _refusal(status, shown, _seconds(asks_to_wait))
+            shown = self._shown(asked, status, content)
+            raise self._refusal(status, shown, _seconds(asks_to_wait))
         try:
-            return kind.validate_json(content)
+            reply = kind.validate_json(content)
         except ValidationError as error:
+            shown = self._shown(asked, status, content)
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
             place = ".".join(map(str, first["loc"])) or "the reply"
             problem = f"{shown}: not the reply expected, at {place}: {first['msg']}"
             raise _TryFailed(TeacherError(problem), True) from None
+        # Who lists its models may do so for everybody; only an answer shows that the key will do.
+        self._has_answered |= body is not None
+        return reply
+
+    def _refusal(self, status: int, shown: str, wait_seconds: float) -> _TryFailed:
+        of_this_request = status == FORBIDDEN and self._has_answered
+        if status in NEEDS_ANOTHER_CONFIG and not of_this_request:
+            return _TryFailed(ConfigError(f"{shown} -- {NEEDS_ANOTHER_CONFIG[status]}"), False)
+        if status < 400:
+            final = "name the final address in endpoint.url"
+            return _TryFailed(ConfigError(f"{shown} -- {final}"), False)
+        if status in AWAY:
+            return _TryFailed(EngineDiedError(shown), True, wait_seconds)
+        return _TryFailed(TeacherError(shown), status in PASSING or status >= 500, wait_seconds)
+
+    def _shown(self, asked: str, status: int, content: bytes) -> str:
+        text = _shortened(self._clean(content.decode(errors="replace")))
+        return f"{asked}: status {status}: {text}"
 
     def _clean(self, text: str) -> str:
         """Without the key, which a server may repeat."""
@@ -160,16 +185,6 @@ def _key(endpoint: EndpointConfig) -> str | None:
             "every node (without --address: before `polystill run`)"
         )
     return key
-
-
-def _refusal(status: int, shown: str, wait_seconds: float) -> _TryFailed:
-    if status in NEEDS_ANOTHER_CONFIG:
-        return _TryFailed(ConfigError(f"{shown} -- {NEEDS_ANOTHER_CONFIG[status]}"), False)
-    if status < 400:
-        return _TryFailed(ConfigError(f"{shown} -- name the final address in endpoint.url"), False)
-    if status in AWAY:
-        return _TryFailed(EngineDiedError(shown), True, wait_seconds)
-    return _TryFailed(TeacherError(shown), status in PASSING or status >= 500, wait_seconds)
 
 
 def _wait(number: int, asked_seconds: float) -> float:

@@ -7,7 +7,6 @@ run is then built from the records.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import math
 from collections import Counter
@@ -23,7 +22,8 @@ from pipeline.fingerprint import digest_bytes, sequence_id
 from pipeline.layout import Layout
 from pipeline.records import Prompt, TokenSequence
 from pipeline.synthesis_index import Outcome, new_prompts, shard_digest, write_record
-from teachers.engine import Teacher
+from teachers.dispatch import ask_each
+from teachers.engine import GeneratedAnswer, ItemsFailedError, Teacher
 from teachers.vocabulary import answer_text, load_tokenizer, prompt_ids, tokenizer_hash
 
 
@@ -75,29 +75,22 @@ class SynthesisTask:
 
         Returns:
             The record.
+
+        Raises:
+            ItemsFailedError: some prompts failed; the shard is of the others.
         """
         tokenizer, tokenizer_digest = student_tokenizer(self.student)
         rendered = [(prompt, prompt_ids(tokenizer, prompt)) for prompt in self.prompts]
         room = self._most_tokens - self.sampling["max_tokens"]
         fitting = [(prompt, ids) for prompt, ids in rendered if len(ids) <= room]
-        answers = await asyncio.gather(
-            *(
-                teacher.generate(
-                    ids,
-                    self.sampling | {"seed": self._seed(prompt)},
-                    self.samples_per_prompt,
-                    prompt,
-                )
-                for prompt, ids in fitting
-            )
-        )
+        answered, failed = await ask_each(fitting, lambda each: self._ask(teacher, *each))
         outcome, who = Outcome(), self.generator
         for prompt, ids in rendered:
             if len(ids) > room:
                 detail = f"a prompt of {len(ids)} tokens leaves no room for an answer"
                 number = self.samples_per_prompt
                 outcome.reject(prompt, who, "too_long", detail, num_answers=number)
-        for (prompt, ids), samples in zip(fitting, answers, strict=True):
+        for (prompt, ids), samples in answered:
             for sample in samples:
                 outcome.count(prompt.prompt_id, generated_tokens=len(sample.token_ids))
                 text = answer_text(tokenizer, sample.token_ids)
@@ -114,7 +107,17 @@ class SynthesisTask:
                 else:
                     answer = sample.token_ids
                     outcome.keep(self._sequence(prompt, ids, answer, reason, tokenizer_digest))
-        return self._record(outcome)
+        lacking = {prompt.prompt_id for (prompt, _), _ in failed}
+        done = tuple(prompt for prompt in self.prompts if prompt.prompt_id not in lacking)
+        record = replace(self, prompts=done)._record(outcome)
+        if failed:
+            alone = [(replace(self, prompts=(prompt,)), error) for (prompt, _), error in failed]
+            raise ItemsFailedError(record, alone)
+        return record
+
+    async def _ask(self, teacher: Teacher, prompt: Prompt, ids: list[int]) -> list[GeneratedAnswer]:
+        sampling = self.sampling | {"seed": self._seed(prompt)}
+        return await teacher.generate(ids, sampling, self.samples_per_prompt, prompt)
 
     def from_references(self) -> dict[str, Any]:
         """Takes the given references as answers; needs no engine."""

@@ -64,7 +64,7 @@ class VllmTeacher:
         self, spec: EngineSpec, engine: AsyncLLM, folder: StateFolder | None, load_seconds: float
     ) -> None:
         """`folder`: where the engine leaves hidden states, if it captures any."""
-        self._spec, self._folder = spec, folder
+        self._spec, self._folder, self.can_score = spec, folder, spec.num_logprobs > 0
         self._engine, self._load_seconds = engine, load_seconds
         self._config = engine.vllm_config
         self._max_model_len = self._config.model_config.max_model_len
@@ -110,7 +110,7 @@ class VllmTeacher:
         teacher = cls(spec, engine, folder, time.monotonic() - started)
         try:
             teacher._check([0], spec.min_model_len - 1)
-            if spec.num_logprobs:
+            if teacher.can_score:
                 await teacher._choose_capture()
                 await teacher._judge_shared_states()
                 await teacher._score_full_step()
@@ -143,7 +143,7 @@ class VllmTeacher:
                 vocabulary, or the engine's rows break an invariant.
             EngineDiedError: the engine is gone.
         """
-        assert self._width > 0, "an engine started with num_logprobs=0 cannot score"
+        assert self.can_score, "an engine started with num_logprobs=0 cannot score"
         assert 1 <= first_index < len(input_ids), f"row {first_index} of {len(input_ids)} tokens"
         assert self._folder is not None or not states, "an engine started without hidden_layers"
         self._check(input_ids, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +13,8 @@ from pipeline.fingerprint import digest_bytes
 from pipeline.layout import Layout
 from pipeline.prompt_writing import Request, new_prompt, read_reply
 from pipeline.synthesis_index import Outcome, new_prompts, shard_digest, write_record
-from teachers.engine import Teacher
+from teachers.dispatch import ask_each
+from teachers.engine import GeneratedAnswer, ItemsFailedError, Teacher
 from teachers.synthesis import student_tokenizer
 from teachers.vocabulary import answer_text, prompt_ids
 
@@ -62,6 +62,9 @@ class WritingTask:
 
         Returns:
             The record.
+
+        Raises:
+            ItemsFailedError: some requests failed; the record is of the others.
         """
         tokenizer, _ = student_tokenizer(self.student)
         room = (self.max_model_len or math.inf) - self.sampling["max_tokens"]
@@ -74,15 +77,8 @@ class WritingTask:
                 detail = f"a request of {len(ids)} tokens leaves no room for a reply"
                 name = request.asked.prompt_id
                 outcome.reject(request.source, self.generator, "too_long", detail, asked=name)
-        replies = await asyncio.gather(
-            *(
-                teacher.generate(
-                    ids, self.sampling | {"seed": self._seed(request)}, 1, request.asked
-                )
-                for request, ids in fitting
-            )
-        )
-        for (request, _), (answer,) in zip(fitting, replies, strict=True):
+        replied, failed = await ask_each(fitting, lambda each: self._ask(teacher, *each))
+        for (request, _), (answer,) in replied:
             name, who = request.asked.prompt_id, self.generator
             outcome.count(name, generated_tokens=len(answer.token_ids))
             text = answer_text(tokenizer, answer.token_ids)
@@ -93,7 +89,19 @@ class WritingTask:
                 continue
             outcome.count(name, answers=1, kept=1, prompts_written=len(reply.texts))
             outcome.written[name] = [new_prompt(request.source, text) for text in reply.texts]
-        return self._record(outcome)
+        lacking = {request.asked.prompt_id for (request, _), _ in failed}
+        done = tuple(each for each in self.requests if each.asked.prompt_id not in lacking)
+        record = replace(self, requests=done)._record(outcome)
+        if failed:
+            alone = [(replace(self, requests=(request,)), error) for (request, _), error in failed]
+            raise ItemsFailedError(record, alone)
+        return record
+
+    async def _ask(
+        self, teacher: Teacher, request: Request, ids: list[int]
+    ) -> list[GeneratedAnswer]:
+        sampling = self.sampling | {"seed": self._seed(request)}
+        return await teacher.generate(ids, sampling, 1, request.asked)
 
     def _seed(self, request: Request) -> int:
         name = request.asked.prompt_id.encode()

@@ -1,6 +1,7 @@
 """Answers of one model to hold-out prompts, from a scripted teacher."""
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,3 +55,48 @@ def test_prompts_that_are_too_long_are_counted_beside_the_others(
     answered = asyncio.run(task.run(cast(Any, AnsweringTeacher())))
     assert answered.num_too_long == 1
     assert answered.num_checked == {"d": 2} and answered.correct == {"d": 0.5}
+
+
+RULES = """import numpy as np
+
+
+def of_numpy(answer, reference):
+    return np.True_ if answer == reference else np.False_
+
+
+def of_numbers(answer, reference):
+    return 1 if answer == reference else 0
+
+
+def raising(answer, reference):
+    return 1 / (answer == reference)
+"""
+
+
+@pytest.mark.parametrize("name", ["of_numpy", "of_numbers", "raising"])
+def test_every_verdict_counts_as_yes_or_no(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """As in the filter, which asks for truth and not for `True`."""
+    monkeypatch.setattr("teachers.answering.MEASURED_SECONDS", 0.01)
+    (tmp_path / "odd_rules.py").write_text(RULES)
+    monkeypatch.syspath_prepend(tmp_path)
+    save_tokenizer(tmp_path / "student")
+    prompts = [Prompt(t, "d", "holdout", text=t, reference="1") for t in ("1+", "2+", "3+")]
+    task = AnsweringTask(
+        model="t",
+        prompts=(*prompts, Prompt("q", "d", "holdout", text="1")),
+        student=StudentConfig(model=str(tmp_path / "student"), initialization="random"),
+        sampling={"max_tokens": 5},
+        max_sequence_tokens=None,
+        checker=f"odd_rules.{name}",
+        answers_path=str(tmp_path / "answers.jsonl"),
+    )
+    answered = asyncio.run(task.run(cast(Any, AnsweringTeacher())))
+    assert answered.correct == {"d": 1 / 3} and answered.num_checked == {"d": 3}
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [line["correct"] for line in lines] == [True, False, False, None]
+    problem = "ZeroDivisionError: division by zero" if name == "raising" else None
+    assert [line.get("error") for line in lines] == [None, problem, problem, None]
+    said = [record.message for record in caplog.records]
+    assert len(said) == (2 if problem else 0) and all("odd_rules.raising" in each for each in said)

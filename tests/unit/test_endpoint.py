@@ -15,6 +15,7 @@ from pipeline.config_endpoint import EndpointConfig
 from pipeline.config_training import StudentConfig
 from pipeline.errors import ConfigError, DistillationError, TeacherError
 from pipeline.records import Prompt
+from teachers.canary import ControlTask
 from teachers.endpoint import EndpointTeacher
 from teachers.engine import EndpointSpec, GeneratedAnswer
 from tests.support.endpoints import (
@@ -225,6 +226,18 @@ def test_the_first_canary_is_kept_and_every_start_is_held_to_it(spec: EndpointSp
             asked(at(spec, server.url), nothing)
         (_, body, _) = server.requests[-1]
         assert len(body["prompt"]) == 33 and max(body["prompt"]) < VOCABULARY
+
+
+@pytest.mark.parametrize(("num_logprobs", "asked_for"), [(0, "top_p"), (WIDTH, "prompt_logprobs")])
+def test_a_control_asks_it_for_what_it_was_started_for(
+    spec: EndpointSpec, num_logprobs: int, asked_for: str
+) -> None:
+    """One that scores in another stage has a canary here too, and may only write."""
+    with loopback(FakeVllm()) as server:
+        writing = replace(at(spec, server.url), num_logprobs=num_logprobs)
+        _, teacher = asked(writing, ControlTask().run)
+        assert teacher.canary() is not None
+        assert asked_for in server.bodies("/v1/completions")[-1]
 
 
 def test_a_server_that_gives_too_few_log_probabilities_is_refused_at_start(

@@ -119,6 +119,24 @@ def test_the_filters_of_the_quickstart_find_bad_answers(
     assert "hold-out prompt" in outcome["filters"][2]["examples"][0]
 
 
+def test_an_answer_at_which_the_checker_raises_is_dropped_and_said(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "numeric_rules.py").write_text(
+        "def of_numbers(answer, reference):\n    return int(int(answer) == int(reference))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = [*arguments, "prompts.checker=numeric_rules.of_numbers"]
+    (counts,) = stage(config_with(mine, "[{type: checker}]"), "synthesize")["filters"]
+    assert counts["dropped_by_domain"] == {"words": NUM_TRAIN + NUM_HOLDOUT}, "they have no number"
+    first, last = [r.message for r in caplog.records if r.name == "pipeline.checkers"]
+    assert "numeric_rules.of_numbers raised ValueError" in first
+    assert "raised at 11 of 22 answers" in last
+
+
 def test_filters_that_leave_nothing_lose_no_answer(arguments: list[str]) -> None:
     config = config_with(arguments, "[{type: length, min_tokens: 99}]")
     with pytest.raises(FilterError, match=r"leaves no sequence of the holdout split.*length 22/22"):

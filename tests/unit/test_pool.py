@@ -16,6 +16,7 @@ from teachers import dispatch
 from teachers.actor import engine_env_vars
 from teachers.canary import Canary, ControlTask
 from teachers.dispatch import TASKS_IN_FLIGHT, Dispatcher, PoolReport, ReplicaDied
+from teachers.engine import ItemsFailedError
 from teachers.pool import check_placement
 
 
@@ -276,6 +277,37 @@ def test_an_engine_that_falls_sick_before_the_last_items_condemns_none() -> None
 
     with pytest.raises(TeacherError, match="fails a control as well"):
         asyncio.run(Dispatcher("fake", cluster.launch, 1, tasks, fall_sick).run())
+    assert not quarantined
+
+
+def test_replies_older_than_a_failure_do_not_condemn_its_item() -> None:
+    """The engine falls sick while two tasks are half done; the one that says so later has no word
+    for the items of the other.
+    """
+    quarantined: list[tuple[int, str]] = []
+    first, second = (NumbersTask(pair, quarantined) for pair in ((0, 1), (2, 3)))
+    has_begun, was_set_aside = asyncio.Event(), asyncio.Event()
+
+    class HalfDone(FakeReplica):
+        async def run(self, task: NumbersTask | ControlTask) -> list[int]:
+            if task is first:
+                await has_begun.wait()
+            if task is second:
+                has_begun.set()
+                await was_set_aside.wait()
+            if task in (first, second):
+                assert isinstance(task, NumbersTask)
+                number, other = task.numbers
+                alone = NumbersTask((other,), quarantined)
+                raise ItemsFailedError([number], [(alone, "out of memory")])
+            if isinstance(task, NumbersTask) and task.numbers == (1,):
+                asyncio.get_running_loop().call_later(0.01, was_set_aside.set)
+            raise TeacherError("out of memory")
+
+    cluster = Cluster(launched=1, alive=1)
+    dispatcher = Dispatcher("fake", lambda: HalfDone(cluster), 1, [first, second])
+    with pytest.raises(TeacherError, match=r"2 items failed.*fails a control as well"):
+        asyncio.run(asyncio.wait_for(dispatcher.run(), timeout=20))
     assert not quarantined
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.config_endpoint import EndpointConfig
 from pipeline.errors import ConfigError, DistillationError, TeacherError
-from teachers.endpoint_replies import TEXT_REPLY
+from teachers.endpoint_replies import ANYTHING, TEXT_REPLY
 from teachers.engine import EngineDiedError
 from teachers.requesting import LONGEST_WAIT_SECONDS, Requester
 from tests.support.endpoints import DROPPED, Loopback, Response, at_once, chat_reply, loopback
@@ -60,6 +60,7 @@ def ask(
     "bad",
     [
         Response.of({"error": "busy"}, 429),
+        *(Response.of({}, status) for status in (408, 409, 425)),
         Response.of({"error": "oops"}, 500),
         Response.of({}, 503),
         DROPPED,
@@ -67,7 +68,7 @@ def ask(
         Response(b"<html>Bad gateway</html>", 200, {"Content-Type": "text/html"}),
         Response.of({"choices": []}),
     ],
-    ids=["429", "500", "503", "dropped", "cut JSON", "a page", "no choices"],
+    ids=["429", "408", "409", "425", "500", "503", "dropped", "cut JSON", "a page", "no choices"],
 )
 def test_what_may_pass_is_tried_again_and_each_wait_is_longer(bad: Response) -> None:
     (reply,), waited, server = ask([bad, bad, GOOD])
@@ -99,6 +100,7 @@ def test_a_wait_longer_than_any_answer_is_not_begun() -> None:
     ("response", "kind", "advice"),
     [
         (Response.of({"error": "no such key"}, 401), ConfigError, "endpoint.api_key_env"),
+        (Response.of({"error": "Insufficient credits"}, 402), ConfigError, "no credit left"),
         (Response.of({"error": "not yours"}, 403), ConfigError, "endpoint.api_key_env"),
         (Response.of({"error": "no model x"}, 404), ConfigError, "endpoint.model"),
         (Response(b"", 307, {"Location": "/elsewhere"}), ConfigError, "final address"),
@@ -113,6 +115,56 @@ def test_what_cannot_succeed_is_asked_once(
     assert type(error) is kind and waited == [] and len(server.requests) == 1
     assert f"POST {server.url}/chat/completions: status {response.status}" in str(error)
     assert advice in str(error)
+
+
+def in_turn(url: str) -> list[Any]:
+    """What comes of a look at the models and two requests, one after another."""
+
+    async def run() -> list[Any]:
+        requester, found = Requester(endpoint(url), at_once), []
+        try:
+            for path, body in (("/models", None), ("/chat", {"a": 1}), ("/chat", {"a": 2})):
+                try:
+                    found.append(await requester.ask(path, ANYTHING, body))
+                except DistillationError as error:
+                    found.append(error)
+        finally:
+            await requester.close()
+        return found
+
+    return asyncio.run(run())
+
+
+def test_forbidden_is_the_keys_fault_until_a_request_was_answered() -> None:
+    flagged = Response.of({"error": "your input was flagged"}, 403)
+    models = Response.of({"data": []})
+    with loopback(lambda path, body: flagged if body.get("a") == 2 else GOOD) as server:
+        models_reply, first, second = in_turn(server.url)
+    assert isinstance(models_reply, dict) and isinstance(first, dict)
+    assert type(second) is TeacherError and "your input was flagged" in str(second)
+    with loopback(lambda path, body: flagged if body else models) as server:
+        _, first, second = in_turn(server.url)
+    assert type(first) is type(second) is ConfigError, "a list of models is shown to everybody"
+
+
+@pytest.mark.parametrize("status", [401, 402])
+def test_a_key_or_credit_that_is_used_up_meanwhile_is_no_fault_of_the_request(status: int) -> None:
+    refused = Response.of({"error": "no"}, status)
+    with loopback(lambda path, body: refused if body.get("a") == 2 else GOOD) as server:
+        *_, second = in_turn(server.url)
+    assert type(second) is ConfigError
+
+
+def test_a_good_reply_is_not_made_into_a_text_that_nobody_reads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr("teachers.requesting._shortened", lambda text: shown.append(text) or text)
+    (reply,), _, _ = ask([GOOD])
+    assert isinstance(reply, dict) and shown == []
+    ask([Response.of({}, 400)])
+    ask([Response.of({"choices": []})], max_retries=0)
+    assert shown == ["{}", '{"choices": []}']
 
 
 @pytest.mark.parametrize(
