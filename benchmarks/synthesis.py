@@ -45,8 +45,8 @@ from pipeline.prepared import Prepared
 from teachers.dispatch import Dispatcher, PoolReport
 from teachers.engine import EngineSpec
 from teachers.pool import PoolJob
-from teachers.synthesis import SynthesisTask, student_tokenizer
-from teachers.vocabulary import prompt_ids
+from teachers.synthesis import SynthesisTask
+from teachers.vocabulary import prompt_ids, student_tokenizer
 
 if TYPE_CHECKING:
     from teachers.vllm_teacher import VllmTeacher
@@ -132,7 +132,7 @@ class Bench:
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
-        tokenizer, _ = student_tokenizer(self._config.student)
+        tokenizer, _ = student_tokenizer(self._config.student.files)
         requests = []
         for task in self.tasks:
             for prompt in task.prompts:

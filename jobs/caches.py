@@ -170,7 +170,7 @@ def show(run: RunCaches, teacher: str | None, sequence: str | None) -> str:
     found = SequenceReader(run.layout, run.entries).get(wanted)
     assert found is not None, "a dataset names the shard of each of its sequences"
     rows = {name: open_cache(run.caches[name]).row(wanted) for name in run.distributions(teacher)}
-    tokenizer = load_tokenizer(run.config.student)
+    tokenizer = load_tokenizer(run.config.student.files)
     return token_table(found, rows, lambda token: str(tokenizer.decode([token])))
 
 

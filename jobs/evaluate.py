@@ -32,8 +32,7 @@ from pipeline.training import stage_cost
 from teachers.answering import AnsweredPrompts, AnsweringTask
 from teachers.engine import EngineSpec
 from teachers.pool import PoolJob, PoolReport, run_pools
-from teachers.synthesis import student_tokenizer
-from teachers.vocabulary import prompt_ids
+from teachers.vocabulary import prompt_ids, student_tokenizer
 
 SEQUENCES_COMPARED = 16
 # Largest difference between the engine's and the trained weights' log-probabilities of the same
@@ -286,7 +285,7 @@ def _holdout_prompts(config: Config, prompts: list[Prompt]) -> tuple[Prompt, ...
 
 def _longest_request(config: Config, prompts: Sequence[Prompt]) -> int:
     """Tokens that an engine must hold to answer every prompt that is not too long."""
-    tokenizer, _ = student_tokenizer(config.student)
+    tokenizer, _ = student_tokenizer(config.student.files)
     longest = max(len(prompt_ids(tokenizer, prompt)) for prompt in prompts)
     need = longest + config.evaluation.sampling["max_tokens"]
     return min(need, config.synthesis.max_sequence_tokens or need)

@@ -31,8 +31,7 @@ from pipeline.synthesis_index import sample_counts
 from pipeline.synthesis_steps import all_prompts, walk
 from teachers.judging import JudgingTask, plan_judging, read_grades
 from teachers.pool import run_pools
-from teachers.synthesis import student_tokenizer
-from teachers.vocabulary import answer_text, prompt_ids
+from teachers.vocabulary import answer_text, prompt_ids, student_tokenizer
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def _candidates(
     samples: Mapping[tuple[str, str], int],
 ) -> list[Candidate]:
     """The sequences with their text, in the order of the entries; each shard is read once."""
-    tokenizer, _ = student_tokenizer(config.student)
+    tokenizer, _ = student_tokenizer(config.student.files)
     candidates: dict[int, Candidate] = {}
     by_shard: dict[str, list[int]] = {}
     for i, entry in enumerate(entries):
@@ -186,21 +185,21 @@ def _grades(
     ]
     template = JudgingTask(layout, recipe, (), config.student, not teacher.returns_text)
     known = read_grades(layout, recipe)
-    tokenizer, _ = student_tokenizer(config.student)
+    tokenizer, _ = student_tokenizer(config.student.files)
     needs = {
-        name: len(prompt_ids(tokenizer, question)) + template.max_tokens
-        for name, question in questions
-        if name not in known
+        sequence_id: len(prompt_ids(tokenizer, question)) + template.max_tokens
+        for sequence_id, question in questions
+        if sequence_id not in known
     }
     room = teacher.max_model_len or math.inf
-    new = [(name, asked) for name, asked in questions if name in needs and needs[name] <= room]
+    new = [(i, asked) for i, asked in questions if i in needs and needs[i] <= room]
     tasks = plan_judging(template, new, config.synthesis.prompts_per_shard)
     job = pool_job(
         config,
         name,
         prepared,
         tasks,
-        min_model_len=max((needs[name] for name, _ in new), default=1),
+        min_model_len=max((needs[i] for i, _ in new), default=1),
         num_logprobs=0,
         unit="answers",
     )

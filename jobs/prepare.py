@@ -21,7 +21,6 @@ from pipeline.config_base import ModelFiles
 from pipeline.config_endpoint import EndpointTeacherConfig
 from pipeline.config_recipes import STUDENT
 from pipeline.config_targets import ByDomainWeights, LearnedWeights
-from pipeline.config_training import StudentConfig
 from pipeline.errors import ConfigError
 from pipeline.learned_weights import SPLIT as LEARNED_SPLIT
 from pipeline.prepared import Prepared, preparation_key, save_prepared
@@ -53,7 +52,7 @@ def prepare(config: Config) -> Prepared:
     tokenizer_digest = check_vocabularies(config, asked)
     _check_vocabulary_sizes(config)
     check_layers(config)
-    tokenizer = load_tokenizer(config.student)
+    tokenizer = load_tokenizer(config.student.files)
     lengths = {prompt.digest: len(prompt_ids(tokenizer, prompt)) for prompt in asked}
     check_lengths(config, prompts, lengths)
     # The student's weights are a generator's only where it writes in this round.
@@ -209,8 +208,8 @@ def _check_prompts(config: Config, prompts: Sequence[Prompt]) -> None:
 
 
 def _check_vocabulary_sizes(config: Config) -> None:
-    used = max(load_tokenizer(config.student).get_vocab().values()) + 1
-    models: dict[str, ModelFiles | StudentConfig] = {"student": config.student}
+    used = max(load_tokenizer(config.student.files).get_vocab().values()) + 1
+    models: dict[str, ModelFiles] = {"student": config.student.files}
     models |= {n: t.files for n, t in config.teachers.items() if t.files is not None}
     for name, model in models.items():
         size = text_config(model).vocab_size

@@ -155,11 +155,11 @@ def fill_caches(
             unit="sequences",
             share_prefixes=len(set(prompts_of.values())) < len(prompts_of),
         )
-        pools.append(replace(pool, judge=_judge(config, teacher, tasks)))
+        pools.append(replace(pool, check_canary=_check_canary(config, teacher, tasks)))
     return run_pools(pools)
 
 
-def _judge(
+def _check_canary(
     config: Config, teacher: str, tasks: Sequence[ScoringTask]
 ) -> Callable[[Canary], None] | None:
     """Holds engines to those that began the caches; an endpoint is held to its own identity."""

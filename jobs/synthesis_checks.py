@@ -159,7 +159,7 @@ def check_filters(config: Config, prompts: Sequence[Prompt]) -> None:
         if isinstance(rule, Judge):
             rubric_of(rule)
             if not config.teachers[rule.teacher].returns_text:
-                grade_tokens(load_tokenizer(config.student))
+                grade_tokens(load_tokenizer(config.student.files))
 
 
 def synthesis_recipes(

@@ -24,8 +24,8 @@ from pipeline.records import Prompt
 from pipeline.synthesis_index import answer_counts, build_dataset
 from pipeline.synthesis_steps import Work, all_prompts, walk
 from teachers.pool import run_pools
-from teachers.synthesis import SynthesisTask, plan_synthesis, student_tokenizer
-from teachers.vocabulary import prompt_ids
+from teachers.synthesis import SynthesisTask, plan_synthesis
+from teachers.vocabulary import prompt_ids, student_tokenizer
 from teachers.writing import WritingTask, plan_writing
 
 
@@ -156,7 +156,7 @@ def _longest_answer(config: Config, tasks: Sequence[SynthesisTask]) -> int:
 
 
 def _longest(config: Config, prompts: Sequence[Prompt]) -> int:
-    tokenizer, _ = student_tokenizer(config.student)
+    tokenizer, _ = student_tokenizer(config.student.files)
     return max((len(prompt_ids(tokenizer, prompt)) for prompt in prompts), default=1)
 
 

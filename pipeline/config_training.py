@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from pipeline.config_base import Count, Fraction, Name, Positive, Resources, Section
+from pipeline.config_base import Count, Fraction, ModelFiles, Name, Positive, Resources, Section
 from pipeline.config_deepspeed import check_deepspeed
 
 
@@ -37,6 +37,11 @@ class StudentConfig(Section):
     """Engine arguments of vLLM when the student writes or is evaluated, verbatim."""
     replicas: Count = 1
     """Number of engines when it writes."""
+
+    @property
+    def files(self) -> ModelFiles:
+        """Where its tokenizer and config are read."""
+        return ModelFiles(self.model, self.revision, self.trust_remote_code)
 
 
 class LossSection(Section):

@@ -20,8 +20,7 @@ from pipeline.config_training import StudentConfig
 from pipeline.errors import ConfigError, TeacherError
 from pipeline.records import Prompt, TokenSequence
 from teachers.engine import GeneratedAnswer, Teacher
-from teachers.synthesis import student_tokenizer
-from teachers.vocabulary import answer_text, prompt_ids
+from teachers.vocabulary import answer_text, prompt_ids, student_tokenizer
 
 WARM_UP_PROMPTS = 4
 PROMPTS_ASKED_ALONE = 8
@@ -95,7 +94,7 @@ class AnsweringTask:
         Raises:
             ConfigError: no prompt leaves room for an answer.
         """
-        tokenizer, _ = student_tokenizer(self.student)
+        tokenizer, _ = student_tokenizer(self.student.files)
         room = (self.max_sequence_tokens or math.inf) - self.sampling["max_tokens"]
         rendered = [(prompt, prompt_ids(tokenizer, prompt)) for prompt in self.prompts]
         prompts = [prompt for prompt, ids in rendered if len(ids) <= room]

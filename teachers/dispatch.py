@@ -138,10 +138,10 @@ class Dispatcher:
         replicas: int,
         tasks: Sequence[Task],
         progress: Progress | None = None,
-        judge: Callable[[Canary], None] | None = None,
+        check_canary: Callable[[Canary], None] | None = None,
     ) -> None:
-        """`judge` refuses an engine by its canary, beside what the engines say of one another."""
-        self._name, self._judge = name, judge
+        """`check_canary` refuses an engine by its canary, whatever the other engines say."""
+        self._name, self._check_canary = name, check_canary
         self._launch = launch
         self._num_slots = min(replicas, len(tasks))
         # No replica takes at once what another, still starting, could share.
@@ -231,8 +231,8 @@ class Dispatcher:
         if self._first_canary is None:
             self._first_canary = canary
         refuse_difference(self._name, self._first_canary, canary)
-        if self._judge is not None:
-            await asyncio.to_thread(self._judge, canary)
+        if self._check_canary is not None:
+            await asyncio.to_thread(self._check_canary, canary)
 
     async def _run_lanes(self, replica: Replica, suspects: deque[_Attempt]) -> None:
         in_flight: list[_Attempt] = []

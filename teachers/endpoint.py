@@ -32,7 +32,7 @@ from teachers.engine import CapturedRows, EndpointSpec, EngineDiedError, Generat
 from teachers.prompt_topk import BrokenRowsError
 from teachers.requesting import Requester
 from teachers.siblings import Earlier
-from teachers.synthesis import student_tokenizer
+from teachers.vocabulary import student_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,8 @@ class EndpointTeacher:
     def __init__(self, spec: EndpointSpec, requester: Requester) -> None:
         self._spec, self._endpoint, self._requester = spec, spec.endpoint, requester
         self.can_score = spec.num_logprobs > 0
-        self._tokenizer: Any = student_tokenizer(spec.student)[0]  # upstream's stubs are too wide
+        tokenizer, _ = student_tokenizer(spec.student.files)
+        self._tokenizer: Any = tokenizer  # upstream's stubs are too wide
         self._max_model_len = spec.endpoint.max_model_len
         self._version: str | None = None
         self._canary: Canary | None = None

@@ -96,7 +96,7 @@ def _weights_identity(folder: str, layout: Layout) -> dict[str, str]:
     }
 
 
-def check_model(model: ModelFiles | StudentConfig) -> None:
+def check_model(model: ModelFiles) -> None:
     """Loads the model's config, which shows that it is a causal language model transformers knows.
 
     Raises:

@@ -22,8 +22,7 @@ from pipeline.layout import Layout
 from pipeline.records import Prompt
 from teachers.dispatch import ask_each
 from teachers.engine import ItemsFailedError, Teacher
-from teachers.synthesis import student_tokenizer
-from teachers.vocabulary import answer_text, prompt_ids
+from teachers.vocabulary import answer_text, prompt_ids, student_tokenizer
 
 GRADES = (1, 2, 3, 4, 5)
 FREE_REPLY_TOKENS = 32
@@ -77,7 +76,7 @@ class JudgingTask:
             ConfigError: a grade is no single token.
             ItemsFailedError: some answers could not be graded; the others are.
         """
-        tokenizer, _ = student_tokenizer(self.student)
+        tokenizer, _ = student_tokenizer(self.student.files)
         sampling: dict[str, Any] = {"max_tokens": self.max_tokens, "temperature": 0.0}
         grade_of = grade_tokens(tokenizer) if self.is_bound else {}
         if self.is_bound:

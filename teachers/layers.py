@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from pipeline.config import Config
 from pipeline.config_base import ModelFiles
-from pipeline.config_training import HiddenState, StateLoss, StudentConfig
+from pipeline.config_training import HiddenState, StateLoss
 from pipeline.errors import ConfigError
 
 
@@ -19,7 +19,7 @@ def check_layers(config: Config) -> None:
         ConfigError: a model has no such layer, the projection of the stored states has not less
             dimensions than they have, or sizes differ with nothing learned between them.
     """
-    student = text_config(config.student)
+    student = text_config(config.student.files)
     for loss in config.training.losses:
         if not isinstance(loss, StateLoss):
             continue
@@ -56,7 +56,7 @@ def hidden_sizes(config: Config) -> dict[str, int]:
     return {name: text_config(f).hidden_size for name, f in files.items() if f is not None}
 
 
-def text_config(model: ModelFiles | StudentConfig) -> Any:
+def text_config(model: ModelFiles) -> Any:
     """What transformers knows of a language model, that of the text in a model of several kinds."""
     loaded = AutoConfig.from_pretrained(
         model.model, revision=model.revision, trust_remote_code=model.trust_remote_code

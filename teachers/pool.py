@@ -32,7 +32,7 @@ class PoolJob:
         progress: called in the driver with items done, items in all, and the result of the task
             just finished.
         autoscaling: the cluster adds nodes on demand, so what no present node can hold waits.
-        judge: refuses an engine by what it says of the canary.
+        check_canary: refuses an engine by what it says of the canary.
     """
 
     name: str
@@ -43,7 +43,7 @@ class PoolJob:
     env_vars: Mapping[str, str] = field(default_factory=dict)
     progress: Progress | None = None
     autoscaling: bool = False
-    judge: Callable[[Canary], None] | None = None
+    check_canary: Callable[[Canary], None] | None = None
 
     def launch(self) -> RayReplica:
         """A new actor."""
@@ -65,7 +65,7 @@ def run_pools(jobs: Sequence[PoolJob]) -> dict[str, PoolReport]:
 
 async def _run_all(jobs: Sequence[PoolJob]) -> dict[str, PoolReport]:
     dispatchers = [
-        Dispatcher(j.name, j.launch, j.replicas, j.tasks, j.progress, j.judge) for j in jobs
+        Dispatcher(j.name, j.launch, j.replicas, j.tasks, j.progress, j.check_canary) for j in jobs
     ]
     running = [asyncio.create_task(each.run()) for each in dispatchers]
     try:

@@ -7,7 +7,6 @@ run is then built from the records.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -15,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from pipeline.config_training import StudentConfig
 from pipeline.fingerprint import digest_bytes, sequence_id
@@ -24,7 +22,11 @@ from pipeline.records import Prompt, TokenSequence
 from pipeline.synthesis_index import Outcome, new_prompts, shard_digest, write_record
 from teachers.dispatch import ask_each
 from teachers.engine import GeneratedAnswer, ItemsFailedError, Teacher
-from teachers.vocabulary import answer_text, load_tokenizer, prompt_ids, tokenizer_hash
+from teachers.vocabulary import (
+    answer_text,
+    prompt_ids,
+    student_tokenizer,
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class SynthesisTask:
         Raises:
             ItemsFailedError: some prompts failed; the shard is of the others.
         """
-        tokenizer, tokenizer_digest = student_tokenizer(self.student)
+        tokenizer, tokenizer_digest = student_tokenizer(self.student.files)
         rendered = [(prompt, prompt_ids(tokenizer, prompt)) for prompt in self.prompts]
         room = self._most_tokens - self.sampling["max_tokens"]
         fitting = [(prompt, ids) for prompt, ids in rendered if len(ids) <= room]
@@ -121,7 +123,7 @@ class SynthesisTask:
 
     def from_references(self) -> dict[str, Any]:
         """Takes the given references as answers; needs no engine."""
-        tokenizer, tokenizer_digest = student_tokenizer(self.student)
+        tokenizer, tokenizer_digest = student_tokenizer(self.student.files)
         outcome = Outcome()
         for prompt in self.prompts:
             assert prompt.reference is not None, "prompts without one are not asked"
@@ -187,25 +189,6 @@ def plan_synthesis(
         for group in groups.values()
         for start in range(0, len(group), prompts_per_shard)
     ]
-
-
-@functools.lru_cache(maxsize=1)
-def _load(
-    model: str, revision: str | None, trust_remote_code: bool
-) -> tuple[PreTrainedTokenizerBase, str]:
-    config = StudentConfig(
-        model=model,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        initialization="pretrained",
-    )
-    tokenizer = load_tokenizer(config)
-    return tokenizer, tokenizer_hash(tokenizer)
-
-
-def student_tokenizer(student: StudentConfig) -> tuple[PreTrainedTokenizerBase, str]:
-    """The student's tokenizer and its hash, loaded once per process."""
-    return _load(student.model, student.revision, student.trust_remote_code)
 
 
 def _separated(prompt: Prompt) -> str:

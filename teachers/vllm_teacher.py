@@ -112,7 +112,7 @@ class VllmTeacher:
             teacher._check([0], spec.min_model_len - 1)
             if teacher.can_score:
                 await teacher._choose_capture()
-                await teacher._judge_shared_states()
+                await teacher._check_shared_states()
                 await teacher._score_full_step()
         except TeacherError:
             teacher.shutdown()
@@ -246,7 +246,7 @@ class VllmTeacher:
         level = logging.INFO if self._restore else logging.WARNING
         logger.log(level, "%s: capture by %s: %s", self._spec.model, self._capture, reason)
 
-    async def _judge_shared_states(self) -> None:
+    async def _check_shared_states(self) -> None:
         """Shares prefixes only where states from the prefix cache are those computed anew."""
         if self._folder is None or not self._shares_prefixes:
             return

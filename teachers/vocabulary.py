@@ -9,6 +9,7 @@ the config must allow the difference by name.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
@@ -16,7 +17,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from pipeline.config import Config
 from pipeline.config_base import ModelFiles
-from pipeline.config_training import StudentConfig
 from pipeline.errors import ConfigError, VocabularyMismatchError
 from pipeline.fingerprint import digest_bytes, digest_json
 from pipeline.records import Prompt
@@ -25,7 +25,7 @@ ENTRIES_LISTED = 8
 PROMPTS_COMPARED = 1000
 
 
-def load_tokenizer(model: ModelFiles | StudentConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: ModelFiles) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub id.
 
     Raises:
@@ -48,6 +48,13 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest_bytes(
         rules.encode(), str(tokenizer.chat_template).encode(), str(tokenizer.eos_token_id).encode()
     )
+
+
+@lru_cache(maxsize=1)
+def student_tokenizer(files: ModelFiles) -> tuple[PreTrainedTokenizerBase, str]:
+    """The tokenizer of a run, which is the student's, and its hash; loaded once per process."""
+    tokenizer = load_tokenizer(files)
+    return tokenizer, tokenizer_hash(tokenizer)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
@@ -98,7 +105,7 @@ def check_vocabularies(config: Config, prompts: Sequence[Prompt]) -> str:
         ConfigError: a tokenizer cannot be loaded, or the student's has no end-of-sequence token.
         VocabularyMismatchError: the differing entries, listed.
     """
-    student = load_tokenizer(config.student)
+    student = load_tokenizer(config.student.files)
     if student.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {config.student.model} has no end-of-sequence token")
     step = max(1, len(prompts) // PROMPTS_COMPARED)

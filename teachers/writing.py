@@ -15,8 +15,7 @@ from pipeline.prompt_writing import Request, new_prompt, read_reply
 from pipeline.synthesis_index import Outcome, new_prompts, shard_digest, write_record
 from teachers.dispatch import ask_each
 from teachers.engine import GeneratedAnswer, ItemsFailedError, Teacher
-from teachers.synthesis import student_tokenizer
-from teachers.vocabulary import answer_text, prompt_ids
+from teachers.vocabulary import answer_text, prompt_ids, student_tokenizer
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class WritingTask:
         Raises:
             ItemsFailedError: some requests failed; the record is of the others.
         """
-        tokenizer, _ = student_tokenizer(self.student)
+        tokenizer, _ = student_tokenizer(self.student.files)
         room = (self.max_model_len or math.inf) - self.sampling["max_tokens"]
         outcome = Outcome()
         rendered = [(request, prompt_ids(tokenizer, request.asked)) for request in self.requests]

@@ -126,11 +126,11 @@ def test_sharing_ends_where_cached_states_differ(
 
     monkeypatch.setattr(teacher, "_shares_prefixes", True)
     monkeypatch.setattr(teacher, "_captured", counted)
-    running(teacher._judge_shared_states())
+    running(teacher._check_shared_states())
     assert teacher._shares_prefixes
     assert num_cached[0] == 0 < num_cached[1], "the second capture reads what the first has left"
     monkeypatch.setattr(teacher, "_captured", forgetful)
-    running(teacher._judge_shared_states())
+    running(teacher._check_shared_states())
     assert not teacher._shares_prefixes
 
 

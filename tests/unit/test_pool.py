@@ -224,14 +224,14 @@ def test_the_successor_of_a_dead_replica_is_compared_with_the_first() -> None:
         run(cluster, [4] * 4, replicas=1)
 
 
-def test_an_engine_that_its_judge_refuses_does_nothing() -> None:
+def test_an_engine_whose_canary_is_refused_does_nothing() -> None:
     def refuse(canary: Canary) -> None:
         raise TeacherError(f"{canary.engine['device']} is not what began the cache")
 
     cluster, quarantined = Cluster(gold_logprobs=[-2.0]), []
     task = NumbersTask((0, 1), quarantined)
     with pytest.raises(TeacherError, match="gpu 0 is not what began the cache"):
-        asyncio.run(Dispatcher("fake", cluster.launch, 1, [task], judge=refuse).run())
+        asyncio.run(Dispatcher("fake", cluster.launch, 1, [task], check_canary=refuse).run())
     assert not cluster.calls and cluster.alive == 0
 
 

@@ -37,7 +37,7 @@ def save(tmp_path: Path, **teacher_b) -> None:
 def test_equal_tokenizers_pass_and_their_hash_ignores_the_folder(tmp_path: Path) -> None:
     save(tmp_path)
     checked = check_vocabularies(config(tmp_path), PROMPTS)
-    assert checked == tokenizer_hash(load_tokenizer(config(tmp_path).teachers["words"]))
+    assert checked == tokenizer_hash(load_tokenizer(config(tmp_path).teachers["words"].files))
 
 
 def test_swapped_entries_are_listed(tmp_path: Path) -> None:
