@@ -76,7 +76,7 @@ def evaluate(config: Config, layout: Layout, prepared: Prepared, dataset: str) -
         models.append(_model(config, name, answered, engine, measured["domains"]))
         if name not in config.teachers:
             differences[name] = _difference(measured["gold_logprobs"], answered.gold_logprobs)
-        print(f"{name}: {_line(models[-1])}", flush=True)
+        print(f"{name}: {_line(models[-1], answered, layout.answers(name))}", flush=True)
     begun = time.monotonic()
     students = [
         _former_student(config, each, prepared, prompts, numbers)
@@ -319,8 +319,12 @@ def _versions() -> dict[str, str]:
     return {name: installed[name] for name in PACKAGES if name in installed}
 
 
-def _line(model: Json) -> str:
-    return ", ".join([*_exact(model["domains"]), f"{model['tokens_per_second']:.0f} tokens/s"])
+def _line(model: Json, answered: AnsweredPrompts, answers: str) -> str:
+    parts = [*_exact(model["domains"]), f"{model['tokens_per_second']:.0f} tokens/s"]
+    if answered.checker_errors:
+        count = answered.checker_errors
+        parts.append(f"the checker raised at {count} answers, which count as wrong: {answers}")
+    return ", ".join(parts)
 
 
 def _exact(domains: Json) -> list[str]:

@@ -93,13 +93,14 @@ def find_checker(name: str) -> CheckAnswer:
 class SafeChecker:
     """A checker by its name, which has a verdict on every answer: one at which it raises is wrong.
 
-    The first error is logged at once; `log_count` says how many there were.
+    The first error is logged at once; `num_errors` counts them, and `log_count` says how many there
+    were.
     """
 
     def __init__(self, name: str) -> None:
         """As `find_checker`."""
         self._name, self._check = name, find_checker(name)
-        self._num_errors = self._num_judged = 0
+        self.num_errors = self._num_judged = 0
 
     def __call__(self, answer: str, reference: str) -> bool:
         """Whether the answer is right."""
@@ -112,8 +113,8 @@ class SafeChecker:
             return bool(self._check(answer, reference)), None
         except Exception as error:  # a function of the user's raises what it likes
             problem = f"{type(error).__name__}: {error}"
-        self._num_errors += 1
-        if self._num_errors == 1:
+        self.num_errors += 1
+        if self.num_errors == 1:
             logger.warning(
                 "checker %s raised %s; an answer at which it raises counts as wrong",
                 self._name,
@@ -123,11 +124,11 @@ class SafeChecker:
 
     def log_count(self) -> None:
         """Says how many answers were wrong because the checker raised, if any were."""
-        if self._num_errors:
+        if self.num_errors:
             logger.warning(
                 "checker %s raised at %d of %d answers, which count as wrong",
                 self._name,
-                self._num_errors,
+                self.num_errors,
                 self._num_judged,
             )
 

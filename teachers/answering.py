@@ -38,6 +38,7 @@ class AnsweredPrompts:
         correct: by domain the share of answers that pass the checker; None where nothing could be
             checked.
         num_checked: by domain.
+        checker_errors: answers at which the checker raised, which count as wrong.
         num_too_long: prompts that leave no room for an answer, and were not asked.
         tokens_per_second: generated tokens with all prompts in flight, each answer of the same
             length: median of at least 3 rounds.
@@ -49,6 +50,7 @@ class AnsweredPrompts:
 
     correct: dict[str, float | None]
     num_checked: dict[str, int]
+    checker_errors: int
     num_too_long: int
     tokens_per_second: float
     tokens_per_second_range: tuple[float, float]
@@ -108,11 +110,12 @@ class AnsweringTask:
         answers = await asyncio.gather(*(self._ask(teacher, ids) for ids in asked))
         rates, latency = await self._speed(teacher, asked)
         texts = [answer_text(tokenizer, answer.token_ids) for answer in answers]
-        verdicts = self._check(prompts, texts)
+        verdicts, checker_errors = self._check(prompts, texts)
         correct, num_checked = _shares(prompts, verdicts)
         return AnsweredPrompts(
             correct=correct,
             num_checked=num_checked,
+            checker_errors=checker_errors,
             num_too_long=len(rendered) - len(asked),
             tokens_per_second=statistics.median(rates),
             tokens_per_second_range=(min(rates), max(rates)),
@@ -142,8 +145,10 @@ class AnsweringTask:
         sampling = self.sampling | {"seed": self.seed} | (changes or {})
         return (await teacher.generate(ids, sampling, 1))[0]
 
-    def _check(self, prompts: list[Prompt], texts: list[str]) -> list[bool | None]:
-        """Writes every answer with its verdict, None where there is nothing to compare with."""
+    def _check(self, prompts: list[Prompt], texts: list[str]) -> tuple[list[bool | None], int]:
+        """Writes every answer with its verdict, None where there is nothing to compare with; the
+        verdicts, and at how many answers the checker raised.
+        """
         checker = None if self.checker is None else SafeChecker(self.checker)
         verdicts: list[bool | None] = []
         lines: list[str] = []
@@ -161,9 +166,7 @@ class AnsweringTask:
             }
             lines.append(json.dumps(line if problem is None else line | {"error": problem}))
         storage.write_bytes(self.answers_path, ("\n".join(lines) + "\n").encode())
-        if checker is not None:
-            checker.log_count()
-        return verdicts
+        return verdicts, checker.num_errors if checker is not None else 0
 
 
 def _shares(

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from jobs.evaluate import _line
 from pipeline.config_training import StudentConfig
 from pipeline.errors import ConfigError
 from pipeline.records import Prompt
@@ -57,6 +58,7 @@ def test_prompts_that_are_too_long_are_counted_beside_the_others(
     assert answered.num_checked == {"d": 2} and answered.correct == {"d": 0.5}
 
 
+MODEL: dict[str, Any] = {"domains": {}, "tokens_per_second": 1.0}
 RULES = """import numpy as np
 
 
@@ -99,4 +101,7 @@ def test_every_verdict_counts_as_yes_or_no(
     problem = "ZeroDivisionError: division by zero" if name == "raising" else None
     assert [line.get("error") for line in lines] == [None, problem, problem, None]
     said = [record.message for record in caplog.records]
-    assert len(said) == (2 if problem else 0) and all("odd_rules.raising" in each for each in said)
+    assert len(said) == (1 if problem else 0) and all("odd_rules.raising" in each for each in said)
+    assert answered.checker_errors == (2 if problem else 0)
+    said_to_people = _line(MODEL, answered, "a.jsonl")
+    assert ("raised at 2 answers, which count as wrong: a.jsonl" in said_to_people) == bool(problem)

@@ -27,6 +27,7 @@ ENGINE = {"num_parameters": 1, "weight_bytes": 4, "peak_memory_bytes": None}
 
 def test_a_domain_without_kept_holdout_answers_is_still_reported() -> None:
     answered = AnsweredPrompts(
+        checker_errors=0,
         correct={"arithmetic": 0.5, "words": 0.0},
         num_checked={"arithmetic": 4, "words": 4},
         num_too_long=0,
