@@ -38,10 +38,10 @@ from transformers import AutoTokenizer
 from benchmarks.capture import make_model, set_engine_environment
 from benchmarks.common import print_table, write_json
 from jobs import synthesize
-from jobs.plan import layout_of
 from jobs.prepare import prepare
 from pipeline.config import Config
 from pipeline.prepared import Prepared
+from pipeline.rounds import layout_of
 from teachers.dispatch import Dispatcher, PoolReport
 from teachers.engine import EngineSpec
 from teachers.pool import PoolJob

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jobs.plan import layout_of, read_record
+from jobs.records import read_record
 from pipeline import interop, storage
 from pipeline.cache import write_shard
 from pipeline.cache_gc import describe_garbage, find_garbage, remove_garbage
@@ -30,7 +30,7 @@ from pipeline.layout import CacheLayout, Layout
 from pipeline.prepared import Prepared, preparation_key
 from pipeline.recipes import provenance_of
 from pipeline.records import SparseLogprobs, TokenSequence
-from pipeline.rounds import rounds_of
+from pipeline.rounds import layout_of, rounds_of
 from pipeline.synthesis_index import forget_errors
 from pipeline.text import closest
 from teachers.judging import forget_ungraded

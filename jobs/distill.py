@@ -16,7 +16,7 @@ from jobs.connection import connect
 from jobs.follow import PREAMBLE, failure_message, follow
 from jobs.local_head import local_head
 from jobs.placement import check_local_head, local_custom_resources
-from jobs.plan import STAGES, StagePlan, layout_of, make_plan, plan_rounds, round_layouts, stages_of
+from jobs.plan import STAGES, StagePlan, make_plan, plan_rounds, stages_of
 from jobs.run_lock import alone
 from jobs.submit import DETACHED, build_upload, job_logs, submit_stage
 from pipeline import storage
@@ -25,7 +25,7 @@ from pipeline.config_base import Resources
 from pipeline.errors import ClusterError, StorageError
 from pipeline.fingerprint import digest_json
 from pipeline.loading import check_shared_paths, dump_config, local_paths
-from pipeline.rounds import rounds_of
+from pipeline.rounds import layout_of, round_layouts, rounds_of
 
 PACKAGES_ROOT = Path(jobs.__file__).resolve().parent.parent
 

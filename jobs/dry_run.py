@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from jobs.placement import check_local_head
-from jobs.plan import layout_of, length_cautions, plan_rounds, scored_dataset
+from jobs.plan import length_cautions, plan_rounds
+from jobs.records import scored_dataset
 from pipeline.cache_status import stale_caches
 from pipeline.config import Config
 from pipeline.config_base import Resources
@@ -11,7 +12,7 @@ from pipeline.config_endpoint import EndpointTeacherConfig
 from pipeline.config_recipes import Writing
 from pipeline.loading import check_shared_paths
 from pipeline.prepared import load_prepared
-from pipeline.rounds import is_by_student, rounds_of
+from pipeline.rounds import is_by_student, layout_of, rounds_of
 from pipeline.training import training_jobs
 
 

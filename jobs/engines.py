@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jobs.plan import layout_of
 from pipeline.config import Config
 from pipeline.config_endpoint import EndpointTeacherConfig
 from pipeline.fingerprint import digest_json
 from pipeline.prepared import Prepared
+from pipeline.rounds import layout_of
 from teachers.actor import Task
 from teachers.dispatch import PoolReport
 from teachers.engine import EndpointSpec, EngineSpec

@@ -13,9 +13,11 @@ import numpy as np
 
 from jobs.engines import endpoint_spec
 from jobs.holdout import holdout_figures, renormalised_sequences
-from jobs.plan import cache_totals, read_record, round_layouts, students_of, unended_attempts
+from jobs.plan import students_of
+from jobs.records import read_record, unended_attempts
 from jobs.round_figures import round_rows, stage_rows
 from pipeline import storage
+from pipeline.cache_index import load_index, totals
 from pipeline.config import Config
 from pipeline.config_base import Resources
 from pipeline.config_endpoint import EndpointTeacherConfig
@@ -28,6 +30,7 @@ from pipeline.prepared import Prepared
 from pipeline.prompts import load_prompts
 from pipeline.records import Prompt, TokenSequence
 from pipeline.report import render_html, rounds_summary, text_summary
+from pipeline.rounds import round_layouts
 from pipeline.training import stage_cost
 from teachers.answering import AnsweredPrompts, AnsweringTask
 from teachers.engine import EngineSpec
@@ -227,7 +230,7 @@ def _report(
         "models": models,
         "caches": {
             name: {**found, "quarantined": refused.get(name, 0)}
-            for name, found in cache_totals(layout, prepared).items()
+            for name, found in _cache_totals(layout, prepared).items()
         },
         "combine": config.combine.method,
         "weights": figures["weights"],
@@ -246,6 +249,12 @@ def _own_row(config: Config, layout: Layout, seconds: float, took: dict[str, flo
     unended = max(0, unended_attempts(layout, "evaluate") - 1)
     cost = stage_cost(config, own)
     return {"stage": "evaluate", "cost": cost, "detail": "", "unended": unended, **own}
+
+
+def _cache_totals(layout: Layout, prepared: Prepared) -> dict[str, dict[str, float]]:
+    """Size and quality of each teacher's caches."""
+    caches = prepared.caches(layout)
+    return {name: totals(load_index(cache)) for name, cache in caches.items()}
 
 
 def _export_check(config: Config, layout: Layout, differences: dict[str, float]) -> Json:

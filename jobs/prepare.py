@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 
-from jobs.plan import layout_of, read_record, round_layouts
+from jobs.records import read_record
 from jobs.synthesis_checks import (
     check_filters,
     check_lengths,
@@ -27,6 +27,7 @@ from pipeline.prepared import Prepared, preparation_key, save_prepared
 from pipeline.prompts import read_prompts, write_prompts
 from pipeline.recipes import cache_recipes
 from pipeline.records import Prompt
+from pipeline.rounds import layout_of, round_layouts
 from pipeline.synthesis_steps import as_asked, steps_of
 from teachers.identity import check_model, check_weights, model_identity, student_identity
 from teachers.layers import check_layers, hidden_sizes, text_config

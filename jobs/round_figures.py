@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jobs.plan import STAGES, read_record, round_layouts
+from jobs.plan import STAGES
+from jobs.records import read_record
 from pipeline.config import Config
 from pipeline.config_recipes import STUDENT
 from pipeline.datasets import read_dataset
 from pipeline.layout import Layout
+from pipeline.rounds import round_layouts
 from pipeline.training import stage_cost
 
 Json = dict[str, Any]

@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs.engines import engine_seconds, pool_job
 from jobs.filtering import Filtered, filter_scored
-from jobs.plan import score_key
+from jobs.records import score_key
 from pipeline.cache_index import is_published, publish, quarantined
 from pipeline.config import Config, TeacherConfig
 from pipeline.config_targets import CombineConfig, LearnedWeights

@@ -12,16 +12,8 @@ from typing import Any
 
 import ray
 
-from jobs.plan import (
-    dataset_of,
-    layout_of,
-    length_cautions,
-    make_plan,
-    read_record,
-    scored_dataset,
-    stage_key,
-    unended_attempts,
-)
+from jobs.plan import length_cautions, make_plan
+from jobs.records import dataset_of, read_record, scored_dataset, stage_key, unended_attempts
 from jobs.run_lock import alone
 from pipeline import storage
 from pipeline.cache_status import stale_caches
@@ -30,6 +22,7 @@ from pipeline.errors import ConfigError
 from pipeline.layout import Layout
 from pipeline.loading import dump_config
 from pipeline.prepared import Prepared, load_prepared
+from pipeline.rounds import layout_of
 from pipeline.training import training_jobs
 
 Outcome = dict[str, Any]

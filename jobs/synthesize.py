@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs.engines import engine_seconds, pool_job
 from jobs.filtering import filter_answers
-from jobs.plan import synthesis_key
+from jobs.records import synthesis_key
 from pipeline.config import Config
 from pipeline.config_recipes import Answer, Answering, Complete, GivenAnswers, Recipe, Writing
 from pipeline.datasets import write_dataset

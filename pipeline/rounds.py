@@ -18,6 +18,17 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 
+def layout_of(config: Config) -> Layout:
+    """The paths of a run, in its round."""
+    return round_layouts(config)[-1]
+
+
+def round_layouts(config: Config) -> list[Layout]:
+    """The paths of every round up to the config's own."""
+    first = Layout(config.storage.root, config.name, config.storage.models_root)
+    return [first.of_round(number) for number in range(1, config.round + 1)]
+
+
 def rounds_of(config: Config) -> list[Config]:
     """The config of each round, from the one that the config is about to the last."""
     return [of_round(config, number) for number in range(config.round, config.rounds + 1)]
@@ -31,8 +42,8 @@ def of_round(config: Config, number: int) -> Config:
     assert number >= config.round, "the start of a former round is not known any more"
     if number == 1:
         return config
-    run = Layout(config.storage.root, config.name, config.storage.models_root)
-    start = run.of_round(number - 1).export_folder(STUDENT)
+    first, *_ = round_layouts(config)
+    start = first.of_round(number - 1).export_folder(STUDENT)
     student = config.student.model_copy(update={"initial_weights": start})
     return config.model_copy(update={"round": number, "student": student})
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from jobs.plan import layout_of
 from jobs.score import score
 from pipeline import storage
 from pipeline.config import Config
@@ -20,6 +19,7 @@ from pipeline.loading import load_config
 from pipeline.prepared import Prepared, preparation_key
 from pipeline.recipes import cache_recipes
 from pipeline.records import TokenSequence
+from pipeline.rounds import layout_of
 from teachers.dispatch import PoolReport
 from teachers.engine import CapturedRows
 from teachers.siblings import Earlier

@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from jobs.plan import layout_of
 from jobs.synthesis_checks import check_filters, filter_identities, synthesis_recipes
 from jobs.synthesize import synthesize
 from pipeline.config import Config
@@ -22,6 +21,7 @@ from pipeline.prepared import Prepared, save_prepared
 from pipeline.prompts import write_prompts
 from pipeline.recipes import cache_recipes
 from pipeline.records import Prompt
+from pipeline.rounds import layout_of
 from teachers.identity import model_identity
 from teachers.judging import read_grade
 from tests.support.command_line import QUICKSTART

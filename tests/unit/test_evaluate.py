@@ -13,11 +13,11 @@ from ray.remote_function import RemoteFunction
 
 from jobs import evaluate, holdout, stages
 from jobs.evaluate import _difference, _model
-from jobs.plan import layout_of
 from pipeline.config import Config
 from pipeline.errors import ClusterError, TrainingError
 from pipeline.loading import load_config
 from pipeline.report import pooled
+from pipeline.rounds import layout_of
 from teachers.answering import AnsweredPrompts
 from teachers.pool import PoolJob
 
@@ -71,7 +71,6 @@ def test_every_engine_of_ours_is_started_alike(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_report_says_which_checker_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "read_record", lambda *_: {"counts": {}, "filters": []})
-    monkeypatch.setattr(evaluate, "cache_totals", lambda *_: {})
     monkeypatch.setattr(evaluate, "_curve", lambda *_: [])
     for checker in ("exact", None):
         config = load_config(

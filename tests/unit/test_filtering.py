@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.plan import dataset_of, layout_of, scored_dataset
+from jobs.records import dataset_of, scored_dataset
 from jobs.score import score
 from jobs.synthesize import synthesize
 from pipeline import storage
@@ -22,6 +22,7 @@ from pipeline.loading import load_config
 from pipeline.prepared import Prepared
 from pipeline.prompts import read_prompts, write_prompts
 from pipeline.recipes import scoring_recipe, synthesis_recipe
+from pipeline.rounds import layout_of
 from tests.support import fabricated
 from tests.support.command_line import QUICKSTART
 from tests.support.fabricated import FakePools

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from jobs import score as score_module
 from jobs.holdout import combination
-from jobs.plan import plan_score, score_key, scored_dataset
+from jobs.plan import plan_score
+from jobs.records import score_key, scored_dataset
 from pipeline import learned_weights as learned_weights_module
 from pipeline import storage
 from pipeline.datasets import write_dataset

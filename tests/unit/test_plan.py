@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from jobs.dry_run import describe
-from jobs.plan import StagePlan, make_plan, plan_score, score_key, stage_key
+from jobs.plan import StagePlan, make_plan, plan_score
 from jobs.prepare import prepare
+from jobs.records import score_key, stage_key
 from jobs.round_figures import stage_rows
 from jobs.score import score
 from jobs.stages import STAGES, run_stage

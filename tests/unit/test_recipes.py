@@ -14,7 +14,7 @@ import yaml
 
 from jobs.caches import retry
 from jobs.evaluate import _holdout_prompts
-from jobs.plan import dataset_of, layout_of
+from jobs.records import dataset_of
 from jobs.synthesis_checks import check_recipes, filter_identities, synthesis_recipes
 from jobs.synthesize import synthesize
 from pipeline import storage
@@ -27,6 +27,7 @@ from pipeline.prepared import Prepared, preparation_key, save_prepared
 from pipeline.prompts import write_prompts
 from pipeline.recipes import scoring_recipe
 from pipeline.records import Prompt
+from pipeline.rounds import layout_of
 from pipeline.synthesis_index import new_prompts
 from pipeline.synthesis_steps import as_asked, steps_of, walk
 from teachers.dispatch import PoolReport

@@ -12,7 +12,7 @@ from torch.optim import AdamW
 
 from jobs import stages
 from jobs.__main__ import _load, main, parse
-from jobs.plan import read_record
+from jobs.records import read_record
 from pipeline import storage
 from pipeline.config_training import IDENTITY
 from pipeline.errors import ConfigError, TrainingError

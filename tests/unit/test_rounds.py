@@ -12,7 +12,7 @@ import pytest
 from jobs import distill
 from jobs.caches import open_run
 from jobs.dry_run import describe
-from jobs.plan import STAGES, layout_of, plan_rounds
+from jobs.plan import STAGES, plan_rounds
 from jobs.prepare import prepare
 from jobs.round_figures import round_rows, stage_rows
 from jobs.synthesize import synthesize
@@ -24,7 +24,7 @@ from pipeline.errors import ConfigError
 from pipeline.generations import named_generations
 from pipeline.loading import dump_config, load_config
 from pipeline.prepared import preparation_key
-from pipeline.rounds import rounds_of
+from pipeline.rounds import layout_of, rounds_of
 from pipeline.training import training_jobs
 from tests.support.command_line import QUICKSTART
 from tests.support.fabricated import FabricatedRun, FakePools
@@ -119,7 +119,7 @@ def test_a_recipe_that_changes_rounds_makes_another_dataset_and_asks_nobody(run:
 
 
 def synthesize_key(run: Run, config: Config) -> str:
-    from jobs.plan import synthesis_key
+    from jobs.records import synthesis_key
 
     return synthesis_key(config, run.prepared(config))
 

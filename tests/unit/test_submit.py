@@ -15,7 +15,7 @@ from jobs import distill, stages
 from jobs.__main__ import main
 from jobs.follow import LogLines, failure_message, follow
 from jobs.local_head import local_head
-from jobs.plan import StagePlan, layout_of
+from jobs.plan import StagePlan
 from jobs.run_lock import alone
 from jobs.submit import (
     DIGEST,
@@ -31,6 +31,7 @@ from jobs.submit import (
 )
 from pipeline.errors import ClusterError, ConfigError
 from pipeline.loading import load_config
+from pipeline.rounds import layout_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
