@@ -84,11 +84,7 @@ class RayReplica:
     """The driver's handle on one actor; the actor waits in Ray until its resources are free."""
 
     def __init__(
-        self,
-        name: str,
-        spec: EngineSpec | EndpointSpec,
-        resources: Resources,
-        env_vars: Mapping[str, str],
+        self, spec: EngineSpec | EndpointSpec, resources: Resources, env_vars: Mapping[str, str]
     ) -> None:
         self._is_ready = False
         self._actor: Any = (

@@ -47,7 +47,7 @@ class PoolJob:
 
     def launch(self) -> RayReplica:
         """A new actor."""
-        return RayReplica(self.name, self.spec, self.resources, self.env_vars)
+        return RayReplica(self.spec, self.resources, self.env_vars)
 
 
 def run_pools(jobs: Sequence[PoolJob]) -> dict[str, PoolReport]:

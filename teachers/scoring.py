@@ -10,7 +10,6 @@ run inside the teacher's actor, so that nothing but index entries travels.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,7 +71,6 @@ class ScoredShard:
     num_tokens: int
     num_cached_tokens: int
     num_rescored: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,6 @@ class ScoringTask:
             TeacherError: a sequence is missing from its shard, too long for the engine, or comes
                 back broken.
         """
-        started = time.monotonic()
         held = {sequence.sequence_id: sequence for sequence in read_sequences(self.sequence_shard)}
         missing = [identifier for identifier in self.sequence_ids if identifier not in held]
         if missing:
@@ -182,7 +179,6 @@ class ScoringTask:
             num_tokens=sum(len(sequence.input_ids) for sequence in sequences),
             num_cached_tokens=sum(each.num_cached_tokens for each in scored),
             num_rescored=sum(each.is_rescored for each in scored),
-            seconds=time.monotonic() - started,
         )
 
     async def _score(
