@@ -450,7 +450,7 @@ def test_engines_are_held_to_the_rows_that_they_join(
 ) -> None:
     class Judged(FakePools):
         def __call__(self, jobs):
-            found.update({job.name: job.judge.args for job in jobs if job.tasks})
+            found.update({job.name: job.check_canary.args for job in jobs if job.tasks})
             return super().__call__(jobs)
 
     found: dict[str, tuple] = {}
