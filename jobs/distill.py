@@ -52,6 +52,8 @@ def run(config: Config, address: str | None, say: Say, stages: Sequence[str] = S
         say("nothing to do: every stage is complete")
         say(where(config, stages))
         return
+    if address is None:
+        check_local_head(config, {p.stage for of_round in plans for p in of_round if p.todo})
     # A head of its own knows no job of another's.
     lock = round_layouts(config)[0].lock("run")
     only_one = alone(lock, f"the run {config.name}") if address is None else nullcontext()
@@ -187,15 +189,10 @@ def where(config: Config, stages: Sequence[str]) -> str:
 
 @contextmanager
 def cluster(config: Config, address: str | None) -> Iterator[str]:
-    """The job server to use: that at `address`, or of a head that lives as long as the context.
-
-    Raises:
-        ClusterError: such a head could not hold a stage, or does not start.
-    """
+    """The job server to use: that at `address`, or of a head that lives as long as the context."""
     if address is not None:
         yield address
         return
-    check_local_head(config)
     custom = local_custom_resources(config)
     with local_head(config.cluster.local_num_cpus, config.cluster.local_num_gpus, custom) as head:
         yield head.address

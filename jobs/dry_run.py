@@ -28,12 +28,12 @@ def describe(config: Config, address: str | None = None) -> str:
         ClusterError: a head of its own would not hold a stage.
         TrainingError: the run holds another training.
     """
-    if address is None:
-        check_local_head(config)
-    else:
+    if address is not None:
         check_shared_paths(config)
-    lines = ["# plan"]
-    for each, plans in zip(rounds_of(config), plan_rounds(config), strict=True):
+    lines, rounds = ["# plan"], plan_rounds(config)
+    if address is None:
+        check_local_head(config, {p.stage for plans in rounds for p in plans if p.todo})
+    for each, plans in zip(rounds_of(config), rounds, strict=True):
         lines += [f"round {each.round} of {each.rounds}"] if each.rounds > 1 else []
         for plan in plans:
             state = "cached" if plan.todo == 0 else "to do"

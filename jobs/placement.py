@@ -1,10 +1,11 @@
-"""Is there room for what a run asks for? Looked at before anything is computed."""
+"""Is there room for what a run still asks for? Looked at before anything is computed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from jobs.plan import STAGES
 from pipeline.config import Config
 from pipeline.config_base import Resources
 from pipeline.errors import ClusterError
@@ -14,12 +15,19 @@ LOCAL_CUSTOM_RESOURCE = 1000.0
 """What a head of its own has of every custom resource: it is the only node."""
 
 
-def asked_resources(config: Config) -> Iterator[tuple[str, Resources, int]]:
-    """Whatever must fit at once: its name, the resources of each part, and how many parts."""
-    for name, teacher in config.teachers.items():
-        yield f"an engine of {name!r}", teacher.resources, 1
-    yield "the student", config.training.resources, config.training.workers
-    yield "the evaluation", config.evaluation.resources, 1
+def asked_resources(
+    config: Config, stages: Collection[str] = STAGES
+) -> Iterator[tuple[str, Resources, int]]:
+    """Whatever must fit at once in these stages: its name, the resources of each part, and how many
+    parts.
+    """
+    if not {"synthesize", "score", "evaluate"}.isdisjoint(stages):
+        for name, teacher in config.teachers.items():
+            yield f"an engine of {name!r}", teacher.resources, 1
+    if "train" in stages:
+        yield "the student", config.training.resources, config.training.workers
+    if not {"export", "evaluate"}.isdisjoint(stages):
+        yield "the evaluation", config.evaluation.resources, 1
     yield "a stage's job", config.cluster.job_resources, 1
 
 
@@ -29,8 +37,8 @@ def local_custom_resources(config: Config) -> dict[str, float]:
     return {name: LOCAL_CUSTOM_RESOURCE for custom in asked for name in custom}
 
 
-def check_local_head(config: Config) -> None:
-    """Checks that a head of its own would hold every stage.
+def check_local_head(config: Config, stages: Collection[str]) -> None:
+    """Checks that a head of its own would hold the stages.
 
     Raises:
         ClusterError: `cluster.local_num_cpus` or `cluster.local_num_gpus` do not suffice.
@@ -39,7 +47,7 @@ def check_local_head(config: Config) -> None:
     if config.cluster.local_num_gpus is not None:
         head["GPU"] = config.cluster.local_num_gpus
     node = {"Alive": True, "Resources": head | local_custom_resources(config)}
-    for name, resources, count in asked_resources(config):
+    for name, resources, count in asked_resources(config, stages):
         if "GPU" not in head:  # Ray counts them when it starts
             resources = resources.model_copy(update={"num_gpus": 0})
         check_placement(name, resources, [node], count)
@@ -51,10 +59,12 @@ def cautions(config: Config, nodes: Sequence[Mapping[str, Any]]) -> list[str]:
     Args:
         nodes: what `ray.nodes()` returns.
     """
+    if config.cluster.autoscaling:
+        return []
     found = []
     for name, resources, count in asked_resources(config):
         try:
             check_placement(name, resources, nodes, count)
         except ClusterError as error:
             found.append(str(error))
-    return [] if config.cluster.autoscaling else found
+    return found

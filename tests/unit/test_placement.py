@@ -7,7 +7,7 @@ import pytest
 
 from jobs import distill
 from jobs.dry_run import describe
-from jobs.placement import cautions
+from jobs.placement import cautions, check_local_head
 from pipeline.errors import ClusterError, ConfigError
 from pipeline.loading import load_config
 
@@ -28,6 +28,16 @@ def test_a_head_too_small_for_a_later_stage_is_not_started(tmp_path: Path) -> No
     gpus.append("cluster.local_num_gpus=2")
     with pytest.raises(ClusterError, match="cannot hold the student"):
         describe(load_config(QUICKSTART, [f"storage.root={tmp_path}", *gpus]))
+
+
+def test_a_head_need_not_hold_what_is_done(tmp_path: Path) -> None:
+    """Teachers on large machines, and a student that is trained on a small one afterwards."""
+    large = "teachers.words.resources.num_cpus=64"
+    config = load_config(QUICKSTART, [f"storage.root={tmp_path}", large])
+    check_local_head(config, {"train", "export"})
+    for stage in ("synthesize", "score", "evaluate"):
+        with pytest.raises(ClusterError, match="cannot hold an engine of 'words'"):
+            check_local_head(config, {stage, "train"})
 
 
 def test_what_present_nodes_cannot_hold_is_a_caution() -> None:
