@@ -47,16 +47,16 @@ from benchmarks.distributions import (
     train_models,
 )
 from benchmarks.nested_lists import read_by_rows, read_flattened, write_nested
-from pipeline.cache import read_shard, write_shard
-from pipeline.config_targets import HeadAndSampled, Sampled, Selection, TopK, TopP
+from pipeline.cache.selection import select
+from pipeline.cache.shard import read_shard, write_shard
+from pipeline.config.scoring import HeadAndSampled, Sampled, Selection, TopK, TopP
 from pipeline.records import CombinedTargets, SparseLogprobs
-from pipeline.selection import select
-from students.dataset import example_of
-from students.divergences import LossTerm
-from students.losses import distillation_loss
+from students.data.examples import example_of
+from students.data.packing import pack
+from students.losses.distillation import distillation_loss
+from students.losses.divergences import LossTerm
+from students.losses.inputs import Targets
 from students.micro_batch import MicroBatch
-from students.outcomes import Targets
-from students.packing import pack
 
 REFERENCE = "top_k 50"
 TIMED = "top_p 0.99, 64"

@@ -8,10 +8,10 @@ here with a tokenizer of its own: only time is measured. On a CPU the engine's o
 grow with the vocabulary and hide what lies behind them; on a GPU measure a real teacher.
 
 Ways of capture: `bare` asks for no log-probabilities; `dicts` is what vLLM returns by default;
-`flat` and `arrays` are the two ways of `teachers/vllm_teacher.py`, to checked numpy rows; `stage`
-is the score stage's work with selection, encoding and Parquet. `siblings` is the stage on prompts
-with eight answers each, `siblings shared` the same with prefix sharing; the answers of `alike` and
-`alike shared` have their first 64 tokens in common as well.
+`flat` and `arrays` are the two ways of `teachers/engine/vllm_teacher.py`, to checked numpy rows;
+`stage` is the score stage's work with selection, encoding and Parquet. `siblings` is the stage on
+prompts with eight answers each, `siblings shared` the same with prefix sharing; the answers of
+`alike` and `alike shared` have their first 64 tokens in common as well.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.common import print_table, write_json
-from pipeline.cache import read_shard
-from pipeline.cache_logprobs import position_bytes
-from pipeline.config_base import Resources
-from pipeline.config_targets import TopP
-from pipeline.datasets import write_sequences
+from pipeline.cache.logprobs import position_bytes
+from pipeline.cache.shard import read_shard
+from pipeline.config.base import Resources
+from pipeline.config.scoring import TopP
 from pipeline.fingerprint import digest_json
 from pipeline.layout import CacheLayout, Layout
 from pipeline.records import SparseLogprobs, TokenSequence
-from teachers.actor import engine_env_vars
-from teachers.dispatch import TASKS_IN_FLIGHT
-from teachers.engine import EngineSpec
-from teachers.scoring import Output, ScoredShard, ScoringTask
+from pipeline.sequences import write_sequences
+from teachers.pool.actor import engine_env_vars
+from teachers.pool.dispatch import TASKS_IN_FLIGHT
+from teachers.protocol import EngineSpec
+from teachers.tasks.score import Output, ScoredShard, ScoringTask
 
 if TYPE_CHECKING:
-    from teachers.vllm_teacher import VllmTeacher
+    from teachers.engine.vllm_teacher import VllmTeacher
 
 WIDTHS = (20, 64, 256)
 ANSWERS = 8
@@ -335,7 +335,7 @@ def set_engine_environment() -> None:
 async def run(data: Path, model: str | None, size: Size, vocabulary: int) -> list[dict[str, Any]]:
     """Makes the material, starts the engine and measures."""
     set_engine_environment()
-    from teachers.vllm_teacher import VllmTeacher
+    from teachers.engine.vllm_teacher import VllmTeacher
 
     rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
     with tempfile.TemporaryDirectory() as scratch:

@@ -13,10 +13,10 @@ from typing import Any
 import psutil
 import torch
 
-from pipeline.config import Config
+from pipeline.config.run import Config
 from pipeline.layout import Layout
-from pipeline.training import TrainingJob
-from teachers.hardware import cpu_name
+from pipeline.run.training_spec import TrainingJob
+from teachers.engine.hardware import cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
 MADE_UP = "0" * 32

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from jobs.configs import gsm8k_teachers as gsm8k
+from examples.gsm8k import make_teachers as gsm8k
 from pipeline.fingerprint import digest_bytes
 from pipeline.records import TokenSequence
 from students.model import body_hidden_states, load_model, output_head

@@ -26,13 +26,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import MADE_UP, machine, made_up_job, print_table, write_json
-from pipeline.cache import write_shard
-from pipeline.datasets import DatasetEntry, write_dataset, write_sequences
+from pipeline.cache.shard import write_shard
 from pipeline.fingerprint import digest_ids, sequence_id
 from pipeline.layout import CacheLayout, Layout
-from pipeline.records import SparseLogprobs, TokenSequence
-from students.batches import BatchSource, Share
-from students.loader import Loader
+from pipeline.records import DatasetEntry, SparseLogprobs, TokenSequence
+from pipeline.sequences import write_dataset, write_sequences
+from students.data.batches import BatchSource, Share
+from students.data.loader import Loader
 
 VOCABULARY, PROMPT, ANSWER, ENTRIES, MOST_ENTRIES = 151_936, 64, 448, 16, 64
 TEACHERS = (1, 2, 4)

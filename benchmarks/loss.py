@@ -30,7 +30,7 @@ from torch.nn.functional import cross_entropy, kl_div, linear
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from students.losses import LossTerm, Targets, distillation_loss
+from students.losses.distillation import LossTerm, Targets, distillation_loss
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)

@@ -56,7 +56,7 @@ from benchmarks.quality_students import (
 )
 from benchmarks.quality_training import text_loss
 from pipeline import storage
-from pipeline.targets import required_teachers
+from pipeline.combine.weights import required_teachers
 
 FULL = Size(
     MaterialSize(

@@ -29,17 +29,17 @@ from transformers import (
 
 from benchmarks import quality_training
 from benchmarks.quality_training import CROSS_ENTROPY, logprobs_of, steps, text_alone, train
-from jobs.configs import gsm8k_teachers as gsm8k
-from pipeline import selection
-from pipeline.cache import ShardEntry, describe_shard, read_shard, write_shard
-from pipeline.config_targets import Selection
-from pipeline.datasets import read_sequences, write_sequences
+from examples.gsm8k import make_teachers as gsm8k
+from pipeline.cache import selection
+from pipeline.cache.shard import ShardEntry, describe_shard, read_shard, write_shard
+from pipeline.config.scoring import Selection
 from pipeline.fingerprint import digest_bytes, digest_json, sequence_id, unit_interval
 from pipeline.layout import Layout
 from pipeline.records import SparseLogprobs, TokenSequence
+from pipeline.sequences import read_sequences, write_sequences
 from pipeline.storage import read_json, write_json
 from students.model import StudentModule, load_model
-from teachers.vocabulary import tokenizer_hash
+from teachers.tokenizing import tokenizer_hash
 
 DOMAINS = ("gsm8k", "code")
 """Of the texts; the teachers have the same names."""

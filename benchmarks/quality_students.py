@@ -26,26 +26,22 @@ from benchmarks.quality_training import (
     text_loss,
     train,
 )
-from jobs.configs import gsm8k_teachers as gsm8k
+from examples.gsm8k import make_teachers as gsm8k
 from pipeline import storage
-from pipeline.config_targets import (
+from pipeline.combine.learned import DECIMALS, likeliest_mixture, with_learned
+from pipeline.combine.weights import combine_targets, required_teachers
+from pipeline.config.combine import (
     ByDomainWeights,
     CombineConfig,
     ConfidenceWeights,
     GoldLikelihoodWeights,
-    HeadAndSampled,
     LearnedWeights,
-    Sampled,
-    Selection,
     StaticWeights,
-    TopK,
-    TopP,
 )
+from pipeline.config.scoring import HeadAndSampled, Sampled, Selection, TopK, TopP
 from pipeline.fingerprint import digest_bytes, digest_json
-from pipeline.learned_weights import DECIMALS, likeliest_mixture, with_learned
 from pipeline.records import TokenSequence
-from pipeline.targets import combine_targets, required_teachers
-from students.dataset import Example, example_of
+from students.data.examples import Example, example_of
 from students.model import StudentModule
 
 RATE = 3e-3
@@ -115,9 +111,14 @@ METHODS = {
 """Those from `top_k renormalised` to `full` learn each text from the teacher of its domain."""
 SOURCES = [
     "benchmarks/quality_students.py",
-    *("pipeline/selection.py", "pipeline/targets.py", "pipeline/learned_weights.py"),
-    *("students/dataset.py", "students/packing.py", "students/model.py", "students/losses.py"),
-    *("students/outcomes.py", "students/divergences.py"),
+    *("pipeline/cache/selection.py", "pipeline/combine/weights.py", "pipeline/combine/learned.py"),
+    *(
+        "students/data/examples.py",
+        "students/data/packing.py",
+        "students/model.py",
+        "students/losses/distillation.py",
+    ),
+    *("students/losses/outcomes.py", "students/losses/divergences.py"),
 ]
 """The modules that decide a student's losses, beside those that decide the material."""
 

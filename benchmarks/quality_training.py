@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.records import CombinedTargets, TokenSequence
-from students.dataset import Example, example_of
-from students.divergences import LossTerm
+from students.data.examples import Example, example_of
+from students.data.packing import pack, plan_micro_batches
+from students.losses.divergences import LossTerm
 from students.micro_batch import MicroBatch
 from students.model import StudentModule, body_hidden_states, output_head
-from students.packing import pack, plan_micro_batches
 
 CROSS_ENTROPY = (LossTerm(name="cross_entropy", type="cross_entropy", weight=1.0),)
 FORWARD_KL = (LossTerm(name="forward_kl", type="forward_kl", weight=1.0),)

@@ -37,19 +37,19 @@ from transformers import AutoTokenizer
 
 from benchmarks.capture import make_model, set_engine_environment
 from benchmarks.common import print_table, write_json
-from jobs import synthesize
-from jobs.prepare import prepare
-from pipeline.config import Config
-from pipeline.prepared import Prepared
-from pipeline.rounds import layout_of
-from teachers.dispatch import Dispatcher, PoolReport
-from teachers.engine import EngineSpec
-from teachers.pool import PoolJob
-from teachers.synthesis import SynthesisTask
-from teachers.vocabulary import prompt_ids, student_tokenizer
+from jobs.stages import synthesize
+from jobs.stages.prepare import prepare
+from pipeline.config.rounds import layout_of
+from pipeline.config.run import Config
+from pipeline.run.preparation import Prepared
+from teachers.pool.dispatch import Dispatcher, PoolReport
+from teachers.pool.pool import PoolJob
+from teachers.protocol import EngineSpec
+from teachers.tasks.answer import SynthesisTask
+from teachers.tokenizing import prompt_ids, student_tokenizer
 
 if TYPE_CHECKING:
-    from teachers.vllm_teacher import VllmTeacher
+    from teachers.engine.vllm_teacher import VllmTeacher
 
 TEACHER = "teacher"
 ENDS_ONE_IN = 64  # tokens at which an answer of the random model ends
@@ -262,7 +262,7 @@ def config_of(data: Path, root: Path, model: str, stops: list[int], size: Size) 
 async def run(data: Path, model: str | None, size: Size, vocabulary: int) -> list[dict[str, Any]]:
     """Makes the material, starts the engine and measures."""
     set_engine_environment()
-    from teachers.vllm_teacher import VllmTeacher
+    from teachers.engine.vllm_teacher import VllmTeacher
 
     with tempfile.TemporaryDirectory() as scratch:
         folder, stops = Path(scratch), []

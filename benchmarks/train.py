@@ -79,11 +79,11 @@ class Training:
     """A student with its losses, and a step that it takes again and again."""
 
     def __init__(self, size: Size, losses: list[dict[str, Any]], num_teachers: int) -> None:
-        from students.batches import StepBatch
-        from students.engine import StudentEngine
+        from students.data.batches import StepBatch
+        from students.data.packing import pack
+        from students.deepspeed_engine import StudentEngine
         from students.micro_batch import MicroBatch
         from students.model import StudentModule
-        from students.packing import pack
         from students.trainer import loss_terms
 
         dtype = "bfloat16" if CUDA else "float32"
@@ -130,7 +130,7 @@ class Training:
 
 def make_example(generator: np.random.Generator, size: Size, num_teachers: int) -> Any:
     """A sequence with targets of any number of teachers."""
-    from students.dataset import Example
+    from students.data.examples import Example
 
     positions = SEQUENCE - PROMPT
     shape = (num_teachers, positions, ENTRIES)

@@ -21,11 +21,11 @@ if len(_ROOTS) != 1 or None in _ROOTS:
 import argparse  # noqa: E402
 import json  # noqa: E402
 
-from jobs import cache_commands  # noqa: E402
-from jobs.plan import STAGES  # noqa: E402
-from pipeline.config import Config  # noqa: E402
+from jobs.bookkeeping.plan import STAGES  # noqa: E402
+from jobs.caches.commands import add_cache_commands  # noqa: E402
+from pipeline.config.load import check_shared_paths, dump_config, load_config  # noqa: E402
+from pipeline.config.run import Config  # noqa: E402
 from pipeline.errors import ClusterError, ConfigError, DistillationError  # noqa: E402
-from pipeline.loading import check_shared_paths, dump_config, load_config  # noqa: E402
 
 INTERRUPTED = 130
 
@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("submission_id")
         command.add_argument("--address", metavar="URL", required=True)
 
-    cache_commands.add_to(commands, _command, _config_arguments)
+    add_cache_commands(commands, _command, _config_arguments)
 
     stage = _command(
         commands, "stage", _stage, "run one stage in this process; what a stage's Ray job does"
@@ -170,7 +170,9 @@ def _run(options: argparse.Namespace) -> None:
         _say(describe(config, options.address))
         return
     from jobs import distill
-    from jobs.connection import connect, job_server_address_inside_job
+    from jobs.cluster.connection import connect, job_server_address_inside_job
+    from jobs.cluster.stage_jobs import submit
+    from jobs.cluster.submit import DETACHED
 
     if not options.detach:
         inside = options.inside_job and job_server_address_inside_job()
@@ -180,7 +182,7 @@ def _run(options: argparse.Namespace) -> None:
         raise ConfigError("--detach leaves the run to a cluster, so it needs --address")
     check_shared_paths(config)
     client = connect(options.address)
-    identifier = distill.submit(client, config, distill.DETACHED, ["run", "--inside-job"])
+    identifier = submit(client, config, DETACHED, ["run", "--inside-job"])
     _say(f"submitted {identifier}")
     _say(f"follow it with: polystill logs {identifier} --address {options.address} --follow")
 
@@ -197,29 +199,29 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _submit(options: argparse.Namespace) -> None:
-    from jobs import distill
-    from jobs.connection import connect
+    from jobs.cluster.connection import connect
+    from jobs.cluster.stage_jobs import run_stage, submit
 
     config = _load(options)
     check_shared_paths(config)
     client = connect(options.address)
     if options.detach:
-        _say(f"submitted {distill.submit(client, config, options.stage, ['stage', options.stage])}")
+        _say(f"submitted {submit(client, config, options.stage, ['stage', options.stage])}")
     else:
-        distill.run_stage(client, options.address, config, options.stage, _say)
+        run_stage(client, options.address, config, options.stage, _say)
 
 
 def _status(options: argparse.Namespace) -> None:
-    from jobs.connection import connect
-    from jobs.submit import describe_jobs
+    from jobs.cluster.connection import connect
+    from jobs.cluster.submit import describe_jobs
 
     _say(describe_jobs(connect(options.address), options.run))
 
 
 def _logs(options: argparse.Namespace) -> None:
-    from jobs.connection import connect
-    from jobs.follow import follow
-    from jobs.submit import job_logs
+    from jobs.cluster.connection import connect
+    from jobs.cluster.follow import follow
+    from jobs.cluster.submit import job_logs
 
     client = connect(options.address)
     if not options.follow:
@@ -229,15 +231,15 @@ def _logs(options: argparse.Namespace) -> None:
 
 
 def _stop(options: argparse.Namespace) -> None:
-    from jobs.connection import connect
-    from jobs.submit import stop_with_stages
+    from jobs.cluster.connection import connect
+    from jobs.cluster.submit import stop_with_stages
 
     for name, status in stop_with_stages(connect(options.address), options.submission_id):
         _say(f"{name}: {status}")
 
 
 def _stage(options: argparse.Namespace) -> None:
-    from jobs.stages import run_stage
+    from jobs.stages.entry import run_stage
 
     run_stage(options.stage, _load(options))
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from jobs.placement import check_local_head
-from jobs.plan import length_cautions, plan_rounds
-from jobs.records import scored_dataset
-from pipeline.cache_status import stale_caches
-from pipeline.config import Config
-from pipeline.config_base import Resources
-from pipeline.config_endpoint import EndpointTeacherConfig
-from pipeline.config_recipes import Writing
-from pipeline.loading import check_shared_paths
-from pipeline.prepared import load_prepared
-from pipeline.rounds import is_by_student, layout_of, rounds_of
-from pipeline.training import training_jobs
+from jobs.bookkeeping.plan import length_cautions, plan_rounds
+from jobs.bookkeeping.stage_records import scored_dataset
+from jobs.cluster.placement import check_local_head
+from pipeline.cache_care.status import stale_caches
+from pipeline.config.base import Resources
+from pipeline.config.load import check_shared_paths
+from pipeline.config.rounds import layout_of, rounds_of
+from pipeline.config.run import Config
+from pipeline.config.synthesis import Writing, is_by_student
+from pipeline.config.teachers import EndpointTeacherConfig
+from pipeline.run.preparation import load_prepared
+from pipeline.run.training_spec import training_jobs
 
 
 def describe(config: Config, address: str | None = None) -> str:
@@ -57,7 +57,7 @@ def _check(config: Config) -> None:
     if prepared is None and config.round > 1:
         return  # its inputs were those of the round before
     if prepared is None:
-        from jobs.prepare import check_inputs
+        from jobs.stages.prepare import check_inputs
 
         check_inputs(config)
     elif dataset := scored_dataset(config, layout, prepared):

@@ -1,3 +1,19 @@
-"""The student: losses, packed batches from the caches, the DeepSpeed training loop, checkpoints,
-evaluation, export.
+"""The student: training on cached targets, its evaluation and its export.
+
+launch             Ray Train: workers, restarts, progress
+trainer            the training loop, top to bottom
+model              the student, and the module that DeepSpeed gets
+deepspeed_engine   DeepSpeed around the student
+deepspeed_options  checks of the `deepspeed` block by DeepSpeed itself
+progress           metrics, TensorBoard, progress lines
+micro_batch        a packed micro-batch as tensors
+training_data      a worker's data: steps read ahead, hold-out, probe
+initial_weights    a training that starts from old weights
+export             Hugging Face folder, checked against the training
+evaluation         hold-out loss, KL, agreement
+reference          log-probabilities by transformers alone
+disk_space         a full disk in one message
+losses/            the losses, in closed form and bounded memory
+data/              examples, batches and packing; numpy alone
+checkpoints/       complete checkpoints and resume
 """

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.errors import ConfigError
-from pipeline.text import closest
+from pipeline.messages import closest
 
 # What it asks of the machine that it runs on, which is not the one that trains.
 UNCHECKED = ("aio",)

@@ -21,15 +21,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.cache_index import CacheReader
-from pipeline.datasets import DatasetEntry
-from pipeline.records import SparseLogprobs
-from students.dataset import Example, Examples
-from students.divergences import LossTerm
-from students.losses import position_figures
+from pipeline.cache.index import CacheReader
+from pipeline.records import DatasetEntry, SparseLogprobs
+from students.data.examples import Example, Examples
+from students.data.packing import pack, plan_micro_batches, refuse_long_sequences
+from students.losses.distillation import position_figures
+from students.losses.divergences import LossTerm
 from students.micro_batch import MicroBatch
 from students.model import body_hidden_states, load_model, logit_softcap, output_head
-from students.packing import pack, plan_micro_batches, refuse_long_sequences
 
 MASS_FLOOR = 1e-4
 """A stored tail of 0 can be one that float16 rounded away: an id or a bucket outside is given at

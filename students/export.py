@@ -23,13 +23,13 @@ from transformers import (
 )
 
 from pipeline import storage
-from pipeline.config import Config, TeacherConfig
-from pipeline.config_endpoint import EndpointTeacherConfig
-from pipeline.datasets import read_sequences
+from pipeline.config.load import is_folder
+from pipeline.config.run import Config
+from pipeline.config.teachers import EndpointTeacherConfig, TeacherConfig
 from pipeline.errors import TrainingError
-from pipeline.loading import is_folder
-from pipeline.training import TrainingJob
-from students.full_disk import full_disk_told
+from pipeline.run.training_spec import TrainingJob
+from pipeline.sequences import read_sequences
+from students.disk_space import full_disk_told
 from students.initial_weights import fit_weights
 from students.model import DTYPES
 from students.reference import gold_logprobs

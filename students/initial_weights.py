@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipeline import storage
 from pipeline.errors import TrainingError
-from pipeline.training import is_complete_checkpoint
-from students.universal_checkpoint import TAG, stored_partitioning
+from pipeline.run.training_spec import is_complete_checkpoint
+from students.checkpoints.universal import TAG, stored_partitioning
 
 MODEL = "model."
 """Of the names in a checkpoint: `StudentModule` holds the model beside what only its losses need.

@@ -26,10 +26,10 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from pipeline import storage
 from pipeline.errors import DistillationError, TrainingError
 from pipeline.fingerprint import differences
-from pipeline.training import TrainingJob
-from students.checkpoint import check_resume, prepare_resume
+from pipeline.run.training_spec import TrainingJob
+from students.checkpoints.checkpoint import check_resume, prepare_resume
 from students.deepspeed_options import check_deepspeed_options
-from students.full_disk import full_disk_told
+from students.disk_space import full_disk_told
 from students.progress import FollowedMetrics, describe
 
 logger = logging.getLogger(__name__)

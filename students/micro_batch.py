@@ -7,54 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from students.features import PackedFeatures
-from students.outcomes import Targets
-from students.packing import PackedBatch
-
-
-@dataclass(frozen=True)
-class FeatureBatch:
-    """What the losses on hidden states need of a micro-batch; its positions in the same order. What
-    is asked of sequences stands in lists: to ask a tensor would wait for the device.
-
-    Legend: P positions of the micro-batch, L stored layers, D stored dimensions.
-
-    Attributes:
-        states: by teacher, bfloat16[P, L, D] at the indices whose logits are trained; 0 where the
-            teacher has none.
-        covered: by teacher, bool[P]: where it has states.
-        sequences: by teacher, the sequences that it has states of, by their number.
-        lengths: of every sequence, its positions.
-        groups: of every sequence; sequences of a group are compared with one another.
-    """
-
-    states: dict[str, torch.Tensor]
-    covered: dict[str, torch.Tensor]
-    sequences: dict[str, list[int]]
-    lengths: list[int]
-    groups: list[int]
-
-    @classmethod
-    def of(cls, packed: PackedFeatures, device: torch.device | str = "cpu") -> FeatureBatch:
-        """Shares its memory on the CPU."""
-        states = {
-            teacher: torch.from_numpy(bits.view(np.int16)).to(device, non_blocking=True)
-            for teacher, bits in packed.states.items()
-        }
-        masks = {
-            teacher: torch.from_numpy(np.repeat(np.array(covered, bool), packed.lengths))
-            for teacher, covered in packed.covered.items()
-        }
-        return cls(
-            {teacher: bits.view(torch.bfloat16) for teacher, bits in states.items()},
-            {teacher: mask.to(device, non_blocking=True) for teacher, mask in masks.items()},
-            {
-                teacher: [s for s, is_covered in enumerate(covered) if is_covered]
-                for teacher, covered in packed.covered.items()
-            },
-            packed.lengths,
-            packed.groups,
-        )
+from students.data.hidden_states import PackedFeatures
+from students.data.packing import PackedBatch
+from students.losses.inputs import FeatureBatch, Targets
 
 
 @dataclass(frozen=True)
@@ -93,5 +48,27 @@ class MicroBatch:
                 tail_mass=tensor(packed.tail_mass),
                 teacher_weights=tensor(packed.teacher_weights),
             ),
-            features=None if packed.features is None else FeatureBatch.of(packed.features, device),
+            features=None if packed.features is None else feature_batch(packed.features, device),
         )
+
+
+def feature_batch(packed: PackedFeatures, device: torch.device | str = "cpu") -> FeatureBatch:
+    """The teachers' hidden states as tensors; they share the arrays' memory on the CPU."""
+    states = {
+        teacher: torch.from_numpy(bits.view(np.int16)).to(device, non_blocking=True)
+        for teacher, bits in packed.states.items()
+    }
+    masks = {
+        teacher: torch.from_numpy(np.repeat(np.array(covered, bool), packed.lengths))
+        for teacher, covered in packed.covered.items()
+    }
+    return FeatureBatch(
+        states={teacher: bits.view(torch.bfloat16) for teacher, bits in states.items()},
+        covered={teacher: mask.to(device, non_blocking=True) for teacher, mask in masks.items()},
+        sequences={
+            teacher: [s for s, is_covered in enumerate(covered) if is_covered]
+            for teacher, covered in packed.covered.items()
+        },
+        lengths=packed.lengths,
+        groups=packed.groups,
+    )

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from pipeline.config_training import StudentConfig
+from pipeline.config.student import StudentConfig
 from pipeline.errors import TrainingError
-from students.divergences import LossTerm
-from students.feature_losses import FeatureLosses
 from students.initial_weights import load_initial_weights
-from students.losses import distillation_loss, position_figures, weighted_total
+from students.losses.distillation import distillation_loss, position_figures, weighted_total
+from students.losses.divergences import LossTerm
+from students.losses.hidden_states import FeatureLosses
+from students.losses.outcomes import figure_names
 from students.micro_batch import MicroBatch
-from students.outcomes import figure_names
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}

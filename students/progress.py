@@ -15,7 +15,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from pipeline import storage
-from pipeline.training import TrainingJob
+from pipeline.run.training_spec import TrainingJob
 
 logger = logging.getLogger(__name__)
 

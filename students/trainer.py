@@ -20,20 +20,21 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from pipeline import storage
-from pipeline.config_training import StateLoss, TrainingConfig
+from pipeline.config.losses import StateLoss
+from pipeline.config.training import TrainingConfig
 from pipeline.errors import TrainingError
-from pipeline.training import TrainingJob
-from students.batches import StepBatch
-from students.checkpoint import (
+from pipeline.run.training_spec import TrainingJob
+from students.checkpoints.checkpoint import (
     TrainingState,
     agreed_resume,
     allowed_changes,
     load_checkpoint,
     save_checkpoint,
 )
-from students.divergences import LossTerm
-from students.engine import StudentEngine
-from students.feature_losses import FeatureLosses, feature_terms
+from students.data.batches import StepBatch
+from students.deepspeed_engine import StudentEngine
+from students.losses.divergences import LossTerm
+from students.losses.hidden_states import FeatureLosses, feature_terms
 from students.micro_batch import MicroBatch
 from students.model import StudentModule, build_student, check_architecture, output_head
 from students.progress import MetricsLog, read_metrics

@@ -9,12 +9,12 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from pipeline.datasets import DatasetEntry
-from pipeline.training import TrainingJob
-from students.batches import BatchSource, Share, StepBatch
-from students.loader import Loader
+from pipeline.records import DatasetEntry
+from pipeline.run.training_spec import TrainingJob
+from students.data.batches import BatchSource, Share, StepBatch
+from students.data.loader import Loader
+from students.data.packing import pack
 from students.micro_batch import MicroBatch
-from students.packing import pack
 
 PROBE_SEQUENCES = 2
 

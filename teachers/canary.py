@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,44 +22,20 @@ import numpy as np
 from pipeline import storage
 from pipeline.errors import TeacherError
 from pipeline.records import Prompt
-from teachers.engine import CapturedRows, EngineSpec, Teacher
+from teachers.protocol import Canary, CapturedRows, EngineSpec, Teacher
 
 logger = logging.getLogger(__name__)
-
 CANARY_TOKENS = 33
 CONTROL_TOKENS, CONTROL_VOCABULARY = 4, 16  # few and low ids, which every model has
-HEAD_ENTRIES = 8
 CONTROL_MESSAGE = {"role": "user", "content": "Say yes."}
 LOWEST_LOGPROB = -60.0  # of what a model masks; keeps differences finite
 MEAN_TOLERANCES = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 6e-2}
 """Nats, mean over a canary's gold and head log-probabilities. bfloat16 stores a logit of 16 to
 2**-4, float16 to 2**-7; float32 leaves room for TF32 products. Kernels and devices differ by less;
 other weights, another quantisation or a broken device differ by more."""
-
-
 STATE_TOLERANCES = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 """Largest difference of two captures of one hidden state, relative to the largest value: one was
 computed in another batch. A state that was never written, or another token's, differs more."""
-
-
-@dataclass(frozen=True)
-class Canary:
-    """What one engine says of the short canary.
-
-    Attributes:
-        engine: version, dtype, quantisation, device: which engine it is.
-        gold_logprobs: float32[P].
-        head_logprobs: float32[P, K], of the most probable entries, descending.
-    """
-
-    engine: dict[str, str | None]
-    gold_logprobs: np.ndarray
-    head_logprobs: np.ndarray
-
-    @classmethod
-    def of(cls, rows: CapturedRows, engine: dict[str, str | None]) -> Canary:
-        """The part of captured rows that is compared."""
-        return cls(engine, rows.gold_logprobs, rows.logprobs[:, :HEAD_ENTRIES])
 
 
 class ControlTask:

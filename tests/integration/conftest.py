@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from jobs.local_head import LocalHead, local_head
+from jobs.cluster.local_head import LocalHead, local_head
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jobs.local_head import LocalHead
+from jobs.cluster.local_head import LocalHead
 from tests.support.command_line import QUICKSTART, file_times, polystill, token_environment
 from tests.support.disks import small_disk
 

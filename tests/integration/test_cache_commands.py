@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.local_head import LocalHead
-from pipeline.cache import read_shard, write_shard
+from jobs.cluster.local_head import LocalHead
+from pipeline.cache.shard import read_shard, write_shard
 from pipeline.fingerprint import digest_json
 from pipeline.records import SparseLogprobs
 from tests.support.caches import (

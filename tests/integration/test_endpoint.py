@@ -20,21 +20,21 @@ import psutil
 import pytest
 import ray
 
-from pipeline.cache import read_shard
-from pipeline.config_base import Resources
-from pipeline.config_endpoint import EndpointConfig
-from pipeline.config_targets import TopK
-from pipeline.config_training import StudentConfig
-from pipeline.datasets import write_sequences
+from pipeline.cache.shard import read_shard
+from pipeline.config.base import Resources
+from pipeline.config.scoring import TopK
+from pipeline.config.student import StudentConfig
+from pipeline.config.teachers import EndpointConfig
 from pipeline.errors import ConfigError, TeacherError
 from pipeline.fingerprint import digest_ids
 from pipeline.layout import Layout
 from pipeline.records import TokenSequence
-from teachers.actor import CPU_ENV_VARS, ENGINE_ENV_VARS
-from teachers.endpoint import EndpointTeacher
-from teachers.engine import EndpointSpec, EngineSpec
-from teachers.pool import PoolJob, run_pools
-from teachers.scoring import Output, ScoredShard, ScoringTask
+from pipeline.sequences import write_sequences
+from teachers.endpoint.teacher import EndpointTeacher
+from teachers.pool.actor import CPU_ENV_VARS, ENGINE_ENV_VARS
+from teachers.pool.pool import PoolJob, run_pools
+from teachers.protocol import EndpointSpec, EngineSpec
+from teachers.tasks.score import Output, ScoredShard, ScoringTask
 from tests.integration.models import VOCABULARY, save_tiny_llama
 from tests.support.engines import Running, started
 from tests.support.tokenizers_for_tests import SPECIAL, save_tokenizer

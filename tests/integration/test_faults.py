@@ -19,8 +19,8 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.local_head import LocalHead
-from pipeline.cache_index import open_cache
+from jobs.cluster.local_head import LocalHead
+from pipeline.cache.index import open_cache
 from pipeline.errors import CorruptShardError
 from pipeline.layout import CacheLayout
 from tests.support import faults

@@ -65,7 +65,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """Two teachers of ten seconds each, and a run of every stage on a head of its own."""
     folder = tmp_path_factory.mktemp("gsm8k")
     models, root = folder / "models", folder / "output"
-    script = ROOT / "jobs/configs/gsm8k_teachers.py"
+    script = ROOT / "examples/gsm8k/make_teachers.py"
     options = ["--seconds-per-teacher", "10", "--vocabulary-size", "512", "--threads", "1"]
     subprocess.run(
         [sys.executable, script, "--data", DATA, "--output", models, *options],
@@ -89,7 +89,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         "evaluation.sampling.max_tokens": 16,
         "evaluation.max_prompts_per_domain": 8,
     }
-    arguments = ["run", "jobs/configs/gsm8k.yaml", *(f"{k}={v}" for k, v in overrides.items())]
+    arguments = ["run", "examples/gsm8k/config.yaml", *(f"{k}={v}" for k, v in overrides.items())]
     done = polystill(*arguments, seconds=700)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return Finished(models, root, arguments, done.stdout)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from teachers.engine import CapturedRows, EngineSpec
+from teachers.protocol import CapturedRows, EngineSpec
 from tests.support.engines import Running, started
 
 pytest_plugins = ["tests.integration.models"]

@@ -22,7 +22,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from jobs.local_head import LocalHead
+from jobs.cluster.local_head import LocalHead
 from students.progress import read_metrics
 from tests.support.caches import cache_folder, cached_rows, dataset, shards
 from tests.support.command_line import (
@@ -37,7 +37,7 @@ from tests.support.command_line import (
     token_environment,
 )
 from tests.support.quickstart import DOMAINS, read_lines, some_prompts
-from tests.unit.test_readme import of_kind, with_stand_ins
+from tests.unit.house.test_readme import of_kind, with_stand_ins
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 TEACHERS, RUN, KILLED = DOMAINS, "features", "killed"

@@ -12,10 +12,10 @@ import psutil
 import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from jobs.connection import connect
-from jobs.follow import failure_message, follow
-from jobs.local_head import LocalHead
-from jobs.submit import (
+from jobs.cluster.connection import connect
+from jobs.cluster.follow import failure_message, follow
+from jobs.cluster.local_head import LocalHead
+from jobs.cluster.submit import (
     PACKAGES,
     build_upload,
     describe_jobs,
@@ -149,9 +149,9 @@ def test_jobs_are_listed_by_run(client):
 def test_a_job_submits_a_job_to_its_own_cluster(client, ray_head):
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from jobs.follow import follow\n"
-        "from jobs.connection import connect, job_server_address_inside_job\n"
-        "from jobs.submit import submit_stage\n"
+        "from jobs.cluster.follow import follow\n"
+        "from jobs.cluster.connection import connect, job_server_address_inside_job\n"
+        "from jobs.cluster.submit import submit_stage\n"
         "address = job_server_address_inside_job()\n"
         "inner = connect(address)\n"
         "job = submit_stage(inner, run='tests', stage='inner', digest='0', folder='/f',\n"
@@ -207,7 +207,7 @@ def test_an_unreachable_address_is_known_soon():
 
 def test_a_head_ends_with_its_killed_holder_and_others_stay(client, ray_head, monkeypatch):
     code = (
-        "import time\nfrom jobs.local_head import local_head\n"
+        "import time\nfrom jobs.cluster.local_head import local_head\n"
         "with local_head(num_cpus=1, num_gpus=0, custom_resources={}) as head:\n"
         "    print(head.address, head.token, head.folder, flush=True)\n    time.sleep(600)\n"
     )

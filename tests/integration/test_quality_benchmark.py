@@ -16,10 +16,10 @@ from benchmarks.quality import TINY, measure
 from benchmarks.quality_material import DOMAINS
 from benchmarks.quality_students import METHODS, Cell, train_student
 from benchmarks.quality_training import FORWARD_KL, dense_kl, logprobs_of, micro_batch
-from pipeline.config_targets import TopK
+from pipeline.cache.selection import select
+from pipeline.config.scoring import TopK
 from pipeline.records import CombinedTargets, TokenSequence
-from pipeline.selection import select
-from students.dataset import Example, example_of
+from students.data.examples import Example, example_of
 from students.model import StudentModule
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]

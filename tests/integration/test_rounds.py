@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from pipeline import storage
-from pipeline.cache_index import load_index
-from pipeline.datasets import DatasetEntry, read_dataset
+from pipeline.cache.index import load_index
 from pipeline.layout import CacheLayout, Layout
+from pipeline.records import DatasetEntry
+from pipeline.sequences import read_dataset
 from tests.support.caches import cache_folder
 from tests.support.command_line import QUICKSTART, polystill
 from tests.support.quickstart import read_lines
-from tests.unit.test_readme import of_kind, with_stand_ins
+from tests.unit.house.test_readme import of_kind, with_stand_ins
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 STEPS = 6

@@ -19,16 +19,16 @@ import ray
 import torch
 from transformers import LlamaForCausalLM
 
-from pipeline.config_base import Resources
+from pipeline.config.base import Resources
 from pipeline.errors import TeacherError
 from teachers.canary import refuse_difference
-from teachers.engine import CapturedRows, EngineDiedError, EngineSpec
-from teachers.pool import PoolJob, run_pools
-from teachers.siblings import Siblings
+from teachers.pool.pool import PoolJob, run_pools
+from teachers.protocol import CapturedRows, EngineDiedError, EngineSpec
+from teachers.tasks.siblings import Siblings
 from tests.support.engines import Running, started
 
 if TYPE_CHECKING:
-    from teachers.vllm_teacher import VllmTeacher
+    from teachers.engine.vllm_teacher import VllmTeacher
 
 pytest_plugins = ["tests.integration.models"]
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -158,7 +158,7 @@ def test_description_and_memory(running: Running, tiny_teacher_folder: Path) -> 
 
 
 def test_context_that_cannot_hold_the_sequences_is_refused(tiny_teacher_folder: Path) -> None:
-    from teachers.vllm_teacher import VllmTeacher
+    from teachers.engine.vllm_teacher import VllmTeacher
 
     too_low = replace(spec(tiny_teacher_folder), vllm={"max_model_len": 40})
     with pytest.raises(TeacherError, match=r"max_model_len \(40\).*\(48\)"):
@@ -311,7 +311,7 @@ def test_engines_of_one_model_say_the_same_of_the_canary(
 def test_memory_that_runs_out_at_start_names_the_knobs(
     tiny_teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from teachers.vllm_teacher import VllmTeacher
+    from teachers.engine.vllm_teacher import VllmTeacher
 
     score_full_step = VllmTeacher._score_full_step
     before = set(psutil.Process().children(recursive=True))

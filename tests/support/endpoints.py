@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from teachers.dispatch import PoolReport
-from teachers.endpoint import EndpointTeacher
+from teachers.endpoint.teacher import EndpointTeacher
+from teachers.pool.dispatch import PoolReport
 from tests.support.fabricated import FakeTeacher
 
 Json = dict[str, Any]

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
-from teachers.actor import CPU_ENV_VARS, ENGINE_ENV_VARS
-from teachers.engine import EngineSpec
+from teachers.pool.actor import CPU_ENV_VARS, ENGINE_ENV_VARS
+from teachers.protocol import EngineSpec
 
 if TYPE_CHECKING:
-    from teachers.vllm_teacher import VllmTeacher
+    from teachers.engine.vllm_teacher import VllmTeacher
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ def started(spec: EngineSpec) -> Iterator[Running]:
     with pytest.MonkeyPatch.context() as patch:
         for key, value in (ENGINE_ENV_VARS | CPU_ENV_VARS).items():
             patch.setenv(key, value)
-        from teachers.vllm_teacher import VllmTeacher
+        from teachers.engine.vllm_teacher import VllmTeacher
 
         loop = asyncio.new_event_loop()
         teacher = loop.run_until_complete(VllmTeacher.start(spec))

@@ -9,20 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from jobs.score import score
+from jobs.stages.score import score
 from pipeline import storage
-from pipeline.config import Config
-from pipeline.datasets import DatasetEntry, write_dataset, write_sequences
+from pipeline.config.load import load_config
+from pipeline.config.rounds import layout_of
+from pipeline.config.run import Config
 from pipeline.fingerprint import digest_bytes, sequence_id
 from pipeline.layout import Layout
-from pipeline.loading import load_config
-from pipeline.prepared import Prepared, preparation_key
-from pipeline.recipes import cache_recipes
-from pipeline.records import TokenSequence
-from pipeline.rounds import layout_of
-from teachers.dispatch import PoolReport
-from teachers.engine import CapturedRows
-from teachers.siblings import Earlier
+from pipeline.records import DatasetEntry, TokenSequence
+from pipeline.run.identities import cache_recipes
+from pipeline.run.preparation import Prepared, preparation_key
+from pipeline.sequences import write_dataset, write_sequences
+from teachers.pool.dispatch import PoolReport
+from teachers.protocol import CapturedRows, EarlierRows
 from tests.support.command_line import QUICKSTART
 
 VOCABULARY, WIDTH, HIDDEN = 20, 16, 12
@@ -48,7 +47,7 @@ class FakeTeacher:
         self,
         input_ids: list[int],
         first_index: int,
-        earlier: Earlier | None = None,
+        earlier: EarlierRows | None = None,
         *,
         distributions: bool = True,
         states: bool = False,
@@ -191,7 +190,7 @@ class FabricatedRun:
 
     def entries(self) -> list[DatasetEntry]:
         """What the dataset holds so far."""
-        from pipeline.datasets import read_dataset
+        from pipeline.sequences import read_dataset
 
         path = Path(self.layout.stage_record("synthesize"))
         if not path.exists():

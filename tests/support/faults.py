@@ -19,12 +19,12 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from pipeline import storage
-from pipeline.cache import describe_shard
-from pipeline.cache_index import totals
-from pipeline.datasets import read_dataset, read_sequences, write_dataset, write_sequences
+from pipeline.cache.index import totals
+from pipeline.cache.shard import describe_shard
 from pipeline.fingerprint import sequence_id
 from pipeline.layout import Layout
 from pipeline.records import TokenSequence
+from pipeline.sequences import read_dataset, read_sequences, write_dataset, write_sequences
 from tests.support.command_line import QUICKSTART, polystill
 
 TEACHER, RUN = "arithmetic", "faults"

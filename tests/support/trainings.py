@@ -10,12 +10,12 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from pipeline.config import Config
-from pipeline.config_training import CrossEntropy
+from pipeline.config.losses import CrossEntropy
+from pipeline.config.run import Config
 from pipeline.fingerprint import sequence_id
 from pipeline.layout import Layout
 from pipeline.records import SparseLogprobs, TokenSequence
-from pipeline.training import TrainingJob
+from pipeline.run.training_spec import TrainingJob
 from students.progress import read_metrics
 
 VOCABULARY, DOMAINS, TEACHERS = 64, ("sums", "words"), ("first", "second")

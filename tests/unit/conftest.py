@@ -9,6 +9,6 @@ from tests.support.fabricated import FakePools
 def pools(monkeypatch: pytest.MonkeyPatch) -> FakePools:
     """The pools of a score stage and of a regeneration, with engines that are not there."""
     fake = FakePools()
-    monkeypatch.setattr("jobs.score.run_pools", fake)
-    monkeypatch.setattr("jobs.regenerate.join_cluster", lambda: None)
+    monkeypatch.setattr("jobs.stages.score.run_pools", fake)
+    monkeypatch.setattr("jobs.caches.regenerate.join_cluster", lambda: None)
     return fake

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import ray
 
-from pipeline.cache import write_shard
-from pipeline.datasets import DatasetEntry, write_dataset, write_sequences
+from pipeline.cache.shard import write_shard
 from pipeline.fingerprint import digest_ids
 from pipeline.layout import Layout
-from students.checkpoint import prepare_resume
+from pipeline.records import DatasetEntry
+from pipeline.sequences import write_dataset, write_sequences
+from students.checkpoints.checkpoint import prepare_resume
 from students.launch import train_student
 from tests.support.trainings import (
     DOMAINS,

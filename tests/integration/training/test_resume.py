@@ -12,12 +12,12 @@ import psutil
 import pytest
 import ray
 
-from pipeline.config_training import CrossEntropy
-from pipeline.datasets import read_dataset, write_dataset
+from pipeline.config.losses import CrossEntropy
 from pipeline.errors import StorageError, TrainingError
+from pipeline.sequences import read_dataset, write_dataset
 from pipeline.storage import read_json
-from students.batches import DataOrder
-from students.checkpoint import latest_complete
+from students.checkpoints.checkpoint import latest_complete
+from students.data.batches import DataOrder
 from students.export import export_student
 from students.launch import remove_stale_build_locks, train_student
 from tests.support.disks import small_disk
@@ -263,11 +263,11 @@ def test_all_workers_resume_from_one_checkpoint_whatever_each_sees(run, material
 
 
 def worker_with_an_old_listing(config):
-    import students.checkpoint
+    import students.checkpoints.checkpoint
     import students.launch
 
     if ray.train.get_context().get_world_rank() == 1:
-        students.checkpoint.latest_complete = lambda folder: None
+        students.checkpoints.checkpoint.latest_complete = lambda folder: None
     students.launch._worker(config)
 
 

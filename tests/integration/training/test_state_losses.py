@@ -9,15 +9,15 @@ import pytest
 import ray
 import torch
 
-from pipeline.cache import write_shard
-from pipeline.datasets import read_dataset, read_sequences
+from pipeline.cache.projection import to_bfloat16
+from pipeline.cache.shard import write_shard
 from pipeline.errors import TrainingError
-from pipeline.features import to_bfloat16
 from pipeline.fingerprint import digest_ids
 from pipeline.layout import Layout
 from pipeline.records import HiddenStates
-from students.batches import DataOrder
-from students.checkpoint import latest_complete
+from pipeline.sequences import read_dataset, read_sequences
+from students.checkpoints.checkpoint import latest_complete
+from students.data.batches import DataOrder
 from students.export import export_student
 from students.model import build_student
 from students.progress import read_metrics

@@ -9,10 +9,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from pipeline.datasets import read_dataset, read_sequences
 from pipeline.errors import TrainingError
-from students.batches import DataOrder
-from students.checkpoint import latest_complete
+from pipeline.sequences import read_dataset, read_sequences
+from students.checkpoints.checkpoint import latest_complete
+from students.data.batches import DataOrder
 from students.export import export_student
 from students.launch import train_student
 from students.model import build_student

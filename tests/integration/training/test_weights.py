@@ -9,15 +9,15 @@ import pytest
 from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from pipeline.cache_index import open_cache
-from pipeline.datasets import read_dataset
+from pipeline.cache.index import open_cache
 from pipeline.errors import ConfigError, TrainingError
-from students.checkpoint import latest_complete
-from students.dataset import open_examples
+from pipeline.sequences import read_dataset
+from students.checkpoints.checkpoint import latest_complete
+from students.data.examples import open_examples
 from students.evaluation import holdout_numbers, teacher_holdout_numbers
 from students.export import export_student
 from students.model import build_student
-from teachers.identity import student_identity
+from teachers.preflight.identity import student_identity
 from tests.support.trainings import DOMAINS, VOCABULARY, curve, final_weights, make_job, steps_of
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.integration]

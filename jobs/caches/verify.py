@@ -1,0 +1,179 @@
+"""`polystill cache verify`: checks every shard and row, and scores some rows again.
+
+Checks alone read storage here; rows are scored again by a Ray job, which comes here again with
+`--inside-job`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+
+from jobs.caches.actions import RunCaches, open_run, verify
+from jobs.caches.regenerate import prepared_run, submit_job
+from jobs.cluster.stage_jobs import is_visible
+from jobs.stages.entry import join_cluster, log_our_lines
+from jobs.stages.score import longest_sequence
+from jobs.stages.teacher_pools import pool_job
+from pipeline import storage
+from pipeline.cache.index import load_index
+from pipeline.cache_care.verify import CheckedCache
+from pipeline.config.run import Config
+from pipeline.errors import CacheError
+from teachers.pool.dispatch import PoolReport
+from teachers.pool.pool import run_pools
+from teachers.tasks.rescore import SURPRISE, TOLERANCE, RescoringTask, RowDifference
+
+Say = Callable[[str], object]
+
+
+def verify_rows(
+    config: Config,
+    address: str | None,
+    teacher: str | None,
+    rescore: int,
+    seed: int | None,
+    say: Say,
+) -> None:
+    """Checks caches; with `rescore` scores so many rows of each teacher again, as a Ray job.
+
+    Args:
+        seed: draws these rows; None means the config's.
+
+    Raises:
+        CacheError: something is wrong; every problem was said before.
+    """
+    if rescore == 0 and is_visible(config, address):
+        _say_checks(verify(open_run(config), teacher), say)
+        return
+    command = ["cache", "verify", "--inside-job", "--rescore", str(rescore)]
+    command += [] if teacher is None else ["--teacher", teacher]
+    command += [] if seed is None else ["--seed", str(seed)]
+    if is_visible(config, address):
+        open_run(config).chosen(teacher)
+    submit_job(config, address, "verify", command, say)
+
+
+def verify_inside_job(
+    config: Config, teacher: str | None, rescore: int, seed: int | None, say: Say
+) -> None:
+    """What the job of `verify_rows` does.
+
+    Raises:
+        CacheError: something is wrong; every problem was said before.
+        TeacherError: an engine cannot run.
+    """
+    log_our_lines()
+    run = prepared_run(config)
+    _say_checks(verify(run, teacher), say)
+    if rescore:
+        join_cluster()
+        seed = config.seed if seed is None else seed
+        tasks = {n: rows_to_rescore(run, n, rescore, seed) for n in run.distributions(teacher)}
+        _say_differences(run_rescoring(run, tasks), say)
+
+
+def run_rescoring(
+    run: RunCaches, tasks: Mapping[str, Sequence[RescoringTask]]
+) -> dict[str, PoolReport]:
+    """Scores rows again on engines like those of the score stage."""
+    need = longest_sequence(run.entries) + 1
+    width = run.config.scoring.num_logprobs
+    return run_pools(
+        [
+            pool_job(
+                run.config,
+                name,
+                run.prepared,
+                work,
+                min_model_len=need,
+                num_logprobs=width,
+                unit="rows",
+            )
+            for name, work in tasks.items()
+        ]
+    )
+
+
+def rows_to_rescore(run: RunCaches, name: str, count: int, seed: int) -> list[RescoringTask]:
+    """Rows of the run's sequences, drawn by the seed; one task a sequence shard."""
+    cache = run.caches[name]
+    scored = {i for entry in load_index(cache) for i in entry.sequence_ids}
+    known = [entry for entry in run.entries if entry.sequence_id in scored]
+    drawn = random.Random(seed).sample(known, min(count, len(known)))
+    groups: dict[str, list[str]] = {}
+    for entry in drawn:
+        groups.setdefault(entry.shard, []).append(entry.sequence_id)
+    return [
+        RescoringTask(cache, storage.join(run.layout.root, shard), tuple(identifiers))
+        for shard, identifiers in groups.items()
+    ]
+
+
+def _say_checks(found: Mapping[str, CheckedCache], say: Say) -> None:
+    for name, checked in found.items():
+        for problem in checked.problems:
+            say(f"{name}: {problem}")
+        say(
+            f"{name}: {checked.num_shards} shards, {checked.num_rows} rows checked, "
+            f"{checked.num_compared} of them against their tokens: "
+            f"{len(checked.problems) or 'no'} problems"
+        )
+    bad = sum(len(checked.problems) for checked in found.values())
+    if bad:
+        raise CacheError(
+            f"{bad} problems in the caches, listed above; `polystill cache regenerate CONFIG` sets "
+            "corrupt shards aside and scores their sequences again, with --force and --where also "
+            "rows that were written wrongly"
+        )
+
+
+def _say_differences(reports: Mapping[str, PoolReport], say: Say) -> None:
+    """Prints mean and largest differences, and every row beyond the tolerance.
+
+    Raises:
+        CacheError: a row is beyond it, or could not be scored again.
+    """
+    bad = 0
+    for name, report in reports.items():
+        rows: list[RowDifference] = [row for result in report.results for row in result]
+        for label, error in report.quarantined:
+            say(f"{name}: {label}: {error}")
+        bad += len(report.quarantined)
+        if not rows:
+            say(f"{name}: no row scored again")
+            continue
+        dtype = report.engines[0]["dtype"]
+        tolerance = TOLERANCE[dtype]
+        wrong = [row for row in rows if row.is_beyond(tolerance)]
+        for row in wrong:
+            say(f"{name}: sequence {row.sequence_id} {_described(row)}")
+        positions = max(1, sum(row.num_positions for row in rows))
+        entries = max(1, sum(row.num_entries for row in rows))
+        say(
+            f"{name}: {len(rows)} rows scored again; gold differs by "
+            f"{sum(row.gold_sum for row in rows) / positions:.2e} nats in the mean, "
+            f"{max(row.gold_max for row in rows):.2e} at most; entries by "
+            f"{sum(row.head_sum for row in rows) / entries:.2e} and "
+            f"{max(row.head_max for row in rows):.2e}; tolerance {tolerance} ({dtype}) and the "
+            f"rounding of float16{_bound_of_draws(rows)}: {len(wrong) or 'no'} rows beyond it"
+        )
+        bad += len(wrong)
+    if bad:
+        raise CacheError(f"{bad} rows are not what their teacher says now; they are listed above")
+
+
+def _described(row: RowDifference) -> str:
+    text = (
+        f"differs by {row.gold_max:.4g} nats at a gold token and by {row.head_max:.4g} at an entry"
+    )
+    if row.surprise > SURPRISE:
+        text += f"; its draws have a probability of e^-{row.surprise:.4g} at most"
+    return text
+
+
+def _bound_of_draws(rows: Sequence[RowDifference]) -> str:
+    if not any(row.num_draws for row in rows):
+        return ""
+    worst = max(row.surprise for row in rows)
+    return f"; the least likely draws of a row have e^-{worst:.1f}, bound e^-{SURPRISE:.0f}"

@@ -1,0 +1,199 @@
+"""What prepare finds out about recipes and filters: are they possible, and what identifies them?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline import storage
+from pipeline.config.filters import Balance, Filter, Judge
+from pipeline.config.load import evaluation_files
+from pipeline.config.rounds import rounds_of
+from pipeline.config.run import Config
+from pipeline.config.synthesis import (
+    STUDENT,
+    Answer,
+    Answering,
+    Complete,
+    GivenAnswers,
+    Paraphrase,
+    Writing,
+)
+from pipeline.config.teachers import EndpointTeacherConfig
+from pipeline.errors import ConfigError
+from pipeline.filters.answer_checkers import find_checker
+from pipeline.filters.run import filter_identity
+from pipeline.records import Prompt
+from pipeline.run.identities import judging_recipe, sampling_of, synthesis_recipe
+from pipeline.synthesis.rewriting import make_requests, rubric_of
+from pipeline.synthesis.steps import asked_of, handed_on, steps_of
+from teachers.engine.options import check_sampling_parameters
+from teachers.tasks.judge import grade_tokens
+from teachers.tokenizing import load_tokenizer
+
+_NO_PLACE = "system_prompt, and {} prompts are raw `text`, which has no place for one"
+Identities = Mapping[str, dict[str, str]]
+
+
+def check_sampling(config: Config) -> None:
+    """Checks the SamplingParams of every step of every round.
+
+    Raises:
+        ConfigError: vLLM refuses them, or they leave no room for a prompt.
+    """
+    most = config.synthesis.max_sequence_tokens
+    steps = {step.label: step for each in rounds_of(config) for step in steps_of(each)}
+    for step in steps.values():
+        if isinstance(step.recipe, GivenAnswers):
+            continue
+        place = f"synthesis.recipes ({step.label})"
+        sampling = sampling_of(step.recipe, step.generator)
+        answering = isinstance(step.recipe, Answering)
+        samples = step.recipe.samples_per_prompt if isinstance(step.recipe, Answering) else 1
+        if isinstance(step.recipe, Paraphrase):
+            samples = step.recipe.versions
+        teacher = config.generator(step.generator)
+        apis = {teacher.endpoint.api} if isinstance(teacher, EndpointTeacherConfig) else set()
+        try:
+            check_sampling_parameters(sampling, samples, apis)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from error
+        if answering and most is not None and most <= sampling["max_tokens"]:
+            raise ConfigError(
+                f"{place}: sampling.max_tokens ({sampling['max_tokens']}) leaves no room for a "
+                f"prompt in synthesis.max_sequence_tokens ({most})"
+            )
+
+
+def check_recipes(config: Config, prompts: Sequence[Prompt]) -> None:
+    """Checks that every recipe has prompts to work on, and that templates can be used.
+
+    Raises:
+        ConfigError: one has not, or one cannot.
+    """
+    domains = {prompt.domain for prompt in prompts}
+    owned = {domain for teacher in config.teachers.values() for domain in teacher.domains}
+    raw = [prompt for prompt in prompts if prompt.text is not None]
+    if config.evaluation.system_prompt is not None and raw:
+        raise ConfigError(f"evaluation.{_NO_PLACE.format(len(raw))}")
+    for i, recipe in enumerate(config.synthesis.recipes):
+        place = f"synthesis.recipes.{i} ({recipe.type})"
+        if isinstance(recipe, Answering) and recipe.by == "domain_teacher" and domains - owned:
+            raise ConfigError(
+                f"{place} by domain_teacher: no teacher names {sorted(domains - owned)} in its "
+                f"`domains`; the teachers name {sorted(owned)}"
+            )
+        if isinstance(recipe, Complete) and not raw:
+            raise ConfigError(f"{place} continues raw `text`, and all prompts are chat `messages`")
+        if isinstance(recipe, Answer) and recipe.system_prompt is not None and raw:
+            raise ConfigError(f"{place} has a {_NO_PLACE.format(len(raw))}")
+        without = sum(prompt.reference is None for prompt in prompts)
+        if isinstance(recipe, GivenAnswers) and without:
+            raise ConfigError(
+                f"{place} takes references as answers; {without} of {len(prompts)} prompts have "
+                "none"
+            )
+        if isinstance(recipe, Writing) and not make_requests(recipe, prompts, config.seed):
+            raise ConfigError(f"{place} rewrites train prompts of one turn, and there is none")
+
+
+def check_lengths(config: Config, prompts: Sequence[Prompt], tokens: Mapping[str, int]) -> None:
+    """Checks that every engine that answers holds the longest of its prompts with an answer.
+
+    Args:
+        tokens: by the digest of a prompt as it is asked, its length.
+
+    Raises:
+        ConfigError: one does not, and nothing says that such prompts may be dropped.
+    """
+    for each in rounds_of(config):
+        pool = list(prompts)
+        for step in steps_of(each):
+            if isinstance(step.recipe, Writing):
+                pool = handed_on(step.recipe, pool)
+            elif isinstance(step.recipe, Answering):
+                lengths = (tokens[p.digest] for p in asked_of(each, step, pool))
+                most = sampling_of(step.recipe, step.generator)["max_tokens"]
+                place = f"synthesis.recipes ({step.label})"
+                _check_room(each, place, step.generator, max(lengths, default=0), most)
+    sampling, system = config.evaluation.sampling, config.evaluation.system_prompt
+    asked = max(tokens[p.under(system).digest] for p in prompts if p.split == "holdout")
+    for name in [*config.scoring_teachers, STUDENT]:
+        _check_room(config, "evaluation", name, asked, sampling["max_tokens"])
+
+
+def _check_room(config: Config, place: str, name: str, prompt: int, answer: int) -> None:
+    """`prompt` and `answer` are the most tokens of either; what exceeds a bound is dropped."""
+    teacher, bound = config.generator(name), config.synthesis.max_sequence_tokens
+    need = min(prompt + answer, bound or prompt + answer)
+    if not teacher.returns_text and need > (teacher.max_model_len or need):
+        raise ConfigError(
+            f"{place}: {name} holds max_model_len = {teacher.max_model_len} tokens; the longest "
+            f"prompt ({prompt}) and sampling.max_tokens ({answer}) need {need}. Raise "
+            "max_model_len, lower max_tokens, or set synthesis.max_sequence_tokens to at most "
+            f"{teacher.max_model_len}: prompts that leave no room are then dropped and counted"
+        )
+
+
+def check_filters(config: Config, prompts: Sequence[Prompt]) -> None:
+    """Checks what the filters need beside the answers.
+
+    Raises:
+        ConfigError: a checker, file, rubric or domain does not exist, or a grade is no token.
+    """
+    checker = config.prompts.checker
+    trained = {prompt.domain for prompt in prompts if prompt.split == "train"}
+    if checker and all(prompt.reference is None for prompt in prompts):
+        raise ConfigError(f"prompts.checker is {checker}, but no prompt has a reference")
+    if checker:
+        find_checker(checker)
+    for key, file in evaluation_files(config).items():
+        if not storage.exists(file.path):
+            raise ConfigError(f"{key}: {file.path} does not exist")
+    for rule in config.synthesis.filters:
+        if isinstance(rule, Balance) and rule.shares.keys() != trained:
+            raise ConfigError(
+                f"filter balance has shares of {sorted(rule.shares)}; the domains of train prompts "
+                f"are {sorted(trained)}"
+            )
+        if isinstance(rule, Judge):
+            rubric_of(rule)
+            if not config.teachers[rule.teacher].returns_text:
+                grade_tokens(load_tokenizer(config.student.files))
+
+
+def synthesis_recipes(
+    config: Config, identities: Identities, tokenizer_hash: str
+) -> dict[str, dict[str, Any]]:
+    """By step, what decides its answers or prompts.
+
+    Args:
+        identities: of the generators' models.
+    """
+    return {
+        step.label: synthesis_recipe(
+            config, step.recipe, step.generator, identities.get(step.generator, {}), tokenizer_hash
+        )
+        for step in steps_of(config)
+    }
+
+
+def filter_identities(
+    config: Config, rules: Sequence[Filter], identities: Identities, tokenizer_hash: str
+) -> list[dict[str, Any]]:
+    """What decides which answers filters keep.
+
+    Args:
+        identities: of the teachers' models.
+    """
+    return [
+        filter_identity(
+            rule,
+            config.prompts.checker,
+            judging_recipe(config, rule, identities[rule.teacher], tokenizer_hash)
+            if isinstance(rule, Judge)
+            else None,
+            config.teachers[rule.teacher].max_model_len if isinstance(rule, Judge) else None,
+        )
+        for rule in rules
+    ]

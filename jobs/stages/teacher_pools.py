@@ -1,0 +1,115 @@
+"""What synthesize and score share: the engines of the teachers, their progress, their time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pipeline.config.rounds import layout_of
+from pipeline.config.run import Config
+from pipeline.config.teachers import EndpointTeacherConfig
+from pipeline.fingerprint import digest_json
+from pipeline.run.preparation import Prepared
+from teachers.pool.actor import Task
+from teachers.pool.dispatch import PoolReport
+from teachers.pool.pool import PoolJob
+from teachers.protocol import EndpointSpec, EngineSpec
+
+PROGRESS_SECONDS = 10.0
+
+
+def pool_job(
+    config: Config,
+    name: str,
+    prepared: Prepared,
+    tasks: Sequence[Task],
+    *,
+    min_model_len: int,
+    num_logprobs: int,
+    unit: str,
+    hidden_layers: tuple[int, ...] = (),
+    share_prefixes: bool = False,
+) -> PoolJob:
+    """The work of one teacher, or of the student that writes, with the engine that it needs.
+
+    Args:
+        min_model_len: tokens that the engine must hold.
+        num_logprobs: capture width; 0 when it only generates.
+        unit: of the tasks' items, for the progress lines.
+        hidden_layers: whose states it captures.
+        share_prefixes: several sequences to score begin with one prompt.
+    """
+    teacher = config.generator(name)
+    if isinstance(teacher, EndpointTeacherConfig):
+        spec = endpoint_spec(
+            config, name, prepared, min_model_len=min_model_len, num_logprobs=num_logprobs
+        )
+    else:
+        spec = EngineSpec(
+            model=teacher.model,
+            revision=teacher.revision,
+            trust_remote_code=teacher.trust_remote_code,
+            vllm=teacher.vllm,
+            num_logprobs=num_logprobs,
+            hidden_layers=hidden_layers,
+            share_prefixes=share_prefixes,
+            min_model_len=min_model_len,
+            seed=config.seed,
+            eos_token_ids=(prepared.eos_token_id,),
+        )
+    return PoolJob(
+        name,
+        spec,
+        teacher.resources,
+        teacher.replicas,
+        tasks,
+        config.cluster.env_vars,
+        _progress(unit, name),
+        config.cluster.autoscaling,
+    )
+
+
+def endpoint_spec(
+    config: Config, name: str, prepared: Prepared, *, min_model_len: int, num_logprobs: int
+) -> EndpointSpec:
+    """What the actor needs to ask an endpoint; one that scores is held to its first canary."""
+    teacher = config.teachers[name]
+    assert isinstance(teacher, EndpointTeacherConfig), f"{name} runs in engines of this run"
+    canary = None
+    if teacher.scores:
+        digest = digest_json([prepared.identities[name], prepared.tokenizer_hash])
+        canary = layout_of(config).endpoint_canary(digest)
+    return EndpointSpec(
+        endpoint=teacher.endpoint,
+        student=config.student,
+        min_model_len=min_model_len,
+        num_logprobs=num_logprobs,
+        eos_token_ids=(prepared.eos_token_id,),
+        canary_path=canary,
+    )
+
+
+def engine_seconds(
+    config: Config, reports: dict[str, PoolReport], seconds: float
+) -> dict[str, float]:
+    """By model, the seconds of its engines, each as long as the whole stage: an upper bound."""
+    return {
+        name: config.generator(name).replicas * seconds
+        for name, report in reports.items()
+        if report.engines
+    }
+
+
+def _progress(unit: str, name: str) -> Callable[[int, int, Any], None]:
+    """Prints a line at most every ten seconds, and at the end."""
+    started = last = time.monotonic()
+
+    def say(done: int, total: int, _: Any) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done == total or now - last >= PROGRESS_SECONDS:
+            last = now
+            print(f"{name}: {done}/{total} {unit}, {now - started:.0f} s", flush=True)
+
+    return say

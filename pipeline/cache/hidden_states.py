@@ -1,0 +1,103 @@
+"""What a cache of hidden states holds: the columns of `HiddenStates` and what they mean."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from pipeline.cache.columns import Column
+from pipeline.errors import CacheError
+from pipeline.records import HiddenStates
+
+SCHEMA_VERSION = 1
+ALIGNMENT = (
+    "Position j of a row is the j-th token index i_j of the sequence's loss spans, in order. Its "
+    "states are the teacher's hidden states at index i_j - 1, those that its distribution over the "
+    "token at index i_j is computed from. A row's cell has the shape [positions, layers, width], "
+    "the last axis fastest; shape names [layers, width], and the recipe in the cache's manifest "
+    "the layers: layer l is the state after l blocks, transformers' hidden_states[l], the last one "
+    "before the final norm. Values are bfloat16, the high half of a float32: "
+    "(value.astype('<u4') << 16).view('<f4'). Where the recipe names a projection, states were "
+    "multiplied with its matrix of shape [hidden size, width]."
+)
+DTYPES = {"states": "<u2"}
+FACTS = ("shape",)
+"""Metadata that holds for all rows."""
+
+
+def position_bytes(num_layers: int, width: int) -> int:
+    """What the states of a position take before compression."""
+    return 2 * num_layers * width
+
+
+def check(rows: Sequence[HiddenStates]) -> None:
+    """Checks what a shard's rows must fulfil, alone and together.
+
+    Raises:
+        CacheError: a row breaks an invariant, or their states are of several shapes.
+    """
+    for row in rows:
+        check_states(row)
+    if len({row.states.shape[1:] for row in rows}) > 1:
+        raise CacheError("states of several shapes cannot share a shard")
+
+
+def check_states(row: HiddenStates) -> None:
+    """Checks one row.
+
+    Raises:
+        CacheError: its states are no bfloat16 of shape [P, L, D], or a value is not finite.
+    """
+    if row.states.dtype != np.uint16 or row.states.ndim != 3 or 0 in row.states.shape:
+        raise CacheError(
+            f"sequence {row.sequence_id}: states are {row.states.dtype}{list(row.states.shape)}, "
+            "not uint16 of positions, layers and width"
+        )
+    exponents = row.states & 0x7F80
+    if (exponents == 0x7F80).any():
+        raise CacheError(f"sequence {row.sequence_id}: a value is not finite")
+
+
+def facts(rows: Sequence[HiddenStates]) -> dict[str, str]:
+    """What holds for all rows, as metadata."""
+    return {"shape": json.dumps(rows[0].states.shape[1:])}
+
+
+def encode(rows: Sequence[HiddenStates]) -> dict[str, Column]:
+    """The columns of a shard."""
+    return {"states": Column.of_arrays([row.states.astype("<u2") for row in rows])}
+
+
+def decode(
+    identifiers: Sequence[str], columns: Mapping[str, Column], told: Mapping[str, str]
+) -> list[HiddenStates]:
+    """Rows whose arrays are views of one decoded column.
+
+    Args:
+        told: the facts.
+    """
+    shape = (-1, *json.loads(told["shape"]))
+    cells = columns["states"].cells()
+    return [
+        HiddenStates(identifier, cell.reshape(shape))
+        for identifier, cell in zip(identifiers, cells, strict=True)
+    ]
+
+
+def positions(columns: Mapping[str, Column], told: Mapping[str, str]) -> list[int]:
+    """The number of positions of every row."""
+    num_layers, width = json.loads(told["shape"])
+    return (np.diff(columns["states"].starts) // (num_layers * width)).tolist()
+
+
+def figures(rows: Sequence[HiddenStates]) -> dict[str, float | int | None]:
+    """What the index keeps of a shard. `mean_norm`: mean over positions and layers of the length of
+    a state.
+    """
+    norms = [np.linalg.norm(row.values, axis=-1).ravel() for row in rows]
+    return {
+        "num_positions": sum(row.num_positions for row in rows),
+        "mean_norm": float(np.concatenate(norms).mean(dtype=np.float64)),
+    }

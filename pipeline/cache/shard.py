@@ -1,0 +1,259 @@
+"""Cache shards on disk: their writer and their reader.
+
+A shard holds one teacher's distributions (`cache_logprobs.py`) or its hidden states
+(`cache_features.py`). One row per sequence; each array is one binary cell of little-endian numbers,
+which a reader decodes with `np.frombuffer` a whole column at a time. The file's metadata explains
+the columns and the alignment.
+
+A shard file is the truth about itself. Index and manifest are derived from shards
+(`pipeline/cache/index.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import pyarrow as pa
+from xxhash import xxh3_128
+
+from pipeline import storage
+from pipeline.cache import hidden_states, logprobs
+from pipeline.cache.columns import Column
+from pipeline.errors import CacheError, CorruptFileError, CorruptShardError
+from pipeline.fingerprint import digest_ids
+from pipeline.records import CacheRow, HiddenStates, SparseLogprobs
+
+CONTENTS: dict[type, ModuleType] = {SparseLogprobs: logprobs, HiddenStates: hidden_states}
+"""By the kind of row, the module that knows its columns."""
+METADATA_KEYS = {
+    "polystill.schema_version",
+    "polystill.num_rows",
+    "polystill.checksum",
+    "polystill.fingerprint",
+    "polystill.quality",
+}
+DESCRIBED = ("fingerprint", "quality", "origin")
+"""Metadata that the checksum covers, beside the facts; a shard of unknown origin has none."""
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """What index and manifest keep of one shard.
+
+    Attributes:
+        digest: of the sequence ids; the file's name.
+        positions: of each sequence.
+        num_bytes: of the file.
+        checksum: of the decoded payload and of what its metadata says about it.
+        figures: of its quality, see `figures` of its content's module.
+        origin: what made its rows, such as an engine; None where nobody says.
+    """
+
+    digest: str
+    sequence_ids: tuple[str, ...]
+    positions: tuple[int, ...]
+    num_bytes: int
+    checksum: str
+    figures: dict[str, Any]
+    origin: dict[str, Any] | None
+
+    @property
+    def num_positions(self) -> int:
+        """Of all sequences."""
+        return sum(self.positions)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard that passed its checks: columns, and its metadata without the prefix of the keys."""
+
+    content: ModuleType
+    identifiers: list[str]
+    columns: dict[str, Column]
+    metadata: dict[str, str]
+
+    @property
+    def facts(self) -> dict[str, str]:
+        return {key: self.metadata[key] for key in self.content.FACTS}
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the recipe that it was made under."""
+        return self.metadata["fingerprint"]
+
+    def rows(self) -> list[Any]:
+        """Its rows, of either kind."""
+        return self.content.decode(self.identifiers, self.columns, self.facts)
+
+    def entry(self, num_bytes: int) -> ShardEntry:
+        """Its index entry; `num_bytes` are those of the file."""
+        return ShardEntry(
+            digest=digest_ids(self.identifiers),
+            sequence_ids=tuple(self.identifiers),
+            positions=tuple(self.content.positions(self.columns, self.facts)),
+            num_bytes=num_bytes,
+            checksum=self.metadata["checksum"],
+            figures=json.loads(self.metadata["quality"]),
+            origin=json.loads(self.metadata.get("origin", "null")),
+        )
+
+
+def write_shard(
+    path: str,
+    rows: Sequence[CacheRow],
+    fingerprint: str,
+    origin: dict[str, Any] | None = None,
+) -> ShardEntry:
+    """Encodes a shard in memory and writes it in one call.
+
+    Args:
+        rows: all of one kind.
+        origin: what made them, as a JSON value.
+
+    Raises:
+        CacheError: a row breaks an invariant of the format.
+        StorageError: the disk is full or the place cannot be written.
+    """
+    content = CONTENTS[type(rows[0])]
+    content.check(rows)
+    columns, facts = content.encode(rows), content.facts(rows)
+    identifiers = [row.sequence_id for row in rows]
+    figures = content.figures(rows)
+    told = {"fingerprint": fingerprint, "quality": json.dumps(figures)}
+    told |= ({} if origin is None else {"origin": json.dumps(origin)}) | facts
+    checksum = _checksum(identifiers, columns, *told.values())
+    metadata = {
+        "polystill.schema_version": str(content.SCHEMA_VERSION),
+        "polystill.alignment": content.ALIGNMENT,
+        "polystill.dtypes": json.dumps(content.DTYPES),
+        "polystill.num_rows": str(len(rows)),
+        "polystill.checksum": checksum,
+        **{f"polystill.{key}": value for key, value in told.items()},
+    }
+    cells = {name: column.to_arrow() for name, column in columns.items()}
+    schema = _schema(content).with_metadata(metadata)
+    table = pa.table({"sequence_id": identifiers, **cells}, schema=schema)
+    num_bytes = storage.write_table(path, table, use_dictionary=False, write_statistics=False)
+    return ShardEntry(
+        digest=digest_ids(identifiers),
+        sequence_ids=tuple(identifiers),
+        positions=tuple(row.num_positions for row in rows),
+        num_bytes=num_bytes,
+        checksum=checksum,
+        figures=figures,
+        origin=origin,
+    )
+
+
+def read_shard(path: str) -> list[SparseLogprobs]:
+    """Reads a shard of distributions and checks its schema version, row count and payload checksum.
+
+    Raises:
+        CorruptShardError: the shard is incomplete or was changed after it was written.
+        CacheError: it has another schema version.
+        StorageError: it is missing or cannot be read.
+    """
+    return _rows_of(path, logprobs)
+
+
+def read_features(path: str) -> list[HiddenStates]:
+    """Reads a shard of hidden states.
+
+    Raises:
+        CorruptShardError, CacheError, StorageError: as `read_shard`.
+    """
+    return _rows_of(path, hidden_states)
+
+
+def describe_shard(path: str, num_bytes: int) -> ShardEntry:
+    """The index entry of a shard, which is checked as in `read_shard`.
+
+    Raises:
+        CorruptShardError, CacheError, StorageError: as `read_shard`.
+    """
+    return open_shard(path).entry(num_bytes)
+
+
+def _rows_of(path: str, content: ModuleType) -> list[Any]:
+    shard = open_shard(path)
+    if shard.content is not content:
+        raise CorruptShardError(path, f"its columns are {list(shard.columns)}")
+    return shard.rows()
+
+
+def open_shard(path: str) -> Shard:
+    """Reads a shard of either kind, once, whatever is asked of it.
+
+    Raises:
+        CorruptShardError, CacheError, StorageError: as `read_shard`.
+    """
+    try:
+        table = storage.read_table(path)
+    except CorruptFileError as error:
+        raise CorruptShardError(
+            path, f"it is no complete Parquet file ({error.__cause__})"
+        ) from error
+    content, metadata = _metadata(path, table)
+    if str(table.num_rows) != metadata["num_rows"]:
+        raise CorruptShardError(
+            path, f"it holds {table.num_rows} rows, its header says {metadata['num_rows']}"
+        )
+    try:
+        columns = {
+            name: Column.of_arrow(table.column(name).combine_chunks(), dtype)
+            for name, dtype in content.DTYPES.items()
+        }
+    except ValueError as error:
+        raise CorruptShardError(path, str(error)) from error
+    identifiers = table.column("sequence_id").to_pylist()
+    described = [metadata[key] for key in (*DESCRIBED, *content.FACTS) if key in metadata]
+    if _checksum(identifiers, columns, *described) != metadata["checksum"]:
+        reason = "it fails its checksum: its content was changed after it was written"
+        raise CorruptShardError(path, reason)
+    return Shard(content, identifiers, columns, metadata)
+
+
+def _schema(content: ModuleType) -> pa.Schema:
+    return pa.schema(
+        [("sequence_id", pa.string()), *((name, pa.binary()) for name in content.DTYPES)]
+    )
+
+
+def _checksum(identifiers: list[str], columns: Mapping[str, Column], *described: str) -> str:
+    """XXH3 of the payload and of what the metadata says about it.
+
+    BLAKE2b would take longer than all else that reading does.
+    """
+    hasher = xxh3_128(digest_ids(identifiers).encode())
+    for text in described:
+        hasher.update(f"{len(text)}:{text}".encode())
+    for column in columns.values():
+        hasher.update(column.starts.astype("<i8").tobytes())
+        hasher.update(column.values.data)
+    return hasher.hexdigest()
+
+
+def _metadata(path: str, table: pa.Table) -> tuple[ModuleType, dict[str, str]]:
+    """What the shard holds, and its metadata without the prefix of the keys."""
+    try:
+        table.validate(full=True)
+        metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        raise CorruptShardError(path, str(error)) from error
+    fits = [c for c in CONTENTS.values() if table.schema.equals(_schema(c))]
+    facts = {f"polystill.{key}" for content in fits for key in content.FACTS}
+    if missing := METADATA_KEYS.union(facts) - metadata.keys():
+        raise CorruptShardError(path, f"its metadata lacks {sorted(missing)}")
+    version = metadata["polystill.schema_version"]
+    known = {str(content.SCHEMA_VERSION) for content in fits or CONTENTS.values()}
+    if version not in known:
+        raise CacheError(
+            f"{path} has cache schema version {version}, this program reads {' or '.join(known)}"
+        )
+    if not fits:
+        raise CorruptShardError(path, f"its columns are {table.schema.names}")
+    return fits[0], {key.removeprefix("polystill."): text for key, text in metadata.items()}

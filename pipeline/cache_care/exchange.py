@@ -1,0 +1,326 @@
+"""Other projects' formats: a long Parquet table for analysis, and DistillKit's logit datasets.
+
+DistillKit's format, written from its documentation (arcee-ai/DistillKit, README.md, "Logit
+Compression" and "Compression Deep-Dive", and the field descriptions of its configuration): a folder
+of Parquet files and `compression_config.yaml`. One row per sequence:
+
+    input_ids            list<uint64>[T]
+    compressed_logprobs  list<list<uint8>>[T - 1]   row r is over the token at index r + 1
+    bytepacked_indices   list<list<uint8>>[T - 1]
+
+A position holds `k` log-probabilities in descending order: `exact_k` numbers of `exact_dtype`, then
+the coefficients (`term_dtype`) of a polynomial in the rank, counted from 0 behind the exact ones,
+for the others; and `k` token ids of `ceil(log2 d)` bits each, most significant bit first, padded to
+whole bytes. With `delta_encoding` each number is the difference from the one before.
+
+What that lacks of ours: loss spans (positions outside them, and entries beyond a position's own
+number, are exported with log-probability -inf), the gold token's log-probability, tail mass and
+entropy. An import takes gold from the entries, or where it is not among them the most that it can
+have; tail mass is what the entries leave, and the entropy bound is that of the entries given.
+
+Legend: T tokens, P positions, K entries, B bytes of a position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import yaml
+
+from pipeline import storage
+from pipeline.cache.selection import probabilities, select
+from pipeline.config.scoring import Selection
+from pipeline.errors import CacheError
+from pipeline.records import SparseLogprobs, TokenSequence
+
+ROWS_PER_FILE = 256
+CONFIG_FILE = "compression_config.yaml"
+DISTILLKIT_SCHEMA = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.uint64())),
+        ("compressed_logprobs", pa.list_(pa.list_(pa.uint8()))),
+        ("bytepacked_indices", pa.list_(pa.list_(pa.uint8()))),
+    ]
+)
+LONG_SCHEMA = pa.schema(
+    [
+        ("sequence_id", pa.string()),
+        ("domain", pa.string()),
+        ("position", pa.int32()),
+        ("token_index", pa.int32()),
+        ("gold_token_id", pa.int32()),
+        ("gold_logprob", pa.float32()),
+        ("tail_mass", pa.float32()),
+        ("entropy", pa.float32()),
+        ("rank", pa.int32()),
+        ("token_id", pa.int32()),
+        ("logprob", pa.float32()),
+        ("count", pa.int32()),
+        ("probability", pa.float32()),
+    ]
+)
+DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "float64": "<f8"}
+TERMS = {"sqrt": np.sqrt, "exp": np.exp}
+Pairs = Iterable[tuple[TokenSequence, SparseLogprobs]]
+
+
+@dataclass(frozen=True)
+class ForeignSequence:
+    """One sequence of a DistillKit dataset.
+
+    Attributes:
+        input_ids: int64[T].
+        token_ids: int64[T - 1, K].
+        logprobs: float32[T - 1, K]; -inf where an entry or a whole position says nothing.
+    """
+
+    input_ids: np.ndarray
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+
+
+def export_long(pairs: Pairs, folder: str) -> int:
+    """Writes one row per entry, any tool's table; returns the number of sequences.
+
+    Head entries have a `logprob`, drawn ones a `count`; `probability` is what training takes either
+    for.
+    """
+    return _write_files(pairs, folder, _long_table)
+
+
+def widest(pairs: Pairs) -> int:
+    """The most entries of a position, at least 1, for `export_distillkit`.
+
+    Raises:
+        CacheError: a row holds draws, which have no log-probabilities.
+    """
+    most = 1
+    for sequence, row in pairs:
+        if row.is_drawn:
+            raise CacheError(
+                f"sequence {sequence.sequence_id} holds draws, which have no log-probabilities, "
+                "and DistillKit's format has no place for counts; export it as parquet-long"
+            )
+        most = max(most, int(row.num_entries.max()))
+    return most
+
+
+def export_distillkit(pairs: Pairs, folder: str, vocabulary: int, max_entries: int) -> int:
+    """Writes a DistillKit dataset whose log-probabilities are ours bit by bit (float16, all exact).
+
+    Args:
+        vocabulary: rows of the teacher's head; decides the bits of an id.
+        max_entries: of a position, at most (`widest`); shorter ones are padded.
+
+    Returns:
+        The number of sequences.
+    """
+    config = {
+        "d": vocabulary,
+        "k": max_entries,
+        "exact_k": max_entries,
+        "exact_dtype": "float16",
+        "polynomial_terms": None,
+        "term_dtype": "float32",
+        "residual_bins": [],
+        "delta_encoding": False,
+        "error_diffusion": False,
+        "normalize_t": False,
+    }
+    storage.write_bytes(storage.join(folder, CONFIG_FILE), yaml.safe_dump(config).encode())
+
+    def table(batch: Sequence[tuple[TokenSequence, SparseLogprobs]]) -> pa.Table:
+        rows = [_distillkit_row(s, r, vocabulary, max_entries) for s, r in batch]
+        return pa.Table.from_pylist(rows, schema=DISTILLKIT_SCHEMA)
+
+    return _write_files(pairs, folder, table)
+
+
+def read_distillkit(folder: str) -> Iterator[ForeignSequence]:
+    """Reads a DistillKit dataset, file by file.
+
+    Raises:
+        CacheError: its configuration is missing or asks for what is not read here (quantised
+            residuals), or a row does not fit it.
+        StorageError: a file cannot be read.
+    """
+    path = storage.join(folder, CONFIG_FILE)
+    if not storage.exists(path):
+        raise CacheError(
+            f"{folder} has no {CONFIG_FILE}: without the settings of its capture the numbers "
+            "cannot be read; write them there as DistillKit's `logprob_compressor` has them"
+        )
+    config = yaml.safe_load(storage.read_bytes(path))
+    if config.get("residual_bins"):
+        raise CacheError(f"{path} has residual_bins; quantised residuals are not read here")
+    files = storage.list_files(folder, ".parquet")
+    if not files:
+        raise CacheError(f"{folder} holds no Parquet file")
+    for info in files:
+        table = storage.read_table(storage.join(folder, info.base_name))
+        for i, row in enumerate(table.select(DISTILLKIT_SCHEMA.names).to_pylist()):
+            try:
+                yield _foreign_sequence(row, config)
+            except ValueError as error:
+                raise CacheError(
+                    f"{info.base_name} row {i} does not fit {CONFIG_FILE}: {error}"
+                ) from error
+
+
+def row_of(
+    sequence: TokenSequence, foreign: ForeignSequence, rule: Selection, teacher: str
+) -> SparseLogprobs | None:
+    """The cache row that a foreign sequence of the same tokens gives, by the run's own selection.
+
+    Returns:
+        None where a position of the sequence's loss spans has no entries.
+    """
+    rows_P = sequence.position_indices - 1
+    if len(foreign.logprobs) <= rows_P[-1]:
+        return None
+    order_PK = np.argsort(-foreign.logprobs[rows_P], axis=1, kind="stable")
+    logprobs_PK = np.take_along_axis(foreign.logprobs[rows_P], order_PK, axis=1)
+    token_ids_PK = np.take_along_axis(foreign.token_ids[rows_P], order_PK, axis=1)
+    if not np.isfinite(logprobs_PK[:, 0]).all():
+        return None
+    finite_PK = np.isfinite(logprobs_PK)
+    is_gold_PK = (token_ids_PK == sequence.gold_ids[:, None]) & finite_PK
+    mass_P = np.exp(np.where(finite_PK, logprobs_PK, -np.inf).astype(np.float64)).sum(axis=1)
+    last_P = np.where(finite_PK, logprobs_PK, np.inf).min(axis=1)
+    with np.errstate(divide="ignore"):
+        at_most_P = np.minimum(last_P, np.log(np.clip(1.0 - mass_P, 0.0, None)))
+    gold_P = np.where(
+        is_gold_PK.any(axis=1), np.where(is_gold_PK, logprobs_PK, -np.inf).max(axis=1), at_most_P
+    )
+    return select(sequence.sequence_id, token_ids_PK, logprobs_PK, gold_P, rule, teacher=teacher)
+
+
+def pack_bits(values_PK: np.ndarray, num_bits: int) -> np.ndarray:
+    """uint8[P, B]: unsigned integers of `num_bits` each, most significant bit first, padded with 0
+    to whole bytes.
+    """
+    shifts = np.arange(num_bits - 1, -1, -1)
+    bits = (values_PK[..., None].astype(np.int64) >> shifts) & 1
+    return np.packbits(bits.reshape(len(values_PK), -1).astype(np.uint8), axis=1)
+
+
+def unpack_bits(packed_PB: np.ndarray, num_bits: int, count: int) -> np.ndarray:
+    """int64[P, count]: the inverse of `pack_bits`.
+
+    Raises:
+        ValueError: there are fewer bits.
+    """
+    bits = np.unpackbits(packed_PB, axis=1)[:, : num_bits * count]
+    weights = 1 << np.arange(num_bits - 1, -1, -1, dtype=np.int64)
+    return bits.reshape(len(packed_PB), count, num_bits).astype(np.int64) @ weights
+
+
+def _index_bits(vocabulary: int) -> int:
+    return max(1, (vocabulary - 1).bit_length())
+
+
+def _distillkit_row(
+    sequence: TokenSequence, row: SparseLogprobs, vocabulary: int, max_entries: int
+) -> dict[str, Any]:
+    shape = (len(sequence.input_ids) - 1, max_entries)
+    token_ids_TK, logprobs_TK = np.zeros(shape, np.int64), np.full(shape, -np.inf, "<f2")
+    kept_PK = np.arange(max_entries) < row.num_entries[:, None]
+    positions, columns = np.nonzero(kept_PK)
+    rows = sequence.position_indices[positions] - 1
+    token_ids_TK[rows, columns], logprobs_TK[rows, columns] = row.token_ids, row.logprobs
+    return {
+        "input_ids": sequence.input_ids.tolist(),
+        "compressed_logprobs": logprobs_TK.view(np.uint8).tolist(),
+        "bytepacked_indices": pack_bits(token_ids_TK, _index_bits(vocabulary)).tolist(),
+    }
+
+
+def _foreign_sequence(row: dict[str, Any], config: dict[str, Any]) -> ForeignSequence:
+    packed = np.array(row["bytepacked_indices"], np.uint8).reshape(
+        len(row["bytepacked_indices"]), -1
+    )
+    values = np.array(row["compressed_logprobs"], np.uint8).reshape(len(packed), -1)
+    return ForeignSequence(
+        input_ids=np.array(row["input_ids"], np.int64),
+        token_ids=unpack_bits(packed, _index_bits(config["d"]), config["k"]),
+        logprobs=_decompress(values, config),
+    )
+
+
+def _decompress(values_PB: np.ndarray, config: dict[str, Any]) -> np.ndarray:
+    """float32[P, k] from the bytes of each position."""
+    num_exact, terms = config["exact_k"], config.get("polynomial_terms") or []
+    exact_dtype = config.get("exact_dtype", "float32")
+    term_dtype = config.get("term_dtype", "float32")
+    exact_PK, used = _numbers(values_PB, exact_dtype, num_exact)
+    coefficients_PC, _ = _numbers(values_PB[:, used:], term_dtype, len(terms))
+    num_others = config["k"] - num_exact
+    ranks = np.arange(num_others, dtype=np.float64)
+    if config.get("normalize_t"):
+        ranks = np.linspace(0, 1, num_others)
+    powers_KC = (
+        np.stack(
+            [TERMS[term](ranks) if term in TERMS else ranks ** int(term) for term in terms], axis=1
+        )
+        if terms
+        else np.zeros((num_others, 0))
+    )
+    found_PK = np.concatenate([exact_PK, coefficients_PC @ powers_KC.T], axis=1)
+    if config.get("delta_encoding", True):
+        found_PK = np.cumsum(found_PK, axis=1)
+    return found_PK.astype(np.float32)
+
+
+def _numbers(values_PB: np.ndarray, dtype: str, count: int) -> tuple[np.ndarray, int]:
+    """float64[P, count] from the first bytes of each position, and how many these are."""
+    num_bytes = count * np.dtype(DTYPES[dtype]).itemsize
+    if values_PB.shape[1] < num_bytes:
+        raise ValueError(f"{values_PB.shape[1]} bytes where {num_bytes} are needed")
+    raw = np.ascontiguousarray(values_PB[:, :num_bytes]).view(DTYPES[dtype])
+    if dtype == "bfloat16":  # the upper half of a float32
+        raw = (raw.astype(np.uint32) << 16).view(np.float32)
+    return raw.astype(np.float64).reshape(len(values_PB), count), num_bytes
+
+
+def _long_table(batch: Sequence[tuple[TokenSequence, SparseLogprobs]]) -> pa.Table:
+    return pa.concat_tables([_long_rows(sequence, row) for sequence, row in batch])
+
+
+def _long_rows(sequence: TokenSequence, row: SparseLogprobs) -> pa.Table:
+    counts = row.num_entries.astype(np.int64)
+    positions = np.repeat(np.arange(row.num_positions), counts)
+    starts = np.cumsum(counts) - counts
+    head_N = row.head_N
+    logprobs_N, counts_N = np.zeros(len(head_N), np.float32), np.zeros(len(head_N), np.int32)
+    logprobs_N[head_N], counts_N[~head_N] = row.logprobs, row.counts
+    columns = {
+        "sequence_id": [sequence.sequence_id] * len(positions),
+        "domain": [sequence.domain] * len(positions),
+        "position": positions,
+        "token_index": sequence.position_indices[positions],
+        "gold_token_id": sequence.gold_ids[positions],
+        "gold_logprob": row.gold_logprobs[positions].astype(np.float32),
+        "tail_mass": row.tail_mass[positions].astype(np.float32),
+        "entropy": row.entropies[positions].astype(np.float32),
+        "rank": np.arange(len(positions)) - starts[positions],
+        "token_id": row.token_ids.astype(np.int32),
+        "logprob": pa.array(logprobs_N, mask=~head_N),
+        "count": pa.array(counts_N, mask=head_N),
+        "probability": probabilities(row),
+    }
+    arrays = [pa.array(columns[f.name]).cast(f.type) for f in LONG_SCHEMA]
+    return pa.Table.from_arrays(arrays, schema=LONG_SCHEMA)
+
+
+def _write_files(pairs: Pairs, folder: str, table_of: Any) -> int:
+    remaining, number, written = iter(pairs), 0, 0
+    while batch := list(islice(remaining, ROWS_PER_FILE)):
+        path = storage.join(folder, f"data_{number}.parquet")
+        storage.write_table(path, table_of(batch))
+        number, written = number + 1, written + len(batch)
+    return written

@@ -1,0 +1,115 @@
+"""Combination: how much each teacher's cached row weighs in the target of one sequence.
+
+`mixture` means p = sum_m w_m p_m, and `route` the same with all weight on one teacher. Every
+teacher keeps its own kept set and its own tail bucket, and a loss that is linear in p is summed
+over teachers with these weights, which is exact; no union of ids is formed here. `product` forms
+one, in `pipeline/combine/product.py`.
+
+Weights come from cached numbers alone: they depend on the sequence, not on batch, rank or order.
+Legend: M teachers in the config's order, P positions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipeline.config.combine import (
+    ByDomainWeights,
+    CombineConfig,
+    GoldLikelihoodWeights,
+    LearnedWeights,
+    StaticWeights,
+)
+from pipeline.errors import CacheError, ConfigError
+from pipeline.records import CombinedTargets, SparseLogprobs, TokenSequence
+
+
+def combine_targets(
+    sequence: TokenSequence,
+    rows: tuple[SparseLogprobs | None, ...],
+    teachers: list[str],
+    config: CombineConfig,
+) -> CombinedTargets:
+    """Weighs the teachers' rows of one sequence.
+
+    A teacher that has not scored the sequence gets weight 0 and the others are scaled to sum to 1.
+    Learned weights stand here as those `by_domain` that they came to.
+
+    Raises:
+        CacheError: no teacher of positive weight covers the sequence, or a row has another number
+            of positions.
+    """
+    for teacher, row in zip(teachers, rows, strict=True):
+        if row is not None and row.num_positions != sequence.num_positions:
+            raise CacheError(
+                f"teacher {teacher!r} holds {row.num_positions} positions for sequence "
+                f"{sequence.sequence_id}, which has {sequence.num_positions}"
+            )
+    weights_MP = _weights(sequence, rows, teachers, config)
+    covered_M = np.array([row is not None for row in rows])
+    weights_MP = np.where(covered_M[:, None], weights_MP, 0.0)
+    sums_P = weights_MP.sum(axis=0)
+    if (sums_P <= 0).any():
+        raise CacheError(
+            f"no teacher of positive weight has scored sequence {sequence.sequence_id} (domain "
+            f"{sequence.domain!r}): run the score stage again, or give a teacher that has scored "
+            "it a weight"
+        )
+    if config.method == "route":
+        weights_MP, sums_P = _routed(weights_MP, teachers), 1.0
+    return CombinedTargets(sequence, rows, (weights_MP / sums_P).astype(np.float32))
+
+
+def required_teachers(config: CombineConfig, teachers: list[str], domain: str) -> set[str]:
+    """The teachers that can have a positive weight in a domain."""
+    weights = config.weights
+    if isinstance(weights, StaticWeights | ByDomainWeights):
+        table = _table(weights, domain)
+        return {name for name in teachers if table.get(name, 0.0) > 0}
+    return set(teachers)
+
+
+def _table(weights: StaticWeights | ByDomainWeights, domain: str) -> dict[str, float]:
+    if isinstance(weights, StaticWeights):
+        return weights.teachers
+    if domain not in weights.domains:
+        raise ConfigError(
+            f"combine.weights has no weights for domain {domain!r}; it names "
+            f"{sorted(weights.domains)}"
+        )
+    return weights.domains[domain]
+
+
+def _weights(
+    sequence: TokenSequence,
+    rows: tuple[SparseLogprobs | None, ...],
+    teachers: list[str],
+    config: CombineConfig,
+) -> np.ndarray:
+    """float64[M, P] up to a common factor at each position, before uncovered teachers are taken
+    out.
+    """
+    weights, shape = config.weights, (len(teachers), sequence.num_positions)
+    assert not isinstance(weights, LearnedWeights), "resolved before anything is combined"
+    if isinstance(weights, StaticWeights | ByDomainWeights):
+        table = _table(weights, sequence.domain)
+        return np.broadcast_to(np.array([[table.get(name, 0.0)] for name in teachers]), shape)
+    by_gold = isinstance(weights, GoldLikelihoodWeights)
+    figures_MP = np.full(shape, -np.inf)
+    for m, row in enumerate(rows):
+        if row is not None:
+            found_P = row.gold_logprobs if by_gold else -row.entropies
+            figures_MP[m] = found_P.astype(np.float64)
+    if weights.per == "sequence":
+        figures_MP = np.broadcast_to(figures_MP.mean(axis=1, keepdims=True), shape)
+    if np.isneginf(figures_MP).all(axis=0).any():
+        return np.zeros(shape)
+    scaled_MP = figures_MP / weights.temperature
+    return np.exp(scaled_MP - scaled_MP.max(axis=0))
+
+
+def _routed(weights_MP: np.ndarray, teachers: list[str]) -> np.ndarray:
+    """1 for the teacher of the greatest weight, of equals the first by name, and 0 for others."""
+    by_name = np.array(sorted(range(len(teachers)), key=teachers.__getitem__))
+    chosen_P = by_name[weights_MP[by_name].argmax(axis=0)]
+    return np.equal.outer(np.arange(len(teachers)), chosen_P).astype(np.float64)

@@ -1,0 +1,96 @@
+"""Filters that weigh answers against each other: votes, the best of a prompt, shares of domains."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from pipeline.config.filters import Agreement, Balance, BestOf
+from pipeline.errors import FilterError
+from pipeline.filters.answer_checkers import final_number
+from pipeline.filters.candidates import Candidate, Evidence
+from pipeline.fingerprint import unit_interval
+
+
+def agreement(
+    rule: Agreement, candidates: Sequence[Candidate], evidence: Evidence
+) -> dict[int, str]:
+    """Answers that lose the vote of their prompt's samples, or win it too narrowly.
+
+    Every sample of every generator has a vote, also where equal samples became one sequence.
+    Answers without a number vote for none, which cannot win.
+    """
+    dropped = {}
+    for members in _by_prompt(candidates):
+        votes: Counter[str | float | None] = Counter()
+        for i in members:
+            votes[_vote(rule, candidates[i])] += candidates[i].samples
+        total = votes.total()
+        del votes[None]
+        ranked = votes.most_common(2)
+        is_tie = len(ranked) == 2 and ranked[0][1] == ranked[1][1]
+        winner, count = ranked[0] if ranked else (None, 0)
+        for i in members:
+            vote = _vote(rule, candidates[i])
+            if winner is None or is_tie or count < rule.min_share * total:
+                dropped[i] = f"no agreement: at most {count} of {total} samples say the same"
+            elif vote != winner:
+                dropped[i] = f"{votes[vote]} of {total} samples say so, {count} say {winner!r}"
+    return dropped
+
+
+def best_of(rule: BestOf, candidates: Sequence[Candidate], evidence: Evidence) -> dict[int, str]:
+    """All but the best answers to each prompt; of equals the first is better."""
+    means = evidence.gold_logprobs[rule.teacher] if rule.teacher is not None else {}
+    figures: dict[str, Callable[[Candidate], float]] = {
+        "shortest": lambda c: -len(c.answer_ids),
+        "longest": lambda c: len(c.answer_ids),
+        "samples": lambda c: c.samples,
+        "likelihood": lambda c: means.get(c.entry.sequence_id, -math.inf),
+    }
+    figure = figures[rule.by]
+    dropped = {}
+    for members in _by_prompt(candidates):
+        ranked = sorted(members, key=lambda i: -figure(candidates[i]))
+        for place, i in enumerate(ranked[rule.keep :], start=rule.keep + 1):
+            dropped[i] = f"number {place} of {len(ranked)} by {rule.by}"
+    return dropped
+
+
+def balance(rule: Balance, candidates: Sequence[Candidate], evidence: Evidence) -> dict[int, str]:
+    """Train sequences beyond their domain's share, chosen by the hash of their id.
+
+    Raises:
+        FilterError: a domain has no sequence, so that the share of every other is none.
+    """
+    members: dict[str, list[int]] = {domain: [] for domain in rule.shares}
+    for i, candidate in enumerate(candidates):
+        if candidate.entry.split == "train":
+            members[candidate.entry.domain].append(i)
+    if empty := [domain for domain, found in members.items() if not found]:
+        raise FilterError(
+            f"the filter balance finds no sequence of {empty} in the train split, and keeps of the "
+            "other domains as little"
+        )
+    unit = min(len(found) / rule.shares[domain] for domain, found in members.items())
+    dropped = {}
+    for domain, found in members.items():
+        keep = math.floor(unit * rule.shares[domain] + 1e-9)
+        found.sort(key=lambda i: unit_interval(candidates[i].entry.sequence_id))
+        detail = f"{keep} of {len(found)} sequences are {domain}'s share"
+        dropped |= dict.fromkeys(found[keep:], detail)
+    return dropped
+
+
+def _by_prompt(candidates: Sequence[Candidate]) -> list[list[int]]:
+    groups: dict[str, list[int]] = {}
+    for i, candidate in enumerate(candidates):
+        groups.setdefault(candidate.entry.prompt_id, []).append(i)
+    return list(groups.values())
+
+
+def _vote(rule: Agreement, candidate: Candidate) -> str | float | None:
+    if rule.by == "number":
+        return final_number(candidate.answer)
+    return candidate.answer.strip() or None

@@ -1,0 +1,177 @@
+"""Filters: which of the written answers are trained on. A filter is a plain function on records.
+
+Answers stay in their shards: filters choose what a dataset names, so another filter asks no teacher
+again. Those that need cached rows run after scoring, all others before. What a filter drops is
+written with its reason before the next one runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from pipeline.config.filters import Checker as CheckerFilter
+from pipeline.config.filters import Contamination, Filter
+from pipeline.errors import FilterError
+from pipeline.filters.answer_checkers import checker_identity
+from pipeline.filters.candidates import Candidate, Evidence
+from pipeline.filters.groups import agreement, balance, best_of
+from pipeline.filters.likeness import contamination, exact_duplicate, near_duplicate
+from pipeline.filters.text import alphabet, checker, judge, length, perplexity, repetition
+from pipeline.fingerprint import digest_bytes
+from pipeline.layout import Layout
+from pipeline.records import DatasetEntry
+from pipeline.storage import files_below, join, read_bytes
+from pipeline.synthesis.rejected import Rejected, write_rejected
+
+# Each takes its settings, the candidates left so far and what is known beside them, and returns the
+# index of every candidate that it drops, with the detail that a person wants to see.
+FILTERS: dict[str, Callable[[Any, Sequence[Candidate], Evidence], dict[int, str]]] = {
+    "length": length,
+    "alphabet": alphabet,
+    "repetition": repetition,
+    "exact_duplicate": exact_duplicate,
+    "near_duplicate": near_duplicate,
+    "contamination": contamination,
+    "checker": checker,
+    "judge": judge,
+    "agreement": agreement,
+    "best_of": best_of,
+    "balance": balance,
+    "perplexity": perplexity,
+}
+VERSION = 2
+"""Of what the filters drop; raised where one of them, or a shipped checker, judges otherwise."""
+EXAMPLES_SHOWN = 5
+NEEDED_SPLITS = ("train", "holdout")
+
+Counts = dict[str, Any]
+
+
+def run_filters(
+    layout: Layout,
+    digest: str,
+    rules: Sequence[Filter],
+    candidates: Sequence[Candidate],
+    evidence: Evidence,
+) -> tuple[list[Candidate], list[Counts]]:
+    """Runs filters one after another; each looks at what it does not spare.
+
+    Args:
+        digest: of the candidates' dataset and of the filters; names the folder of what is dropped.
+
+    Returns:
+        What is left, in its order, and for each filter: its name, the number `seen` and `dropped`,
+        the latter also by domain, and some examples of details.
+
+    Raises:
+        FilterError: nothing of the train or hold-out split is left, or too little for a filter;
+            says what each filter dropped.
+        ConfigError: a filter cannot be honoured.
+    """
+    left, done = list(candidates), []
+    for position, rule in enumerate(rules):
+        seen = [
+            i
+            for i, candidate in enumerate(left)
+            if not set(rule.spares) & set(candidate.entry.generators)
+        ]
+        try:
+            found = FILTERS[rule.type](rule, [left[i] for i in seen], evidence)
+        except FilterError as error:
+            raise FilterError(
+                f"{error}; dropped so far: {summary(done) or 'nothing'}. Every answer lies in its "
+                "shard; no teacher will be asked again"
+            ) from error
+        dropped = {seen[i]: detail for i, detail in found.items()}
+        path = layout.rejected(digest, f"{position}-{rule.type}")
+        if dropped:
+            write_rejected(path, [_rejected(left[i], rule, why) for i, why in dropped.items()])
+        done.append(_counts(rule, len(seen), [left[i].entry for i in dropped], dropped.values()))
+        splits = {candidate.entry.split for candidate in left}
+        left = [candidate for i, candidate in enumerate(left) if i not in dropped]
+        _check_left(splits & set(NEEDED_SPLITS), left, rule, done, path)
+    return left, done
+
+
+def filter_identity(
+    rule: Filter,
+    checker_name: str | None,
+    judge_recipe: Mapping[str, Any] | None = None,
+    judge_room: int | None = None,
+) -> dict[str, Any]:
+    """What decides which answers a filter keeps, as a JSON value: contents instead of paths.
+
+    Args:
+        judge_recipe: of a judge.
+        judge_room: tokens that a judge's engine holds; it grades nothing that is longer.
+
+    Raises:
+        ConfigError: the checker does not exist.
+        StorageError: an evaluation file does not exist.
+    """
+    identity = rule.model_dump(mode="json") | {"version": VERSION}
+    if isinstance(rule, CheckerFilter):
+        assert checker_name is not None, "the config refuses the filter without a checker"
+        identity["checker"] = checker_identity(checker_name)
+    if isinstance(rule, Contamination):
+        identity["files"] = [
+            [file.fields, digest_bytes(*map(read_bytes, _files_of(file.path)))]
+            for file in rule.files
+        ]
+    if judge_recipe is not None:
+        identity |= {"rubric": judge_recipe, "room": judge_room}
+    return identity
+
+
+def summary(counts: Sequence[Counts]) -> str:
+    """What the filters dropped, for people."""
+    return ", ".join(f"{each['filter']} {each['dropped']}/{each['seen']}" for each in counts)
+
+
+def _files_of(path: str) -> list[str]:
+    """A file, or all files of a dataset folder."""
+    names = [] if path.endswith((".jsonl", ".parquet")) else files_below(path)
+    return [join(path, name) for name in names] or [path]
+
+
+def _rejected(candidate: Candidate, rule: Filter, detail: str) -> Rejected:
+    entry = candidate.entry
+    return Rejected(
+        reason=rule.type,
+        detail=detail,
+        prompt_id=entry.prompt_id,
+        domain=entry.domain,
+        split=entry.split,
+        generators=entry.generators,
+        prompt=candidate.prompt,
+        answer=candidate.answer,
+        sequence_id=entry.sequence_id,
+    )
+
+
+def _counts(
+    rule: Filter, num_seen: int, dropped: Sequence[DatasetEntry], details: Iterable[str]
+) -> Counts:
+    return {
+        "filter": rule.type,
+        "seen": num_seen,
+        "dropped": len(dropped),
+        "dropped_by_domain": dict(Counter(entry.domain for entry in dropped)),
+        "examples": list(dict.fromkeys(details))[:EXAMPLES_SHOWN],
+    }
+
+
+def _check_left(
+    splits: set[str], left: Sequence[Candidate], rule: Filter, done: list[Counts], path: str
+) -> None:
+    for split in sorted(splits - {candidate.entry.split for candidate in left}):
+        last = json.dumps(done[-1]["examples"][:2], ensure_ascii=False)
+        raise FilterError(
+            f"the filter {rule.type} leaves no sequence of the {split} split; dropped so far: "
+            f"{summary(done)}; by {rule.type}, for example: {last}. What it dropped lies in {path},"
+            " and every answer in its shard. Loosen it, take it out, or give other prompts; no "
+            "teacher will be asked again"
+        )

@@ -1,0 +1,189 @@
+"""Recipes: what decides the bytes of an answer or of a cache row, and nothing else.
+
+Every vLLM key of a teacher enters its recipe except the neutral ones below, which change speed and
+memory only. Replicas, paths and host names never enter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.cache import hidden_states, logprobs
+from pipeline.cache.projection import features_of, teacher_of
+from pipeline.config.filters import Judge
+from pipeline.config.run import Config
+from pipeline.config.synthesis import Answer, Answering, GivenAnswers, Recipe
+from pipeline.config.teachers import EndpointTeacherConfig, TeacherConfig
+from pipeline.fingerprint import digest_bytes, digest_json
+from pipeline.layout import CacheLayout, Layout
+from pipeline.synthesis.rewriting import rubric_of, templates_of
+
+SYNTHESIS_SCHEMA_VERSION = 3
+"""Of the records of finished prompt shards."""
+
+NEUTRAL_ENGINE_KEYS = frozenset(
+    {
+        "block_size",
+        "cpu_offload_gb",
+        "data_parallel_size",
+        "disable_log_stats",
+        "distributed_executor_backend",
+        "download_dir",
+        "enable_chunked_prefill",
+        "enable_prefix_caching",
+        "enforce_eager",
+        "gpu_memory_utilization",
+        "kv_cache_memory_bytes",
+        "max_logprobs",
+        "max_model_len",
+        "max_num_batched_tokens",
+        "max_num_seqs",
+        "pipeline_parallel_size",
+        "skip_tokenizer_init",
+        "swap_space",
+        "tensor_parallel_size",
+    }
+)
+
+
+def _engine(teacher: TeacherConfig | EndpointTeacherConfig) -> dict[str, Any]:
+    if isinstance(teacher, EndpointTeacherConfig):
+        return {}  # its `model_identity` says all
+    return {key: value for key, value in teacher.vllm.items() if key not in NEUTRAL_ENGINE_KEYS}
+
+
+def scoring_recipe(
+    config: Config, teacher: str, identity: dict[str, str], tokenizer_hash: str
+) -> dict[str, Any]:
+    """The recipe that names the folder of a teacher's distributions."""
+    return {
+        "model": identity,
+        "tokenizer": tokenizer_hash,
+        "num_logprobs": config.scoring.num_logprobs,
+        "selection": config.scoring.selection.model_dump(mode="json"),
+        "vllm": _engine(config.teachers[teacher]),
+        "schema_version": logprobs.SCHEMA_VERSION,
+    }
+
+
+def feature_recipe(
+    config: Config, teacher: str, identity: dict[str, str], tokenizer_hash: str
+) -> dict[str, Any]:
+    """The recipe that names the folder of a teacher's hidden states, which a loss asks for."""
+    stored = config.scoring.features
+    projected = stored.dimensions is not None
+    return {
+        "model": identity,
+        "tokenizer": tokenizer_hash,
+        "layers": list(config.training.teacher_layers[teacher]),
+        "projection": {"signs": "PCG64", **stored.model_dump()} if projected else None,
+        "dtype": "bfloat16",
+        "vllm": _engine(config.teachers[teacher]),
+        "schema_version": hidden_states.SCHEMA_VERSION,
+    }
+
+
+def cache_recipes(
+    config: Config, identities: dict[str, dict[str, str]], tokenizer_hash: str
+) -> dict[str, dict[str, Any]]:
+    """By name of the cache, the recipes of all that the caches of scoring teachers are to hold.
+
+    Args:
+        identities: by teacher, from `teachers/preflight/identity.py`; other teachers are left out.
+    """
+    scoring = config.scoring_teachers
+    known = {name: identity for name, identity in identities.items() if name in scoring}
+    distributions = {
+        name: scoring_recipe(config, name, identity, tokenizer_hash)
+        for name, identity in known.items()
+    }
+    features = {
+        features_of(name): feature_recipe(config, name, known[name], tokenizer_hash)
+        for name in known
+        if name in config.training.teacher_layers
+    }
+    return distributions | features
+
+
+def provenance_of(config: Config, name: str) -> dict[str, Any]:
+    """What a cache's manifest says of its teacher; the engines stand in its shards."""
+    teacher = teacher_of(name)
+    asked = config.teachers[teacher]
+    if isinstance(asked, TeacherConfig):
+        return {"teacher": teacher, "model": asked.model}
+    return {"teacher": teacher, "endpoint_model": asked.endpoint.model}
+
+
+def synthesis_recipe(
+    config: Config,
+    recipe: Recipe,
+    generator: str,
+    identity: dict[str, str],
+    tokenizer_hash: str,
+) -> dict[str, Any]:
+    """The recipe that names the folder of a step's finished prompt shards.
+
+    Prompts, and with them system prompts and filled templates, are no part of it: records know them
+    by their content.
+
+    Args:
+        identity: of the generator's model; unused for given answers.
+
+    Raises:
+        ConfigError: a template cannot be used.
+    """
+    common = {
+        "type": recipe.type,
+        "generator": generator,
+        "tokenizer": tokenizer_hash,
+        "schema_version": SYNTHESIS_SCHEMA_VERSION,
+    }
+    if isinstance(recipe, GivenAnswers):
+        return common | {"max_sequence_tokens": config.synthesis.max_sequence_tokens}
+    common |= {
+        "model": identity,
+        "sampling": sampling_of(recipe, generator),
+        "vllm": _engine(config.generator(generator)),
+        "seed": config.seed,
+    }
+    if isinstance(recipe, Answer) and recipe.keep_truncated:
+        common |= {"keep_truncated": True}
+    if isinstance(recipe, Answering):
+        return common | {
+            "samples_per_prompt": recipe.samples_per_prompt,
+            "max_sequence_tokens": config.synthesis.max_sequence_tokens,
+        }
+    texts = templates_of(recipe)
+    return common | {
+        "templates": {name: digest_bytes(text.encode()) for name, text in texts.items()}
+    }
+
+
+def judging_recipe(
+    config: Config, rule: Judge, identity: dict[str, str], tokenizer_hash: str
+) -> dict[str, Any]:
+    """The recipe that names the folder of a judge's grades.
+
+    Raises:
+        ConfigError: the rubric cannot be used.
+    """
+    return {
+        "judge": identity,
+        "tokenizer": tokenizer_hash,
+        "rubric": digest_bytes(rubric_of(rule).encode()),
+        "vllm": _engine(config.teachers[rule.teacher]),
+        "schema_version": SYNTHESIS_SCHEMA_VERSION,
+    }
+
+
+def sampling_of(recipe: Recipe, generator: str) -> dict[str, Any]:
+    """The SamplingParams of a step."""
+    if isinstance(recipe, GivenAnswers):
+        return {}
+    own = recipe.sampling_of.get(generator, {}) if isinstance(recipe, Answering) else {}
+    return recipe.sampling | own
+
+
+def cache_layout(layout: Layout, name: str, recipe: dict[str, Any]) -> CacheLayout:
+    """Where the cache of that name and recipe lies; of its generations the first."""
+    return layout.cache(name, digest_json(recipe))

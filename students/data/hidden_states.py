@@ -1,0 +1,122 @@
+"""The teachers' hidden states of a micro-batch, from their caches.
+
+Legend: P positions of a micro-batch, S its sequences, L stored layers, D stored dimensions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.cache.hidden_states import position_bytes
+from pipeline.cache.index import CacheReader, open_features
+from pipeline.cache.projection import features_of
+from pipeline.errors import CacheError, TrainingError
+from pipeline.layout import CacheLayout
+from pipeline.records import DatasetEntry, HiddenStates
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PackedFeatures:
+    """What `FeatureBatch` is made of.
+
+    Attributes:
+        states: by teacher, uint16[P, L, D], the bits of bfloat16; 0 where the teacher has none.
+        covered: by teacher, of every sequence, whether it has states.
+        lengths: of every sequence, its positions.
+        groups: of every sequence; sequences of a group are compared with one another.
+    """
+
+    states: dict[str, np.ndarray]
+    covered: dict[str, list[bool]]
+    lengths: list[int]
+    groups: list[int]
+
+
+class TeacherStates:
+    """The opened caches of hidden states.
+
+    Attributes:
+        widths: by teacher, D.
+    """
+
+    def __init__(
+        self, caches: Mapping[str, CacheLayout], teachers: Sequence[str], used: list[DatasetEntry]
+    ) -> None:
+        """Opens the caches of these teachers; `used` are the sequences to be trained on.
+
+        Raises:
+            TrainingError: a teacher has no cache, or states of none of the sequences.
+            CacheError: a cache is corrupt.
+        """
+        self._readers: dict[str, CacheReader[HiddenStates]] = {}
+        self._shapes: dict[str, tuple[int, int]] = {}
+        for teacher in teachers:
+            name = features_of(teacher)
+            if name not in caches:
+                raise TrainingError(f"no cache {name} was given: score first")
+            reader = self._readers[teacher] = open_features(caches[name])
+            lacking = [e.sequence_id for e in used if e.sequence_id not in reader]
+            if len(lacking) == len(used):
+                raise TrainingError(
+                    f"{caches[name].shards_folder} has states of none of the {len(used)} "
+                    "sequences: score them first"
+                )
+            if lacking:
+                logger.warning(
+                    "%s has no hidden states of %d of %d sequences: losses on them are 0 there",
+                    teacher,
+                    len(lacking),
+                    len(used),
+                )
+            row = reader.row(next(e.sequence_id for e in used if e.sequence_id in reader))
+            assert row is not None, "the reader has it"
+            self._shapes[teacher] = row.states.shape[1], row.states.shape[2]
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return {teacher: width for teacher, (_, width) in self._shapes.items()}
+
+    @property
+    def position_bytes(self) -> dict[str, int]:
+        """By teacher, what the states of a position take."""
+        return {teacher: position_bytes(*shape) for teacher, shape in self._shapes.items()}
+
+    def batch(
+        self, entries: Sequence[DatasetEntry], groups: Sequence[int]
+    ) -> PackedFeatures | None:
+        """The states of a micro-batch of these sequences; None where no loss needs any.
+
+        Args:
+            groups: the group of each.
+
+        Raises:
+            CacheError: a row has another number of positions than its sequence.
+        """
+        if not self._readers:
+            return None
+        lengths = [entry.num_positions for entry in entries]
+        edges = np.cumsum([0, *lengths])
+        states: dict[str, np.ndarray] = {}
+        covered: dict[str, list[bool]] = {}
+        for teacher, reader in self._readers.items():
+            states_PLD = np.zeros((edges[-1], *self._shapes[teacher]), np.uint16)
+            covered[teacher] = []
+            for entry, start, stop in zip(entries, edges[:-1], edges[1:], strict=True):
+                row = reader.row(entry.sequence_id)
+                covered[teacher].append(row is not None)
+                if row is None:
+                    continue
+                if row.num_positions != entry.num_positions:
+                    raise CacheError(
+                        f"{features_of(teacher)} holds {row.num_positions} positions of sequence "
+                        f"{entry.sequence_id}, which has {entry.num_positions}"
+                    )
+                states_PLD[start:stop] = row.states
+            states[teacher] = states_PLD
+        return PackedFeatures(states, covered, lengths, list(groups))

@@ -1,0 +1,245 @@
+"""Several sequences in one micro-batch: which ones a rank computes together, and their arrays.
+
+This decides only what is computed together, never what is summed: a micro-batch holds whole
+sequences within a token budget, packed into one row or padded in rows of their own, ranks get equal
+numbers of micro-batches, and an empty one weighs nothing. Loader processes pack, so nothing here
+needs torch.
+
+Legend: R rows of a micro-batch, T tokens of a row, P positions, K entries, M teachers (as many as
+any of its sequences has with a positive weight).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import TrainingError
+from students.data.examples import Example
+from students.data.hidden_states import PackedFeatures
+
+NOTHING = Example(
+    input_ids=np.zeros(1, np.int32),
+    logit_indices=np.zeros(0, np.int64),
+    gold_ids=np.zeros(0, np.int64),
+    token_ids=np.zeros((1, 0, 1), np.int32),
+    logprobs=np.zeros((1, 0, 1), np.float16),
+    tail_mass=np.zeros((1, 0), np.float16),
+    teacher_weights=np.zeros((1, 0), np.float32),
+)
+"""One token and no positions: ranks are padded with micro-batches of it."""
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """The arrays of `MicroBatch` and its `Targets`, under the same names and of the same shapes."""
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray | None
+    logit_indices: np.ndarray
+    gold_ids: np.ndarray
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    tail_mass: np.ndarray
+    teacher_weights: np.ndarray
+    features: PackedFeatures | None = None
+
+
+def pack(examples: Sequence[Example], padded: bool = False) -> PackedBatch:
+    """Packs sequences into one row, or pads each in a row of its own. Without any, a row of one
+    token and no positions, which weighs nothing.
+    """
+    examples = examples or [NOTHING]
+    lengths = [len(example.input_ids) for example in examples]
+    if padded:
+        input_ids_RT = np.zeros((len(examples), max(lengths)), np.int64)
+        for row, example in zip(input_ids_RT, examples, strict=True):
+            row[: len(example.input_ids)] = example.input_ids
+        starts, position_ids = np.arange(len(examples)) * max(lengths), None
+    else:
+        input_ids_RT = np.concatenate([e.input_ids for e in examples]).astype(np.int64)[None]
+        starts = np.cumsum([0, *lengths[:-1]])
+        position_ids = np.concatenate([np.arange(n) for n in lengths])[None]
+    indices = [e.logit_indices + start for e, start in zip(examples, starts, strict=True)]
+    return PackedBatch(
+        input_ids=input_ids_RT,
+        position_ids=position_ids,
+        logit_indices=np.concatenate(indices),
+        gold_ids=np.concatenate([example.gold_ids for example in examples]),
+        **_targets(examples),
+    )
+
+
+def _targets(examples: Sequence[Example]) -> dict[str, Any]:
+    """Of all positions, one sequence after another."""
+    edges = np.cumsum([0] + [len(example.gold_ids) for example in examples])
+    num_teachers = max(example.token_ids.shape[0] for example in examples)
+    num_entries = max(example.token_ids.shape[2] for example in examples)
+    shape = (num_teachers, int(edges[-1]), num_entries)
+    precision = np.result_type(*(example.logprobs for example in examples))
+    token_ids_MPK, logprobs_MPK = np.zeros(shape, np.int32), np.full(shape, -np.inf, precision)
+    tail_MP = np.zeros(shape[:2], np.result_type(*(example.tail_mass for example in examples)))
+    weights_MP = np.zeros(shape[:2], np.float32)
+    for example, start, stop in zip(examples, edges[:-1], edges[1:], strict=True):
+        m, _, k = example.token_ids.shape
+        token_ids_MPK[:m, start:stop, :k] = example.token_ids
+        logprobs_MPK[:m, start:stop, :k] = example.logprobs
+        tail_MP[:m, start:stop] = example.tail_mass
+        weights_MP[:m, start:stop] = example.teacher_weights
+    return {
+        "token_ids": token_ids_MPK,
+        "logprobs": logprobs_MPK,
+        "tail_mass": tail_MP,
+        "teacher_weights": weights_MP,
+    }
+
+
+def plan_micro_batches(
+    lengths: Sequence[int], tokens_per_micro_batch: int, world_size: int, padded: bool = False
+) -> list[list[list[int]]]:
+    """Which sequences each rank computes together: for every rank an equal number of lists of
+    indices into `lengths`.
+
+    The number of packed rows is what first-fit decreasing needs, rounded up to the world size;
+    sequences are then spread over them evenly, longest first, so that ranks wait little for one
+    another. Padded, sequences of like length come together, and padding counts in the budget. A
+    micro-batch may stay empty.
+
+    Raises:
+        TrainingError: a sequence is longer than the budget.
+    """
+    refuse_long_sequences(
+        [(str(i), length) for i, length in enumerate(lengths)], tokens_per_micro_batch
+    )
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    if padded:
+        return _padded_plan(lengths, [1] * len(lengths), tokens_per_micro_batch, world_size)
+    rows = _first_fit(order, lengths, tokens_per_micro_batch)
+    num_rows = -(-max(len(rows), 1) // world_size) * world_size
+    spread = _spread(order, lengths, num_rows)
+    if max(sum(lengths[i] for i in row) for row in spread) <= tokens_per_micro_batch:
+        rows = spread
+    rows += [[] for _ in range(num_rows - len(rows))]
+    rows.sort(key=lambda row: -sum(lengths[i] for i in row))
+    return [rows[rank::world_size] for rank in range(world_size)]
+
+
+def plan_groups(
+    lengths: Sequence[int],
+    tokens_per_micro_batch: int,
+    world_size: int,
+    padded: bool,
+    together: int,
+) -> list[list[list[int]]]:
+    """`plan_micro_batches` where every `together` sequences in a row stay in one micro-batch.
+
+    Raises:
+        TrainingError: such a group is longer than the budget.
+    """
+    groups = [list(range(len(lengths)))[i : i + together] for i in range(0, len(lengths), together)]
+    sizes = [group_size([lengths[i] for i in group], padded) for group in groups]
+    if padded:
+        refuse_long_sequences([(str(i), n) for i, n in enumerate(sizes)], tokens_per_micro_batch)
+        longest = [max(lengths[i] for i in group) for group in groups]
+        plan = _padded_plan(longest, list(map(len, groups)), tokens_per_micro_batch, world_size)
+    else:
+        plan = plan_micro_batches(sizes, tokens_per_micro_batch, world_size)
+    return [[[i for g in row for i in groups[g]] for row in rank] for rank in plan]
+
+
+def group_size(lengths: Sequence[int], padded: bool) -> int:
+    """What sequences that stay together take of the budget."""
+    return len(lengths) * max(lengths) if padded else sum(lengths)
+
+
+def refuse_long_groups(
+    lengths: Sequence[int], tokens_per_micro_batch: int, padded: bool, together: int
+) -> None:
+    """Any `together` sequences must fit a micro-batch, whatever the order of data puts together.
+
+    Raises:
+        TrainingError: the longest ones do not.
+    """
+    longest = group_size(sorted(lengths)[-together:], padded)
+    if longest > tokens_per_micro_batch:
+        raise TrainingError(
+            f"a relation loss keeps {together} sequences in one micro-batch; the longest ones take "
+            f"{longest} tokens, training.tokens_per_micro_batch is {tokens_per_micro_batch}: raise "
+            "it, or lower the loss's `sequences`"
+        )
+
+
+def refuse_long_sequences(lengths: Sequence[tuple[str, int]], tokens_per_micro_batch: int) -> None:
+    """Sequences are never cut.
+
+    Raises:
+        TrainingError: naming the sequences that are longer than the budget.
+    """
+    too_long = [
+        f"{name} ({length} tokens)" for name, length in lengths if length > tokens_per_micro_batch
+    ]
+    if too_long:
+        rest = f" and {len(too_long) - 10} more" if len(too_long) > 10 else ""
+        shown = ", ".join(too_long[:10]) + rest
+        raise TrainingError(
+            f"{len(too_long)} sequences are longer than training.tokens_per_micro_batch "
+            f"({tokens_per_micro_batch}): {shown}. Raise it, or drop them by "
+            "synthesis.max_sequence_tokens (answers are then written anew) or the filter length "
+            "(they are not)"
+        )
+
+
+def _padded_plan(
+    lengths: Sequence[int], rows: Sequence[int], budget: int, world_size: int
+) -> list[list[list[int]]]:
+    """For every rank an equal number of groups whose rows times longest row fit the budget, the
+    most expensive first.
+
+    Args:
+        rows: that each of the `lengths` stands for.
+    """
+    groups: list[list[int]] = []
+    num_rows = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        num_rows += rows[i]
+        if groups and lengths[groups[-1][0]] * num_rows <= budget:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+            num_rows = rows[i]
+    while not groups or len(groups) % world_size:
+        largest = max(range(len(groups)), key=lambda g: len(groups[g]), default=None)
+        if largest is None or len(groups[largest]) < 2:
+            groups.append([])
+            continue
+        group = groups.pop(largest)
+        groups += [group[: len(group) // 2], group[len(group) // 2 :]]
+    groups.sort(key=lambda group: -sum(rows[i] * lengths[i] for i in group))
+    return [groups[rank::world_size] for rank in range(world_size)]
+
+
+def _first_fit(order: list[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in order:
+        r = next((r for r, left in enumerate(room) if lengths[i] <= left), len(rows))
+        if r == len(rows):
+            rows.append([])
+            room.append(budget)
+        rows[r].append(i)
+        room[r] -= lengths[i]
+    return rows
+
+
+def _spread(order: list[int], lengths: Sequence[int], num_rows: int) -> list[list[int]]:
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    heap = [(0, r) for r in range(num_rows)]
+    for i in order:
+        load, r = heapq.heappop(heap)
+        rows[r].append(i)
+        heapq.heappush(heap, (load + lengths[i], r))
+    return rows

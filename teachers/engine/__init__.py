@@ -1,0 +1,10 @@
+"""A teacher in a vLLM engine of this run.
+
+vllm_teacher     the engine: scores tokens, writes answers
+options          options that the installed vLLM knows
+arguments        the user's keys, our keys, our defaults
+prompt_topk      vLLM's arrays of log-probabilities, kept and proved
+state_connector  writes hidden states on a CPU; vLLM loads it
+hidden_states    hidden states from the engine's process, file by file
+hardware         device, memory and size of a model
+"""

@@ -1,0 +1,157 @@
+"""One engine, or whoever asks an endpoint, in one Ray actor, and the driver's handle on it.
+
+A task comes to the engine: the actor runs it beside the teacher, where it reads its input and
+writes its output itself. Only the task and its small result travel; no log-probabilities enter
+Ray's object store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from pipeline.config.base import Resources
+from teachers.pool.dispatch import TASKS_IN_FLIGHT, ReplicaDied, Task
+from teachers.protocol import Canary, EndpointSpec, EngineDiedError, EngineSpec, Teacher
+
+ENGINE_ENV_VARS = {
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+}
+THREADS_BIND, MULTIPROCESSING = "VLLM_CPU_OMP_THREADS_BIND", "VLLM_ENABLE_V1_MULTIPROCESSING"
+CPU_ENV_VARS = {
+    # GiB. Without it vLLM takes a share of the machine's whole memory.
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    # vLLM's own choice gives every engine of a machine the same first cores.
+    THREADS_BIND: "nobind",
+    # A worker process beside the engine's own is there to bind threads. Without it an engine
+    # starts in two thirds of the time; `AsyncLLM` runs in a process of its own all the same.
+    MULTIPROCESSING: "0",
+}
+SHUTDOWN_SECONDS = 20
+MAX_CONCURRENCY = TASKS_IN_FLIGHT + 2  # tasks, and questions beside them
+
+
+class TeacherActor:
+    """The actor: one teacher, several tasks at a time in one event loop."""
+
+    _teacher: Teacher
+
+    def __init__(self, spec: EngineSpec | EndpointSpec) -> None:
+        self._spec = spec
+
+    async def placed(self) -> None:
+        """Answers as soon as the actor has its resources."""
+
+    async def ready(self) -> dict[str, Any]:
+        """Starts the engine, or asks the endpoint who it is; returns its description."""
+        if isinstance(self._spec, EndpointSpec):
+            from teachers.endpoint.teacher import EndpointTeacher
+
+            self._teacher = await EndpointTeacher.start(self._spec)
+        else:
+            from teachers.engine.vllm_teacher import VllmTeacher
+
+            self._teacher = await VllmTeacher.start(self._spec)
+        return self._teacher.describe()
+
+    async def canary(self) -> Canary | None:
+        """What the engine said of the canary; None when it only generates."""
+        return self._teacher.canary()
+
+    async def run(self, task: Task) -> Any:
+        """Runs a task beside the teacher."""
+        return await task.run(self._teacher)
+
+    async def peak_memory_bytes(self) -> int | None:
+        """Memory of the engine's processes."""
+        return self._teacher.peak_memory_bytes()
+
+    async def shutdown(self) -> None:
+        """Stops the engine, so that its memory is free when the actor ends."""
+        self._teacher.shutdown()
+
+
+class RayReplica:
+    """The driver's handle on one actor; the actor waits in Ray until its resources are free."""
+
+    def __init__(
+        self, spec: EngineSpec | EndpointSpec, resources: Resources, env_vars: Mapping[str, str]
+    ) -> None:
+        self._is_ready = False
+        self._actor: Any = (
+            ray.remote(TeacherActor)
+            .options(
+                num_cpus=resources.num_cpus,
+                num_gpus=resources.num_gpus,
+                resources=resources.custom,
+                max_restarts=0,
+                max_task_retries=0,
+                max_concurrency=MAX_CONCURRENCY,
+                runtime_env={"env_vars": engine_env_vars(resources, env_vars, os.environ)},
+            )
+            .remote(spec)
+        )
+
+    async def placed(self) -> None:
+        """Waits until the cluster has room for the actor."""
+        await self._ask(self._actor.placed.remote())
+
+    async def ready(self) -> dict[str, Any]:
+        """Waits until the engine runs; returns its description."""
+        description = await self._ask(self._actor.ready.remote())
+        self._is_ready = True
+        return description
+
+    async def canary(self) -> Canary | None:
+        """What the engine said of the canary; None when it only generates."""
+        return await self._ask(self._actor.canary.remote())
+
+    async def run(self, task: Task) -> Any:
+        """Runs a task.
+
+        Raises:
+            ReplicaDied: the actor or its engine is gone.
+            Exception: whatever the task raised, with Ray's traceback of the actor as its cause.
+        """
+        return await self._ask(self._actor.run.remote(task))
+
+    async def peak_memory_bytes(self) -> int | None:
+        """Memory of the engine's processes."""
+        return await self._ask(self._actor.peak_memory_bytes.remote())
+
+    async def stop(self) -> None:
+        """Ends the actor and its engine, whatever their state."""
+        try:
+            if self._is_ready:
+                with contextlib.suppress(RayError, TimeoutError):
+                    await asyncio.wait_for(self._actor.shutdown.remote(), SHUTDOWN_SECONDS)
+        finally:
+            ray.kill(self._actor)
+
+    async def _ask(self, reference: Any) -> Any:
+        try:
+            return await reference
+        except RayTaskError as error:
+            if isinstance(error.cause, EngineDiedError):
+                raise ReplicaDied(str(error.cause)) from error
+            raise error.cause from error
+        except RayError as error:
+            raise ReplicaDied(str(error)) from error
+
+
+def engine_env_vars(
+    resources: Resources, env_vars: Mapping[str, str], inherited: Mapping[str, str]
+) -> dict[str, str]:
+    """The user's environment for an actor, and ours where neither the user nor the job sets it."""
+    defaults = ENGINE_ENV_VARS | (CPU_ENV_VARS if resources.num_gpus == 0 else {})
+    if THREADS_BIND in {*inherited, *env_vars}:
+        defaults.pop(MULTIPROCESSING, None)
+    return {key: value for key, value in defaults.items() if key not in inherited} | dict(env_vars)

@@ -1,0 +1,165 @@
+"""Which model is it? The resolved hub revision, or the hash of a local folder's weights.
+
+Hashes of weight files are remembered under the storage root by size and modification time, so that
+a large model is read once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from transformers import AutoConfig
+from transformers.utils.hub import has_file
+
+from pipeline import storage
+from pipeline.config.base import ModelFiles
+from pipeline.config.load import is_folder
+from pipeline.config.student import StudentConfig
+from pipeline.config.teachers import EndpointTeacherConfig, TeacherConfig
+from pipeline.errors import ConfigError
+from pipeline.fingerprint import digest_json
+from pipeline.layout import Layout
+from pipeline.run.training_spec import is_complete_checkpoint
+
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
+# The second names the tokens that end an answer; a model's own code counts as well.
+OTHER_FILES = ("config.json", "generation_config.json")
+CODE_SUFFIX = ".py"
+READ_BYTES = 1 << 24
+
+
+def model_identity(
+    model: TeacherConfig | EndpointTeacherConfig | StudentConfig, layout: Layout
+) -> dict[str, str]:
+    """`{"hub": id, "revision": commit}` of a hub model, `{"weights": hash}` of a folder; of an
+    endpoint `{"endpoint": words, "api": kind}`, what the config calls it or else its served name.
+
+    Raises:
+        ConfigError: the folder is missing or holds no model, or the hub cannot be asked.
+    """
+    if isinstance(model, EndpointTeacherConfig):
+        name = model.model_identity or model.endpoint.model
+        return {"endpoint": name, "api": model.endpoint.api}
+    if not is_folder(model.model):
+        return {"hub": model.model, "revision": _hub_commit(model)}
+    folder = Path(model.model)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{model.model} is not a model folder: it has no config.json")
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    if not any(path.suffix in WEIGHT_SUFFIXES for path in files):
+        raise ConfigError(f"{model.model} holds no weights ({', '.join(WEIGHT_SUFFIXES)})")
+    decisive = [
+        path
+        for path in files
+        if path.suffix in (*WEIGHT_SUFFIXES, CODE_SUFFIX) or path.name in OTHER_FILES
+    ]
+    return {"weights": digest_json(_file_hashes(decisive, layout))}
+
+
+def student_identity(student: StudentConfig, layout: Layout) -> dict[str, str]:
+    """What the student starts from: `model_identity`, or for a random start its config alone; the
+    weights of an earlier training apart.
+
+    Raises:
+        ConfigError: the model or the weights are missing.
+    """
+    if student.initial_weights is not None:
+        random = student.model_copy(update={"initial_weights": None, "initialization": "random"})
+        return student_identity(random, layout) | _weights_identity(student.initial_weights, layout)
+    if student.initialization == "pretrained" or not is_folder(student.model):
+        return model_identity(student, layout)
+    return {"config": digest_json(_file_hashes([Path(student.model, "config.json")], layout))}
+
+
+def _weights_identity(folder: str, layout: Layout) -> dict[str, str]:
+    """Of a complete checkpoint or of a model folder."""
+    if not is_complete_checkpoint(folder):
+        if not any(Path(folder).glob("*.safetensors")):
+            raise ConfigError(
+                f"student.initial_weights: {folder} is neither a complete checkpoint "
+                "(…/checkpoints/step-<n>) nor a model folder with safetensors"
+            )
+        files = [Path(folder, "config.json"), *sorted(Path(folder).glob("*.safetensors"))]
+        return {"initial_weights": digest_json(_file_hashes(files, layout))}
+    state = storage.read_json(storage.join(folder, "state.json"))
+    files = sorted(Path(folder, "zero").glob("*_states.pt"))
+    return {
+        "initial_weights": digest_json(_file_hashes(files, layout)),
+        "initial_step": str(state["step"]),
+        "initial_dataset": state["identity"]["dataset_digest"],
+    }
+
+
+def check_model(model: ModelFiles) -> None:
+    """Loads the model's config, which shows that it is a causal language model transformers knows.
+
+    Raises:
+        ConfigError: the folder or hub id is missing or its config cannot be read.
+    """
+    if is_folder(model.model) and not Path(model.model).is_dir():
+        raise ConfigError(f"model folder {model.model} does not exist")
+    try:
+        AutoConfig.from_pretrained(
+            model.model, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the model config of {model.model}: {error}") from error
+
+
+def check_weights(model: str, revision: str | None) -> None:
+    """Checks that the weights of a folder or of a hub model are there as safetensors: those of
+    other formats are pickles, which run what was put into them.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if is_folder(model):
+        found = any(Path(model).glob("*.safetensors"))
+    else:
+        found = any(has_file(model, name, revision=revision) for name in SAFETENSORS)
+    if not found:
+        raise ConfigError(
+            f"{model} has no safetensors: its weights would be unpickled, which can run anything. "
+            "Choose a revision that has them, or load the model where you trust it and "
+            "`save_pretrained` it; for a teacher, `vllm.load_format` takes other formats by name"
+        )
+
+
+def _hub_commit(model: TeacherConfig | StudentConfig) -> str:
+    try:
+        snapshot = snapshot_download(
+            model.model, revision=model.revision, allow_patterns=["config.json"]
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
+        raise ConfigError(
+            f"cannot resolve hub model {model.model!r} (revision {model.revision!r}): {error}"
+        ) from error
+    return Path(snapshot).name
+
+
+def _file_hashes(files: list[Path], layout: Layout) -> dict[str, str]:
+    remembered = (
+        storage.read_json(layout.weight_hashes) if storage.exists(layout.weight_hashes) else {}
+    )
+    keys = {path: f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files}
+    unknown = [path for path in files if keys[path] not in remembered]
+    if unknown:
+        with ThreadPoolExecutor(4) as pool:
+            remembered |= dict(
+                zip((keys[path] for path in unknown), pool.map(_hash_file, unknown), strict=True)
+            )
+        storage.write_json(layout.weight_hashes, remembered)
+    return {path.name: remembered[keys[path]] for path in files}
+
+
+def _hash_file(path: Path) -> str:
+    hasher = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as stream:
+        while block := stream.read(READ_BYTES):
+            hasher.update(block)
+    return hasher.hexdigest()

@@ -1,0 +1,186 @@
+"""Answers of one model to hold-out prompts: what is right, how fast, and the time of one alone.
+
+The exported student is just another model here: it is served and asked exactly like its teachers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import statistics
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Self
+
+from pipeline import storage
+from pipeline.config.student import StudentConfig
+from pipeline.errors import ConfigError, TeacherError
+from pipeline.filters.answer_checkers import SafeChecker
+from pipeline.records import Prompt, TokenSequence
+from teachers.protocol import GeneratedAnswer, Teacher
+from teachers.tokenizing import answer_text, prompt_ids, student_tokenizer
+
+WARM_UP_PROMPTS = 4
+PROMPTS_ASKED_ALONE = 8
+# Speed is that of answers of one length, so that a model gains nothing by rambling or by brevity.
+SPEED_TOKENS = 64
+SPEED_ROUNDS = 3
+MEASURED_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class AnsweredPrompts:
+    """What one model did.
+
+    Attributes:
+        correct: by domain the share of answers that pass the checker; None where nothing could be
+            checked.
+        num_checked: by domain.
+        checker_errors: answers at which the checker raised, which count as wrong.
+        num_too_long: prompts that leave no room for an answer, and were not asked.
+        tokens_per_second: generated tokens with all prompts in flight, each answer of the same
+            length: median of at least 3 rounds.
+        tokens_per_second_range: lowest and highest round.
+        latency_seconds: median time of one such answer asked alone.
+        gold_logprobs: of the sequences given for the comparison with the trained weights, by
+            sequence id.
+    """
+
+    correct: dict[str, float | None]
+    num_checked: dict[str, int]
+    checker_errors: int
+    num_too_long: int
+    tokens_per_second: float
+    tokens_per_second_range: tuple[float, float]
+    latency_seconds: float
+    gold_logprobs: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class AnsweringTask:
+    """All hold-out prompts for one model as one unit, so that its speed is measured undisturbed."""
+
+    model: str
+    prompts: tuple[Prompt, ...]
+    student: StudentConfig
+    sampling: dict[str, Any]
+    max_sequence_tokens: int | None
+    checker: str | None
+    answers_path: str
+    compared: tuple[TokenSequence, ...] = ()
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return 1
+
+    @property
+    def label(self) -> str:
+        return f"hold-out answers of {self.model}"
+
+    def halves(self) -> tuple[Self, Self]:
+        raise AssertionError("one item cannot be halved")
+
+    def quarantine(self, error: str) -> None:
+        """A model that cannot answer stops the evaluation.
+
+        Raises:
+            TeacherError: always.
+        """
+        raise TeacherError(f"{self.model} cannot answer the hold-out prompts: {error}")
+
+    async def run(self, teacher: Teacher) -> AnsweredPrompts:
+        """Asks everything, checks the answers, and writes them as JSON lines to `answers_path`.
+
+        Raises:
+            ConfigError: no prompt leaves room for an answer.
+        """
+        tokenizer, _ = student_tokenizer(self.student.files)
+        room = (self.max_sequence_tokens or math.inf) - self.sampling["max_tokens"]
+        rendered = [(prompt, prompt_ids(tokenizer, prompt)) for prompt in self.prompts]
+        prompts = [prompt for prompt, ids in rendered if len(ids) <= room]
+        asked = [ids for _, ids in rendered if len(ids) <= room]
+        if not asked:
+            raise ConfigError(
+                f"every hold-out prompt is longer than {room} tokens, what evaluation.sampling."
+                "max_tokens leaves of synthesis.max_sequence_tokens: lower the one or raise the "
+                "other"
+            )
+        answers = await asyncio.gather(*(self._ask(teacher, ids) for ids in asked))
+        rates, latency = await self._speed(teacher, asked)
+        texts = [answer_text(tokenizer, answer.token_ids) for answer in answers]
+        verdicts, checker_errors = self._check(prompts, texts)
+        correct, num_checked = _shares(prompts, verdicts)
+        return AnsweredPrompts(
+            correct=correct,
+            num_checked=num_checked,
+            checker_errors=checker_errors,
+            num_too_long=len(rendered) - len(asked),
+            tokens_per_second=statistics.median(rates),
+            tokens_per_second_range=(min(rates), max(rates)),
+            latency_seconds=latency,
+            gold_logprobs={s.sequence_id: await _gold(teacher, s) for s in self.compared},
+        )
+
+    async def _speed(self, teacher: Teacher, asked: list[list[int]]) -> tuple[list[float], float]:
+        """Tokens per second of each round of all prompts, and the median seconds of one alone."""
+        length = min(SPEED_TOKENS, self.sampling["max_tokens"])
+        exactly = {"max_tokens": length, "min_tokens": length, "ignore_eos": True, "stop": None}
+        await asyncio.gather(*(self._ask(teacher, ids, exactly) for ids in asked[:WARM_UP_PROMPTS]))
+        spread = asked[:: max(1, len(asked) // PROMPTS_ASKED_ALONE)][:PROMPTS_ASKED_ALONE]
+        alone = [(await self._ask(teacher, ids, exactly)).seconds for ids in spread]
+        rates: list[float] = []
+        begun = time.monotonic()
+        while len(rates) < SPEED_ROUNDS or time.monotonic() - begun < MEASURED_SECONDS:
+            started = time.monotonic()
+            answers = await asyncio.gather(*(self._ask(teacher, ids, exactly) for ids in asked))
+            num_tokens = sum(len(answer.token_ids) for answer in answers)
+            rates.append(num_tokens / (time.monotonic() - started))
+        return rates, statistics.median(alone)
+
+    async def _ask(
+        self, teacher: Teacher, ids: list[int], changes: dict[str, Any] | None = None
+    ) -> GeneratedAnswer:
+        sampling = self.sampling | {"seed": self.seed} | (changes or {})
+        return (await teacher.generate(ids, sampling, 1))[0]
+
+    def _check(self, prompts: list[Prompt], texts: list[str]) -> tuple[list[bool | None], int]:
+        """Writes every answer with its verdict, None where there is nothing to compare with; the
+        verdicts, and at how many answers the checker raised.
+        """
+        checker = None if self.checker is None else SafeChecker(self.checker)
+        verdicts: list[bool | None] = []
+        lines: list[str] = []
+        for prompt, text in zip(prompts, texts, strict=True):
+            verdict, problem = None, None
+            if checker is not None and prompt.reference is not None:
+                verdict, problem = checker.judge(text, prompt.reference)
+            verdicts.append(verdict)
+            line = {
+                "prompt_id": prompt.prompt_id,
+                "domain": prompt.domain,
+                "answer": text,
+                "reference": prompt.reference,
+                "correct": verdict,
+            }
+            lines.append(json.dumps(line if problem is None else line | {"error": problem}))
+        storage.write_bytes(self.answers_path, ("\n".join(lines) + "\n").encode())
+        return verdicts, checker.num_errors if checker is not None else 0
+
+
+def _shares(
+    prompts: list[Prompt], verdicts: list[bool | None]
+) -> tuple[dict[str, float | None], dict[str, int]]:
+    checked, right = Counter[str](), Counter[str]()
+    for prompt, verdict in zip(prompts, verdicts, strict=True):
+        checked[prompt.domain] += verdict is not None
+        right[prompt.domain] += verdict is True
+    return {d: right[d] / n if n else None for d, n in checked.items()}, dict(checked)
+
+
+async def _gold(teacher: Teacher, sequence: TokenSequence) -> list[float]:
+    positions = sequence.position_indices
+    first = int(positions[0])
+    captured = await teacher.score(sequence.input_ids.tolist(), first)
+    return captured.gold_logprobs[positions - first].tolist()

@@ -1,0 +1,259 @@
+"""Scoring: every sequence's teacher-forced distributions and hidden states, encoded and written
+where captured.
+
+Work is planned from the dataset: sequences without a row in a cache, grouped by the sequence shard
+that holds them and by what they lack, and cut where a group's rows would take too many bytes; each
+group becomes one shard of each cache that lacks it, in one pass. Selection, projection and encoding
+run inside the teacher's actor, so that nothing but index entries travels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.cache.index import missing_sequences
+from pipeline.cache.projection import FeatureRule
+from pipeline.cache.selection import select
+from pipeline.cache.shard import ShardEntry, write_shard
+from pipeline.config.scoring import Selection
+from pipeline.errors import TeacherError
+from pipeline.fingerprint import digest_ids
+from pipeline.layout import CacheLayout
+from pipeline.records import CacheRow, DatasetEntry, TokenSequence
+from pipeline.sequences import read_sequences
+from teachers.protocol import CapturedRows, Teacher
+from teachers.tasks.siblings import Siblings
+
+SEQUENCES_IN_FLIGHT = 256
+ORIGIN = (
+    "engine",
+    "engine_version",
+    "model_runner",
+    "capture",
+    "capture_reason",
+    "prefix_sharing",
+    "hidden_layers",
+    "dtype",
+    "quantization",
+    "device",
+    "num_devices",
+    "api",
+    "url",
+    "served_model",
+    "max_logprobs",
+)
+"""What a shard says of the teacher that made it: all that can change its numbers, and nothing that
+depends on the job.
+"""
+TASK_BYTES = 2**29
+"""Most that the rows of a task take. All are in memory until the task is done, with several tasks
+in flight, and a column of one shard can hold 2 GiB.
+"""
+
+
+@dataclass(frozen=True)
+class ScoredShard:
+    """What a finished task reports to the driver.
+
+    Attributes:
+        entries: of the shards written, by name of the cache.
+        num_cached_tokens: of `num_tokens`, those that came from the engine's prefix cache.
+        num_rescored: sequences that were scored again without it, for their rows were incomplete.
+    """
+
+    entries: Mapping[str, ShardEntry]
+    num_tokens: int
+    num_cached_tokens: int
+    num_rescored: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """One cache that a teacher fills.
+
+    Attributes:
+        name: of the cache, see `pipeline/cache/projection.py`.
+        fingerprint: of its recipe.
+        rule: what of the distributions, or of the hidden states, is kept.
+        position_bytes: most that a position takes.
+    """
+
+    name: str
+    cache: CacheLayout
+    fingerprint: str
+    rule: Selection | FeatureRule
+    position_bytes: int
+
+    @property
+    def holds_features(self) -> bool:
+        return isinstance(self.rule, FeatureRule)
+
+    def row(self, sequence: TokenSequence, captured: CapturedRows, rows_P: np.ndarray) -> CacheRow:
+        """What is kept of a sequence.
+
+        Args:
+            rows_P: the captured row of every position.
+        """
+        if isinstance(self.rule, FeatureRule):
+            assert captured.hidden_states is not None, "states were asked for"
+            return self.rule.row(sequence.sequence_id, captured.hidden_states[rows_P])
+        return select(
+            sequence.sequence_id,
+            captured.token_ids[rows_P],
+            captured.logprobs[rows_P],
+            captured.gold_logprobs[rows_P],
+            self.rule,
+            teacher=self.fingerprint,
+        )
+
+
+@dataclass(frozen=True)
+class ScoringTask:
+    """The sequences of one sequence shard that all outputs lack."""
+
+    sequence_shard: str
+    sequence_ids: tuple[str, ...]
+    outputs: tuple[Output, ...]
+
+    def __len__(self) -> int:
+        return len(self.sequence_ids)
+
+    @property
+    def label(self) -> str:
+        return f"shard {digest_ids(self.sequence_ids)[:8]} ({len(self)} sequences)"
+
+    def halves(self) -> tuple[ScoringTask, ScoringTask]:
+        """The same work in two shards."""
+        middle = len(self) // 2
+        return (
+            replace(self, sequence_ids=self.sequence_ids[:middle]),
+            replace(self, sequence_ids=self.sequence_ids[middle:]),
+        )
+
+    def quarantine(self, error: str) -> None:
+        """Records that the sequences cannot be scored, so that they are not tried again."""
+        for output in self.outputs:
+            for identifier in self.sequence_ids:
+                storage.write_json(
+                    output.cache.quarantine_record(identifier),
+                    {"sequence_id": identifier, "error": error},
+                )
+
+    async def run(self, teacher: Teacher) -> ScoredShard:
+        """Scores the sequences and writes their shards.
+
+        Raises:
+            TeacherError: a sequence is missing from its shard, too long for the engine, or comes
+                back broken.
+        """
+        held = {sequence.sequence_id: sequence for sequence in read_sequences(self.sequence_shard)}
+        missing = [identifier for identifier in self.sequence_ids if identifier not in held]
+        if missing:
+            raise TeacherError(
+                f"{self.sequence_shard} lacks sequences {missing[:3]} ({len(missing)} in all)"
+            )
+        sequences = siblings_together([held[identifier] for identifier in self.sequence_ids])
+        slots = asyncio.Semaphore(SEQUENCES_IN_FLIGHT)
+        families = defaultdict(Siblings)
+        scored = await asyncio.gather(
+            *(self._score(teacher, each, families[each.prompt_id], slots) for each in sequences)
+        )
+        by_id = {s.sequence_id: each for s, each in zip(sequences, scored, strict=True)}
+        in_order = [by_id[identifier] for identifier in self.sequence_ids]
+        entries, told = {}, teacher.describe()
+        origin = {key: told[key] for key in ORIGIN if key in told}
+        for i, output in enumerate(self.outputs):
+            path = output.cache.shard(digest_ids(self.sequence_ids))
+            rows = [each.rows[i] for each in in_order]
+            entries[output.name] = await asyncio.to_thread(
+                write_shard, path, rows, output.fingerprint, origin
+            )
+        return ScoredShard(
+            entries,
+            num_tokens=sum(len(sequence.input_ids) for sequence in sequences),
+            num_cached_tokens=sum(each.num_cached_tokens for each in scored),
+            num_rescored=sum(each.is_rescored for each in scored),
+        )
+
+    async def _score(
+        self,
+        teacher: Teacher,
+        sequence: TokenSequence,
+        siblings: Siblings,
+        slots: asyncio.Semaphore,
+    ) -> _Scored:
+        positions = sequence.position_indices
+        first = int(positions[0])
+        async with slots:
+            captured = await siblings.score(
+                teacher,
+                sequence.input_ids,
+                first,
+                distributions=any(not output.holds_features for output in self.outputs),
+                states=any(output.holds_features for output in self.outputs),
+            )
+        rows = tuple(output.row(sequence, captured, positions - first) for output in self.outputs)
+        return _Scored(rows, captured.num_cached_tokens, captured.is_rescored)
+
+
+@dataclass(frozen=True)
+class _Scored:
+    rows: tuple[CacheRow, ...]
+    num_cached_tokens: int
+    is_rescored: bool
+
+
+def siblings_together(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
+    """Sequences of one prompt one after another, so that its prefix is still in the cache."""
+    groups: dict[str, list[TokenSequence]] = {}
+    for sequence in sequences:
+        groups.setdefault(sequence.prompt_id, []).append(sequence)
+    return [sequence for group in groups.values() for sequence in group]
+
+
+def plan_scoring(
+    root: str, outputs: Sequence[tuple[Output, Sequence[DatasetEntry]]]
+) -> list[ScoringTask]:
+    """What one teacher's caches lack and have not quarantined, by sequence shard; what lacks in
+    several of them is captured in one pass. A task's rows take at most `TASK_BYTES`, those of a
+    single sequence aside.
+
+    Args:
+        root: the storage root, to which the entries' shards are relative.
+        outputs: each with the sequences that are to be in it.
+    """
+    lacking: dict[str, tuple[DatasetEntry, list[str]]] = {}
+    for output, entries in outputs:
+        for entry in missing_sequences(entries, output.cache):
+            lacking.setdefault(entry.sequence_id, (entry, []))[1].append(output.name)
+    groups: dict[tuple[str, tuple[str, ...]], list[DatasetEntry]] = {}
+    for entry, names in lacking.values():
+        groups.setdefault((entry.shard, tuple(names)), []).append(entry)
+    by_name = {output.name: output for output, _ in outputs}
+    tasks = []
+    for (shard, names), members in groups.items():
+        wanted = tuple(by_name[name] for name in names)
+        most = TASK_BYTES // sum(output.position_bytes for output in wanted)
+        for run in runs_of_positions(members, most):
+            identifiers = tuple(entry.sequence_id for entry in run)
+            tasks.append(ScoringTask(storage.join(root, shard), identifiers, wanted))
+    return tasks
+
+
+def runs_of_positions(entries: Sequence[DatasetEntry], most: int) -> list[list[DatasetEntry]]:
+    """Cuts entries into runs of at most `most` positions each; a longer one stands alone."""
+    runs: list[list[DatasetEntry]] = []
+    room = 0
+    for entry in entries:
+        if not runs or entry.num_positions > room:
+            runs.append([])
+            room = most
+        runs[-1].append(entry)
+        room -= entry.num_positions
+    return runs

@@ -1,0 +1,84 @@
+"""The run's tokenizer, which is the student's: prompts to ids, answers to text."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from pipeline.config.base import ModelFiles
+from pipeline.errors import ConfigError
+from pipeline.fingerprint import digest_bytes, digest_json
+from pipeline.records import Prompt
+
+
+def load_tokenizer(model: ModelFiles) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id.
+
+    Raises:
+        ConfigError: there is none, or it cannot be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(
+            model.model, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load a tokenizer from {model.model}: {error}") from error
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hex hash of all that decides a text's ids: vocabulary, rules, template, end of sequence."""
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        rules = tokenizer.backend_tokenizer.to_str()
+    else:
+        rules = digest_json(tokenizer.get_vocab())
+    return digest_bytes(
+        rules.encode(), str(tokenizer.chat_template).encode(), str(tokenizer.eos_token_id).encode()
+    )
+
+
+@lru_cache(maxsize=1)
+def student_tokenizer(files: ModelFiles) -> tuple[PreTrainedTokenizerBase, str]:
+    """The tokenizer of a run, which is the student's, and its hash; loaded once per process."""
+    tokenizer = load_tokenizer(files)
+    return tokenizer, tokenizer_hash(tokenizer)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """The token ids of a prompt: messages by the chat template, ready for an answer; text as it is.
+
+    Raises:
+        ConfigError: messages, but the tokenizer has no chat template or its template refuses them;
+            or the prompt has no tokens.
+    """
+    ids: Any  # upstream's stubs name what the other options return as well
+    if prompt.messages is None:
+        ids = tokenizer(prompt.text)["input_ids"]
+    elif tokenizer.chat_template is None:
+        raise ConfigError(
+            f"prompt {prompt.prompt_id} has chat messages, but the student's tokenizer has no chat "
+            "template; add one to its folder or give prompts as `text`"
+        )
+    else:
+        try:
+            ids = tokenizer.apply_chat_template(
+                list(prompt.messages), add_generation_prompt=True, return_dict=False
+            )
+        except TemplateError as error:
+            raise ConfigError(
+                f"the chat template of {tokenizer.name_or_path} refuses prompt "
+                f"{prompt.prompt_id}: {error}; change its messages or leave it out (a recipe's or "
+                "the evaluation's system_prompt is one of them)"
+            ) from error
+    if not ids:
+        raise ConfigError(f"prompt {prompt.prompt_id} has no tokens")
+    return list(ids)
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+    """The text of an answer, without special tokens."""
+    text = tokenizer.decode(token_ids, skip_special_tokens=True)
+    assert isinstance(text, str), "one sequence of ids is one text"
+    return text

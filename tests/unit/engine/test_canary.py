@@ -1,0 +1,139 @@
+"""What is concluded from canaries, and what they consist of."""
+
+import asyncio
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.errors import TeacherError
+from teachers.canary import (
+    MEAN_TOLERANCES,
+    STATE_TOLERANCES,
+    ControlTask,
+    doubt_of_shared_states,
+    full_step,
+    hold_to_cache,
+    refuse_difference,
+)
+from teachers.protocol import HEAD_ENTRIES, Canary, CapturedRows
+
+ENGINE = {"engine_version": "0.32.0", "dtype": "float32", "quantization": None, "device": "here"}
+
+
+def canary(shift: float = 0.0, **engine: str) -> Canary:
+    """32 positions of 16 entries; the shift moves one gold value."""
+    logprobs = -np.sort(np.random.default_rng(0).random((32, 16)).astype(np.float32)) - 1
+    gold = np.full(32, -3.0, np.float32)
+    gold[7] += shift
+    rows = CapturedRows(np.zeros((32, 16), np.int32), logprobs, gold)
+    return Canary.of(rows, ENGINE | engine)
+
+
+def test_only_the_head_travels() -> None:
+    assert canary().head_logprobs.shape == (32, HEAD_ENTRIES)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("dtype", MEAN_TOLERANCES)
+def test_the_mean_difference_decides(dtype: str, sign: int) -> None:
+    whole = MEAN_TOLERANCES[dtype] * 32 * (1 + HEAD_ENTRIES)  # on one of the values alone
+    refuse_difference("teacher", canary(dtype=dtype), canary(sign * 0.99 * whole, dtype=dtype))
+    with pytest.raises(TeacherError, match=r"position 7, gold token: -3\.00000 on here"):
+        refuse_difference("teacher", canary(dtype=dtype), canary(sign * 1.01 * whole, dtype=dtype))
+
+
+def test_a_value_that_is_no_number_is_refused() -> None:
+    with pytest.raises(TeacherError, match="nan"):
+        refuse_difference("teacher", canary(), canary(math.nan))
+
+
+def test_masked_tokens_agree_with_each_other_and_with_nothing_else() -> None:
+    refuse_difference("teacher", canary(-math.inf), canary(-math.inf))
+    with pytest.raises(TeacherError, match=r"-3\.00000 on here and -60\.00000 on here"):
+        refuse_difference("teacher", canary(), canary(-math.inf))
+
+
+@pytest.mark.parametrize("key", ["engine_version", "dtype", "quantization"])
+def test_other_kinds_of_engine_are_refused_with_both_names(key: str) -> None:
+    with pytest.raises(TeacherError, match=f"differ in {key}: {ENGINE[key]} and other"):
+        refuse_difference("teacher", canary(), canary(**{key: "other"}))
+
+
+def test_a_teacher_may_run_on_several_kinds_of_device() -> None:
+    refuse_difference("teacher", canary(), canary(device="there"))
+
+
+def test_later_engines_are_held_to_the_one_that_began_the_cache(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    hold_to_cache(paths[:1], "teacher", canary())
+    first = (tmp_path / "a.json").read_bytes()
+    hold_to_cache(paths, "teacher", canary(0.1, device="there", load_seconds="2"))
+    assert (tmp_path / "a.json").read_bytes() == first and (tmp_path / "b.json").exists()
+    assert not caplog.records
+    hold_to_cache(paths[:1], "teacher", canary(engine_version="0.33.0"))
+    assert "begun with engine_version 0.32.0, now 0.33.0" in caplog.text
+    for other, message in (
+        (canary(dtype="bfloat16"), r"tolerance for bfloat16.*; dtype float32, now bfloat16"),
+        (canary(quantization="fp8"), "quantization None, now fp8"),
+        (canary(-3.0), r"0\.01042 nats apart on average.*--force"),
+        (canary(math.nan), "nan nats apart"),
+    ):
+        with pytest.raises(TeacherError, match=message):
+            hold_to_cache(paths[:1], "teacher", other)
+
+
+@pytest.mark.parametrize("dtype", STATE_TOLERANCES)
+def test_states_are_shared_where_some_were_read_and_all_agree(dtype: str) -> None:
+    states = np.random.default_rng(0).normal(size=(32, 2, 8)).astype(np.float32)
+    most = STATE_TOLERANCES[dtype] * np.abs(states).max()
+
+    def doubt(shift: float, num_cached: int) -> str | None:
+        other = states.copy()
+        other[5, 1, 3] += shift
+        nothing = CapturedRows.without_distributions(32)
+        anew, again = (replace(nothing, hidden_states=each) for each in (states, other))
+        return doubt_of_shared_states(anew, replace(again, num_cached_tokens=num_cached), dtype)
+
+    assert doubt(0.99 * most, 16) is None
+    assert "not those computed anew" in str(doubt(1.01 * most, 16))
+    assert "not those computed anew" in str(doubt(math.nan, 16))
+    assert "it shows nothing" in str(doubt(0, 0))
+
+
+@pytest.mark.parametrize(
+    ("length", "max_step_tokens", "max_seqs", "count"),
+    [(100, 1000, 64, 11), (100, 950, 64, 11), (100, 1000, 4, 4), (5000, 1000, 64, 2)],
+)
+def test_the_full_step_overflows_one_step_and_no_more(
+    length: int, max_step_tokens: int, max_seqs: int, count: int
+) -> None:
+    sequences = full_step(length, 512, max_step_tokens, max_seqs)
+    assert [len(sequence) for sequence in sequences] == [length] * count
+    assert len({sequence[0] for sequence in sequences}) == count
+    assert all(0 <= token < 512 for sequence in sequences for token in sequence)
+
+
+@pytest.mark.parametrize("scores", [True, False])
+def test_a_control_asks_for_what_every_teacher_of_its_kind_can_do(scores: bool) -> None:
+    asked: list[tuple] = []
+
+    class Asked:
+        can_score = scores
+
+        def canary(self) -> Canary | None:
+            return canary()  # an endpoint that scores elsewhere in the run is held to its first
+
+        async def score(self, *arguments: object) -> None:
+            asked.append(("score", *arguments))
+
+        async def generate(self, *arguments: object) -> None:
+            asked.append(("generate", *arguments))
+
+    asyncio.run(ControlTask().run(Asked()))  # pyright: ignore[reportArgumentType]
+    (found,) = asked
+    assert found[0] == ("score" if scores else "generate") and max(found[1]) < 20

@@ -1,0 +1,178 @@
+"""Filters inside their stages: a new dataset, no new answers, no new rows."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.bookkeeping.stage_records import dataset_of, scored_dataset
+from jobs.stages.score import score
+from jobs.stages.synthesize import synthesize
+from pipeline import storage
+from pipeline.cache.index import open_cache
+from pipeline.config.load import load_config
+from pipeline.config.rounds import layout_of
+from pipeline.config.run import Config
+from pipeline.config.synthesis import DATASET_GENERATOR
+from pipeline.errors import FilterError
+from pipeline.filters.run import filter_identity
+from pipeline.run.identities import scoring_recipe, synthesis_recipe
+from pipeline.run.preparation import Prepared
+from pipeline.sequences import read_dataset
+from pipeline.synthesis.prompts import read_prompts, write_prompts
+from tests.support import fabricated
+from tests.support.command_line import QUICKSTART
+from tests.support.fabricated import FakePools
+from tests.support.quickstart import some_prompts
+
+NUM_TRAIN, NUM_HOLDOUT = 8, 3  # prompts of each domain
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    sources = {
+        0: some_prompts("prompts.jsonl", NUM_TRAIN, tmp_path),
+        1: some_prompts("holdout.jsonl", NUM_HOLDOUT, tmp_path),
+    }
+    return [
+        f"storage.root={tmp_path / 'out'}",
+        *(f"prompts.sources.{i}.path={path}" for i, path in sources.items()),
+        "synthesis.recipes=[{type: dataset}]",
+        "scoring.num_logprobs=16",
+    ]
+
+
+def config_with(arguments: list[str], filters: str) -> Config:
+    return load_config(QUICKSTART / "config.yaml", [*arguments, f"synthesis.filters={filters}"])
+
+
+def prepared(config: Config) -> Prepared:
+    layout, (prompts, counts) = layout_of(config), read_prompts(config.prompts)
+    recipes = {t: scoring_recipe(config, t, {"weights": t}, "hash") for t in config.teachers}
+    synthesis = config.synthesis
+    before, after = (
+        [filter_identity(rule, config.prompts.checker) for rule in rules]
+        for rules in (synthesis.filters_before_scoring, synthesis.filters_after_scoring)
+    )
+    found = Prepared("key", "", counts, 16, "hash", 1, recipes, {}, {}, before, after)
+    return replace(
+        found,
+        prompts=write_prompts(layout, prompts),
+        synthesis_recipes={
+            DATASET_GENERATOR: synthesis_recipe(
+                config, config.synthesis.recipes[0], DATASET_GENERATOR, {}, "hash"
+            )
+        },
+    )
+
+
+def stage(config: Config, name: str) -> dict[str, Any]:
+    """Runs a stage and keeps its record, as its job does."""
+    layout, found = layout_of(config), prepared(config)
+    if name == "synthesize":
+        outcome = synthesize(config, layout, found)
+    else:
+        digest = dataset_of(config, layout, found)
+        assert digest is not None
+        outcome = score(config, layout, found, digest)
+    storage.write_json(layout.stage_record(name), outcome)
+    return outcome
+
+
+def test_another_filter_makes_another_dataset_and_asks_nobody_again(arguments: list[str]) -> None:
+    config = config_with(arguments, "[]")
+    whole = stage(config, "synthesize")
+    layout = layout_of(config)
+    before = storage.file_states(f"{layout.root}/synthesis")
+    short = config_with(arguments, "[{type: length, max_tokens: 4}]")
+    assert dataset_of(short, layout, prepared(short)) is None
+    outcome = stage(short, "synthesize")
+    assert outcome["filters"][0]["dropped"] == NUM_TRAIN + NUM_HOLDOUT, "words have five tokens"
+    assert outcome["filters"][0]["dropped_by_domain"] == {"words": NUM_TRAIN + NUM_HOLDOUT}
+    assert "dropped by filters: length 11/22" in outcome["summary"]
+    everything = read_dataset(layout, whole["dataset"])
+    assert read_dataset(layout, outcome["dataset"]) == [
+        entry for entry in everything if entry.domain == "arithmetic"
+    ]
+    assert storage.file_states(f"{layout.root}/synthesis") == before
+    (path,) = Path(layout.root).glob("rejected/*/0-length.parquet")
+    row = next(r for r in pq.read_table(path).to_pylist() if r["split"] == "train")
+    assert row["prompt"].startswith("reverse ") and len(row["answer"]) == 4
+
+
+def test_the_filters_of_the_quickstart_find_bad_answers(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    """Given answers are their own references, and one prompt is the hold-out's but for a space."""
+    holdout = (tmp_path / "holdout.jsonl").read_text().splitlines()
+    with (tmp_path / "prompts.jsonl").open("a") as file:
+        file.write(holdout[0].replace('"content": "', '"content": " ') + "\n")
+    shipped = load_config(QUICKSTART / "config.yaml", arguments)
+    outcome = stage(shipped, "synthesize")
+    assert {c["filter"]: c["dropped"] for c in outcome["filters"]} == {
+        "checker": 0,
+        "near_duplicate": 0,
+        "contamination": 1,
+    }
+    assert "hold-out prompt" in outcome["filters"][2]["examples"][0]
+
+
+def test_an_answer_at_which_the_checker_raises_is_dropped_and_said(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "numeric_rules.py").write_text(
+        "def of_numbers(answer, reference):\n    return int(int(answer) == int(reference))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = [*arguments, "prompts.checker=numeric_rules.of_numbers"]
+    (counts,) = stage(config_with(mine, "[{type: checker}]"), "synthesize")["filters"]
+    assert counts["dropped_by_domain"] == {"words": NUM_TRAIN + NUM_HOLDOUT}, "they have no number"
+    first, last = [
+        r.message for r in caplog.records if r.name == "pipeline.filters.answer_checkers"
+    ]
+    assert "numeric_rules.of_numbers raised ValueError" in first
+    assert "raised at 11 of 22 answers" in last
+
+
+def test_filters_that_leave_nothing_lose_no_answer(arguments: list[str]) -> None:
+    config = config_with(arguments, "[{type: length, min_tokens: 99}]")
+    with pytest.raises(FilterError, match=r"leaves no sequence of the holdout split.*length 22/22"):
+        stage(config, "synthesize")
+    assert stage(config_with(arguments, "[]"), "synthesize")["counts"]["dataset"]["kept"] == 22
+
+
+def test_perplexity_comes_from_the_cached_rows_and_scores_nothing_again(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools = FakePools()
+    monkeypatch.setattr(fabricated, "VOCABULARY", 64)
+    monkeypatch.setattr("jobs.stages.score.run_pools", pools)
+    config = config_with(arguments, "[]")
+    stage(config, "synthesize")
+    stage(config, "score")
+    layout, num_scored = layout_of(config), len(pools.scored)
+    digest = scored_dataset(config, layout, prepared(config))
+    assert digest is not None
+    entries = read_dataset(layout, digest)
+    cache = open_cache(prepared(config).caches(layout)["words"])
+    means = {}
+    for entry in entries:
+        row = cache.row(entry.sequence_id)
+        assert row is not None
+        means[entry.sequence_id] = float(row.gold_logprobs.astype(float).mean())
+    ordered = sorted(means.values())
+    middle = (ordered[len(means) // 2] + ordered[len(means) // 2 - 1]) / 2
+    bound = f"[{{type: perplexity, teacher: words, max: {math.exp(-middle)}}}]"
+    strict = config_with(arguments, bound)
+    assert scored_dataset(strict, layout, prepared(strict)) is None
+    outcome = stage(strict, "score")
+    kept = read_dataset(layout, outcome["dataset"])
+    assert [e.sequence_id for e in kept] == [i for i in means if means[i] > middle]
+    assert outcome["filters"][0]["dropped"] == len(entries) - len(kept) > 0
+    assert "dropped: perplexity" in outcome["summary"] and len(pools.scored) == num_scored

@@ -1,0 +1,210 @@
+"""One prompt that a server refuses, among many: who is asked how often, what is kept, who is set
+aside.
+"""
+
+import asyncio
+import pickle
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config.student import StudentConfig
+from pipeline.config.teachers import EndpointConfig
+from pipeline.errors import ConfigError, TeacherError
+from pipeline.layout import Layout
+from pipeline.records import Prompt
+from pipeline.synthesis.index import read_records
+from pipeline.synthesis.rewriting import Request
+from teachers.canary import CONTROL_MESSAGE
+from teachers.endpoint.teacher import EndpointTeacher
+from teachers.pool.dispatch import Dispatcher, PoolReport, ReplicaDied, Task
+from teachers.protocol import EndpointSpec, EngineDiedError, ItemsFailedError
+from teachers.tasks.answer import SynthesisTask, plan_synthesis
+from teachers.tasks.judge import JudgingTask, plan_judging, read_grades
+from teachers.tasks.rewrite import WritingTask, plan_writing
+from tests.support.endpoints import Loopback, Response, at_once, by_text, chat_reply, loopback
+from tests.support.tokenizers_for_tests import save_byte_tokenizer
+
+COUNT = 64
+REFUSED = Response.of({"error": "your input was flagged"}, 400)
+CONTROL = CONTROL_MESSAGE["content"]
+
+
+class EndpointReplica:
+    """A replica in this process that asks an endpoint."""
+
+    def __init__(self, spec: EndpointSpec) -> None:
+        self._spec = spec
+
+    async def placed(self) -> None: ...
+
+    async def ready(self) -> dict[str, Any]:
+        self._teacher = await EndpointTeacher.start(self._spec, at_once)
+        return self._teacher.describe()
+
+    async def canary(self) -> None: ...
+
+    async def run(self, task: Any) -> Any:
+        try:
+            return await task.run(self._teacher)
+        except EngineDiedError as error:
+            raise ReplicaDied(str(error)) from error
+
+    async def peak_memory_bytes(self) -> None: ...
+
+    async def stop(self) -> None:
+        self._teacher.shutdown()
+        await asyncio.sleep(0)
+
+
+def asked_of(server: Loopback) -> Counter[str]:
+    """How often each prompt was asked."""
+    return Counter(body["messages"][-1]["content"] for _, body, _ in server.requests)
+
+
+class Tasks:
+    """Shards of each kind, of prompts that are their own ids."""
+
+    def __init__(self, root: Path) -> None:
+        self.tokenizer = save_byte_tokenizer(root / "student")
+        self.layout = Layout(str(root / "root"), "run")
+        self.student = StudentConfig(model=str(root / "student"), initialization="random")
+        self.sampling = {"max_tokens": 50}
+
+    def synthesis(self, names: Sequence[str], per_shard: int = COUNT) -> list[SynthesisTask]:
+        template = SynthesisTask(
+            self.layout, "t", "recipe", (), self.student, self.sampling, 1, None, 1
+        )
+        return plan_synthesis(template, [chat(name) for name in names], per_shard)
+
+    def writing(self, names: Sequence[str]) -> list[WritingTask]:
+        template = WritingTask(self.layout, "t", "recipe", (), self.student, self.sampling, 1)
+        requests = [Request(chat(name), chat(f"source of {name}")) for name in names]
+        return plan_writing(template, requests, COUNT)
+
+    def judging(self, names: Sequence[str]) -> list[JudgingTask]:
+        template = JudgingTask(self.layout, "recipe", (), self.student, is_bound=False)
+        return plan_judging(template, [(name, chat(name)) for name in names], COUNT)
+
+    def finished(self) -> set[str]:
+        """The prompts that have a record without an error."""
+        records = read_records(self.layout, "recipe")
+        found = [name for r in records for name in r["prompts"] if name not in r["errors"]]
+        assert len(found) == len(set(found)), "each is done once"
+        return set(found)
+
+    def errors(self) -> dict[str, str]:
+        records = read_records(self.layout, "recipe")
+        return {name: error for r in records for name, error in r["errors"].items()}
+
+
+def chat(name: str) -> Prompt:
+    return Prompt(name, "d", "train", messages=({"role": "user", "content": name},))
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Tasks:
+    return Tasks(tmp_path)
+
+
+def dispatched(
+    tasks: Tasks, todo: Sequence[Task], reply: Callable[[str], Response], **settings: Any
+) -> tuple[PoolReport | ValueError, Loopback]:
+    """What becomes of tasks, and who was asked."""
+    with loopback(by_text(reply)) as server:
+        values = {"url": server.url, "model": "m", "api": "openai", "scores": False}
+        endpoint = EndpointConfig.model_validate(values | {"max_retries": 0} | settings)
+        spec = EndpointSpec(endpoint, tasks.student, 64)
+        dispatcher = Dispatcher("helper", lambda: EndpointReplica(spec), 1, todo)
+        try:
+            return asyncio.run(asyncio.wait_for(dispatcher.run(), 60)), server
+        except ValueError as error:
+            return error, server
+
+
+NAMES = [f"prompt {number}" for number in range(COUNT)]
+
+
+@pytest.mark.parametrize("kind", ["synthesis", "writing", "judging"])
+def test_one_refused_prompt_costs_no_other_a_second_request(tasks: Tasks, kind: str) -> None:
+    todo = getattr(tasks, kind)(NAMES)
+    report, server = dispatched(
+        tasks, todo, lambda text: REFUSED if text == NAMES[40] else chat_reply("4")
+    )
+    assert isinstance(report, PoolReport)
+    asked = asked_of(server)
+    assert {asked[name] for name in NAMES if name != NAMES[40]} == {1}
+    assert asked[NAMES[40]] == 2 and asked[CONTROL] == 1 and asked.total() == COUNT + 2
+    ((label, error),) = report.quarantined
+    assert "flagged" in error and "1 " in label
+    if kind == "judging":
+        grades = read_grades(tasks.layout, "recipe")
+        assert grades == dict.fromkeys(NAMES, 4) | {NAMES[40]: None}
+    else:
+        assert tasks.finished() == set(NAMES) - {NAMES[40]}
+        assert tasks.errors().keys() == {NAMES[40]}
+        assert "flagged" in tasks.errors()[NAMES[40]]
+
+
+def test_many_refusals_in_many_shards_are_no_sign_of_a_sick_server(tasks: Tasks) -> None:
+    """No shard is done as a whole, and in the last ones every second prompt is refused."""
+    refused = {*NAMES[3:32:8], *NAMES[33::2]}
+    report, server = dispatched(
+        tasks,
+        tasks.synthesis(NAMES, per_shard=8),
+        lambda text: REFUSED if text in refused else chat_reply("yes"),
+    )
+    assert isinstance(report, PoolReport)
+    asked = asked_of(server)
+    assert {asked[name] for name in refused} == {2}
+    assert {asked[name] for name in NAMES if name not in refused} == {1}
+    assert len(report.quarantined) == len(refused) and tasks.errors().keys() == refused
+    assert tasks.finished() == set(NAMES) - refused
+
+
+def test_a_server_that_falls_sick_within_a_shard_condemns_no_prompt(tasks: Tasks) -> None:
+    asked: list[str] = []
+
+    def reply(text: str) -> Response:
+        asked.append(text)
+        return chat_reply("yes") if len(asked) <= 30 else Response.of({"error": "oops"}, 500)
+
+    error, _ = dispatched(tasks, tasks.synthesis(NAMES), reply, max_concurrency=1)
+    assert "34 items failed" in str(error) and "fails a control as well" in str(error)
+    assert tasks.errors() == {} and tasks.finished() == set(asked[:30])
+
+
+def test_where_credit_ends_the_others_are_not_asked_any_more(tasks: Tasks) -> None:
+    asked: list[str] = []
+
+    def reply(text: str) -> Response:
+        asked.append(text)
+        return chat_reply("yes") if len(asked) <= 11 else Response.of({"error": "empty"}, 402)
+
+    error, _ = dispatched(tasks, tasks.synthesis(NAMES, 10), reply, max_concurrency=1)
+    assert type(error) is ConfigError and "no credit left" in str(error)
+    # Each of six shards in flight is refused twice at most; what waited for its turn is dropped.
+    assert len(asked) < 40 and len(tasks.finished()) == 10 and tasks.errors() == {}
+
+
+def test_when_all_prompts_of_a_shard_are_refused_they_are_told_apart_by_halves(
+    tasks: Tasks,
+) -> None:
+    report, _ = dispatched(tasks, tasks.synthesis(NAMES[:3]), lambda text: REFUSED)
+    assert type(report) is TeacherError and tasks.errors() == {}, "the control is refused as well"
+    known = {CONTROL: chat_reply("yes")}
+    report, server = dispatched(
+        tasks, tasks.synthesis(NAMES[:3]), lambda text: known.get(text, REFUSED)
+    )
+    assert isinstance(report, PoolReport) and tasks.errors().keys() == set(NAMES[:3])
+    assert max(asked_of(server).values()) <= 6
+
+
+def test_the_error_that_says_which_items_failed_travels(tasks: Tasks) -> None:
+    (task,) = tasks.synthesis(NAMES[:1])
+    error = pickle.loads(pickle.dumps(ItemsFailedError({"shard": "s"}, [(task, "flagged")])))
+    assert error.result == {"shard": "s"} and error.failed == [(task, "flagged")]
+    assert str(error) == f"1 failed, first {task.label}: flagged"

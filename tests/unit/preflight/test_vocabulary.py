@@ -1,0 +1,116 @@
+"""Preflight: tokenizers that disagree are refused and the differing entries listed."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.load import load_config
+from pipeline.config.run import Config
+from pipeline.errors import ConfigError, VocabularyMismatchError
+from pipeline.records import Prompt
+from teachers.preflight.vocabulary import check_vocabularies
+from teachers.tokenizing import load_tokenizer, prompt_ids, tokenizer_hash
+from tests.support.tokenizers_for_tests import CHARACTERS, CHAT_TEMPLATE, SPECIAL, save_tokenizer
+
+QUICKSTART = Path(__file__).resolve().parents[3] / "examples/quickstart/config.yaml"
+PROMPTS = [
+    Prompt("p", "d", "train", messages=({"role": "user", "content": "ab+1"},)),
+    Prompt("q", "d", "train", text="x=1"),
+]
+
+
+def config(tmp_path: Path, *overrides: str) -> Config:
+    folders = {
+        "student.model": "student",
+        "teachers.arithmetic.model": "a",
+        "teachers.words.model": "b",
+    }
+    return load_config(
+        QUICKSTART, [*(f"{key}={tmp_path / name}" for key, name in folders.items()), *overrides]
+    )
+
+
+def save(tmp_path: Path, **teacher_b) -> None:
+    for name, options in {"student": {}, "a": {}, "b": teacher_b}.items():
+        save_tokenizer(tmp_path / name, **options)
+
+
+def test_equal_tokenizers_pass_and_their_hash_ignores_the_folder(tmp_path: Path) -> None:
+    save(tmp_path)
+    checked = check_vocabularies(config(tmp_path), PROMPTS)
+    assert checked == tokenizer_hash(load_tokenizer(config(tmp_path).teachers["words"].files))
+
+
+def test_swapped_entries_are_listed(tmp_path: Path) -> None:
+    swapped = SPECIAL + CHARACTERS
+    swapped[7], swapped[9] = swapped[9], swapped[7]
+    save(tmp_path, tokens=swapped)
+    with pytest.raises(VocabularyMismatchError) as caught:
+        check_vocabularies(config(tmp_path), PROMPTS)
+    message = str(caught.value)
+    assert "teacher 'words': id 7 is 'f', the student's is 'd'" in message
+    assert "id 9 is 'd', the student's is 'f'" in message and "arithmetic" not in message
+
+
+def test_many_differences_are_counted(tmp_path: Path) -> None:
+    save(tmp_path, tokens=SPECIAL + CHARACTERS[::-1])
+    with pytest.raises(VocabularyMismatchError, match=r"… \d+ ids differ in all"):
+        check_vocabularies(config(tmp_path), PROMPTS)
+
+
+def test_another_end_of_sequence_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, eos="<pad>")
+    with pytest.raises(
+        VocabularyMismatchError,
+        match=r"end of sequence is '<pad>' \(0\), the student's is '<eos>' \(1\)",
+    ):
+        check_vocabularies(config(tmp_path), PROMPTS)
+
+
+def test_another_chat_template_is_refused_unless_allowed_by_name(tmp_path: Path) -> None:
+    save(tmp_path, template=CHAT_TEMPLATE.replace("'<' + m", "' <' + m"))
+    with pytest.raises(VocabularyMismatchError, match="prompt p renders as"):
+        check_vocabularies(config(tmp_path), PROMPTS)
+    allowed = config(tmp_path, "teachers.words.allow_chat_template_difference=true")
+    assert check_vocabularies(allowed, PROMPTS)
+
+
+def test_a_chat_prompt_without_a_template_is_refused(tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(tmp_path, template=None)
+    with pytest.raises(ConfigError, match="no chat template"):
+        prompt_ids(tokenizer, PROMPTS[0])
+
+
+def test_prompts_become_ids(tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(tmp_path)
+    assert tokenizer.convert_ids_to_tokens(prompt_ids(tokenizer, PROMPTS[0])) == [
+        "<user>",
+        "a",
+        "b",
+        "+",
+        "1",
+        "<assistant>",
+    ]
+    assert tokenizer.decode(prompt_ids(tokenizer, PROMPTS[1])).replace(" ", "") == "x=1"
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    save(tmp_path)
+    with pytest.raises(ConfigError, match="nothing-here"):
+        check_vocabularies(config(tmp_path, f"student.model={tmp_path}/nothing-here"), PROMPTS)
+
+
+def test_a_prompt_that_the_template_refuses_is_named(tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(tmp_path, template="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(ConfigError, match="refuses prompt p: roles must alternate"):
+        prompt_ids(tokenizer, PROMPTS[0])
+
+
+def test_every_teacher_is_compared_whatever_the_others_lack(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "student")
+    save_tokenizer(tmp_path / "a", eos="<pad>")
+    save_tokenizer(tmp_path / "b", template=CHAT_TEMPLATE.replace("'<' + m", "' <' + m"))
+    with pytest.raises(VocabularyMismatchError) as caught:
+        check_vocabularies(config(tmp_path), PROMPTS)
+    assert "teacher 'arithmetic': end of sequence" in str(caught.value)
+    assert "teacher 'words': prompt p renders as" in str(caught.value)

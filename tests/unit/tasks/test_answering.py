@@ -1,0 +1,107 @@
+"""Answers of one model to hold-out prompts, from a scripted teacher."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from jobs.stages.evaluate import _line
+from pipeline.config.student import StudentConfig
+from pipeline.errors import ConfigError
+from pipeline.records import Prompt
+from teachers.protocol import GeneratedAnswer
+from teachers.tasks.holdout import AnsweringTask
+from tests.support.tokenizers_for_tests import save_tokenizer
+
+
+def test_prompts_that_all_leave_no_room_are_refused_with_what_to_change(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "student")
+    task = AnsweringTask(
+        model="t",
+        prompts=(Prompt("p", "d", "holdout", text="1+1="),),
+        student=StudentConfig(model=str(tmp_path / "student"), initialization="random"),
+        sampling={"max_tokens": 5},
+        max_sequence_tokens=8,
+        checker=None,
+        answers_path=str(tmp_path / "answers.jsonl"),
+    )
+    with pytest.raises(ConfigError, match=r"longer than 3 tokens.*max_sequence_tokens"):
+        asyncio.run(task.run(cast(Any, None)))
+
+
+class AnsweringTeacher:
+    async def generate(
+        self, ids: list[int], sampling: dict[str, Any], num_samples: int
+    ) -> list[GeneratedAnswer]:
+        return [GeneratedAnswer([ids[0], 1], "stop", 0.01)] * num_samples
+
+
+def test_prompts_that_are_too_long_are_counted_beside_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("teachers.tasks.holdout.MEASURED_SECONDS", 0.01)
+    save_tokenizer(tmp_path / "student")
+    prompts = [Prompt(t, "d", "holdout", text=t, reference="1") for t in ("1+", "2+", "1+1+1+1+")]
+    task = AnsweringTask(
+        model="t",
+        prompts=tuple(prompts),
+        student=StudentConfig(model=str(tmp_path / "student"), initialization="random"),
+        sampling={"max_tokens": 5},
+        max_sequence_tokens=8,
+        checker="exact",
+        answers_path=str(tmp_path / "answers.jsonl"),
+    )
+    answered = asyncio.run(task.run(cast(Any, AnsweringTeacher())))
+    assert answered.num_too_long == 1
+    assert answered.num_checked == {"d": 2} and answered.correct == {"d": 0.5}
+
+
+MODEL: dict[str, Any] = {"domains": {}, "tokens_per_second": 1.0}
+RULES = """import numpy as np
+
+
+def of_numpy(answer, reference):
+    return np.True_ if answer == reference else np.False_
+
+
+def of_numbers(answer, reference):
+    return 1 if answer == reference else 0
+
+
+def raising(answer, reference):
+    return 1 / (answer == reference)
+"""
+
+
+@pytest.mark.parametrize("name", ["of_numpy", "of_numbers", "raising"])
+def test_every_verdict_counts_as_yes_or_no(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """As in the filter, which asks for truth and not for `True`."""
+    monkeypatch.setattr("teachers.tasks.holdout.MEASURED_SECONDS", 0.01)
+    (tmp_path / "odd_rules.py").write_text(RULES)
+    monkeypatch.syspath_prepend(tmp_path)
+    save_tokenizer(tmp_path / "student")
+    prompts = [Prompt(t, "d", "holdout", text=t, reference="1") for t in ("1+", "2+", "3+")]
+    task = AnsweringTask(
+        model="t",
+        prompts=(*prompts, Prompt("q", "d", "holdout", text="1")),
+        student=StudentConfig(model=str(tmp_path / "student"), initialization="random"),
+        sampling={"max_tokens": 5},
+        max_sequence_tokens=None,
+        checker=f"odd_rules.{name}",
+        answers_path=str(tmp_path / "answers.jsonl"),
+    )
+    answered = asyncio.run(task.run(cast(Any, AnsweringTeacher())))
+    assert answered.correct == {"d": 1 / 3} and answered.num_checked == {"d": 3}
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [line["correct"] for line in lines] == [True, False, False, None]
+    problem = "ZeroDivisionError: division by zero" if name == "raising" else None
+    assert [line.get("error") for line in lines] == [None, problem, problem, None]
+    said = [record.message for record in caplog.records]
+    assert len(said) == (1 if problem else 0) and all("odd_rules.raising" in each for each in said)
+    assert answered.checker_errors == (2 if problem else 0)
+    said_to_people = _line(MODEL, answered, "a.jsonl")
+    assert ("raised at 2 answers, which count as wrong: a.jsonl" in said_to_people) == bool(problem)

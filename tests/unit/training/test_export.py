@@ -1,0 +1,55 @@
+"""What a model card says, without a training."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline import storage
+from pipeline.config.load import load_config
+from students.export import model_card
+
+QUICKSTART = Path(__file__).resolve().parents[3] / "examples/quickstart/config.yaml"
+HUB_TEACHER = "teachers.words.model=org/teacher"
+TUNED = ["student.model=org/small", "student.initialization=pretrained"]
+
+
+def card_of(overrides: list[str], folder: Path, **changes: Any) -> tuple[dict[str, Any], str]:
+    """The header, and all of the card."""
+    summary = folder / "training.json"
+    storage.write_json(str(summary), {"steps": 2, "final": {}, "identity": {}, "changes": []})
+    config = load_config(QUICKSTART, [HUB_TEACHER, *overrides]).model_copy(update=changes)
+    job: Any = SimpleNamespace(
+        config=config,
+        summary_path=str(summary),
+        student="student",
+        cache_fingerprints={},
+        dataset_digest="d",
+    )
+    card = model_card(job)
+    return yaml.safe_load(card.split("---\n")[1]), card
+
+
+def test_base_model_is_what_was_tuned_and_teachers_stand_in_the_text(tmp_path: Path) -> None:
+    header, card = card_of(TUNED, tmp_path)
+    assert header["base_model"] == "org/small"
+    assert "distilled from arithmetic, words (org/teacher) with polystill" in card
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["student.model=org/small", "student.initialization=random"],
+        ["student.initialization=pretrained"],
+        [*TUNED, "student.initial_weights=/elsewhere"],
+    ],
+)
+def test_nothing_is_named_that_it_was_not_tuned_from(overrides: list[str], tmp_path: Path) -> None:
+    assert "base_model" not in card_of(overrides, tmp_path)[0]
+
+
+def test_a_later_round_was_tuned_from_what_the_first_was(tmp_path: Path) -> None:
+    before = [*TUNED, "student.initial_weights=/output/runs/quickstart/export/student"]
+    assert card_of(before, tmp_path, round=2)[0]["base_model"] == "org/small"
