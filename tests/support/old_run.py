@@ -1,0 +1,98 @@
+"""The run that commit ead47cf wrote, in a folder of the test's own."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.bookkeeping.stage_records import read_record
+from jobs.stages.prepare import prepare
+from pipeline import storage
+from pipeline.config.load import load_config
+from pipeline.config.rounds import layout_of
+from pipeline.config.run import Config
+from pipeline.layout import Layout
+from pipeline.run.preparation import Prepared
+from pipeline.run.training_spec import TrainingJob, training_jobs
+from tests.support.command_line import ROOT
+
+WRITTEN = ROOT / "tests/data/written_by_ead47cf"
+PLACE = "/tmp/polystill_old_run"
+"""Folder in which the run was made; its records name it, and so does the key of its preparation."""
+FILES = {
+    "prompts.sources.0.path": "train.jsonl",
+    "prompts.sources.1.path": "validation.jsonl",
+    "prompts.sources.2.path": "holdout.jsonl",
+    "teachers.first.model": "first",
+    "teachers.second.model": "second",
+    "student.model": "student",
+}
+"""Files that the config names, by the key that names them."""
+
+
+@dataclass(frozen=True)
+class OldRun:
+    """A copy of the old run's folder."""
+
+    folder: Path
+
+    @property
+    def root(self) -> Path:
+        """Its storage root."""
+        return self.folder / "output"
+
+    @property
+    def layout(self) -> Layout:
+        return layout_of(self.config())
+
+    @property
+    def path(self) -> str:
+        """Its config file."""
+        return str(self.folder / "config.yaml")
+
+    def config(self, *overrides: str) -> Config:
+        """The config in the folder of the copy."""
+        return load_config(self.path, list(overrides))
+
+    def in_its_old_place(self) -> list[str]:
+        """Overrides that name prompts and models where they lay when the run was made; what the run
+        has written is read from the copy.
+        """
+        return [f"{key}={PLACE}/{name}" for key, name in FILES.items()]
+
+    def prepared(self) -> Prepared:
+        """The preparation as it was written."""
+        return Prepared(**storage.read_json(self.layout.prepared))
+
+    def prepare(self, *overrides: str) -> Prepared:
+        """The preparation made anew, which knows the files of the copy by their times."""
+        return prepare(self.config(*overrides))
+
+    def dataset(self) -> str:
+        """Digest of what the run trained on."""
+        return read_record(self.layout, "score")["dataset"]
+
+    def training(self, *overrides: str) -> TrainingJob:
+        """The training of the student, as today's config asks for it."""
+        config = self.config(*overrides)
+        (job,) = training_jobs(config, layout_of(config), self.prepared(), self.dataset())
+        return job
+
+    def interrupt_training(self) -> None:
+        """Leaves the training as it was before its end: a checkpoint of step 4, and metrics."""
+        folder = Path(self.training().folder)
+        (folder / "training.json").unlink()
+        shutil.rmtree(folder / "final")
+
+
+def copy_old_run(folder: Path) -> OldRun:
+    """Copies the run into a folder that does not exist yet."""
+    shutil.copytree(WRITTEN, folder)
+    return OldRun(folder)
+
+
+def old_file_states(path: str) -> list[tuple[str, int, int]]:
+    """Names, sizes and times that files had in the old place, in place of `storage.file_states`."""
+    recorded: dict[str, list[Any]] = json.loads((WRITTEN / "file_states.json").read_text())
+    return [(name, size, time) for name, size, time in recorded[path]]
