@@ -15,7 +15,7 @@ import torch
 
 from pipeline.config.run import Config
 from pipeline.layout import Layout
-from pipeline.run.training_spec import TrainingJob
+from pipeline.run.training_spec import TrainingSpec
 from teachers.engine.hardware import cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,7 +68,7 @@ def write_json(path: Path, rows: Sequence[Mapping[str, Any]], ratios: Mapping[st
 
 def made_up_job(
     root: Path, teachers: Sequence[str], dataset: str, student: Mapping[str, Any], **training: Any
-) -> TrainingJob:
+) -> TrainingSpec:
     """A training whose models, prompts and recipes exist in name only; its teachers weigh by
     token.
     """
@@ -99,7 +99,7 @@ def made_up_job(
     )
     layout = Layout(str(root), config.name)
     caches = {name: layout.cache(name, MADE_UP) for name in teachers}
-    return TrainingJob(
+    return TrainingSpec(
         config=config,
         layout=layout,
         dataset_digest=dataset,

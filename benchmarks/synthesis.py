@@ -43,7 +43,7 @@ from pipeline.config.rounds import layout_of
 from pipeline.config.run import Config
 from pipeline.run.preparation import Prepared
 from teachers.pool.dispatch import Dispatcher, PoolReport
-from teachers.pool.pool import PoolJob
+from teachers.pool.pool import TeacherWork
 from teachers.protocol import EngineSpec
 from teachers.tasks.answer import SynthesisTask
 from teachers.tokenizing import prompt_ids, student_tokenizer
@@ -158,7 +158,7 @@ class Bench:
         with patch.object(synthesize, "run_pools", self._run_pools):
             return synthesize.synthesize(config, layout_of(config), prepared)
 
-    def _run_pools(self, jobs: Sequence[PoolJob]) -> dict[str, PoolReport]:
+    def _run_pools(self, jobs: Sequence[TeacherWork]) -> dict[str, PoolReport]:
         """The pool's own dispatcher with the engine of this process."""
         (job,) = jobs
         self.tasks, started = job.tasks, time.perf_counter()

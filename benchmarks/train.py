@@ -81,7 +81,7 @@ class Training:
     def __init__(self, size: Size, losses: list[dict[str, Any]], num_teachers: int) -> None:
         from students.data.batches import StepBatch
         from students.data.packing import pack
-        from students.deepspeed_engine import StudentEngine
+        from students.deepspeed_engine import DeepSpeedStudent
         from students.micro_batch import MicroBatch
         from students.model import StudentModule
         from students.trainer import loss_terms
@@ -111,7 +111,7 @@ class Training:
             ),
             dtype=getattr(torch, dtype),
         )
-        self.engine = StudentEngine(StudentModule(model, loss_terms(job)), job)
+        self.engine = DeepSpeedStudent(StudentModule(model, loss_terms(job)), job)
         generator = np.random.default_rng(0)
         examples = [make_example(generator, size, num_teachers) for _ in range(size.sequences)]
         batch = MicroBatch.of(pack(examples), self.engine.device)

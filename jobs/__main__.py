@@ -21,7 +21,7 @@ if len(_ROOTS) != 1 or None in _ROOTS:
 import argparse  # noqa: E402
 import json  # noqa: E402
 
-from jobs.bookkeeping.plan import STAGES  # noqa: E402
+from jobs.bookkeeping.plan import STAGE_NAMES  # noqa: E402
 from jobs.caches.commands import add_cache_commands  # noqa: E402
 from pipeline.config.load import check_shared_paths, dump_config, load_config  # noqa: E402
 from pipeline.config.run import Config  # noqa: E402
@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     submit = _command(commands, "submit", _submit, "submit one stage and follow it")
-    submit.add_argument("stage", choices=STAGES)
+    submit.add_argument("stage", choices=STAGE_NAMES)
     _config_arguments(submit)
     _allow_argument(submit)
     submit.add_argument("--address", metavar="URL", required=True)
@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     stage = _command(
         commands, "stage", _stage, "run one stage in this process; what a stage's Ray job does"
     )
-    stage.add_argument("stage", choices=STAGES)
+    stage.add_argument("stage", choices=STAGE_NAMES)
     _config_arguments(stage)
     _allow_argument(stage)
     return parser
@@ -195,12 +195,12 @@ def _train(options: argparse.Namespace) -> None:
         path = str(Path(options.from_checkpoint).resolve())
         overrides = [f"student.initial_weights={json.dumps(path)}"]
     config = _load(options, *overrides)
-    distill.run(config, options.address, _say, STAGES[: STAGES.index("export") + 1])
+    distill.run(config, options.address, _say, STAGE_NAMES[: STAGE_NAMES.index("export") + 1])
 
 
 def _submit(options: argparse.Namespace) -> None:
     from jobs.cluster.connection import connect
-    from jobs.cluster.stage_jobs import run_stage, submit
+    from jobs.cluster.stage_jobs import submit, submit_and_follow_stage
 
     config = _load(options)
     check_shared_paths(config)
@@ -208,7 +208,7 @@ def _submit(options: argparse.Namespace) -> None:
     if options.detach:
         _say(f"submitted {submit(client, config, options.stage, ['stage', options.stage])}")
     else:
-        run_stage(client, options.address, config, options.stage, _say)
+        submit_and_follow_stage(client, options.address, config, options.stage, _say)
 
 
 def _status(options: argparse.Namespace) -> None:

@@ -8,17 +8,17 @@ from contextlib import nullcontext
 
 from ray.job_submission import JobSubmissionClient
 
-from jobs.bookkeeping.plan import STAGES, StagePlan, make_plan, plan_rounds, stages_of
+from jobs.bookkeeping.plan import STAGE_NAMES, StagePlan, make_plan, plan_rounds, stages_of
 from jobs.cluster.connection import connect
 from jobs.cluster.placement import check_local_head
 from jobs.cluster.run_lock import alone
-from jobs.cluster.stage_jobs import Say, cluster, is_visible, run_stage
+from jobs.cluster.stage_jobs import Say, cluster, is_visible, submit_and_follow_stage
 from pipeline.config.load import check_shared_paths
 from pipeline.config.rounds import layout_of, round_layouts, rounds_of
 from pipeline.config.run import Config
 
 
-def run(config: Config, address: str | None, say: Say, stages: Sequence[str] = STAGES) -> None:
+def run(config: Config, address: str | None, say: Say, stages: Sequence[str] = STAGE_NAMES) -> None:
     """Runs every stage of every round that has something to do, on a cluster or on a head of its
     own.
 
@@ -66,7 +66,7 @@ def _run_round(
             say_stage(f"up to date ({plan.summary})")
             continue
         started = time.monotonic()
-        run_stage(client, address, config, stage, say_stage)
+        submit_and_follow_stage(client, address, config, stage, say_stage)
         say_stage(f"done in {time.monotonic() - started:.0f} s")
 
 
@@ -74,7 +74,7 @@ def where(config: Config, stages: Sequence[str]) -> str:
     """Where the results of a run's stages lie, of its last round, one a line."""
     layout = layout_of(rounds_of(config)[-1])
     report = {"report": layout.report_html, "figures": layout.report_json}
-    places = (report if stages[-1] == STAGES[-1] else {}) | {
+    places = (report if stages[-1] == STAGE_NAMES[-1] else {}) | {
         "caches": layout.caches_folder,
         "student": layout.export_folder("student"),
         "metrics": layout.metrics("student"),

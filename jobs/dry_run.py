@@ -13,7 +13,7 @@ from pipeline.config.run import Config
 from pipeline.config.synthesis import Writing, is_by_student
 from pipeline.config.teachers import EndpointTeacherConfig
 from pipeline.run.preparation import load_prepared
-from pipeline.run.training_spec import training_jobs
+from pipeline.run.training_spec import training_specs
 
 
 def describe(config: Config, address: str | None = None) -> str:
@@ -63,7 +63,7 @@ def _check(config: Config) -> None:
     elif dataset := scored_dataset(config, layout, prepared):
         from students.launch import check_training
 
-        for job in training_jobs(config, layout, prepared, dataset):
+        for job in training_specs(config, layout, prepared, dataset):
             check_training(job)
 
 

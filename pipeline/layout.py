@@ -191,5 +191,5 @@ class Layout:
         return join(self.root, "weight_hashes.json")
 
     def cache(self, name: str, fingerprint: str, generation: int = 1) -> CacheLayout:
-        """A cache: distributions under a teacher's name, hidden states under `features_of` it."""
+        """A cache: distributions under a teacher's name, hidden states under `hidden_states_of`."""
         return CacheLayout(join(self.caches_folder, f"{name}-{fingerprint[:16]}"), generation)

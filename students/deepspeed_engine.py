@@ -15,20 +15,20 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import safe_get_full_fp32_param
 
 from pipeline.config.training import TrainingConfig
-from pipeline.run.training_spec import TrainingJob
+from pipeline.run.training_spec import TrainingSpec
 from students.checkpoints.universal import partitioning
 from students.micro_batch import MicroBatch
 from students.model import StudentModule
 
 
-class StudentEngine:
+class DeepSpeedStudent:
     """One student on all workers.
 
     Batches are cut by a token budget, so accumulation is done here: `accumulate` adds gradients of
     any number of micro-batches, equal on all ranks, and `step` applies them.
     """
 
-    def __init__(self, module: StudentModule, job: TrainingJob, universal: bool = False) -> None:
+    def __init__(self, module: StudentModule, job: TrainingSpec, universal: bool = False) -> None:
         """`universal`: a checkpoint will be loaded in its universal form."""
         training, bf16 = job.config.training, job.config.student.dtype == "bfloat16"
         # DeepSpeed then steps the optimizer itself, without a gradient norm

@@ -27,7 +27,7 @@ from pipeline.config.load import is_folder
 from pipeline.config.run import Config
 from pipeline.config.teachers import EndpointTeacherConfig, TeacherConfig
 from pipeline.errors import TrainingError
-from pipeline.run.training_spec import TrainingJob
+from pipeline.run.training_spec import TrainingSpec
 from pipeline.sequences import read_sequences
 from students.disk_space import full_disk_told
 from students.initial_weights import fit_weights
@@ -50,7 +50,7 @@ two forwards differ in packing and, at bfloat16, in rounding: a logit near 20 mo
 LIBRARIES = ("torch", "transformers", "deepspeed", "ray")
 
 
-def export_student(job: TrainingJob, folder: str) -> dict[str, Any]:
+def export_student(job: TrainingSpec, folder: str) -> dict[str, Any]:
     """Writes weights, tokenizer, chat template, generation config and model card; loads them back
     and compares.
 
@@ -85,7 +85,7 @@ def export_student(job: TrainingJob, folder: str) -> dict[str, Any]:
     }
 
 
-def _write(job: TrainingJob, target: Path) -> PreTrainedModel:
+def _write(job: TrainingSpec, target: Path) -> PreTrainedModel:
     target.mkdir(parents=True, exist_ok=True)
     source = model_folder(job)
     model = trained_model(job, source)
@@ -103,7 +103,7 @@ def _write(job: TrainingJob, target: Path) -> PreTrainedModel:
     return model
 
 
-def model_folder(job: TrainingJob) -> str:
+def model_folder(job: TrainingSpec) -> str:
     """A local folder with the student's config and tokenizer files."""
     student = job.config.student
     if is_folder(student.model):
@@ -115,7 +115,7 @@ def model_folder(job: TrainingJob) -> str:
     )
 
 
-def trained_model(job: TrainingJob, source: str) -> PreTrainedModel:
+def trained_model(job: TrainingSpec, source: str) -> PreTrainedModel:
     """The student with its trained weights, in its own dtype.
 
     Raises:
@@ -138,7 +138,7 @@ def copy_tokenizer(source: str, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def probe_difference(job: TrainingJob, folder: Path) -> float:
+def probe_difference(job: TrainingSpec, folder: Path) -> float:
     """Largest difference in nats between the exported model's and the trained engine's gold
     log-probabilities.
     """
@@ -155,7 +155,7 @@ def probe_difference(job: TrainingJob, folder: Path) -> float:
     return float(np.abs(np.concatenate(differences)).max())
 
 
-def model_card(job: TrainingJob) -> str:
+def model_card(job: TrainingSpec) -> str:
     """README.md with a YAML header: where the model comes from, in full."""
     config, summary = job.config, storage.read_json(job.summary_path)
     header = {

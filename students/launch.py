@@ -26,7 +26,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from pipeline import storage
 from pipeline.errors import DistillationError, TrainingError
 from pipeline.fingerprint import differences
-from pipeline.run.training_spec import TrainingJob
+from pipeline.run.training_spec import TrainingSpec
 from students.checkpoints.checkpoint import check_resume, prepare_resume
 from students.deepspeed_options import check_deepspeed_options
 from students.disk_space import full_disk_told
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 REMOVED_LOCK = "removed %s: the process that was building this DeepSpeed op is dead"
 
 
-def train_student(job: TrainingJob) -> dict[str, Any]:
+def train_student(job: TrainingSpec) -> dict[str, Any]:
     """Trains a student, or finishes the training that an earlier call began; returns its summary.
 
     Raises:
@@ -84,7 +84,7 @@ def train_student(job: TrainingJob) -> dict[str, Any]:
     return summary
 
 
-def check_training(job: TrainingJob) -> None:
+def check_training(job: TrainingSpec) -> None:
     """Checks, starting nothing, that what lies in a training's folder belongs to it.
 
     Raises:
@@ -109,14 +109,14 @@ class StopAtOnce(UserCallback):
                 raise error
 
 
-def _interrupted(job: TrainingJob, error: Exception) -> TrainingError:
+def _interrupted(job: TrainingSpec, error: Exception) -> TrainingError:
     return TrainingError(
         f"training {job.student} failed: {error}\nIts checkpoints are kept; run the same command "
         "again to resume."
     )
 
 
-def _trainer(job: TrainingJob, scratch: Path) -> TorchTrainer:
+def _trainer(job: TrainingSpec, scratch: Path) -> TorchTrainer:
     training = job.config.training
     resources = {"CPU": training.resources.num_cpus, **training.resources.custom}
     use_gpu = training.resources.num_gpus > 0
@@ -182,7 +182,7 @@ def _worker(config: dict[str, Any]) -> None:
     """Runs on every worker; DeepSpeed is imported only after its environment is set."""
     import torch
 
-    job: TrainingJob = config["job"]
+    job: TrainingSpec = config["job"]
     context = ray.train.get_context()
     extensions = _extensions_folder()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions)
@@ -204,7 +204,7 @@ def _worker(config: dict[str, Any]) -> None:
         train(job, device)
 
 
-def _finished(job: TrainingJob) -> dict[str, Any]:
+def _finished(job: TrainingSpec) -> dict[str, Any]:
     summary = storage.read_json(job.summary_path)
     found = differences(summary["identity"], job.identity())
     if found:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from students.data.hidden_states import PackedFeatures
+from students.data.hidden_states import PackedHiddenStates
 from students.data.packing import PackedBatch
-from students.losses.inputs import FeatureBatch, Targets
+from students.losses.inputs import HiddenStatesBatch, Targets
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class MicroBatch:
     position_ids: torch.Tensor | None
     logit_indices: torch.Tensor
     targets: Targets
-    features: FeatureBatch | None = None
+    features: HiddenStatesBatch | None = None
 
     @classmethod
     def of(cls, packed: PackedBatch, device: torch.device | str = "cpu") -> MicroBatch:
@@ -48,11 +48,15 @@ class MicroBatch:
                 tail_mass=tensor(packed.tail_mass),
                 teacher_weights=tensor(packed.teacher_weights),
             ),
-            features=None if packed.features is None else feature_batch(packed.features, device),
+            features=None
+            if packed.features is None
+            else hidden_states_batch(packed.features, device),
         )
 
 
-def feature_batch(packed: PackedFeatures, device: torch.device | str = "cpu") -> FeatureBatch:
+def hidden_states_batch(
+    packed: PackedHiddenStates, device: torch.device | str = "cpu"
+) -> HiddenStatesBatch:
     """The teachers' hidden states as tensors; they share the arrays' memory on the CPU."""
     states = {
         teacher: torch.from_numpy(bits.view(np.int16)).to(device, non_blocking=True)
@@ -62,7 +66,7 @@ def feature_batch(packed: PackedFeatures, device: torch.device | str = "cpu") ->
         teacher: torch.from_numpy(np.repeat(np.array(covered, bool), packed.lengths))
         for teacher, covered in packed.covered.items()
     }
-    return FeatureBatch(
+    return HiddenStatesBatch(
         states={teacher: bits.view(torch.bfloat16) for teacher, bits in states.items()},
         covered={teacher: mask.to(device, non_blocking=True) for teacher, mask in masks.items()},
         sequences={

@@ -19,7 +19,7 @@ from pipeline.errors import TrainingError
 from students.initial_weights import load_initial_weights
 from students.losses.distillation import distillation_loss, position_figures, weighted_total
 from students.losses.divergences import LossTerm
-from students.losses.hidden_states import FeatureLosses
+from students.losses.hidden_states import HiddenStatesLosses
 from students.losses.outcomes import figure_names
 from students.micro_batch import MicroBatch
 
@@ -93,7 +93,7 @@ class StudentModule(nn.Module):
         self,
         model: PreTrainedModel,
         terms: tuple[LossTerm, ...],
-        features: FeatureLosses | None = None,
+        features: HiddenStatesLosses | None = None,
     ) -> None:
         super().__init__()
         self.model = model

@@ -15,7 +15,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from pipeline import storage
-from pipeline.run.training_spec import TrainingJob
+from pipeline.run.training_spec import TrainingSpec
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class MetricsLog:
 class FollowedMetrics:
     """While entered, logs about `LINES_PER_TRAINING` lines of what rank 0 adds to its metrics."""
 
-    def __init__(self, job: TrainingJob) -> None:
+    def __init__(self, job: TrainingSpec) -> None:
         self._job = job
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="follow-metrics", daemon=True)

@@ -23,7 +23,7 @@ from pipeline import storage
 from pipeline.config.losses import StateLoss
 from pipeline.config.training import TrainingConfig
 from pipeline.errors import TrainingError
-from pipeline.run.training_spec import TrainingJob
+from pipeline.run.training_spec import TrainingSpec
 from students.checkpoints.checkpoint import (
     TrainingState,
     agreed_resume,
@@ -32,16 +32,16 @@ from students.checkpoints.checkpoint import (
     save_checkpoint,
 )
 from students.data.batches import StepBatch
-from students.deepspeed_engine import StudentEngine
+from students.deepspeed_engine import DeepSpeedStudent
 from students.losses.divergences import LossTerm
-from students.losses.hidden_states import FeatureLosses, feature_terms
+from students.losses.hidden_states import HiddenStatesLosses, hidden_states_terms
 from students.micro_batch import MicroBatch
 from students.model import StudentModule, build_student, check_architecture, output_head
 from students.progress import MetricsLog, read_metrics
 from students.training_data import TrainingData
 
 
-def train(job: TrainingJob, device: torch.device) -> None:
+def train(job: TrainingSpec, device: torch.device) -> None:
     """Trains to the last step, resuming from the newest complete checkpoint. `torch.distributed` is
     initialised.
 
@@ -59,8 +59,10 @@ def train(job: TrainingJob, device: torch.device) -> None:
     state = TrainingState(step=0, sequences=0, tokens=0, seconds=0.0)
     resume = agreed_resume(job, device)
     universal = resume is not None and resume.universal
-    module = StudentModule(model, loss_terms(job), feature_losses(job, model, data.state_widths))
-    engine = StudentEngine(module, job, universal)
+    module = StudentModule(
+        model, loss_terms(job), hidden_states_losses(job, model, data.state_widths)
+    )
+    engine = DeepSpeedStudent(module, job, universal)
     if resume is not None:
         state = load_checkpoint(engine, job, resume)
     metrics = MetricsLog(job.metrics_path, state.step) if dist.get_rank() == 0 else None
@@ -117,7 +119,7 @@ def learning_rate(training: TrainingConfig, step: int) -> float:
     return training.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train_step(engine: StudentEngine, batch: StepBatch[MicroBatch], rate: float) -> torch.Tensor:
+def train_step(engine: DeepSpeedStudent, batch: StepBatch[MicroBatch], rate: float) -> torch.Tensor:
     """One optimizer step; returns this rank's sums of the figures."""
     factor = dist.get_world_size() / batch.num_positions
     sums_F = torch.zeros(len(engine.module.figure_names), device=engine.device)
@@ -127,7 +129,7 @@ def train_step(engine: StudentEngine, batch: StepBatch[MicroBatch], rate: float)
     return sums_F
 
 
-def holdout_losses(engine: StudentEngine, data: TrainingData) -> dict[str, float]:
+def holdout_losses(engine: DeepSpeedStudent, data: TrainingData) -> dict[str, float]:
     """The losses on the hold-out sequences; empty without any."""
     if not data.holdout:
         return {}
@@ -164,7 +166,7 @@ def refuse_divergence(values: dict[str, float], step: int) -> None:
         )
 
 
-def loss_terms(job: TrainingJob) -> tuple[LossTerm, ...]:
+def loss_terms(job: TrainingSpec) -> tuple[LossTerm, ...]:
     """The job's losses, as the student computes them."""
     return tuple(
         LossTerm(name=loss.name, **loss.model_dump())
@@ -173,23 +175,23 @@ def loss_terms(job: TrainingJob) -> tuple[LossTerm, ...]:
     )
 
 
-def feature_losses(
-    job: TrainingJob, model: PreTrainedModel, widths: dict[str, int]
-) -> FeatureLosses | None:
+def hidden_states_losses(
+    job: TrainingSpec, model: PreTrainedModel, widths: dict[str, int]
+) -> HiddenStatesLosses | None:
     """The job's losses on hidden states, with their matrices in the student's dtype.
 
     Args:
         widths: by teacher, the dimensions of the stored states.
     """
-    terms = feature_terms(job.losses, job.config.training.teacher_layers)
+    terms = hidden_states_terms(job.losses, job.config.training.teacher_layers)
     if not terms:
         return None
     hidden_size = model.config.get_text_config().hidden_size
-    return FeatureLosses(terms, hidden_size, widths, job.seed).to(model.dtype)
+    return HiddenStatesLosses(terms, hidden_size, widths, job.seed).to(model.dtype)
 
 
 def finish(
-    engine: StudentEngine, job: TrainingJob, data: TrainingData, state: TrainingState
+    engine: DeepSpeedStudent, job: TrainingSpec, data: TrainingData, state: TrainingState
 ) -> None:
     """Writes `final/` (weights, and log-probabilities that the export must reproduce) and then
     `training.json`.

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.records import DatasetEntry
-from pipeline.run.training_spec import TrainingJob
+from pipeline.run.training_spec import TrainingSpec
 from students.data.batches import BatchSource, Share, StepBatch
 from students.data.loader import Loader
 from students.data.packing import pack
@@ -22,7 +22,7 @@ PROBE_SEQUENCES = 2
 class TrainingData:
     """The entries of a dataset as the micro-batches of this rank."""
 
-    def __init__(self, job: TrainingJob, vocabulary: int, device: torch.device) -> None:
+    def __init__(self, job: TrainingSpec, vocabulary: int, device: torch.device) -> None:
         """Reads the dataset and opens the caches that the losses need; raises as `BatchSource`."""
         self._share = Share(job, vocabulary, dist.get_rank(), dist.get_world_size())
         self._source, self._device = BatchSource(self._share), device

@@ -21,7 +21,7 @@ from pipeline.synthesis.index import new_prompts
 from pipeline.synthesis.prompts import load_prompts, read_prompts
 from pipeline.synthesis.steps import Step, walk
 
-STAGES = ("prepare", "synthesize", "score", "train", "export", "evaluate")
+STAGE_NAMES = ("prepare", "synthesize", "score", "train", "export", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class StagePlan:
     summary: str
 
 
-def stages_of(config: Config, stages: Sequence[str] = STAGES) -> list[str]:
+def stages_of(config: Config, stages: Sequence[str] = STAGE_NAMES) -> list[str]:
     """Those of the stages that a run has in a round: only the last one is evaluated."""
     is_last = config.round == config.rounds
     return [stage for stage in stages if is_last or stage != "evaluate"]
@@ -44,7 +44,7 @@ def students_of(config: Config) -> list[str]:
     return ["student", "twin"] if config.evaluation.twin else ["student"]
 
 
-def plan_rounds(config: Config, stages: Sequence[str] = STAGES) -> list[list[StagePlan]]:
+def plan_rounds(config: Config, stages: Sequence[str] = STAGE_NAMES) -> list[list[StagePlan]]:
     """The plans of each round; nothing is known of a round before the one before it is complete.
 
     Raises:
@@ -84,11 +84,11 @@ def make_plan(config: Config) -> list[StagePlan]:
     todo = sum(unanswered.values()) or int(digest is None)
     plans.append(StagePlan("synthesize", todo, f"prompts to answer: {_counts(unanswered)}"))
     if todo or digest is None:
-        return plans + [StagePlan(stage, 1, "after synthesize") for stage in STAGES[2:]]
+        return plans + [StagePlan(stage, 1, "after synthesize") for stage in STAGE_NAMES[2:]]
     plans.append(plan_score(config, layout, prepared, read_dataset(layout, digest)))
     if plans[-1].todo:
-        return plans + [StagePlan(stage, 1, "after score") for stage in STAGES[3:]]
-    for stage in STAGES[3:]:
+        return plans + [StagePlan(stage, 1, "after score") for stage in STAGE_NAMES[3:]]
+    for stage in STAGE_NAMES[3:]:
         key = stage_key(config, layout, prepared, stage)
         done = not plans[-1].todo and read_record(layout, stage).get("key") == key
         done = done and all(storage.exists(path) for path in _outputs(config, layout, stage))
@@ -184,7 +184,7 @@ def _plan_of_a_new_run(config: Config) -> list[StagePlan]:
         "score": size,
         "train": f"{config.training.steps} steps of {', '.join(students_of(config))}",
     }
-    return [StagePlan(stage, 1, summaries.get(stage, "to do")) for stage in STAGES]
+    return [StagePlan(stage, 1, summaries.get(stage, "to do")) for stage in STAGE_NAMES]
 
 
 def _mebibytes(num_bytes: int) -> str:

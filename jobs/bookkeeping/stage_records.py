@@ -13,7 +13,7 @@ from pipeline.config.teachers import TeacherConfig
 from pipeline.fingerprint import digest_json
 from pipeline.layout import Layout
 from pipeline.run.preparation import Prepared
-from pipeline.run.training_spec import training_jobs
+from pipeline.run.training_spec import training_specs
 
 
 def read_record(layout: Layout, stage: str) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def stage_key(config: Config, layout: Layout, prepared: Prepared, stage: str) ->
     """Hash of what decides train, export or evaluate; a record of the same key is valid."""
     digest = scored_dataset(config, layout, prepared)
     assert digest is not None, "scoring is complete before any stage that needs its dataset"
-    jobs = training_jobs(config, layout, prepared, digest)
+    jobs = training_specs(config, layout, prepared, digest)
     parts: list[Any] = [job.identity() for job in jobs]
     if stage == "evaluate":
         parts += [synthesis_key(config, prepared), prepared.scoring_recipes]

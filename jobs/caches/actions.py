@@ -16,12 +16,12 @@ from jobs.bookkeeping.stage_records import read_record
 from pipeline import storage
 from pipeline.cache.generations import named_generations
 from pipeline.cache.index import forget_quarantined, missing_sequences, open_cache, publish
-from pipeline.cache.projection import holds_features, teacher_of
+from pipeline.cache.projection import holds_hidden_states, teacher_of
 from pipeline.cache.shard import write_shard
 from pipeline.cache_care import exchange
 from pipeline.cache_care.gc import describe_garbage, find_garbage, remove_garbage
 from pipeline.cache_care.show import find_sequence, token_table
-from pipeline.cache_care.status import expected_recipes, status_table, teacher_status
+from pipeline.cache_care.status import expected_identities, status_table, teacher_status
 from pipeline.cache_care.verify import CheckedCache, check_cache
 from pipeline.config.rounds import layout_of, rounds_of
 from pipeline.config.run import Config
@@ -75,7 +75,7 @@ class RunCaches:
         if teacher is None:
             return known
         if teacher not in known:
-            teachers = [name for name in known if not holds_features(name)]
+            teachers = [name for name in known if not holds_hidden_states(name)]
             if teacher in self.config.teachers and teacher not in self.config.scoring_teachers:
                 raise ConfigError(f"teacher {teacher!r} only writes: it has no cache")
             raise ConfigError(f"there is no teacher {teacher!r}; {closest(teacher, teachers)}")
@@ -87,7 +87,7 @@ class RunCaches:
         Raises:
             ConfigError: there is none of that name, or it holds hidden states.
         """
-        found = [name for name in self.chosen(teacher) if not holds_features(name)]
+        found = [name for name in self.chosen(teacher) if not holds_hidden_states(name)]
         if not found:
             raise ConfigError(f"{teacher} holds hidden states; this is about distributions")
         return found
@@ -112,7 +112,7 @@ def open_run(config: Config) -> RunCaches:
     prepared = Prepared(**storage.read_json(layout.prepared))
     is_current = prepared.key == preparation_key(newest)
     if not is_current:
-        prepared = replace(prepared, scoring_recipes=expected_recipes(newest, prepared))
+        prepared = replace(prepared, scoring_recipes=expected_identities(newest, prepared))
     datasets = [str(_dataset_of(each)) for each in rounds]
     entries = {e.sequence_id: e for digest in datasets for e in read_dataset(layout, digest)}
     dataset = datasets[0] if len(datasets) == 1 else digest_json(datasets)

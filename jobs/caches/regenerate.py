@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from jobs.caches.actions import RunCaches, open_run
 from jobs.cluster.connection import connect
-from jobs.cluster.stage_jobs import cluster, is_visible, run_job
+from jobs.cluster.stage_jobs import cluster, is_visible, submit_and_follow
 from jobs.stages.entry import join_cluster, log_our_lines, run_stage
 from jobs.stages.score import fill_caches, new_shards, scored_summary
 from pipeline import storage
@@ -139,7 +139,7 @@ def submit_job(
     with cluster(config, address) as url:
         # Equal commands share a name, so that a running one is attached to.
         job = f"{name}-{digest_json(command)[:8]}"
-        run_job(connect(url), address, config, job, command, say)
+        submit_and_follow(connect(url), address, config, job, command, say)
 
 
 def prepared_run(config: Config) -> RunCaches:

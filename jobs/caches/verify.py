@@ -14,7 +14,7 @@ from jobs.caches.regenerate import prepared_run, submit_job
 from jobs.cluster.stage_jobs import is_visible
 from jobs.stages.entry import join_cluster, log_our_lines
 from jobs.stages.score import longest_sequence
-from jobs.stages.teacher_pools import pool_job
+from jobs.stages.teacher_pools import teacher_work
 from pipeline import storage
 from pipeline.cache.index import load_index
 from pipeline.cache_care.verify import CheckedCache
@@ -81,7 +81,7 @@ def run_rescoring(
     width = run.config.scoring.num_logprobs
     return run_pools(
         [
-            pool_job(
+            teacher_work(
                 run.config,
                 name,
                 run.prepared,

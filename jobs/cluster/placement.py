@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from jobs.bookkeeping.plan import STAGES
+from jobs.bookkeeping.plan import STAGE_NAMES
 from pipeline.config.base import Resources
 from pipeline.config.run import Config
 from pipeline.errors import ClusterError
@@ -16,7 +16,7 @@ LOCAL_CUSTOM_RESOURCE = 1000.0
 
 
 def asked_resources(
-    config: Config, stages: Collection[str] = STAGES
+    config: Config, stages: Collection[str] = STAGE_NAMES
 ) -> Iterator[tuple[str, Resources, int]]:
     """Whatever must fit at once in these stages: its name, the resources of each part, and how many
     parts.

@@ -27,7 +27,7 @@ PACKAGES_ROOT = Path(jobs.__file__).resolve().parent.parent
 Say = Callable[[str], object]
 
 
-def run_stage(
+def submit_and_follow_stage(
     client: JobSubmissionClient, address: str | None, config: Config, stage: str, say: Say
 ) -> None:
     """Submits one stage, or attaches to it where it already runs, and follows it to its end.
@@ -38,10 +38,10 @@ def run_stage(
     Raises:
         ClusterError: the job failed or was stopped; the message has its last lines.
     """
-    run_job(client, address, config, stage, ["stage", stage], say)
+    submit_and_follow(client, address, config, stage, ["stage", stage], say)
 
 
-def run_job(
+def submit_and_follow(
     client: JobSubmissionClient,
     address: str | None,
     config: Config,

@@ -15,7 +15,7 @@ from typing import Any
 import requests
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from jobs.bookkeeping.plan import STAGES
+from jobs.bookkeeping.plan import STAGE_NAMES
 from jobs.cluster.connection import cluster_errors
 from pipeline.errors import ClusterError, ConfigError
 
@@ -268,7 +268,7 @@ def stop_with_stages(
     if DETACHED in going.values():
         return  # a later attempt, whose stages these are
     for name, stage in going.items():
-        if re.sub(r"^round\d+-", "", stage) in STAGES:
+        if re.sub(r"^round\d+-", "", stage) in STAGE_NAMES:
             yield name, stop_job(client, name, timeout)
 
 

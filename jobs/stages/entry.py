@@ -56,7 +56,7 @@ def run_stage(stage: str, config: Config) -> None:
         join_cluster()
     lock = alone(layout.lock(stage), f"{stage} of the run {config.name}")
     with lock if stage in ALONE else nullcontext():
-        outcome = STAGES[stage](config, layout)
+        outcome = STAGE_FUNCTIONS[stage](config, layout)
     # A refused stage leaves the config that made what lies there.
     storage.write_bytes(layout.resolved_config, dump_config(config).encode())
     record = {"seconds": time.time() - started, "started": started, "unended": unended, **outcome}
@@ -118,7 +118,7 @@ def _export(config: Config, layout: Layout) -> Outcome:
 
 
 # Each imports what it needs when it runs: engines take seconds to import.
-STAGES: dict[str, Callable[[Config, Layout], Outcome]] = {
+STAGE_FUNCTIONS: dict[str, Callable[[Config, Layout], Outcome]] = {
     "prepare": _prepare,
     "synthesize": _synthesize,
     "score": _score,

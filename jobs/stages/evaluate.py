@@ -33,7 +33,7 @@ from pipeline.run.costs import stage_cost
 from pipeline.run.preparation import Prepared
 from pipeline.sequences import read_dataset, read_sequences
 from pipeline.synthesis.prompts import load_prompts
-from teachers.pool.pool import PoolJob, PoolReport, run_pools
+from teachers.pool.pool import PoolReport, TeacherWork, run_pools
 from teachers.protocol import EngineSpec
 from teachers.tasks.holdout import AnsweredPrompts, AnsweringTask
 from teachers.tokenizing import prompt_ids, student_tokenizer
@@ -142,7 +142,7 @@ def _serve(
     )
     report: PoolReport = run_pools(
         [
-            PoolJob(
+            TeacherWork(
                 name,
                 spec,
                 resources,

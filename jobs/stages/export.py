@@ -8,7 +8,7 @@ from jobs.bookkeeping.stage_records import (
 from jobs.stages.inputs import Outcome, scored_of
 from pipeline.config.run import Config
 from pipeline.layout import Layout
-from pipeline.run.training_spec import training_jobs
+from pipeline.run.training_spec import training_specs
 
 
 def export(config: Config, layout: Layout) -> Outcome:
@@ -20,7 +20,7 @@ def export(config: Config, layout: Layout) -> Outcome:
         job.student: run_on_evaluation_resources(
             config, export_student, job, layout.export_folder(job.student)
         )
-        for job in training_jobs(config, layout, prepared, dataset)
+        for job in training_specs(config, layout, prepared, dataset)
     }
     return {
         "key": stage_key(config, layout, prepared, "export"),

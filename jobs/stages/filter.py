@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.stages.teacher_pools import engine_seconds, pool_job
+from jobs.stages.teacher_pools import engine_seconds, teacher_work
 from pipeline import storage
 from pipeline.cache.index import load_index
 from pipeline.config.filters import Filter, Judge, scoring_teacher
@@ -23,7 +23,7 @@ from pipeline.filters.run import run_filters
 from pipeline.fingerprint import digest_json
 from pipeline.layout import CacheLayout, Layout
 from pipeline.records import DatasetEntry, Prompt
-from pipeline.run.identities import judging_recipe
+from pipeline.run.identities import judging_identity
 from pipeline.run.preparation import Prepared
 from pipeline.sequences import read_sequences, write_dataset
 from pipeline.synthesis.index import sample_counts
@@ -179,7 +179,7 @@ def _grades(
     """
     name = rule.teacher
     identity, teacher = prepared.identities[name], config.teachers[name]
-    recipe = digest_json(judging_recipe(config, rule, identity, prepared.tokenizer_hash))
+    recipe = digest_json(judging_identity(config, rule, identity, prepared.tokenizer_hash))
     rubric = rubric_of(rule)
     questions = [
         (c.entry.sequence_id, _question(rubric, prompts[c.entry.prompt_id], c)) for c in candidates
@@ -195,7 +195,7 @@ def _grades(
     room = teacher.max_model_len or math.inf
     new = [(i, asked) for i, asked in questions if i in needs and needs[i] <= room]
     tasks = plan_judging(template, new, config.synthesis.prompts_per_shard)
-    job = pool_job(
+    job = teacher_work(
         config,
         name,
         prepared,

@@ -24,7 +24,7 @@ from pipeline.errors import ConfigError
 from pipeline.filters.answer_checkers import find_checker
 from pipeline.filters.run import filter_identity
 from pipeline.records import Prompt
-from pipeline.run.identities import judging_recipe, sampling_of, synthesis_recipe
+from pipeline.run.identities import judging_identity, sampling_of, synthesis_identity
 from pipeline.synthesis.rewriting import make_requests, rubric_of
 from pipeline.synthesis.steps import asked_of, handed_on, steps_of
 from teachers.engine.options import check_sampling_parameters
@@ -171,7 +171,7 @@ def synthesis_recipes(
         identities: of the generators' models.
     """
     return {
-        step.label: synthesis_recipe(
+        step.label: synthesis_identity(
             config, step.recipe, step.generator, identities.get(step.generator, {}), tokenizer_hash
         )
         for step in steps_of(config)
@@ -190,7 +190,7 @@ def filter_identities(
         filter_identity(
             rule,
             config.prompts.checker,
-            judging_recipe(config, rule, identities[rule.teacher], tokenizer_hash)
+            judging_identity(config, rule, identities[rule.teacher], tokenizer_hash)
             if isinstance(rule, Judge)
             else None,
             config.teachers[rule.teacher].max_model_len if isinstance(rule, Judge) else None,

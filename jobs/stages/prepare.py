@@ -25,7 +25,7 @@ from pipeline.config.teachers import EndpointTeacherConfig, TeacherConfig
 from pipeline.errors import ConfigError
 from pipeline.filters.answer_checkers import checker_identity
 from pipeline.records import Prompt
-from pipeline.run.identities import cache_recipes
+from pipeline.run.identities import cache_identities
 from pipeline.run.preparation import Prepared, preparation_key, save_prepared
 from pipeline.synthesis.prompts import read_prompts, write_prompts
 from pipeline.synthesis.steps import as_asked, steps_of
@@ -73,7 +73,7 @@ def prepare(config: Config) -> Prepared:
         tokenizer_hash=tokenizer_digest,
         eos_token_id=eos_token_id,
         student=student_identity(config.student, layout),
-        scoring_recipes=cache_recipes(config, identities, tokenizer_digest),
+        scoring_recipes=cache_identities(config, identities, tokenizer_digest),
         synthesis_recipes=synthesis_recipes(config, identities, tokenizer_digest),
         filters_before_scoring=filter_identities(
             config, config.synthesis.filters_before_scoring, identities, tokenizer_digest

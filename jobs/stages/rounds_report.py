@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jobs.bookkeeping.plan import STAGES
+from jobs.bookkeeping.plan import STAGE_NAMES
 from jobs.bookkeeping.stage_records import read_record
 from pipeline.config.rounds import round_layouts
 from pipeline.config.run import Config
@@ -15,7 +15,7 @@ from pipeline.run.costs import stage_cost
 from pipeline.sequences import read_dataset
 
 Json = dict[str, Any]
-MEASURED = STAGES[:-1]
+MEASURED = STAGE_NAMES[:-1]
 """The stages that every round has; the last round's evaluation is measured while it runs."""
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from jobs.bookkeeping.stage_records import score_key
 from jobs.stages.filter import Filtered, filter_scored
-from jobs.stages.teacher_pools import engine_seconds, pool_job
+from jobs.stages.teacher_pools import engine_seconds, teacher_work
 from pipeline.cache.generations import pin_generations
 from pipeline.cache.index import is_published, publish, quarantined
-from pipeline.cache.projection import FeatureRule, holds_features, teacher_of
+from pipeline.cache.projection import HiddenStatesRule, holds_hidden_states, teacher_of
 from pipeline.combine.learned import learn_weights, with_learned
 from pipeline.combine.weights import required_teachers
 from pipeline.config.combine import CombineConfig, LearnedWeights
@@ -147,7 +147,7 @@ def fill_caches(
         tasks = plan_scoring(layout.root, outputs)
         entries = [entry for _, members in outputs for entry in members]
         prompts_of = {entry.sequence_id: entry.prompt_id for entry in entries}
-        pool = pool_job(
+        pool = teacher_work(
             config,
             teacher,
             prepared,
@@ -174,7 +174,11 @@ def _check_canary(
 
 def _output(config: Config, prepared: Prepared, name: str, cache: CacheLayout) -> Output:
     recipe = prepared.scoring_recipes[name]
-    rule = FeatureRule.of_recipe(recipe) if holds_features(name) else config.scoring.selection
+    rule = (
+        HiddenStatesRule.of_identity(recipe)
+        if holds_hidden_states(name)
+        else config.scoring.selection
+    )
     return Output(name, cache, digest_json(recipe), rule, prepared.position_bytes(name))
 
 
@@ -183,7 +187,7 @@ def _layers(tasks: Sequence[ScoringTask]) -> tuple[int, ...]:
     no connector.
     """
     rules = (output.rule for task in tasks for output in task.outputs)
-    return next((rule.layers for rule in rules if isinstance(rule, FeatureRule)), ())
+    return next((rule.layers for rule in rules if isinstance(rule, HiddenStatesRule)), ())
 
 
 def new_shards(report: PoolReport, name: str) -> set[str]:
@@ -207,7 +211,7 @@ def scored_summary(name: str, report: PoolReport, num_quarantined: int) -> str:
             f"{name}: {positions} positions in {len(done)} new shards, "
             f"{size / max(positions, 1):.1f} bytes each"
         )
-    if report.engines and not holds_features(name):
+    if report.engines and not holds_hidden_states(name):
         line += f", captured by {' and '.join(sorted({e['capture'] for e in report.engines}))}"
     if any(engine["prefix_sharing"] for engine in report.engines):
         cached = sum(shard.num_cached_tokens for shard in done)

@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs.bookkeeping.stage_records import synthesis_key
 from jobs.stages.filter import filter_answers
-from jobs.stages.teacher_pools import engine_seconds, pool_job
+from jobs.stages.teacher_pools import engine_seconds, teacher_work
 from pipeline.config.run import Config
 from pipeline.config.synthesis import Answer, Answering, Complete, GivenAnswers, Recipe, Writing
 from pipeline.errors import TeacherError
@@ -83,7 +83,7 @@ def _write_prompts(
     tasks = plan_writing(template, work.requests, config.synthesis.prompts_per_shard)
     asked = [request.asked for task in tasks for request in task.requests]
     need = _longest(config, asked) + template.sampling["max_tokens"]
-    job = pool_job(
+    job = teacher_work(
         config,
         name,
         prepared,
@@ -113,7 +113,7 @@ def _write_answers(
     started = time.monotonic()
     reports = run_pools(
         [
-            pool_job(
+            teacher_work(
                 config,
                 name,
                 prepared,

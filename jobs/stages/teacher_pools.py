@@ -13,13 +13,13 @@ from pipeline.fingerprint import digest_json
 from pipeline.run.preparation import Prepared
 from teachers.pool.actor import Task
 from teachers.pool.dispatch import PoolReport
-from teachers.pool.pool import PoolJob
+from teachers.pool.pool import TeacherWork
 from teachers.protocol import EndpointSpec, EngineSpec
 
 PROGRESS_SECONDS = 10.0
 
 
-def pool_job(
+def teacher_work(
     config: Config,
     name: str,
     prepared: Prepared,
@@ -30,7 +30,7 @@ def pool_job(
     unit: str,
     hidden_layers: tuple[int, ...] = (),
     share_prefixes: bool = False,
-) -> PoolJob:
+) -> TeacherWork:
     """The work of one teacher, or of the student that writes, with the engine that it needs.
 
     Args:
@@ -58,7 +58,7 @@ def pool_job(
             seed=config.seed,
             eos_token_ids=(prepared.eos_token_id,),
         )
-    return PoolJob(
+    return TeacherWork(
         name,
         spec,
         teacher.resources,

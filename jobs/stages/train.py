@@ -12,7 +12,7 @@ from jobs.bookkeeping.stage_records import (
 from jobs.stages.inputs import Outcome, scored_of
 from pipeline.config.run import Config
 from pipeline.layout import Layout
-from pipeline.run.training_spec import training_jobs
+from pipeline.run.training_spec import training_specs
 
 
 def train(config: Config, layout: Layout) -> Outcome:
@@ -25,7 +25,7 @@ def train(config: Config, layout: Layout) -> Outcome:
     if not config.cluster.autoscaling:
         training = config.training
         check_placement("the student", training.resources, ray.nodes(), training.workers)
-    jobs = training_jobs(config, layout, prepared, dataset)
+    jobs = training_specs(config, layout, prepared, dataset)
     before = sum(seconds_before(job) for job in jobs)
     figures = {job.student: train_student(job) for job in jobs}
     return {

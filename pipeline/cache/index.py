@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.cache.generations import current_generation
-from pipeline.cache.shard import ShardEntry, describe_shard, read_features, read_shard
+from pipeline.cache.shard import ShardEntry, describe_shard, read_hidden_states, read_shard
 from pipeline.errors import CacheError, CorruptFileError, CorruptShardError
 from pipeline.layout import CacheLayout
 from pipeline.records import CacheRow, DatasetEntry, HiddenStates, SparseLogprobs
@@ -244,13 +244,13 @@ def open_cache(cache: CacheLayout) -> CacheReader[SparseLogprobs]:
     return CacheReader(cache, read_shard)
 
 
-def open_features(cache: CacheLayout) -> CacheReader[HiddenStates]:
+def open_hidden_states(cache: CacheLayout) -> CacheReader[HiddenStates]:
     """Opens one generation of a cache of hidden states for reading.
 
     Raises:
         StorageError: a shard cannot be read.
     """
-    return CacheReader(cache, read_features)
+    return CacheReader(cache, read_hidden_states)
 
 
 def quarantined(cache: CacheLayout) -> dict[str, str]:

@@ -22,12 +22,12 @@ SUFFIX = "+features"
 """Ends the name of a cache of hidden states; teachers' names have no plus sign."""
 
 
-def features_of(teacher: str) -> str:
+def hidden_states_of(teacher: str) -> str:
     """The name of the cache of a teacher's hidden states."""
     return teacher + SUFFIX
 
 
-def holds_features(cache: str) -> bool:
+def holds_hidden_states(cache: str) -> bool:
     """Whether a cache of that name holds hidden states and no distributions."""
     return cache.endswith(SUFFIX)
 
@@ -38,7 +38,7 @@ def teacher_of(cache: str) -> str:
 
 
 @dataclass(frozen=True)
-class FeatureRule:
+class HiddenStatesRule:
     """What of a teacher's hidden states is stored.
 
     Attributes:
@@ -52,7 +52,7 @@ class FeatureRule:
     seed: int
 
     @classmethod
-    def of_recipe(cls, recipe: dict[str, Any]) -> FeatureRule:
+    def of_identity(cls, recipe: dict[str, Any]) -> HiddenStatesRule:
         """The rule that the recipe of a cache of hidden states holds."""
         projection = recipe["projection"] or {"dimensions": None, "seed": 0}
         return cls(tuple(recipe["layers"]), projection["dimensions"], projection["seed"])

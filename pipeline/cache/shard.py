@@ -1,7 +1,7 @@
 """Cache shards on disk: their writer and their reader.
 
 A shard holds one teacher's distributions (`cache_logprobs.py`) or its hidden states
-(`cache_features.py`). One row per sequence; each array is one binary cell of little-endian numbers,
+(`hidden_states.py`). One row per sequence; each array is one binary cell of little-endian numbers,
 which a reader decodes with `np.frombuffer` a whole column at a time. The file's metadata explains
 the columns and the alignment.
 
@@ -160,7 +160,7 @@ def read_shard(path: str) -> list[SparseLogprobs]:
     return _rows_of(path, logprobs)
 
 
-def read_features(path: str) -> list[HiddenStates]:
+def read_hidden_states(path: str) -> list[HiddenStates]:
     """Reads a shard of hidden states.
 
     Raises:

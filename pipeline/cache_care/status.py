@@ -16,7 +16,7 @@ from pipeline.fingerprint import differences
 from pipeline.layout import CacheLayout, Layout
 from pipeline.messages import table
 from pipeline.records import DatasetEntry
-from pipeline.run.identities import cache_layout, cache_recipes
+from pipeline.run.identities import cache_identities, cache_layout
 from pipeline.run.preparation import Prepared
 
 
@@ -56,12 +56,12 @@ class TeacherStatus:
     stale: list[StaleFolder]
 
 
-def expected_recipes(config: Config, prepared: Prepared) -> dict[str, dict[str, Any]]:
+def expected_identities(config: Config, prepared: Prepared) -> dict[str, dict[str, Any]]:
     """The recipes of a config that has changed since it was prepared, model identities as then."""
     identities = {
         teacher_of(name): recipe["model"] for name, recipe in prepared.scoring_recipes.items()
     }
-    return cache_recipes(config, identities, prepared.tokenizer_hash)
+    return cache_identities(config, identities, prepared.tokenizer_hash)
 
 
 def teacher_status(
@@ -99,7 +99,7 @@ def teacher_status(
                 _num_bytes(storage.join(layout.caches_folder, folder)),
                 sorted({who for lines in names.get(folder, {}).values() for who in lines}),
             )
-            for folder, changes in _other_recipes(layout, teacher, recipe)
+            for folder, changes in _other_identities(layout, teacher, recipe)
         ],
     )
 
@@ -149,11 +149,11 @@ def stale_caches(layout: Layout, prepared: Prepared) -> list[str]:
         f"{teacher}: cache {folder} was made with another recipe: {'; '.join(changes)}"
         for teacher, recipe in prepared.scoring_recipes.items()
         if not storage.exists(cache_layout(layout, teacher, recipe).manifest)
-        for folder, changes in _other_recipes(layout, teacher, recipe)
+        for folder, changes in _other_identities(layout, teacher, recipe)
     ]
 
 
-def _other_recipes(
+def _other_identities(
     layout: Layout, teacher: str, recipe: dict[str, Any]
 ) -> list[tuple[str, list[str]]]:
     """The other folders of a teacher that have a manifest, and what differs from a recipe."""

@@ -17,7 +17,7 @@ from pipeline.config.combine import ByDomainWeights, CombineConfig, StaticWeight
 from pipeline.config.filters import BestOf, Checker, Judge, scoring_teacher
 from pipeline.config.losses import StateLoss
 from pipeline.config.prompts import PromptsConfig
-from pipeline.config.scoring import FeatureStorage, HeadAndSampled, Sampled, ScoringConfig
+from pipeline.config.scoring import HeadAndSampled, HiddenStatesStorage, Sampled, ScoringConfig
 from pipeline.config.student import StudentConfig
 from pipeline.config.synthesis import (
     DATASET_GENERATOR,
@@ -170,7 +170,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _stored_states_are_used(self) -> Config:
-        if not self.training.teacher_layers and self.scoring.features != FeatureStorage():
+        if not self.training.teacher_layers and self.scoring.features != HiddenStatesStorage():
             raise ValueError(
                 "scoring.features says how hidden states are stored, and no loss needs any: leave "
                 "it out, or add one to training.losses"

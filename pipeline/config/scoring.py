@@ -87,7 +87,7 @@ def selection_of(recipe: dict[str, Any]) -> Selection:
     return _SELECTION.validate_python(recipe["selection"])
 
 
-class FeatureStorage(Section):
+class HiddenStatesStorage(Section):
     """How hidden states are stored, for losses on them; which layers, these losses say."""
 
     dimensions: Annotated[int, Field(ge=1)] | None = None
@@ -103,7 +103,7 @@ class ScoringConfig(Section):
     """Capture width: entries that the engine returns for every position."""
     selection: Selection
     """What of them is kept on disk."""
-    features: FeatureStorage = FeatureStorage()
+    features: HiddenStatesStorage = HiddenStatesStorage()
     """Of hidden states, where a loss needs them."""
 
     @model_validator(mode="after")

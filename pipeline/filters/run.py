@@ -99,13 +99,13 @@ def run_filters(
 def filter_identity(
     rule: Filter,
     checker_name: str | None,
-    judge_recipe: Mapping[str, Any] | None = None,
+    judge_identity: Mapping[str, Any] | None = None,
     judge_room: int | None = None,
 ) -> dict[str, Any]:
     """What decides which answers a filter keeps, as a JSON value: contents instead of paths.
 
     Args:
-        judge_recipe: of a judge.
+        judge_identity: of a judge.
         judge_room: tokens that a judge's engine holds; it grades nothing that is longer.
 
     Raises:
@@ -121,8 +121,8 @@ def filter_identity(
             [file.fields, digest_bytes(*map(read_bytes, _files_of(file.path)))]
             for file in rule.files
         ]
-    if judge_recipe is not None:
-        identity |= {"rubric": judge_recipe, "room": judge_room}
+    if judge_identity is not None:
+        identity |= {"rubric": judge_identity, "room": judge_room}
     return identity
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.cache import hidden_states, logprobs
-from pipeline.cache.projection import features_of, teacher_of
+from pipeline.cache.projection import hidden_states_of, teacher_of
 from pipeline.config.filters import Judge
 from pipeline.config.run import Config
 from pipeline.config.synthesis import Answer, Answering, GivenAnswers, Recipe
@@ -52,7 +52,7 @@ def _engine(teacher: TeacherConfig | EndpointTeacherConfig) -> dict[str, Any]:
     return {key: value for key, value in teacher.vllm.items() if key not in NEUTRAL_ENGINE_KEYS}
 
 
-def scoring_recipe(
+def scoring_identity(
     config: Config, teacher: str, identity: dict[str, str], tokenizer_hash: str
 ) -> dict[str, Any]:
     """The recipe that names the folder of a teacher's distributions."""
@@ -66,7 +66,7 @@ def scoring_recipe(
     }
 
 
-def feature_recipe(
+def hidden_states_identity(
     config: Config, teacher: str, identity: dict[str, str], tokenizer_hash: str
 ) -> dict[str, Any]:
     """The recipe that names the folder of a teacher's hidden states, which a loss asks for."""
@@ -83,7 +83,7 @@ def feature_recipe(
     }
 
 
-def cache_recipes(
+def cache_identities(
     config: Config, identities: dict[str, dict[str, str]], tokenizer_hash: str
 ) -> dict[str, dict[str, Any]]:
     """By name of the cache, the recipes of all that the caches of scoring teachers are to hold.
@@ -94,11 +94,11 @@ def cache_recipes(
     scoring = config.scoring_teachers
     known = {name: identity for name, identity in identities.items() if name in scoring}
     distributions = {
-        name: scoring_recipe(config, name, identity, tokenizer_hash)
+        name: scoring_identity(config, name, identity, tokenizer_hash)
         for name, identity in known.items()
     }
     features = {
-        features_of(name): feature_recipe(config, name, known[name], tokenizer_hash)
+        hidden_states_of(name): hidden_states_identity(config, name, known[name], tokenizer_hash)
         for name in known
         if name in config.training.teacher_layers
     }
@@ -114,7 +114,7 @@ def provenance_of(config: Config, name: str) -> dict[str, Any]:
     return {"teacher": teacher, "endpoint_model": asked.endpoint.model}
 
 
-def synthesis_recipe(
+def synthesis_identity(
     config: Config,
     recipe: Recipe,
     generator: str,
@@ -159,7 +159,7 @@ def synthesis_recipe(
     }
 
 
-def judging_recipe(
+def judging_identity(
     config: Config, rule: Judge, identity: dict[str, str], tokenizer_hash: str
 ) -> dict[str, Any]:
     """The recipe that names the folder of a judge's grades.

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.cache import hidden_states, logprobs
 from pipeline.cache.generations import generation_in_use
-from pipeline.cache.projection import FeatureRule, holds_features, teacher_of
+from pipeline.cache.projection import HiddenStatesRule, holds_hidden_states, teacher_of
 from pipeline.config.filters import Judge
 from pipeline.config.load import evaluation_files, is_folder
 from pipeline.config.run import Config
@@ -79,14 +79,14 @@ class Prepared:
     def distributions(self, layout: Layout) -> dict[str, CacheLayout]:
         """Of `caches` those of distributions, by teacher."""
         caches = self.caches(layout)
-        return {name: cache for name, cache in caches.items() if not holds_features(name)}
+        return {name: cache for name, cache in caches.items() if not holds_hidden_states(name)}
 
     def position_bytes(self, cache: str) -> int:
         """Most that a position takes in the cache of that name, before compression."""
         recipe = self.scoring_recipes[cache]
-        if not holds_features(cache):
+        if not holds_hidden_states(cache):
             return logprobs.position_bytes(selection_of(recipe).max_entries)
-        rule = FeatureRule.of_recipe(recipe)
+        rule = HiddenStatesRule.of_identity(recipe)
         width = rule.dimensions or self.hidden_sizes[teacher_of(cache)]
         return hidden_states.position_bytes(len(rule.layers), width)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache.projection import features_of
+from pipeline.cache.projection import hidden_states_of
 from pipeline.combine.learned import learned_weights, with_learned
 from pipeline.combine.weights import required_teachers
 from pipeline.config.combine import ByDomainWeights, CombineConfig
@@ -41,7 +41,7 @@ COMPLETE = "COMPLETE"
 
 
 @dataclass(frozen=True)
-class TrainingJob:
+class TrainingSpec:
     """One training, as the launcher hands it to every worker.
 
     Attributes:
@@ -95,7 +95,7 @@ class TrainingJob:
         return any(isinstance(loss, TeacherLoss) for loss in self.losses)
 
     @property
-    def feature_teachers(self) -> list[str]:
+    def hidden_states_teachers(self) -> list[str]:
         """The teachers whose hidden states a loss needs."""
         return sorted({loss.teacher for loss in self.losses if isinstance(loss, StateLoss)})
 
@@ -112,7 +112,7 @@ class TrainingJob:
         """What decides the trained weights, as a JSON value."""
         config = self.config.model_dump(mode="json")
         used = used_teachers(self.config) if self.uses_teachers else []
-        used += [features_of(teacher) for teacher in self.feature_teachers]
+        used += [hidden_states_of(teacher) for teacher in self.hidden_states_teachers]
         return {
             "seed": self.seed,
             "tokenizer": self.tokenizer,
@@ -142,9 +142,9 @@ class TrainingJob:
         return combine | ({"learned": self.learned} if self.learned else {})
 
 
-def training_jobs(
+def training_specs(
     config: Config, layout: Layout, prepared: Prepared, dataset_digest: str
-) -> list[TrainingJob]:
+) -> list[TrainingSpec]:
     """The student, and the twin that learns from the same sequences by cross-entropy alone.
 
     Raises:
@@ -155,7 +155,7 @@ def training_jobs(
     if config.evaluation.twin:
         losses["twin"] = (CrossEntropy(type="cross_entropy", weight=1.0),)
     return [
-        TrainingJob(
+        TrainingSpec(
             config=config,
             layout=layout,
             dataset_digest=dataset_digest,

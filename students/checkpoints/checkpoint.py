@@ -22,7 +22,7 @@ import torch.distributed as dist
 from pipeline import storage
 from pipeline.errors import TrainingError
 from pipeline.fingerprint import differences
-from pipeline.run.training_spec import COMPLETE, TrainingJob
+from pipeline.run.training_spec import COMPLETE, TrainingSpec
 from students.checkpoints.universal import (
     TAG,
     UNIVERSAL,
@@ -38,7 +38,7 @@ SHOWN = 10
 
 
 class CheckpointedEngine(Protocol):
-    """The part of a `StudentEngine` that a checkpoint saves and restores."""
+    """The part of a `DeepSpeedStudent` that a checkpoint saves and restores."""
 
     deepspeed: Any
     parameter_shapes: dict[str, list[int]]
@@ -84,7 +84,7 @@ class Resume:
     changes: list[str]
 
 
-def check_resume(job: TrainingJob) -> Resume | None:
+def check_resume(job: TrainingSpec) -> Resume | None:
     """The newest complete checkpoint, or None when training starts from nothing.
 
     Raises:
@@ -119,7 +119,7 @@ def check_resume(job: TrainingJob) -> Resume | None:
     return Resume(path, state, needs_conversion(old, new), stored["shapes"], allowed)
 
 
-def agreed_resume(job: TrainingJob, device: torch.device) -> Resume | None:
+def agreed_resume(job: TrainingSpec, device: torch.device) -> Resume | None:
     """`check_resume` as rank 0 sees it, on every rank: a shared file system may show its nodes the
     newest checkpoint at different times. All ranks call it.
 
@@ -138,7 +138,7 @@ def agreed_resume(job: TrainingJob, device: torch.device) -> Resume | None:
     return found[0]
 
 
-def seconds_before(job: TrainingJob) -> float:
+def seconds_before(job: TrainingSpec) -> float:
     """Seconds that earlier starts of a training took, up to what they have left behind.
 
     Raises:
@@ -150,7 +150,7 @@ def seconds_before(job: TrainingJob) -> float:
     return resume.state.seconds if resume is not None else 0.0
 
 
-def prepare_resume(job: TrainingJob) -> Resume | None:
+def prepare_resume(job: TrainingSpec) -> Resume | None:
     """`check_resume`, and the universal form of the checkpoint where the workers need that; one
     process calls it before the workers start.
 
@@ -163,7 +163,7 @@ def prepare_resume(job: TrainingJob) -> Resume | None:
     return resume
 
 
-def save_checkpoint(engine: CheckpointedEngine, job: TrainingJob, state: TrainingState) -> None:
+def save_checkpoint(engine: CheckpointedEngine, job: TrainingSpec, state: TrainingState) -> None:
     """Writes a complete checkpoint and removes the oldest ones; all ranks call it."""
     path = Path(job.folder) / "checkpoints" / f"step-{state.step:08d}"
     rank = dist.get_rank()
@@ -191,7 +191,7 @@ def save_checkpoint(engine: CheckpointedEngine, job: TrainingJob, state: Trainin
     dist.barrier()
 
 
-def load_checkpoint(engine: CheckpointedEngine, job: TrainingJob, resume: Resume) -> TrainingState:
+def load_checkpoint(engine: CheckpointedEngine, job: TrainingSpec, resume: Resume) -> TrainingState:
     """Restores engine and random state; all ranks call it.
 
     Raises:
@@ -255,7 +255,7 @@ def _refuse_other_shapes(resume: Resume, shapes: dict[str, list[int]]) -> None:
         )
 
 
-def _is_allowed(line: str, job: TrainingJob) -> bool:
+def _is_allowed(line: str, job: TrainingSpec) -> bool:
     key = line.partition(":")[0]
     return any(f"{key}.".startswith(f"{name}.") for name in job.config.training.allow_resume_with)
 

@@ -20,7 +20,7 @@ from pipeline.cache.index import DECODED_BYTES_KEPT
 from pipeline.errors import TrainingError
 from pipeline.fingerprint import digest_json
 from pipeline.records import DatasetEntry
-from pipeline.run.training_spec import TrainingJob
+from pipeline.run.training_spec import TrainingSpec
 from pipeline.sequences import read_dataset
 from students.data.examples import Examples, open_examples
 from students.data.hidden_states import TeacherStates
@@ -127,7 +127,7 @@ class Share:
             before a resume had batches of another size.
     """
 
-    job: TrainingJob
+    job: TrainingSpec
     vocabulary: int
     rank: int
     world_size: int
@@ -163,7 +163,7 @@ class BatchSource:
             used,
             share.vocabulary,
         )
-        self.states = TeacherStates(job.caches, job.feature_teachers, used)
+        self.states = TeacherStates(job.caches, job.hidden_states_teachers, used)
         self._warn_of_wide_states()
         self._order = DataOrder(
             [entry.shard for entry in self.train],

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.cache.hidden_states import position_bytes
-from pipeline.cache.index import CacheReader, open_features
-from pipeline.cache.projection import features_of
+from pipeline.cache.index import CacheReader, open_hidden_states
+from pipeline.cache.projection import hidden_states_of
 from pipeline.errors import CacheError, TrainingError
 from pipeline.layout import CacheLayout
 from pipeline.records import DatasetEntry, HiddenStates
@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class PackedFeatures:
-    """What `FeatureBatch` is made of.
+class PackedHiddenStates:
+    """What `HiddenStatesBatch` is made of.
 
     Attributes:
         states: by teacher, uint16[P, L, D], the bits of bfloat16; 0 where the teacher has none.
@@ -57,10 +57,10 @@ class TeacherStates:
         self._readers: dict[str, CacheReader[HiddenStates]] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
         for teacher in teachers:
-            name = features_of(teacher)
+            name = hidden_states_of(teacher)
             if name not in caches:
                 raise TrainingError(f"no cache {name} was given: score first")
-            reader = self._readers[teacher] = open_features(caches[name])
+            reader = self._readers[teacher] = open_hidden_states(caches[name])
             lacking = [e.sequence_id for e in used if e.sequence_id not in reader]
             if len(lacking) == len(used):
                 raise TrainingError(
@@ -89,7 +89,7 @@ class TeacherStates:
 
     def batch(
         self, entries: Sequence[DatasetEntry], groups: Sequence[int]
-    ) -> PackedFeatures | None:
+    ) -> PackedHiddenStates | None:
         """The states of a micro-batch of these sequences; None where no loss needs any.
 
         Args:
@@ -114,9 +114,9 @@ class TeacherStates:
                     continue
                 if row.num_positions != entry.num_positions:
                     raise CacheError(
-                        f"{features_of(teacher)} holds {row.num_positions} positions of sequence "
-                        f"{entry.sequence_id}, which has {entry.num_positions}"
+                        f"{hidden_states_of(teacher)} holds {row.num_positions} positions of "
+                        f"sequence {entry.sequence_id}, which has {entry.num_positions}"
                     )
                 states_PLD[start:stop] = row.states
             states[teacher] = states_PLD
-        return PackedFeatures(states, covered, lengths, list(groups))
+        return PackedHiddenStates(states, covered, lengths, list(groups))

@@ -20,7 +20,7 @@ import numpy as np
 
 from pipeline.errors import TrainingError
 from students.data.examples import Example
-from students.data.hidden_states import PackedFeatures
+from students.data.hidden_states import PackedHiddenStates
 
 NOTHING = Example(
     input_ids=np.zeros(1, np.int32),
@@ -46,7 +46,7 @@ class PackedBatch:
     logprobs: np.ndarray
     tail_mass: np.ndarray
     teacher_weights: np.ndarray
-    features: PackedFeatures | None = None
+    features: PackedHiddenStates | None = None
 
 
 def pack(examples: Sequence[Example], padded: bool = False) -> PackedBatch:

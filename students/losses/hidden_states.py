@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize, smooth_l1_loss
 
 from pipeline.config.losses import HiddenState, Loss, StateLoss
-from students.losses.inputs import FeatureBatch
+from students.losses.inputs import HiddenStatesBatch
 
 SMALLEST = 1e-12
 """Lengths below it count as this much, so that equal states give no division by 0."""
 
 
 @dataclass(frozen=True)
-class FeatureTerm:
+class HiddenStatesTerm:
     """One loss of the list.
 
     Attributes:
@@ -45,16 +45,16 @@ class FeatureTerm:
     is_projected: bool
 
 
-def feature_terms(
+def hidden_states_terms(
     losses: Sequence[Loss], stored_layers: Mapping[str, tuple[int, ...]]
-) -> tuple[FeatureTerm, ...]:
+) -> tuple[HiddenStatesTerm, ...]:
     """Those of a training's losses that are on hidden states.
 
     Args:
         stored_layers: by teacher.
     """
     return tuple(
-        FeatureTerm(
+        HiddenStatesTerm(
             loss.name,
             loss.measure if isinstance(loss, HiddenState) else loss.relation,
             loss.weight,
@@ -121,13 +121,17 @@ OF_GROUPS = {"distance": (2, distance), "angle": (3, angle)}
 """With the least number of sequences; smaller groups weigh nothing."""
 
 
-class FeatureLosses(nn.Module):
+class HiddenStatesLosses(nn.Module):
     """All losses on hidden states, with the matrices that they learn; those are trained along and
     not exported.
     """
 
     def __init__(
-        self, terms: tuple[FeatureTerm, ...], hidden_size: int, widths: Mapping[str, int], seed: int
+        self,
+        terms: tuple[HiddenStatesTerm, ...],
+        hidden_size: int,
+        widths: Mapping[str, int],
+        seed: int,
     ) -> None:
         """The matrices depend on the seed alone, not on the rank.
 
@@ -151,7 +155,7 @@ class FeatureLosses(nn.Module):
         """The student's layers that are looked at, in ascending order."""
         return tuple(sorted({layer for term in self.terms for _, layer in term.pairs}))
 
-    def forward(self, student: Mapping[int, Tensor], batch: FeatureBatch) -> Tensor:
+    def forward(self, student: Mapping[int, Tensor], batch: HiddenStatesBatch) -> Tensor:
         """[E, P]: the value of every loss at every position, without its weight.
 
         Args:
@@ -173,7 +177,7 @@ class FeatureLosses(nn.Module):
 
 
 def _values(
-    term: FeatureTerm, student_PH: Tensor, teacher_PD: Tensor, batch: FeatureBatch
+    term: HiddenStatesTerm, student_PH: Tensor, teacher_PD: Tensor, batch: HiddenStatesBatch
 ) -> Tensor:
     """[P]: one loss on one pair of layers."""
     covered_P = batch.covered[term.teacher]

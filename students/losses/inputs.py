@@ -30,7 +30,7 @@ class Targets:
 
 
 @dataclass(frozen=True)
-class FeatureBatch:
+class HiddenStatesBatch:
     """What the losses on hidden states need of a micro-batch; its positions in the same order. What
     is asked of sequences stands in lists: to ask a tensor would wait for the device.
 

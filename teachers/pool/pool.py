@@ -20,7 +20,7 @@ from teachers.protocol import Canary, EndpointSpec, EngineSpec
 
 
 @dataclass(frozen=True)
-class PoolJob:
+class TeacherWork:
     """The work of one teacher.
 
     Attributes:
@@ -47,7 +47,7 @@ class PoolJob:
         return RayReplica(self.spec, self.resources, self.env_vars)
 
 
-def run_pools(jobs: Sequence[PoolJob]) -> dict[str, PoolReport]:
+def run_pools(jobs: Sequence[TeacherWork]) -> dict[str, PoolReport]:
     """Runs the work of several teachers; their actors share the cluster as it has room.
 
     Raises:
@@ -60,7 +60,7 @@ def run_pools(jobs: Sequence[PoolJob]) -> dict[str, PoolReport]:
     return asyncio.run(_run_all(jobs))
 
 
-async def _run_all(jobs: Sequence[PoolJob]) -> dict[str, PoolReport]:
+async def _run_all(jobs: Sequence[TeacherWork]) -> dict[str, PoolReport]:
     dispatchers = [
         Dispatcher(j.name, j.launch, j.replicas, j.tasks, j.progress, j.check_canary) for j in jobs
     ]

@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.cache.index import missing_sequences
-from pipeline.cache.projection import FeatureRule
+from pipeline.cache.projection import HiddenStatesRule
 from pipeline.cache.selection import select
 from pipeline.cache.shard import ShardEntry, write_shard
 from pipeline.config.scoring import Selection
@@ -87,12 +87,12 @@ class Output:
     name: str
     cache: CacheLayout
     fingerprint: str
-    rule: Selection | FeatureRule
+    rule: Selection | HiddenStatesRule
     position_bytes: int
 
     @property
-    def holds_features(self) -> bool:
-        return isinstance(self.rule, FeatureRule)
+    def holds_hidden_states(self) -> bool:
+        return isinstance(self.rule, HiddenStatesRule)
 
     def row(self, sequence: TokenSequence, captured: CapturedRows, rows_P: np.ndarray) -> CacheRow:
         """What is kept of a sequence.
@@ -100,7 +100,7 @@ class Output:
         Args:
             rows_P: the captured row of every position.
         """
-        if isinstance(self.rule, FeatureRule):
+        if isinstance(self.rule, HiddenStatesRule):
             assert captured.hidden_states is not None, "states were asked for"
             return self.rule.row(sequence.sequence_id, captured.hidden_states[rows_P])
         return select(
@@ -195,8 +195,8 @@ class ScoringTask:
                 teacher,
                 sequence.input_ids,
                 first,
-                distributions=any(not output.holds_features for output in self.outputs),
-                states=any(output.holds_features for output in self.outputs),
+                distributions=any(not output.holds_hidden_states for output in self.outputs),
+                states=any(output.holds_hidden_states for output in self.outputs),
             )
         rows = tuple(output.row(sequence, captured, positions - first) for output in self.outputs)
         return _Scored(rows, captured.num_cached_tokens, captured.is_rescored)

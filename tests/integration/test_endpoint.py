@@ -32,7 +32,7 @@ from pipeline.records import TokenSequence
 from pipeline.sequences import write_sequences
 from teachers.endpoint.teacher import EndpointTeacher
 from teachers.pool.actor import CPU_ENV_VARS, ENGINE_ENV_VARS
-from teachers.pool.pool import PoolJob, run_pools
+from teachers.pool.pool import TeacherWork, run_pools
 from teachers.protocol import EndpointSpec, EngineSpec
 from teachers.tasks.score import Output, ScoredShard, ScoringTask
 from tests.integration.models import VOCABULARY, save_tiny_llama
@@ -299,7 +299,7 @@ def test_a_server_that_dies_halfway_is_waited_for_and_then_missed_by_name(
 
     # One request at a time, so that some are still open when the server dies.
     slow = replace(spec, endpoint=endpoint(server, folder, max_concurrency=1))
-    job = PoolJob(
+    job = TeacherWork(
         "tiny", slow, Resources(num_cpus=0.5), 1, shards.tasks(), progress=stop_at_the_fifth
     )
     with pytest.raises(TeacherError, match=r"given up after 3 tries.*run it again"):

@@ -42,7 +42,7 @@ from tests.unit.house.test_readme import of_kind, with_stand_ins
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 TEACHERS, RUN, KILLED = DOMAINS, "features", "killed"
 STATE_LOSSES = ("hidden_state_cosine_words_4_2", "relation_distance_arithmetic_4_2")
-STAGES = ("prepare", "synthesize", "score", "train", "export", "evaluate")
+STAGE_NAMES = ("prepare", "synthesize", "score", "train", "export", "evaluate")
 NUM_TRAIN, NUM_HOLDOUT = 150, 20  # prompts of each domain
 STEPS, CHECKPOINT_EVERY = 60, 10
 KILLED_AFTER = random.Random(4).randrange(CHECKPOINT_EVERY + 1, STEPS // 2)
@@ -185,7 +185,7 @@ def test_ctrl_c_says_one_line_and_leaves_no_process(
 
 def test_every_stage_of_the_undisturbed_run_is_told(undisturbed: Run) -> None:
     found = re.findall(r"^\[(\d)/6 (\w+)\] done in \d+ s$", undisturbed.printed, re.MULTILINE)
-    assert found == [(str(number), stage) for number, stage in enumerate(STAGES, start=1)]
+    assert found == [(str(number), stage) for number, stage in enumerate(STAGE_NAMES, start=1)]
     assert str(undisturbed.folder / "report.html") in undisturbed.printed
 
 
@@ -205,7 +205,7 @@ def test_a_kill_while_training_resumes_from_the_last_checkpoint(disturbed: Distu
     assert f"student: step {step} of {STEPS}, workers" in disturbed.printed
     # The lines hold measured speeds, so those of a step that was taken again would differ.
     assert disturbed.metrics[:step] == disturbed.metrics_at_kill[:step]
-    for number, stage in enumerate(STAGES[:3], start=1):
+    for number, stage in enumerate(STAGE_NAMES[:3], start=1):
         assert f"[{number}/6 {stage}] up to date" in disturbed.printed
 
 
@@ -282,7 +282,7 @@ def state_of(name: str, status: str) -> str:
 def test_a_cluster_shows_its_jobs_and_their_logs(ray_head: LocalHead, undisturbed: Run) -> None:
     token = token_environment(ray_head.token)
     submitted = re.findall(r"\] job (\S+)", undisturbed.printed)
-    assert len(submitted) == len(STAGES)
+    assert len(submitted) == len(STAGE_NAMES)
     status = polystill("status", "--address", ray_head.address, env=token)
     assert {state_of(name, status.stdout) for name in submitted} == {"SUCCEEDED"}
     log = polystill("logs", submitted[2], "--address", ray_head.address, env=token)

@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM
 from pipeline.config.base import Resources
 from pipeline.errors import TeacherError
 from teachers.canary import refuse_difference
-from teachers.pool.pool import PoolJob, run_pools
+from teachers.pool.pool import TeacherWork, run_pools
 from teachers.protocol import CapturedRows, EngineDiedError, EngineSpec
 from teachers.tasks.siblings import Siblings
 from tests.support.engines import Running, started
@@ -393,7 +393,7 @@ def test_poison_is_set_aside_though_it_kills_its_actor_each_time(
 ) -> None:
     tasks = [ScoreTask(tmp_path, tuple(range(start, start + 4))) for start in range(0, 16, 4)]
     done: list[tuple[int, int]] = []
-    job = PoolJob(
+    job = TeacherWork(
         name="tiny",
         spec=spec(tiny_teacher_folder),
         resources=Resources(num_cpus=2),

@@ -17,7 +17,7 @@ from pipeline.config.run import Config
 from pipeline.fingerprint import digest_bytes, sequence_id
 from pipeline.layout import Layout
 from pipeline.records import DatasetEntry, TokenSequence
-from pipeline.run.identities import cache_recipes
+from pipeline.run.identities import cache_identities
 from pipeline.run.preparation import Prepared, preparation_key
 from pipeline.sequences import write_dataset, write_sequences
 from teachers.pool.dispatch import PoolReport
@@ -148,7 +148,7 @@ class FabricatedRun:
         """Writes what prepare would."""
         config = self.config
         identities = {name: {"weights": name} for name in config.teachers}
-        recipes = cache_recipes(config, identities, TOKENIZER)
+        recipes = cache_identities(config, identities, TOKENIZER)
         prepared = Prepared(
             preparation_key(config),
             "p",

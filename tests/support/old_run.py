@@ -14,7 +14,7 @@ from pipeline.config.rounds import layout_of
 from pipeline.config.run import Config
 from pipeline.layout import Layout
 from pipeline.run.preparation import Prepared
-from pipeline.run.training_spec import TrainingJob, training_jobs
+from pipeline.run.training_spec import TrainingSpec, training_specs
 from tests.support.command_line import ROOT
 
 WRITTEN = ROOT / "tests/data/written_by_ead47cf"
@@ -73,10 +73,10 @@ class OldRun:
         """Digest of what the run trained on."""
         return read_record(self.layout, "score")["dataset"]
 
-    def training(self, *overrides: str) -> TrainingJob:
+    def training(self, *overrides: str) -> TrainingSpec:
         """The training of the student, as today's config asks for it."""
         config = self.config(*overrides)
-        (job,) = training_jobs(config, layout_of(config), self.prepared(), self.dataset())
+        (job,) = training_specs(config, layout_of(config), self.prepared(), self.dataset())
         return job
 
     def interrupt_training(self) -> None:

@@ -15,7 +15,7 @@ from pipeline.config.run import Config
 from pipeline.fingerprint import sequence_id
 from pipeline.layout import Layout
 from pipeline.records import SparseLogprobs, TokenSequence
-from pipeline.run.training_spec import TrainingJob
+from pipeline.run.training_spec import TrainingSpec
 from students.progress import read_metrics
 
 VOCABULARY, DOMAINS, TEACHERS = 64, ("sums", "words"), ("first", "second")
@@ -185,7 +185,7 @@ def make_job(
         else [CrossEntropy(type="cross_entropy", weight=1.0)]
     )
     fingerprints = dict.fromkeys(TEACHERS, "0" * 32)
-    return TrainingJob(
+    return TrainingSpec(
         config,
         Layout(str(root), name),
         dataset_digest,

@@ -17,20 +17,31 @@ from jobs.caches.actions import collect_garbage, open_run, status, verify
 from jobs.caches.regenerate import Request, regenerate_inside_job
 from pipeline import storage
 from pipeline.cache.generations import named_generations
-from pipeline.cache.index import open_cache, open_features
-from pipeline.cache.projection import FeatureRule, features_of, projection_matrix, to_bfloat16
-from pipeline.cache.shard import describe_shard, open_shard, read_features, read_shard, write_shard
+from pipeline.cache.index import open_cache, open_hidden_states
+from pipeline.cache.projection import (
+    HiddenStatesRule,
+    hidden_states_of,
+    projection_matrix,
+    to_bfloat16,
+)
+from pipeline.cache.shard import (
+    describe_shard,
+    open_shard,
+    read_hidden_states,
+    read_shard,
+    write_shard,
+)
 from pipeline.cache_care.verify import row_problems
 from pipeline.errors import CacheError, ConfigError, CorruptShardError, TrainingError
 from pipeline.records import HiddenStates
-from pipeline.run.training_spec import training_jobs
+from pipeline.run.training_spec import training_specs
 from pipeline.sequences import read_dataset
 from students.data.batches import BatchSource, Share
 from tests.support.fabricated import HIDDEN, VOCABULARY, FabricatedRun, FakePools, make_sequence
 
 LOSS = "{type: hidden_state, weight: 1.0, teacher: words, layers: {4: 2, 1: 1}, measure: mse, "
 LOSSES = [f"training.losses=[{{type: forward_kl, weight: 1.0}}, {LOSS} projection: learned}}]"]
-NAME = features_of("words")
+NAME = hidden_states_of("words")
 
 
 @pytest.fixture
@@ -57,7 +68,7 @@ def test_rows_round_trip(
     entry = write_shard(path, rows, "f")
     assert entry == describe_shard(path, Path(path).stat().st_size)
     assert entry.positions == tuple(lengths)
-    for written, read in zip(rows, read_features(path), strict=True):
+    for written, read in zip(rows, read_hidden_states(path), strict=True):
         assert read.sequence_id == written.sequence_id
         np.testing.assert_array_equal(read.states, written.states)
     with pytest.raises(CorruptShardError, match="its columns are"):
@@ -86,7 +97,7 @@ def test_a_changed_byte_is_found(offset: int, tmp_path: Path) -> None:
     content[offset] ^= 0x10
     path.write_bytes(content)
     with pytest.raises(CorruptShardError):
-        read_features(str(path))
+        read_hidden_states(str(path))
 
 
 def test_rows_that_are_not_finite_or_of_several_shapes_are_never_written(tmp_path: Path) -> None:
@@ -114,7 +125,7 @@ def test_projected_states_keep_their_geometry() -> None:
     """Squared lengths are unbiased, and 512 of 4096 dimensions keep distances within a few
     times sqrt(2 / 512) = 6 %.
     """
-    rule = FeatureRule((1,), 512, seed=4)
+    rule = HiddenStatesRule((1,), 512, seed=4)
     states = np.random.default_rng(0).normal(size=(12, 1, 4096)).astype(np.float32)
     kept = rule.row("s", states).values[:, 0]
     pairs = np.triu_indices(12, 1)
@@ -132,7 +143,7 @@ def test_projected_states_keep_their_geometry() -> None:
 
 def test_a_row_holds_the_states_before_its_tokens(run: FabricatedRun) -> None:
     """States of the fake teacher begin with their layer and their token's index."""
-    reader = open_features(open_run(run.config).caches[NAME])
+    reader = open_hidden_states(open_run(run.config).caches[NAME])
     sequence = make_sequence("words", 2)
     row = reader.row(sequence.sequence_id)
     assert row is not None and row.states.shape == (sequence.num_positions, 2, HIDDEN)
@@ -213,7 +224,7 @@ def test_interrupted_capture_goes_on(run: FabricatedRun, pools: FakePools) -> No
     run.score()
     assert len(pools.scored) == len(set(pools.scored)) < 16
     opened = open_run(run.config)
-    reader = open_features(opened.caches[NAME])
+    reader = open_hidden_states(opened.caches[NAME])
     assert all(entry.sequence_id in reader for entry in opened.entries)
 
 
@@ -228,14 +239,14 @@ def test_hidden_states_alone_cover_no_sequence(per: str, tmp_path: Path, pools: 
         path = storage.join(cache.quarantine, f"{refused}.json")
         storage.write_json(path, {"sequence_id": refused, "error": "a poison"})
     dataset = run.score()
-    assert refused in open_features(open_run(run.config).caches[NAME])
+    assert refused in open_hidden_states(open_run(run.config).caches[NAME])
     assert [e.sequence_id for e in read_dataset(run.layout, dataset)] == others
 
 
 def test_states_too_wide_for_the_memory_of_a_loader_are_named(
     run: FabricatedRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    job, _ = training_jobs(run.config, run.layout, run.prepare(), run.score())
+    job, _ = training_specs(run.config, run.layout, run.prepare(), run.score())
     share = Share(job, VOCABULARY, rank=0, world_size=1)
     BatchSource(share)
     assert caplog.messages == []
@@ -261,10 +272,10 @@ def test_projected_states_are_stored_projected(tmp_path: Path, pools: FakePools)
     run.prepare()
     run.write_answers(0, 2)
     run.score()
-    reader = open_features(open_run(run.config).caches[NAME])
+    reader = open_hidden_states(open_run(run.config).caches[NAME])
     whole = FabricatedRun(tmp_path, overrides=[*LOSSES])
     whole.score()
-    plain = open_features(open_run(whole.config).caches[NAME])
+    plain = open_hidden_states(open_run(whole.config).caches[NAME])
     identifier = make_sequence("words", 1).sequence_id
     (row, before) = (each.row(identifier) for each in (reader, plain))
     assert row is not None and before is not None
@@ -279,7 +290,7 @@ def test_verify_looks_at_states(run: FabricatedRun) -> None:
     assert found[NAME].problems == [] and found[NAME].num_compared == 8
     cache = opened.caches[NAME]
     digest = storage.list_files(cache.shards_folder, ".parquet")[0].base_name[:-8]
-    rows = read_features(cache.shard(digest))
+    rows = read_hidden_states(cache.shard(digest))
     shorter = [replace(rows[0], states=rows[0].states[1:]), *rows[1:]]
     write_shard(cache.shard(digest), shorter, opened.fingerprint(NAME))
     found = verify(opened, None)[NAME].problems
@@ -324,7 +335,7 @@ def test_what_no_run_names_is_garbage(run: FabricatedRun) -> None:
 
 def test_a_training_names_the_states_that_it_uses(run: FabricatedRun) -> None:
     prepared = run.prepare()
-    student, twin = training_jobs(run.config, run.layout, prepared, "d")
+    student, twin = training_specs(run.config, run.layout, prepared, "d")
     assert NAME in student.identity()["caches"] and NAME not in twin.identity()["caches"]
     storage.write_json(student.summary_path, {"identity": student.identity()})
     names = named_generations(run.layout)[open_run(run.config).caches[NAME].name][1]

@@ -22,7 +22,7 @@ from pipeline.cache.shard import read_shard
 from pipeline.cache_care.regeneration import find_damage, parse_where, set_aside
 from pipeline.errors import CacheError, ConfigError, TeacherError
 from pipeline.layout import CacheLayout
-from pipeline.run.training_spec import training_jobs
+from pipeline.run.training_spec import training_specs
 from teachers.tasks.score import ScoringTask
 from tests.support.caches import flip_bit
 from tests.support.command_line import file_times
@@ -281,7 +281,7 @@ def test_a_run_goes_on_with_its_generation_and_a_new_one_takes_the_current(
         "words": 2,
     }
     for made, generation in ((run, 1), (other, 2)):
-        job, *_ = training_jobs(made.config, made.layout, made.prepare(), "dataset")
+        job, *_ = training_specs(made.config, made.layout, made.prepare(), "dataset")
         assert {c["generation"] for c in job.identity()["caches"].values()} == {generation}
     # New prompts of the old run go to the generation that it has pinned, and the manifest stays.
     run.write_answers(8, 9)

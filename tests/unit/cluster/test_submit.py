@@ -184,7 +184,7 @@ def test_an_interrupt_says_what_goes_on_in_a_cluster(
     monkeypatch.setattr(stage_jobs, "follow", interrupted)
     said: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        stage_jobs.run_stage(None, address, config, "train", said.append)  # pyright: ignore
+        stage_jobs.submit_and_follow_stage(None, address, config, "train", said.append)  # pyright: ignore
     stopping = "stop it with: polystill stop r-train-a-a1 --address http://head"
     goes_on = [f"the job r-train-a-a1 goes on; {stopping}"] if address else []
     assert said == ["job r-train-a-a1", *goes_on]
@@ -254,10 +254,10 @@ def test_a_stage_that_writes_in_place_runs_once_whoever_starts_it(
     config = load_config(
         ROOT / "examples/quickstart/config.yaml", [f"storage.root={tmp_path}", "name=r"]
     )
-    plan = [StagePlan(name, int(name == stage), "to do") for name in entry.STAGES]
+    plan = [StagePlan(name, int(name == stage), "to do") for name in entry.STAGE_FUNCTIONS]
     monkeypatch.setattr(entry, "make_plan", lambda config: plan)
     monkeypatch.setattr(entry, "join_cluster", lambda: None)
-    monkeypatch.setitem(entry.STAGES, stage, lambda *_: pytest.fail("it runs"))
+    monkeypatch.setitem(entry.STAGE_FUNCTIONS, stage, lambda *_: pytest.fail("it runs"))
     with (
         alone(layout_of(config).lock(stage), "x"),
         pytest.raises(ClusterError, match=f"{stage} of the run r goes on"),

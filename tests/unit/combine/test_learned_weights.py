@@ -19,7 +19,7 @@ from pipeline.combine import learned as learned_weights_module
 from pipeline.combine.learned import GAP_NATS, learn_weights, learned_weights, likeliest_mixture
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import differences
-from pipeline.run.training_spec import training_jobs
+from pipeline.run.training_spec import training_specs
 from pipeline.sequences import write_dataset
 from tests.support.fabricated import FabricatedRun, FakePools
 
@@ -82,7 +82,7 @@ def test_score_learns_and_the_training_is_what_was_learned(run):
     run.score()
     weights = learned_weights(run.config.combine, run.layout)
     assert weights.keys() == {"arithmetic", "words"}
-    job, *_ = training_jobs(run.config, run.layout, run.prepare(), "dataset")
+    job, *_ = training_specs(run.config, run.layout, run.prepare(), "dataset")
     assert job.combine.weights.domains == combination(run.config, run.layout).weights.domains
     assert job.combine.weights.domains == weights
     identity = job.identity()
@@ -170,5 +170,5 @@ def test_weights_that_are_given_learn_nothing(tmp_path, monkeypatch):
     run.score()
     assert learned_weights(run.config.combine, run.layout) == {}
     assert not storage.exists(run.layout.learned_weights)
-    job, *_ = training_jobs(run.config, run.layout, run.prepare(), "dataset")
+    job, *_ = training_specs(run.config, run.layout, run.prepare(), "dataset")
     assert "learned" not in job.identity()["combine"]

@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 from jobs.dry_run import describe
-from pipeline.cache.projection import features_of
+from pipeline.cache.projection import hidden_states_of
 from pipeline.config.load import dump_config, load_config, local_paths
 from pipeline.config.run import Config
 from pipeline.config.teachers import EndpointConfig, EndpointTeacherConfig, TeacherConfig
 from pipeline.errors import ConfigError
-from pipeline.run.identities import cache_recipes
+from pipeline.run.identities import cache_identities
 from pipeline.run.preparation import preparation_key
 from pipeline.run.training_spec import used_teachers
 from teachers.engine.arguments import ENDPOINT_PARAMETERS
@@ -147,15 +147,15 @@ def test_a_teacher_that_only_writes_has_no_cache_and_no_weight() -> None:
     identities: dict[str, Any] = {n: {"weights": n} for n in ("arithmetic", "words", "third")}
     for overrides, scoring in (([WRITING], False), ([SCORING], True)):
         config = load(*overrides, "combine.weights={type: confidence, per: token, temperature: 1}")
-        recipes = cache_recipes(config, identities, "hash")
+        recipes = cache_identities(config, identities, "hash")
         assert ("third" in recipes) is scoring
         assert ("third" in used_teachers(config)) is scoring
-        assert features_of("third") not in recipes
+        assert hidden_states_of("third") not in recipes
 
 
 def test_the_recipe_of_an_endpoint_is_its_identity_and_not_its_address() -> None:
     identities = {"third": {"endpoint": "m at 1", "api": "vllm"}}
-    recipe = cache_recipes(load(SCORING), identities, "hash")["third"]
+    recipe = cache_identities(load(SCORING), identities, "hash")["third"]
     assert recipe["model"] == identities["third"] and recipe["vllm"] == {}
     moved = SCORING.replace("http://host:8000", "http://elsewhere:1").replace(
         VLLM.split(", ")[-1], VLLM.split(", ")[-1] + ", max_concurrency: 3, max_retries: 0"

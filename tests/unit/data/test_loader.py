@@ -13,7 +13,7 @@ import pytest
 from jobs.stages import score as score_module
 from pipeline import storage
 from pipeline.errors import CorruptShardError
-from pipeline.run.training_spec import training_jobs
+from pipeline.run.training_spec import training_specs
 from students.data.batches import Share
 from students.data.loader import Loader
 from tests.support.fabricated import VOCABULARY, FabricatedRun, FakePools
@@ -46,7 +46,7 @@ def share(tmp_path_factory) -> Share:
         run.write_answers(0, 9)
         run.score()
     dataset = storage.read_json(run.layout.stage_record("synthesize"))["dataset"]
-    job, *_ = training_jobs(run.config, run.layout, run.prepare(), dataset)
+    job, *_ = training_specs(run.config, run.layout, run.prepare(), dataset)
     return Share(job, VOCABULARY, rank=1, world_size=2)
 
 

@@ -19,7 +19,7 @@ from pipeline.config.run import Config
 from pipeline.config.synthesis import DATASET_GENERATOR
 from pipeline.errors import FilterError
 from pipeline.filters.run import filter_identity
-from pipeline.run.identities import scoring_recipe, synthesis_recipe
+from pipeline.run.identities import scoring_identity, synthesis_identity
 from pipeline.run.preparation import Prepared
 from pipeline.sequences import read_dataset
 from pipeline.synthesis.prompts import read_prompts, write_prompts
@@ -51,7 +51,7 @@ def config_with(arguments: list[str], filters: str) -> Config:
 
 def prepared(config: Config) -> Prepared:
     layout, (prompts, counts) = layout_of(config), read_prompts(config.prompts)
-    recipes = {t: scoring_recipe(config, t, {"weights": t}, "hash") for t in config.teachers}
+    recipes = {t: scoring_identity(config, t, {"weights": t}, "hash") for t in config.teachers}
     synthesis = config.synthesis
     before, after = (
         [filter_identity(rule, config.prompts.checker) for rule in rules]
@@ -62,7 +62,7 @@ def prepared(config: Config) -> Prepared:
         found,
         prompts=write_prompts(layout, prompts),
         synthesis_recipes={
-            DATASET_GENERATOR: synthesis_recipe(
+            DATASET_GENERATOR: synthesis_identity(
                 config, config.synthesis.recipes[0], DATASET_GENERATOR, {}, "hash"
             )
         },

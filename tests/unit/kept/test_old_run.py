@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from jobs.__main__ import main
-from jobs.bookkeeping.plan import STAGES, StagePlan, make_plan, plan_rounds
+from jobs.bookkeeping.plan import STAGE_NAMES, StagePlan, make_plan, plan_rounds
 from jobs.bookkeeping.stage_records import read_record
 from jobs.caches.actions import open_run
 from jobs.stages.synthesize import synthesize
 from pipeline import storage
 from pipeline.cache.generations import named_generations
-from pipeline.cache.index import is_published, load_index, open_cache, open_features
+from pipeline.cache.index import is_published, load_index, open_cache, open_hidden_states
 from pipeline.cache_care.gc import find_garbage
 from pipeline.errors import TeacherError, TrainingError
 from pipeline.fingerprint import digest_bytes
@@ -72,8 +72,8 @@ def files_and_times(old: OldRun) -> dict[str, int]:
 def test_every_stage_is_up_to_date_where_the_run_was_made(old: OldRun, in_place: list[str]) -> None:
     config = old.config(*in_place)
     assert load_prepared(config, old.layout) == old.prepared()
-    assert todo(make_plan(config)) == dict.fromkeys(STAGES, 0)
-    assert [todo(plans) for plans in plan_rounds(config)] == [dict.fromkeys(STAGES, 0)]
+    assert todo(make_plan(config)) == dict.fromkeys(STAGE_NAMES, 0)
+    assert [todo(plans) for plans in plan_rounds(config)] == [dict.fromkeys(STAGE_NAMES, 0)]
 
 
 def test_run_and_stages_start_nothing(
@@ -91,7 +91,7 @@ def test_run_and_stages_start_nothing(
     assert "nothing to do" in capsys.readouterr().out
     assert main(["run", "--dry-run", old.path, *in_place]) == 0
     assert " to do" not in capsys.readouterr().out.partition("# plan")[2]
-    for stage in STAGES:
+    for stage in STAGE_NAMES:
         assert main(["stage", stage, old.path, *in_place]) == 0
         assert capsys.readouterr().out.startswith("up to date (")
     assert files_and_times(old) == before
@@ -103,7 +103,7 @@ def test_moved_elsewhere_only_the_key_of_the_preparation_is_another(old: OldRun)
     again = old.prepare()
     assert again.key != written.key
     assert dataclasses.replace(again, key=written.key) == written
-    assert todo(make_plan(old.config())) == dict.fromkeys(STAGES, 0)
+    assert todo(make_plan(old.config())) == dict.fromkeys(STAGE_NAMES, 0)
 
 
 def test_cache_commands_find_nothing_wrong(old: OldRun, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,7 +164,7 @@ def contents_of(old: OldRun) -> dict[str, Any]:
         sequences[entry.sequence_id] = [*told, *ids, sequence.finish_reason]
     rows = {}
     for name, cache in old.prepared().caches(layout).items():
-        opened = open_features(cache) if name.endswith("+features") else open_cache(cache)
+        opened = open_hidden_states(cache) if name.endswith("+features") else open_cache(cache)
         rows[name] = {e.sequence_id: in_numbers(opened.row(e.sequence_id)) for e in entries}
     return {"dataset": old.dataset(), "sequences": sequences, "rows": rows}
 
@@ -194,8 +194,8 @@ def test_engines_are_held_to_the_old_canary(old: OldRun) -> None:
 def test_the_training_resumes_from_the_old_checkpoint(old: OldRun) -> None:
     old.prepare()
     old.interrupt_training()
-    assert todo(make_plan(old.config())) == dict.fromkeys(STAGES[:3], 0) | dict.fromkeys(
-        STAGES[3:], 1
+    assert todo(make_plan(old.config())) == dict.fromkeys(STAGE_NAMES[:3], 0) | dict.fromkeys(
+        STAGE_NAMES[3:], 1
     )
     resume = check_resume(old.training())
     assert resume is not None and resume.path.name == CHECKPOINT
@@ -273,6 +273,6 @@ def test_a_lost_shard_is_scored_again_and_nothing_else(name: str, old: OldRun) -
     total, summary = summary_of(old, "score")
     assert total == len(lost.sequence_ids)
     assert summary.startswith(f"of {len(EXPECTED['sequences'])} sequences to score: {told}; ")
-    assert todo(make_plan(old.config())) == dict.fromkeys(STAGES[:2], 0) | {
+    assert todo(make_plan(old.config())) == dict.fromkeys(STAGE_NAMES[:2], 0) | {
         "score": total
-    } | dict.fromkeys(STAGES[3:], 1)
+    } | dict.fromkeys(STAGE_NAMES[3:], 1)

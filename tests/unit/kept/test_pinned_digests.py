@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.bookkeeping.plan import STAGES
+from jobs.bookkeeping.plan import STAGE_NAMES
 from jobs.bookkeeping.stage_records import score_key, stage_key, synthesis_key
 from jobs.cluster import stage_jobs
 from jobs.cluster.submit import submission_id
@@ -46,7 +46,7 @@ from pipeline.fingerprint import (
 from pipeline.layout import CacheLayout, Layout
 from pipeline.records import DatasetEntry, HiddenStates, Prompt, SparseLogprobs, TokenSequence
 from pipeline.run.preparation import Prepared, preparation_key
-from pipeline.run.training_spec import training_jobs
+from pipeline.run.training_spec import training_specs
 from pipeline.sequences import write_dataset, write_sequences
 from pipeline.synthesis.index import shard_digest
 from pipeline.synthesis.prompts import load_prompts
@@ -167,7 +167,7 @@ def values_of(config: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]
     keys["score"] = score_key(config, layout, prepared)
     record = {"key": keys["score"], "dataset": dataset}
     storage.write_json(layout.stage_record("score"), record)
-    keys |= {stage: stage_key(config, layout, prepared, stage) for stage in STAGES[3:]}
+    keys |= {stage: stage_key(config, layout, prepared, stage) for stage in STAGE_NAMES[3:]}
     rules = prepared.filters_before_scoring + prepared.filters_after_scoring
     found = asdict(prepared)
     del found["key"]
@@ -200,7 +200,7 @@ def values_of(config: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]
                     "seed": job.seed,
                     "folder": job.folder.removeprefix(config.storage.root),
                 }
-                for job in training_jobs(config, layout, prepared, dataset)
+                for job in training_specs(config, layout, prepared, dataset)
             },
             "submitted": submitted(config, monkeypatch),
         }

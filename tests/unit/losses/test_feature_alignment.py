@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.cache.index import load_index
-from pipeline.cache.projection import FeatureRule, features_of
+from pipeline.cache.projection import HiddenStatesRule, hidden_states_of
 from pipeline.config.losses import HiddenState
 from pipeline.layout import Layout
 from pipeline.records import DatasetEntry, TokenSequence
@@ -24,7 +24,7 @@ from students.data.examples import open_examples
 from students.data.hidden_states import TeacherStates
 from students.data.packing import pack
 from students.losses.divergences import LossTerm
-from students.losses.hidden_states import FeatureLosses, feature_terms
+from students.losses.hidden_states import HiddenStatesLosses, hidden_states_terms
 from students.micro_batch import MicroBatch
 from students.model import StudentModule
 from teachers.protocol import CapturedRows
@@ -61,8 +61,8 @@ def test_states_before_the_tokens_meet(tmp_path, padded):
         for n, t in TOKENS.items()
     ]
     shard = write_sequences(layout, "d", sequences)
-    cache = layout.cache(features_of("t"), "0" * 32)
-    output = Output(features_of("t"), cache, "0" * 32, FeatureRule((1, 3), None, 0), 8)
+    cache = layout.cache(hidden_states_of("t"), "0" * 32)
+    output = Output(hidden_states_of("t"), cache, "0" * 32, HiddenStatesRule((1, 3), None, 0), 8)
     task = ScoringTask(f"{tmp_path}/{shard}", tuple(TOKENS), (output,))
     asyncio.run(task.run(FromTheTable()))  # pyright: ignore[reportArgumentType]
     assert load_index(cache)[0].positions == (3, 4, 1)
@@ -89,12 +89,12 @@ def test_states_before_the_tokens_meet(tmp_path, padded):
         measure="mse",
         projection="none",
     )
-    states = TeacherStates({features_of("t"): cache}, ["t"], entries)
-    terms = feature_terms([loss], {"t": (1, 3)})
+    states = TeacherStates({hidden_states_of("t"): cache}, ["t"], entries)
+    terms = hidden_states_terms([loss], {"t": (1, 3)})
     module = StudentModule(
         model,
         (LossTerm("cross_entropy", "cross_entropy", 1.0),),
-        FeatureLosses(terms, HIDDEN, states.widths, seed=0),
+        HiddenStatesLosses(terms, HIDDEN, states.widths, seed=0),
     )
     examples = open_examples(layout, {}, ["t"], None, entries, 8)
     order = [entries[i] for i in (2, 0, 1)]

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.losses import HiddenState, Relation
-from students.losses.hidden_states import FeatureLosses, feature_terms
-from students.losses.inputs import FeatureBatch
+from students.losses.hidden_states import HiddenStatesLosses, hidden_states_terms
+from students.losses.inputs import HiddenStatesBatch
 
 H, D, LAYERS = 5, 7, (2, 6)
 KINDS = ["mse", "cosine", "token_similarity", "distance", "angle"]
@@ -28,8 +28,8 @@ def loss(kind, layers=None, weight=1.0, projection="learned"):
 
 
 def module_of(*losses, width=D):
-    terms = feature_terms(losses, {"t": LAYERS})
-    return FeatureLosses(terms, H, {"t": width}, seed=3).double()
+    terms = hidden_states_terms(losses, {"t": LAYERS})
+    return HiddenStatesLosses(terms, H, {"t": width}, seed=3).double()
 
 
 def states_of(lengths, seed=0, width=D):
@@ -44,7 +44,7 @@ def batch_of(members, teacher, groups, uncovered=()):
     lengths = [len(teacher[i]) for i in members]
     none = torch.zeros(0, 2, teacher[0].shape[-1], dtype=torch.bfloat16)
     covered = [torch.full((len(teacher[i]),), i not in uncovered) for i in members]
-    return FeatureBatch(
+    return HiddenStatesBatch(
         {"t": torch.cat([none, *(teacher[i] * (i not in uncovered) for i in members)])},
         {"t": torch.cat([torch.zeros(0, dtype=torch.bool), *covered])},
         {"t": [place for place, i in enumerate(members) if i not in uncovered]},

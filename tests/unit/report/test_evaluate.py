@@ -19,7 +19,7 @@ from pipeline.config.rounds import layout_of
 from pipeline.config.run import Config
 from pipeline.errors import ClusterError, TrainingError
 from pipeline.report.statistics import pooled
-from teachers.pool.pool import PoolJob
+from teachers.pool.pool import TeacherWork
 from teachers.tasks.holdout import AnsweredPrompts
 
 QUICKSTART = Path(__file__).resolve().parents[3] / "examples/quickstart/config.yaml"
@@ -53,9 +53,9 @@ def test_a_domain_without_kept_holdout_answers_is_still_reported() -> None:
 
 def test_every_engine_of_ours_is_started_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an engine does at its start is part of its peak memory."""
-    jobs: list[PoolJob] = []
+    jobs: list[TeacherWork] = []
 
-    def run_pools(asked: list[PoolJob]) -> dict[str, Any]:
+    def run_pools(asked: list[TeacherWork]) -> dict[str, Any]:
         jobs.extend(asked)
         return {asked[0].name: SimpleNamespace(results=[None], engines=[{}])}
 
@@ -145,7 +145,9 @@ def test_a_student_is_exported_where_it_is_served(
     exported = {"folder": "f", "largest_difference_nats": 0.0}
     monkeypatch.setattr(export_stage, "scored_of", lambda *_: (None, "d"))
     monkeypatch.setattr(export_stage, "stage_key", lambda *_: "key")
-    monkeypatch.setattr(export_stage, "training_jobs", lambda *_: [SimpleNamespace(student="twin")])
+    monkeypatch.setattr(
+        export_stage, "training_specs", lambda *_: [SimpleNamespace(student="twin")]
+    )
     monkeypatch.setattr("students.export.export_student", lambda job, folder: exported)
     config = evaluated_on("{num_cpus: 3, custom: {big: 0.5}}")
     outcome = export_stage.export(config, layout_of(config))

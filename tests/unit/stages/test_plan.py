@@ -11,7 +11,7 @@ import pytest
 from jobs.bookkeeping.plan import StagePlan, make_plan, plan_score
 from jobs.bookkeeping.stage_records import score_key, stage_key
 from jobs.dry_run import describe
-from jobs.stages.entry import STAGES, run_stage
+from jobs.stages.entry import STAGE_FUNCTIONS, run_stage
 from jobs.stages.prepare import prepare
 from jobs.stages.rounds_report import stage_rows
 from jobs.stages.score import score
@@ -139,7 +139,7 @@ def test_a_stage_does_not_take_what_another_config_has_left(
     stage: str, needed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_config(QUICKSTART, [f"storage.root={tmp_path}"])
-    todo = [StagePlan(name, int(name in (stage, needed)), "to do") for name in STAGES]
+    todo = [StagePlan(name, int(name in (stage, needed)), "to do") for name in STAGE_FUNCTIONS]
     monkeypatch.setattr("jobs.stages.entry.make_plan", lambda config: todo)
     with pytest.raises(ConfigError, match=f"^{needed} is not complete for this config"):
         run_stage(stage, config)
@@ -269,11 +269,11 @@ def test_attempts_that_did_not_end_are_counted(
     def fails(config: Config, layout: Layout) -> dict[str, str]:
         raise StorageError("the disk is full")
 
-    monkeypatch.setitem(STAGES, "prepare", fails)
+    monkeypatch.setitem(STAGE_FUNCTIONS, "prepare", fails)
     for _ in range(2):
         with pytest.raises(StorageError):
             run_stage("prepare", config)
-    monkeypatch.setitem(STAGES, "prepare", lambda *_: {"key": "key", "summary": "done"})
+    monkeypatch.setitem(STAGE_FUNCTIONS, "prepare", lambda *_: {"key": "key", "summary": "done"})
     run_stage("prepare", config)
     assert stage_rows(config)[0]["unended"] == 2
     run_stage("prepare", config)
@@ -300,7 +300,7 @@ def test_the_examples_for_open_weights_can_be_planned(
     config = load_config(QUICKSTART.parents[2] / f"examples/open_weights/{name}.yaml", changes)
     text = describe(config, address)
     plan = [line.split()[0] for line in text.partition("# resources")[0].splitlines()[1:]]
-    assert plan == list(STAGES), "no stage is in doubt, and nothing may be too long"
+    assert plan == list(STAGE_FUNCTIONS), "no stage is in doubt, and nothing may be too long"
     assert "read 80, holdout 16" in text
     assert f"\nstudent: {config.training.workers} x " in text and "1 GPU" in text
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jobs import distill
-from jobs.bookkeeping.plan import STAGES, plan_rounds
+from jobs.bookkeeping.plan import STAGE_NAMES, plan_rounds
 from jobs.caches.actions import open_run
 from jobs.cluster import stage_jobs
 from jobs.dry_run import describe
@@ -26,7 +26,7 @@ from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 from pipeline.records import DatasetEntry
 from pipeline.run.preparation import preparation_key
-from pipeline.run.training_spec import training_jobs
+from pipeline.run.training_spec import training_specs
 from pipeline.sequences import read_dataset, write_dataset
 from tests.support.command_line import QUICKSTART
 from tests.support.fabricated import FabricatedRun, FakePools
@@ -173,7 +173,7 @@ def test_rounds_change_nothing_of_the_first_one(tmp_path: Path) -> None:
     )
     assert layout_of(one) == layout_of(several)
     assert preparation_key(one) == preparation_key(several)
-    jobs = [training_jobs(c, layout_of(c), PREPARED, "d")[0] for c in [one, *rounds_of(several)]]
+    jobs = [training_specs(c, layout_of(c), PREPARED, "d")[0] for c in [one, *rounds_of(several)]]
     assert jobs[0].identity() == jobs[1].identity()
     assert [job.seed for job in jobs] == [17, 17, 18], "a round has an order of its own"
     assert jobs[2].identity()["seed"] == 18
@@ -218,9 +218,9 @@ def test_a_dry_run_shows_every_round_and_checks_what_later_ones_ask(tmp_path: Pa
     config = quickstart(*TWO_ROUNDS, f"storage.root={tmp_path}")
     lines = describe(config).splitlines()
     first, second = lines.index("round 1 of 2"), lines.index("round 2 of 2")
-    assert [line.split()[0] for line in lines[first + 1 : second]] == list(STAGES[:-1])
-    assert lines[second + len(STAGES)].startswith("evaluate")
-    assert all(line.endswith("after round 1") for line in lines[second + 1 :][: len(STAGES)])
+    assert [line.split()[0] for line in lines[first + 1 : second]] == list(STAGE_NAMES[:-1])
+    assert lines[second + len(STAGE_NAMES)].startswith("evaluate")
+    assert all(line.endswith("after round 1") for line in lines[second + 1 :][: len(STAGE_NAMES)])
     assert "student, writing: 1 x 1 CPU" in lines
     wrong = "synthesis.recipes.1.sampling.temprature=1"
     with pytest.raises(ConfigError, match=r"recipes \(student\).*temprature"):
@@ -261,7 +261,7 @@ def test_stages_run_round_by_round_and_one_evaluates(
     distill.run(config, "http://head", said.append)
     assert {run for run, _, _ in submitted} == {"quickstart"}
     assert [stage for _, stage, _ in submitted] == [
-        *STAGES[:-1], *(f"round2-{stage}" for stage in STAGES)
+        *STAGE_NAMES[:-1], *(f"round2-{stage}" for stage in STAGE_NAMES)
     ]  # fmt: skip
     assert all(f" stage {stage.split('-')[-1]} " in command for _, stage, command in submitted)
     assert "[round 1/2, 1/5 prepare] job id" in said and "[round 2/2, 6/6 evaluate] job id" in said

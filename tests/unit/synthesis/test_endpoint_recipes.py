@@ -18,7 +18,7 @@ from pipeline.config.load import dump_config, load_config
 from pipeline.config.rounds import layout_of
 from pipeline.config.run import Config
 from pipeline.records import Prompt
-from pipeline.run.identities import cache_recipes
+from pipeline.run.identities import cache_identities
 from pipeline.run.preparation import Prepared, save_prepared
 from pipeline.sequences import SequenceReader, read_dataset
 from pipeline.synthesis.prompts import write_prompts
@@ -85,7 +85,7 @@ class Run:
             longest_prompt=90,
             tokenizer_hash="hash",
             eos_token_id=1,
-            scoring_recipes=cache_recipes(config, identities, "hash"),
+            scoring_recipes=cache_identities(config, identities, "hash"),
             synthesis_recipes=synthesis_recipes(config, identities, "hash"),
             student={},
             filters_before_scoring=filter_identities(config, rules, identities, "hash"),

@@ -24,7 +24,7 @@ from pipeline.config.rounds import layout_of
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 from pipeline.records import Prompt
-from pipeline.run.identities import scoring_recipe
+from pipeline.run.identities import scoring_identity
 from pipeline.run.preparation import Prepared, preparation_key, save_prepared
 from pipeline.sequences import SequenceReader, read_dataset
 from pipeline.synthesis.index import new_prompts
@@ -121,7 +121,7 @@ class Run:
         writers = identities | {"student": {"weights": f"before round {config.round}"}}
         synthesis = config.synthesis
         before = filter_identities(config, synthesis.filters_before_scoring, identities, "hash")
-        scoring = {t: scoring_recipe(config, t, identities[t], "hash") for t in identities}
+        scoring = {t: scoring_identity(config, t, identities[t], "hash") for t in identities}
         digest = write_prompts(layout_of(config), self.prompts)
         recipes = synthesis_recipes(config, writers, "hash")
         return Prepared(

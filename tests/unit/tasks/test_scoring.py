@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.cache.columns import Column
-from pipeline.cache.projection import FeatureRule, features_of
+from pipeline.cache.projection import HiddenStatesRule, hidden_states_of
 from pipeline.cache.shard import read_shard
 from pipeline.config.scoring import TopK
 from pipeline.errors import CacheError
@@ -112,14 +112,16 @@ def test_the_report_counts_what_the_prefix_cache_did(
 
 def test_shards_of_whole_states_stay_small(tmp_path: Path) -> None:
     """A sequence shard of 512k positions, whose states of one layer alone would take 4 GiB."""
-    layout, states = Layout(str(tmp_path), "run"), features_of("t")
+    layout, states = Layout(str(tmp_path), "run"), hidden_states_of("t")
     entries = [
         DatasetEntry(f"{i:04d}", "p", "d", "train", ("t",), "sequences/d/x.parquet", 600, positions)
         for i, positions in enumerate([512] * 1000 + [100_000, 1, 512])
     ]
     outputs = [
         Output("t", layout.cache("t", "0" * 32), "0" * 32, TopK(type="top_k", max_entries=8), 47),
-        Output(states, layout.cache(states, "0" * 32), "0" * 32, FeatureRule((3,), None, 0), 8192),
+        Output(
+            states, layout.cache(states, "0" * 32), "0" * 32, HiddenStatesRule((3,), None, 0), 8192
+        ),
     ]
     tasks = plan_scoring(str(tmp_path), [(output, entries) for output in outputs])
     found = [identifier for task in tasks for identifier in task.sequence_ids]

@@ -19,7 +19,7 @@ from pipeline.config.load import load_config
 from pipeline.config.training import IDENTITY
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.layout import Layout
-from pipeline.run.training_spec import TrainingJob
+from pipeline.run.training_spec import TrainingSpec
 from students.checkpoints.checkpoint import (
     TrainingState,
     allowed_changes,
@@ -40,7 +40,7 @@ def job(tmp_path, stage=0, workers=1, tokenizer="one", overrides=()):
     config = load_config(CONFIG, [zero, f"training.workers={workers}", *overrides])
     layout = Layout(str(tmp_path), "run")
     caches = {name: layout.cache(name, "f" * 32) for name in config.teachers}
-    return TrainingJob(
+    return TrainingSpec(
         config=config,
         layout=layout,
         dataset_digest="d",
@@ -120,7 +120,7 @@ def test_the_seconds_of_training_are_those_of_all_its_starts(tmp_path, monkeypat
     monkeypatch.setattr(train_stage, "ray", SimpleNamespace(nodes=list))
     monkeypatch.setattr(train_stage, "scored_of", lambda *_: (None, "d"))
     monkeypatch.setattr(train_stage, "stage_key", lambda *_: "key")
-    monkeypatch.setattr(train_stage, "training_jobs", lambda *_: [student, twin])
+    monkeypatch.setattr(train_stage, "training_specs", lambda *_: [student, twin])
     monkeypatch.setattr("teachers.pool.placement.check_placement", lambda *_: None)
     monkeypatch.setattr("students.launch.train_student", train)
     storage.write_json(student.summary_path, {"steps": 20, "tokens": 200, "seconds": 300.0})
