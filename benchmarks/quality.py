@@ -38,8 +38,8 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.common import print_table, write_json
-from benchmarks.quality_material import DOMAINS, Material, MaterialSize, Shape, make_material
-from benchmarks.quality_students import (
+from benchmarks.quality_study.material import DOMAINS, Material, MaterialSize, Shape, make_material
+from benchmarks.quality_study.students import (
     COMBINED,
     HEADED,
     METHODS,
@@ -54,7 +54,7 @@ from benchmarks.quality_students import (
     learned,
     train_student,
 )
-from benchmarks.quality_training import text_loss
+from benchmarks.quality_study.training import text_loss
 from pipeline import storage
 from pipeline.combine.weights import required_teachers
 

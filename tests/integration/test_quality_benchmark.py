@@ -10,19 +10,20 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import quality, quality_material
+from benchmarks import quality
 from benchmarks.common import write_json
 from benchmarks.quality import TINY, measure
-from benchmarks.quality_material import DOMAINS
-from benchmarks.quality_students import METHODS, Cell, train_student
-from benchmarks.quality_training import FORWARD_KL, dense_kl, logprobs_of, micro_batch
+from benchmarks.quality_study import material
+from benchmarks.quality_study.material import DOMAINS
+from benchmarks.quality_study.students import METHODS, Cell, train_student
+from benchmarks.quality_study.training import FORWARD_KL, dense_kl, logprobs_of, micro_batch
 from pipeline.cache.selection import select
 from pipeline.config.scoring import TopK
 from pipeline.records import CombinedTargets, TokenSequence
 from students.data.examples import Example, example_of
 from students.model import StudentModule
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 DATA = Path(__file__).resolve().parents[1] / "data/gsm8k"
 CACHED = {name for name, method in METHODS.items() if method.selection is not None}
 INTERRUPTED_AFTER = 20
@@ -59,9 +60,9 @@ def test_every_method_has_its_row_and_nothing_is_trained_twice(
     rows, ratios = measure(DATA, tmp_path, TINY, processes=2)
     assert {path: path.read_bytes() for path in files} == files
     assert len(list(tmp_path.glob("*/students/*"))) == len(METHODS) * TINY.seeds
-    for module, name in ((quality, "train_student"), (quality_material, "train")):
+    for module, name in ((quality, "train_student"), (material, "train")):
         monkeypatch.setattr(module, name, refused)
-    monkeypatch.setattr(quality_material, "logprobs_of", refused)
+    monkeypatch.setattr(material, "logprobs_of", refused)
     assert measure(DATA, tmp_path, TINY, processes=1) == (rows, ratios)
 
     write_json(tmp_path / "found.json", rows, ratios)

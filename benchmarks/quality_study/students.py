@@ -16,8 +16,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from benchmarks.common import ROOT
-from benchmarks.quality_material import DOMAINS, SYNTHETIC, Material, MaterialSize, Shape
-from benchmarks.quality_training import (
+from benchmarks.quality_study.material import DOMAINS, SYNTHETIC, Material, MaterialSize, Shape
+from benchmarks.quality_study.training import (
     CROSS_ENTROPY,
     FORWARD_KL,
     dense_kl,
@@ -110,7 +110,7 @@ METHODS = {
 }
 """Those from `top_k renormalised` to `full` learn each text from the teacher of its domain."""
 SOURCES = [
-    "benchmarks/quality_students.py",
+    "benchmarks/quality_study/students.py",
     *("pipeline/cache/selection.py", "pipeline/combine/weights.py", "pipeline/combine/learned.py"),
     *(
         "students/data/examples.py",

@@ -27,8 +27,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from benchmarks import quality_training
-from benchmarks.quality_training import CROSS_ENTROPY, logprobs_of, steps, text_alone, train
+from benchmarks.quality_study import training
+from benchmarks.quality_study.training import CROSS_ENTROPY, logprobs_of, steps, text_alone, train
 from examples.gsm8k import make_teachers as gsm8k
 from pipeline.cache import selection
 from pipeline.cache.shard import ShardEntry, describe_shard, read_shard, write_shard
@@ -191,7 +191,7 @@ def make_material(data: Path, output: Path, size: MaterialSize) -> Material:
         ValueError: DATA or the standard library has too little text.
     """
     code = _code(size.code_characters)
-    sources = [Path(__file__), Path(quality_training.__file__), Path(gsm8k.__file__)]
+    sources = [Path(__file__), Path(training.__file__), Path(gsm8k.__file__)]
     questions = [data / "train.jsonl", data / "test.jsonl"]
     digest = digest_json(
         [
