@@ -12,7 +12,7 @@ from jobs.cluster.local_head import LocalHead
 from tests.support.command_line import QUICKSTART, file_times, polystill, token_environment
 from tests.support.disks import small_disk
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.timeout(180)
 CONFIG = QUICKSTART / "config.yaml"
 NOBODY = "http://127.0.0.1:9"  # the discard port, where nothing listens
 Finished = subprocess.CompletedProcess[str]

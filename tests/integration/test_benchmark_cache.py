@@ -10,7 +10,6 @@ import torch
 from benchmarks.cache import ON_SYNTHETIC, READERS, SELECTIONS, Scale, measure
 from benchmarks.common import write_json
 
-pytestmark = pytest.mark.integration
 DATA = Path(__file__).resolve().parents[1] / "data/gsm8k"
 SHORTEST = Scale(
     seconds=0.1,

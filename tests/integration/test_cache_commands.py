@@ -23,7 +23,7 @@ from tests.support.caches import (
 from tests.support.command_line import QUICKSTART, ROOT, file_times, polystill, token_environment
 from tests.support.quickstart import some_prompts
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 TEACHERS = ("arithmetic", "words")
 RUN = "quickstart"
 

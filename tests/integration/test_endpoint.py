@@ -39,7 +39,7 @@ from tests.integration.models import VOCABULARY, save_tiny_llama
 from tests.support.engines import Running, started
 from tests.support.tokenizers_for_tests import SPECIAL, save_tokenizer
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 T = TypeVar("T")
 KEY = "sk-SECRET-0123456789"

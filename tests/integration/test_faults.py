@@ -43,7 +43,7 @@ from tests.support.faults import (
 )
 from tests.support.object_store import object_store
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.timeout(1800)
 Rows = dict[str, dict[str, np.ndarray]]
 SECONDS = 900  # a bound for one command, far above what it needs
 

@@ -26,7 +26,7 @@ from tests.support.caches import (
 )
 from tests.support.command_line import ROOT, file_times, polystill
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 DATA = ROOT / "tests/data/gsm8k"
 TEACHERS = ("concise", "detailed")
 MODELS = (*TEACHERS, "student", "twin")

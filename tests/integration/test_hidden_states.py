@@ -15,7 +15,7 @@ from teachers.protocol import CapturedRows, EngineSpec
 from tests.support.engines import Running, started
 
 pytest_plugins = ["tests.integration.models"]
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 VOCABULARY = 96
 LAYERS = (0, 1, 2)

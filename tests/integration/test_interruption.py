@@ -39,7 +39,7 @@ from tests.support.command_line import (
 from tests.support.quickstart import DOMAINS, read_lines, some_prompts
 from tests.unit.house.test_readme import of_kind, with_stand_ins
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 TEACHERS, RUN, KILLED = DOMAINS, "features", "killed"
 STATE_LOSSES = ("hidden_state_cosine_words_4_2", "relation_distance_arithmetic_4_2")
 STAGE_NAMES = ("prepare", "synthesize", "score", "train", "export", "evaluate")

@@ -15,7 +15,7 @@ from pipeline.errors import StorageError
 from tests.support.command_line import ROOT
 from tests.support.object_store import ObjectStore, object_store
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.timeout(180)
 MIB = 2**20
 # Above 10 MB pyarrow uploads in parts.
 SIZES = (MIB, 25 * MIB)

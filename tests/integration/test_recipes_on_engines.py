@@ -11,7 +11,7 @@ import pytest
 from tests.support.command_line import QUICKSTART, file_times, polystill
 from tests.support.quickstart import some_prompts
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.timeout(400)
 NUM_TRAIN, NUM_HOLDOUT = 6, 3  # prompts of each domain
 
 

@@ -15,7 +15,7 @@ from tests.support.command_line import QUICKSTART, polystill
 from tests.support.quickstart import read_lines
 from tests.unit.house.test_readme import of_kind, with_stand_ins
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 STEPS = 6
 WORDS = (
     "{words: {model: ./teachers/words, domains: [words], resources: {num_cpus: 1}, vllm: "

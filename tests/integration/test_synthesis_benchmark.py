@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.command_line import ROOT
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 
 def test_the_stage_is_measured_beside_the_engine(tmp_path: Path) -> None:

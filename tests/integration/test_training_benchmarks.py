@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.command_line import ROOT
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 
 def result_of(name: str, folder: Path) -> tuple[dict, str]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from teachers.engine.vllm_teacher import VllmTeacher
 
 pytest_plugins = ["tests.integration.models"]
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 T = TypeVar("T")
 VOCABULARY, EOS, SECOND_EOS = 96, 2, 5

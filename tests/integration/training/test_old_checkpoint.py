@@ -8,7 +8,7 @@ import pytest
 from tests.support.old_run import copy_old_run
 from tests.support.trainings import TOLERANCE, WEIGHTS_TOLERANCE, curve, final_weights, steps_of
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.integration]
+pytestmark = pytest.mark.timeout(300)
 METRICS = ("train/loss", "train/grad_norm", "train/learning_rate")
 
 

@@ -32,7 +32,7 @@ from tests.support.trainings import (
 )
 
 BF16_TOLERANCE = 2e-2
-pytestmark = [pytest.mark.timeout(300), pytest.mark.integration]
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from students.model import build_student
 from students.progress import read_metrics
 from tests.support.trainings import TOLERANCE, WEIGHTS_TOLERANCE, curve, final_weights, make_job
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.integration]
+pytestmark = pytest.mark.timeout(300)
 FEATURES = "first+features"
 STATE_LOSSES = [
     {"type": "forward_kl", "weight": 1.0},

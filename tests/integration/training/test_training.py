@@ -29,7 +29,7 @@ from tests.support.trainings import (
     write_student,
 )
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.integration]
+pytestmark = pytest.mark.timeout(300)
 TOKENS_FOR_ACCUMULATION = {1: 800, 2: 58}
 """Over all workers, so that every step of 8 sequences takes this many micro-batches on each."""
 

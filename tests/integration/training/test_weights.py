@@ -20,7 +20,7 @@ from students.model import build_student
 from teachers.preflight.identity import student_identity
 from tests.support.trainings import DOMAINS, VOCABULARY, curve, final_weights, make_job, steps_of
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.integration]
+pytestmark = pytest.mark.timeout(300)
 
 
 def test_export_loads_and_evaluates_like_training(reference, material, tmp_path):
