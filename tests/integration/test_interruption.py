@@ -1,8 +1,9 @@
 """A run that is killed ends like one that nobody disturbed, on heads that leave nothing.
 
-It is the README's quickstart with losses on hidden states, made small: every stage for real. Kills
-while scoring are in `test_faults.py`. The run that is killed while it trains has the caches of the
-other: two engines' float16 targets may differ in the last bit, and trainings then in more.
+It is the quickstart of docs/running.md with losses on hidden states, made small: every stage for
+real. Kills while scoring are in `test_faults.py`. The run that is killed while it trains has the
+caches of the other: two engines' float16 targets may differ in the last bit, and trainings then in
+more.
 """
 
 import json
@@ -36,8 +37,8 @@ from tests.support.command_line import (
     start_polystill,
     token_environment,
 )
+from tests.support.documents import of_kind, with_stand_ins
 from tests.support.quickstart import DOMAINS, read_lines, some_prompts
-from tests.unit.house.test_readme import of_kind, with_stand_ins
 
 pytestmark = pytest.mark.timeout(900)
 TEACHERS, RUN, KILLED = DOMAINS, "features", "killed"

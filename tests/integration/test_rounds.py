@@ -1,4 +1,4 @@
-"""The README's on-policy run of two rounds with one teacher, made small: every stage for real."""
+"""The documents' on-policy run of two rounds with one teacher, made small: every stage for real."""
 
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from pipeline.records import DatasetEntry
 from pipeline.sequences import read_dataset
 from tests.support.caches import cache_folder
 from tests.support.command_line import QUICKSTART, polystill
+from tests.support.documents import of_kind, with_stand_ins
 from tests.support.quickstart import read_lines
-from tests.unit.house.test_readme import of_kind, with_stand_ins
 
 pytestmark = pytest.mark.timeout(900)
 STEPS = 6
@@ -31,7 +31,7 @@ def words_prompts(name: str, count: int, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
-    """The README's own, with one teacher, fewer prompts and steps."""
+    """The command of docs/synthesis.md, with one teacher, fewer prompts and steps."""
     (written,) = [c for c in of_kind("polystill run") if "rounds=2" in c]
     root, prompts = tmp_path_factory.mktemp("root"), tmp_path_factory.mktemp("prompts")
     settings = {

@@ -20,7 +20,7 @@ from pipeline.run.training_spec import used_teachers
 from teachers.engine.arguments import ENDPOINT_PARAMETERS
 from tests.support.command_line import QUICKSTART
 
-README = Path(__file__).resolve().parents[3] / "README.md"
+PAGE = Path(__file__).resolve().parents[3] / "docs/teachers.md"
 VLLM = "url: 'http://host:8000/v1', model: m, api: vllm, tokenizer: ./student"
 TEXT = "url: 'https://host/v1/', model: m, api: openai, scores: false"
 SCORING = f"teachers.third={{endpoint: {{{VLLM}}}, model_identity: m at 1}}"
@@ -126,16 +126,16 @@ def test_what_an_endpoint_cannot_do_is_refused(overrides: list[str], message: st
     assert "sk-SECRET" not in str(refused.value)
 
 
-def test_the_teachers_of_the_readme_load() -> None:
-    blocks = re.findall(r"```yaml\n(teachers:.*?)```", README.read_text(), flags=re.DOTALL)
+def test_the_endpoints_of_the_page_load() -> None:
+    blocks = re.findall(r"```yaml\n(teachers:.*?)```", PAGE.read_text(), flags=re.DOTALL)
     (teachers,) = [yaml.safe_load(block)["teachers"] for block in blocks if "endpoint:" in block]
     config = load(*(f"teachers.{name}={json.dumps(value)}" for name, value in teachers.items()))
     assert config.scoring_teachers == ["arithmetic", "words", "large"]
 
 
-def test_every_field_is_in_the_readme() -> None:
+def test_every_field_is_on_the_page() -> None:
     for field in EndpointConfig.model_fields:
-        assert f"`{field}`" in README.read_text(), field
+        assert f"`{field}`" in PAGE.read_text(), field
 
 
 def test_a_server_that_gives_more_is_believed() -> None:
