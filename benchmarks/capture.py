@@ -49,7 +49,7 @@ from pipeline.records import SparseLogprobs, TokenSequence
 from pipeline.sequences import write_sequences
 from teachers.pool.actor import engine_env_vars
 from teachers.pool.dispatch import TASKS_IN_FLIGHT
-from teachers.protocol import EngineSpec
+from teachers.protocol import EngineSpec, ScoringRequest
 from teachers.tasks.score import Output, ScoredShard, ScoringTask
 
 if TYPE_CHECKING:
@@ -112,7 +112,10 @@ class Bench:
         """The engine's own arrays, as numpy rows."""
         self._set(width, share_prefixes=False)
         await asyncio.gather(
-            *(self.teacher.score(s.input_ids.tolist(), s.loss_spans[0][0]) for s in self.alone)
+            *(
+                self.teacher.score(ScoringRequest(s.input_ids.tolist(), s.loss_spans[0][0]))
+                for s in self.alone
+            )
         )
 
     async def stage(self, width: int) -> list[ScoredShard]:
@@ -355,7 +358,7 @@ async def run(data: Path, model: str | None, size: Size, vocabulary: int) -> lis
             share_prefixes=True,
         )
         teacher = await VllmTeacher.start(spec)
-        print(json.dumps(teacher.describe()), flush=True)
+        print(json.dumps(teacher.metadata()), flush=True)
         bench = Bench(teacher, folder, *texts)
         try:
             await bench.stage(64)  # the first calls allocate

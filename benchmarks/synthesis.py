@@ -92,7 +92,7 @@ class Replica:
     async def placed(self) -> None: ...
 
     async def ready(self) -> dict[str, Any]:
-        return self._teacher.describe()
+        return self._teacher.metadata()
 
     async def canary(self) -> None: ...
 
@@ -282,7 +282,7 @@ async def run(data: Path, model: str | None, size: Size, vocabulary: int) -> lis
             eos_token_ids=(prepared.eos_token_id,),
         )
         teacher = await VllmTeacher.start(spec)
-        print(json.dumps(teacher.describe()), flush=True)
+        print(json.dumps(teacher.metadata()), flush=True)
         bench = Bench(teacher, config)
         try:
             await bench.stage()  # the first calls allocate

@@ -22,7 +22,7 @@ import numpy as np
 from pipeline import storage
 from pipeline.errors import TeacherError
 from pipeline.records import Prompt
-from teachers.protocol import Canary, CapturedRows, EngineSpec, Teacher
+from teachers.protocol import Canary, CapturedRows, EngineSpec, ScoringRequest, Teacher
 
 logger = logging.getLogger(__name__)
 CANARY_TOKENS = 33
@@ -56,7 +56,7 @@ class ControlTask:
         """
         input_ids = canary_ids(CONTROL_TOKENS, CONTROL_VOCABULARY)
         if teacher.can_score:
-            await teacher.score(input_ids, 1)
+            await teacher.score(ScoringRequest(input_ids, 1))
             return
         prompt = Prompt("control", "control", "train", messages=(CONTROL_MESSAGE,))
         await teacher.generate(input_ids, {"max_tokens": 1}, 1, prompt)

@@ -99,19 +99,28 @@ class EndpointSpec:
 
 @dataclass(frozen=True)
 class ScoringRequest:
-    """One sequence, and what is captured of its tokens from `first_index` on."""
+    """One sequence to score, and what to capture of it.
+
+    Attributes:
+        input_ids: the T tokens of the sequence.
+        first_index: index of the first token with a row; at least 1, since no distribution is over
+            token 0.
+        distributions: capture the distributions over the tokens at `first_index` to T - 1.
+        hidden_states: capture the hidden states that these distributions are computed from, of the
+            engine's `hidden_layers`.
+    """
 
     input_ids: list[int]
     first_index: int
-    distributions: bool
-    states: bool
+    distributions: bool = True
+    hidden_states: bool = False
 
 
 @dataclass(frozen=True)
 class CapturedRows:
     """A teacher's distributions over consecutive tokens of one sequence, at temperature 1.
 
-    Row `r` of `score(input_ids, first_index)` is over the token at index `first_index + r`. K is
+    Row `r` of `score` is over the token at index `first_index + r`. K is
     the capture width, or the vocabulary where that is smaller; where no distributions were asked
     for it is 0. An entry may be `-inf` (the model
     masks that id); it never stands before a finite one. Ties keep the engine's order.
@@ -214,16 +223,19 @@ class Teacher(Protocol):
         ...
 
     async def score(
-        self,
-        input_ids: list[int],
-        first_index: int,
-        earlier: EarlierRows | None = None,
-        *,
-        distributions: bool = True,
-        states: bool = False,
+        self, request: ScoringRequest, earlier: EarlierRows | None = None
     ) -> CapturedRows:
-        """The distributions over the tokens at indices `first_index` to T - 1, and the hidden
-        states that they are computed from; see `teachers/engine/vllm_teacher.py`.
+        """Captures what a request asks for.
+
+        Args:
+            request: sequence, first token and what to capture.
+            earlier: rows of earlier answers to the same prompt. A teacher takes them for tokens
+                that its prefix cache holds and gives no rows for.
+
+        Raises:
+            TeacherError: the sequence is too long, has a token outside the vocabulary, or its rows
+                break an invariant.
+            EngineDiedError: the engine or server is gone.
         """
         ...
 
@@ -245,7 +257,7 @@ class Teacher(Protocol):
         """What it said of the canary; None where none of its rows are kept."""
         ...
 
-    def describe(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What provenance keeps of it, as JSON values."""
         ...
 

@@ -38,6 +38,7 @@ from teachers.protocol import (
     EndpointSpec,
     EngineDiedError,
     GeneratedAnswer,
+    ScoringRequest,
 )
 from teachers.tokenizing import student_tokenizer
 
@@ -104,13 +105,7 @@ class EndpointTeacher:
         return teacher
 
     async def score(
-        self,
-        input_ids: list[int],
-        first_index: int,
-        earlier: EarlierRows | None = None,
-        *,
-        distributions: bool = True,
-        states: bool = False,
+        self, request: ScoringRequest, earlier: EarlierRows | None = None
     ) -> CapturedRows:
         """The distributions over the tokens at indices `first_index` to T - 1.
 
@@ -122,9 +117,11 @@ class EndpointTeacher:
             EngineDiedError: the server is gone.
         """
         assert self.can_score, "an endpoint started with num_logprobs=0 cannot score"
-        assert distributions and not states, "the config asks an endpoint for no hidden states"
-        assert 1 <= first_index < len(input_ids), f"row {first_index} of {len(input_ids)} tokens"
-        return await self._rows(input_ids, first_index, self._spec.num_logprobs)
+        num_tokens = len(request.input_ids)
+        assert request.distributions, "an endpoint captures distributions"
+        assert not request.hidden_states, "the config asks an endpoint for no hidden states"
+        assert 1 <= request.first_index < num_tokens, f"row {request.first_index} of {num_tokens}"
+        return await self._rows(request.input_ids, request.first_index, self._spec.num_logprobs)
 
     async def generate(
         self,
@@ -157,7 +154,7 @@ class EndpointTeacher:
         """What the server said of the canary; None where its rows belong to no identity."""
         return self._canary
 
-    def describe(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What provenance keeps of the server, as JSON values."""
         most = self._endpoint.max_logprobs if self._endpoint.scores else 0
         return {
@@ -226,8 +223,8 @@ class EndpointTeacher:
         width = max(self._spec.num_logprobs, head)
         length = min(CANARY_TOKENS, (self._max_model_len or CANARY_TOKENS + 1) - 1)
         rows = await self._rows(canary_ids(length, vocabulary), 1, width)
-        engine = {key: self.describe()[key] for key in ("engine_version", "dtype", "quantization")}
-        self._canary = Canary.of(rows, engine | {"device": self.describe()["device"]})
+        engine = {key: self.metadata()[key] for key in ("engine_version", "dtype", "quantization")}
+        self._canary = Canary.of(rows, engine | {"device": self.metadata()["device"]})
         name = f"{self._endpoint.url} ({self._endpoint.model})"
         await asyncio.to_thread(hold_to_first, path, name, self._canary)
 

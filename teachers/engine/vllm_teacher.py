@@ -114,40 +114,20 @@ class VllmTeacher:
         return teacher
 
     async def score(
-        self,
-        input_ids: list[int],
-        first_index: int,
-        earlier: EarlierRows | None = None,
-        *,
-        distributions: bool = True,
-        states: bool = False,
+        self, request: ScoringRequest, earlier: EarlierRows | None = None
     ) -> CapturedRows:
-        """The distributions over the tokens at indices `first_index` to T - 1, and the hidden
-        states that they are computed from.
-
-        Args:
-            input_ids: the T tokens of the sequence.
-            first_index: at least 1, for nothing stands before token 0.
-            earlier: answers to the same prompt, whose rows serve where the prefix cache has none.
-            distributions: capture these.
-            states: capture the states of the engine's `hidden_layers`.
-
-        Raises:
-            TeacherError: the sequence is longer than the engine accepts, a token is outside the
-                vocabulary, or the engine's rows break an invariant.
-            EngineDiedError: the engine is gone.
-        """
+        """Captures what a request asks for; see `Teacher.score`."""
         assert self.can_score, "an engine started with num_logprobs=0 cannot score"
-        assert 1 <= first_index < len(input_ids), f"row {first_index} of {len(input_ids)} tokens"
-        assert self._folder is not None or not states, "an engine started without hidden_layers"
-        self._check(input_ids, 1)
-        asked = ScoringRequest(input_ids, first_index, distributions, states)
+        assert self._folder or not request.hidden_states, "an engine started without hidden_layers"
+        num_tokens = len(request.input_ids)
+        assert 1 <= request.first_index < num_tokens, f"row {request.first_index} of {num_tokens}"
+        self._check(request.input_ids, 1)
         if not self._shares_prefixes:
-            return await self._captured(asked)
+            return await self._captured(request)
         try:
-            return await self._captured(asked, read_prefixes=True, earlier=earlier)
+            return await self._captured(request, read_prefixes=True, earlier=earlier)
         except BrokenRowsError:
-            captured = await self._captured(asked)
+            captured = await self._captured(request)
             return dataclasses.replace(captured, is_rescored=True)
 
     def canary(self) -> Canary | None:
@@ -186,7 +166,7 @@ class VllmTeacher:
             each.seed = None if each.seed is None else each.seed + i
         return list(await asyncio.gather(*(self._answer(prompt_ids, each) for each in parameters)))
 
-    def describe(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What provenance keeps of the engine, as JSON values."""
         model = self._config.model_config
         num_parameters, weight_bytes = hardware.weight_size(self._spec.model, self._spec.revision)
@@ -235,8 +215,8 @@ class VllmTeacher:
         self._restore, reason = await prompt_topk.install_if_equal(LogprobsProcessor, request_flat)
         self._capture = "arrays" if self._restore else "flat"
         self._capture_reason = reason
-        rows = await self._captured(ScoringRequest(canary, 1, True, False))
-        self._canary = Canary.of(rows, self.describe())
+        rows = await self._captured(ScoringRequest(canary, 1))
+        self._canary = Canary.of(rows, self.metadata())
         level = logging.INFO if self._restore else logging.WARNING
         logger.log(level, "%s: capture by %s: %s", self._spec.model, self._capture, reason)
 
@@ -247,7 +227,7 @@ class VllmTeacher:
         # The cache holds whole blocks, and never the last token.
         length = min(2 * self._config.cache_config.block_size + 1, self._max_model_len - 1)
         ids = canary_ids(length, self._vocabulary)
-        asked = ScoringRequest(ids, 1, distributions=False, states=True)
+        asked = ScoringRequest(ids, 1, distributions=False, hidden_states=True)
         anew = await self._captured(asked)
         again = await self._captured(asked, read_prefixes=True)
         dtype = str(self._config.model_config.dtype).removeprefix("torch.")
@@ -264,8 +244,11 @@ class VllmTeacher:
             length, self._vocabulary, scheduler.max_num_batched_tokens, scheduler.max_num_seqs
         )
         try:
-            states = self._folder is not None
-            await asyncio.gather(*(self.score(each, 1, states=states) for each in sequences))
+            captures_hidden_states = self._folder is not None
+            requests = [
+                ScoringRequest(ids, 1, hidden_states=captures_hidden_states) for ids in sequences
+            ]
+            await asyncio.gather(*map(self.score, requests))
         except EngineDiedError as error:
             step = f"{len(sequences)} sequences of {length} tokens with {self._width}"
             raise EngineDiedError(died_of(step, self._spec, self._config)) from error
@@ -277,7 +260,7 @@ class VllmTeacher:
         input_ids, first_index = asked.input_ids, asked.first_index
         width = self._width if asked.distributions else None
         parameters = self._scoring_parameters(width, self._capture == "flat", read_prefixes)
-        places = (first_index - 1, len(input_ids) - 1) if asked.states else None
+        places = (first_index - 1, len(input_ids) - 1) if asked.hidden_states else None
         output, states = await self._finish(input_ids, parameters, places)
         if states is not None and not np.isfinite(states).all():
             raise BrokenRowsError(f"hidden states of {len(input_ids)} tokens are not finite")

@@ -60,7 +60,7 @@ class TeacherActor:
             from teachers.engine.vllm_teacher import VllmTeacher
 
             self._teacher = await VllmTeacher.start(self._spec)
-        return self._teacher.describe()
+        return self._teacher.metadata()
 
     async def canary(self) -> Canary | None:
         """What the engine said of the canary; None when it only generates."""

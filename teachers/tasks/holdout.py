@@ -19,7 +19,7 @@ from pipeline.config.student import StudentConfig
 from pipeline.errors import ConfigError, TeacherError
 from pipeline.filters.answer_checkers import SafeChecker
 from pipeline.records import Prompt, TokenSequence
-from teachers.protocol import GeneratedAnswer, Teacher
+from teachers.protocol import GeneratedAnswer, ScoringRequest, Teacher
 from teachers.tokenizing import answer_text, prompt_ids, student_tokenizer
 
 WARM_UP_PROMPTS = 4
@@ -182,5 +182,5 @@ def _shares(
 async def _gold(teacher: Teacher, sequence: TokenSequence) -> list[float]:
     positions = sequence.position_indices
     first = int(positions[0])
-    captured = await teacher.score(sequence.input_ids.tolist(), first)
+    captured = await teacher.score(ScoringRequest(sequence.input_ids.tolist(), first))
     return captured.gold_logprobs[positions - first].tolist()

@@ -17,7 +17,7 @@ from pipeline.fingerprint import digest_ids
 from pipeline.layout import CacheLayout
 from pipeline.records import SparseLogprobs, TokenSequence
 from pipeline.sequences import read_sequences
-from teachers.protocol import CapturedRows, Teacher
+from teachers.protocol import CapturedRows, ScoringRequest, Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class RescoringTask:
     ) -> RowDifference:
         assert stored is not None, "rows are drawn from those that the cache has"
         first = int(sequence.position_indices[0])
-        captured = await teacher.score(sequence.input_ids.tolist(), first)
+        captured = await teacher.score(ScoringRequest(sequence.input_ids.tolist(), first))
         return row_difference(stored, captured, sequence.position_indices - first)
 
 

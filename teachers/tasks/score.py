@@ -27,7 +27,7 @@ from pipeline.fingerprint import digest_ids
 from pipeline.layout import CacheLayout
 from pipeline.records import CacheRow, DatasetEntry, TokenSequence
 from pipeline.sequences import read_sequences
-from teachers.protocol import CapturedRows, Teacher
+from teachers.protocol import CapturedRows, ScoringRequest, Teacher
 from teachers.tasks.siblings import Siblings
 
 SEQUENCES_IN_FLIGHT = 256
@@ -166,7 +166,7 @@ class ScoringTask:
         )
         by_id = {s.sequence_id: each for s, each in zip(sequences, scored, strict=True)}
         in_order = [by_id[identifier] for identifier in self.sequence_ids]
-        entries, told = {}, teacher.describe()
+        entries, told = {}, teacher.metadata()
         origin = {key: told[key] for key in ORIGIN if key in told}
         for i, output in enumerate(self.outputs):
             path = output.cache.shard(digest_ids(self.sequence_ids))
@@ -190,14 +190,14 @@ class ScoringTask:
     ) -> _Scored:
         positions = sequence.position_indices
         first = int(positions[0])
+        request = ScoringRequest(
+            sequence.input_ids.tolist(),
+            first,
+            distributions=any(not output.holds_hidden_states for output in self.outputs),
+            hidden_states=any(output.holds_hidden_states for output in self.outputs),
+        )
         async with slots:
-            captured = await siblings.score(
-                teacher,
-                sequence.input_ids,
-                first,
-                distributions=any(not output.holds_hidden_states for output in self.outputs),
-                states=any(output.holds_hidden_states for output in self.outputs),
-            )
+            captured = await siblings.score(teacher, request)
         rows = tuple(output.row(sequence, captured, positions - first) for output in self.outputs)
         return _Scored(rows, captured.num_cached_tokens, captured.is_rescored)
 

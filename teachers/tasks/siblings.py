@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from teachers.protocol import CapturedRows, Teacher
+from teachers.protocol import CapturedRows, ScoringRequest, Teacher
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,28 +30,16 @@ class Siblings:
 
     _answers: list[_Answer] = field(default_factory=list)
 
-    async def score(
-        self,
-        teacher: Teacher,
-        input_ids: np.ndarray,
-        first_index: int,
-        *,
-        distributions: bool = True,
-        states: bool = False,
-    ) -> CapturedRows:
-        """As `Teacher.score`, with the rows of earlier answers at hand."""
-        earlier = Earlier(tuple(self._answers), input_ids, first_index)
-        answer = _Answer(input_ids, first_index, asyncio.get_running_loop().create_future())
+    async def score(self, teacher: Teacher, request: ScoringRequest) -> CapturedRows:
+        """Scores one more answer, with the rows of earlier answers at hand."""
+        input_ids = np.array(request.input_ids)
+        earlier = Earlier(tuple(self._answers), input_ids, request.first_index)
+        rows_later = asyncio.get_running_loop().create_future()
+        answer = _Answer(input_ids, request.first_index, rows_later)
         self._answers.append(answer)
         rows = None
         try:
-            rows = await teacher.score(
-                input_ids.tolist(),
-                first_index,
-                earlier,
-                distributions=distributions,
-                states=states,
-            )
+            rows = await teacher.score(request, earlier)
             return rows
         finally:
             answer.rows.set_result(rows)

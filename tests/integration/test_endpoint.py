@@ -33,7 +33,7 @@ from pipeline.sequences import write_sequences
 from teachers.endpoint.teacher import EndpointTeacher
 from teachers.pool.actor import CPU_ENV_VARS, ENGINE_ENV_VARS
 from teachers.pool.pool import TeacherWork, run_pools
-from teachers.protocol import EndpointSpec, EngineSpec
+from teachers.protocol import EndpointSpec, EngineSpec, ScoringRequest
 from teachers.tasks.score import Output, ScoredShard, ScoringTask
 from tests.integration.models import VOCABULARY, save_tiny_llama
 from tests.support.engines import Running, started
@@ -173,7 +173,7 @@ def tokens(length: int, seed: int) -> list[int]:
 
 
 async def description(teacher: EndpointTeacher) -> dict[str, Any]:
-    return teacher.describe()
+    return teacher.metadata()
 
 
 @pytest.mark.parametrize(("length", "first_index"), [(2, 1), (20, 1), (63, 40)])
@@ -181,8 +181,8 @@ def test_rows_are_those_of_an_engine(
     spec: EndpointSpec, engine: Running, length: int, first_index: int
 ) -> None:
     input_ids = tokens(length, seed=length)
-    rows = asked(spec, lambda teacher: teacher.score(input_ids, first_index))
-    expected = engine(engine.teacher.score(input_ids, first_index))
+    rows = asked(spec, lambda teacher: teacher.score(ScoringRequest(input_ids, first_index)))
+    expected = engine(engine.teacher.score(ScoringRequest(input_ids, first_index)))
     assert rows.token_ids.shape == expected.token_ids.shape == (length - first_index, WIDTH)
     # float32 sums in another order; entries that tie within that may swap
     np.testing.assert_allclose(rows.logprobs, expected.logprobs, atol=1e-4)
@@ -215,7 +215,7 @@ def test_samples_differ_by_their_seeds_and_come_again(spec: EndpointSpec) -> Non
 
 def test_it_says_what_it_is(spec: EndpointSpec, engine: Running) -> None:
     described = asked(spec, description)
-    assert described["engine_version"] == engine.teacher.describe()["engine_version"]
+    assert described["engine_version"] == engine.teacher.metadata()["engine_version"]
     assert (described["max_model_len"], described["max_logprobs"]) == (MAX_MODEL_LEN, 20)
 
 
@@ -238,14 +238,14 @@ def test_more_log_probabilities_than_the_server_gives_are_refused_at_start(
 
 def test_what_the_server_would_cut_is_refused(spec: EndpointSpec) -> None:
     with pytest.raises(TeacherError, match="64 tokens and room for 1 exceed its max_model_len 64"):
-        asked(spec, lambda teacher: teacher.score(tokens(MAX_MODEL_LEN, seed=0), 1))
+        asked(spec, lambda teacher: teacher.score(ScoringRequest(tokens(MAX_MODEL_LEN, seed=0), 1)))
     with pytest.raises(TeacherError, match="room for 61"):
         asked(spec, lambda teacher: teacher.generate([7, 8, 9, 10], {"max_tokens": 61}, 1))
 
 
 def test_what_the_server_refuses_is_said_in_its_words(spec: EndpointSpec) -> None:
     with pytest.raises(TeacherError, match=r"status 400.*vocab"):
-        asked(spec, lambda teacher: teacher.score([7, VOCABULARY], 1))
+        asked(spec, lambda teacher: teacher.score(ScoringRequest([7, VOCABULARY], 1)))
 
 
 @dataclass
@@ -314,7 +314,7 @@ def test_a_server_that_dies_halfway_is_waited_for_and_then_missed_by_name(
     for path in shards.written():
         for row in read_shard(str(path)):
             ids = Shards.sequence(int(row.sequence_id, 16)).input_ids.tolist()
-            expected = engine(engine.teacher.score(ids, 10))
+            expected = engine(engine.teacher.score(ScoringRequest(ids, 10)))
             np.testing.assert_allclose(
                 row.gold_logprobs.astype(np.float32), expected.gold_logprobs, rtol=1e-3, atol=1e-3
             )

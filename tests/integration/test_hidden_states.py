@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from teachers.protocol import CapturedRows, EngineSpec
+from teachers.protocol import CapturedRows, EngineSpec, ScoringRequest
 from tests.support.engines import Running, started
 
 pytest_plugins = ["tests.integration.models"]
@@ -68,7 +68,9 @@ def expected_states(folder: Path, input_ids: list[int]) -> np.ndarray:
 def scored(running: Running, requests: list[tuple[list[int], int]], **asked: bool):
     async def together() -> list[CapturedRows]:
         return list(
-            await asyncio.gather(*(running.teacher.score(*each, **asked) for each in requests))
+            await asyncio.gather(
+                *(running.teacher.score(ScoringRequest(*each, **asked)) for each in requests)
+            )
         )
 
     return running(together())
@@ -79,7 +81,7 @@ def test_states_are_those_of_transformers_before_each_token(
     running: Running, tiny_teacher_folder: Path, length: int, first_index: int
 ) -> None:
     input_ids = sequence(length, seed=length)
-    (rows,) = scored(running, [(input_ids, first_index)], states=True)
+    (rows,) = scored(running, [(input_ids, first_index)], hidden_states=True)
     whole = expected_states(tiny_teacher_folder, input_ids)
     assert rows.hidden_states is not None and rows.hidden_states.dtype == np.float32
     np.testing.assert_allclose(rows.hidden_states, whole[first_index - 1 : -1], atol=TOLERANCE)
@@ -89,8 +91,8 @@ def test_states_are_those_of_transformers_before_each_token(
 def test_states_out_of_the_prefix_cache_are_the_same(
     running: Running, tiny_teacher_folder: Path
 ) -> None:
-    assert running.teacher.describe()["prefix_sharing"] is True, "the canary has agreed"
-    shared = scored(running, ANSWERED, states=True)
+    assert running.teacher.metadata()["prefix_sharing"] is True, "the canary has agreed"
+    shared = scored(running, ANSWERED, hidden_states=True)
     assert sum(rows.num_cached_tokens for rows in shared) > 0
     for (input_ids, first), rows in zip(ANSWERED, shared, strict=True):
         whole = expected_states(tiny_teacher_folder, input_ids)
@@ -99,8 +101,8 @@ def test_states_out_of_the_prefix_cache_are_the_same(
 
 def test_either_of_the_two_alone(running: Running) -> None:
     request = (sequence(40, seed=7), 20)
-    (both,) = scored(running, [request], states=True)
-    (states,) = scored(running, [request], states=True, distributions=False)
+    (both,) = scored(running, [request], hidden_states=True)
+    (states,) = scored(running, [request], hidden_states=True, distributions=False)
     (rows,) = scored(running, [request])
     assert states.token_ids.shape == (20, 0) and len(states.gold_logprobs) == 0
     np.testing.assert_allclose(states.hidden_states, both.hidden_states, atol=TOLERANCE)
@@ -135,7 +137,7 @@ def test_sharing_ends_where_cached_states_differ(
 
 
 def test_no_file_stays(running: Running) -> None:
-    scored(running, ANSWERED[:3], states=True)
+    scored(running, ANSWERED[:3], hidden_states=True)
     scored(running, ANSWERED[:3])
     folders = Path(tempfile.gettempdir()).glob("polystill-states-*")
     assert [path for folder in folders for path in folder.iterdir()] == []

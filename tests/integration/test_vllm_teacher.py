@@ -23,7 +23,7 @@ from pipeline.config.base import Resources
 from pipeline.errors import TeacherError
 from teachers.canary import refuse_difference
 from teachers.pool.pool import TeacherWork, run_pools
-from teachers.protocol import CapturedRows, EngineDiedError, EngineSpec
+from teachers.protocol import CapturedRows, EngineDiedError, EngineSpec, ScoringRequest
 from teachers.tasks.siblings import Siblings
 from tests.support.engines import Running, started
 
@@ -78,7 +78,7 @@ def test_rows_are_those_of_transformers(
     running: Running, tiny_teacher_folder: Path, length: int, first_index: int
 ) -> None:
     input_ids = sequence(length, seed=length)
-    rows = running(running.teacher.score(input_ids, first_index))
+    rows = running(running.teacher.score(ScoringRequest(input_ids, first_index)))
     model = LlamaForCausalLM.from_pretrained(tiny_teacher_folder, dtype=torch.float32)
     with torch.no_grad():
         dense = model(torch.tensor([input_ids])).logits[0].log_softmax(-1).numpy()
@@ -97,11 +97,11 @@ def test_rows_are_those_of_transformers(
 def test_arrays_are_chosen_and_equal_the_flat_path(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert running.teacher.describe()["capture"] == "arrays"
+    assert running.teacher.metadata()["capture"] == "arrays"
     input_ids = sequence(31, seed=3)
-    arrays = running(running.teacher.score(input_ids, 1))
+    arrays = running(running.teacher.score(ScoringRequest(input_ids, 1)))
     monkeypatch.setattr(running.teacher, "_capture", "flat")
-    flat = running(running.teacher.score(input_ids, 1))
+    flat = running(running.teacher.score(ScoringRequest(input_ids, 1)))
     np.testing.assert_array_equal(arrays.token_ids, flat.token_ids)
     np.testing.assert_array_equal(arrays.logprobs, flat.logprobs)
     np.testing.assert_array_equal(arrays.gold_logprobs, flat.gold_logprobs)
@@ -109,9 +109,9 @@ def test_arrays_are_chosen_and_equal_the_flat_path(
 
 def test_requests_that_cannot_be_honoured_are_refused(running: Running) -> None:
     with pytest.raises(TeacherError, match="48 tokens and room for 1 exceed max_model_len 48"):
-        running(running.teacher.score(sequence(48, seed=0), 1))
+        running(running.teacher.score(ScoringRequest(sequence(48, seed=0), 1)))
     with pytest.raises(TeacherError, match="ids outside 0 to 95"):
-        running(running.teacher.score([3, 4, VOCABULARY], 1))
+        running(running.teacher.score(ScoringRequest([3, 4, VOCABULARY], 1)))
     with pytest.raises(TeacherError, match="room for 46"):
         running(running.teacher.generate([3, 4, 5], {"max_tokens": 46}, 1))
 
@@ -141,18 +141,21 @@ def test_a_judge_can_write_nothing_but_the_allowed_tokens(running: Running) -> N
     sampling = {"max_tokens": 1, "temperature": 0.0, "allowed_token_ids": allowed}
     for prompt in ([3, 4, 5], [9, 8], [EOS, 20, 21, 22]):
         ((answer,),) = [running(running.teacher.generate(prompt, sampling, 1))]
-        row = running(running.teacher.score([*prompt, allowed[0]], len(prompt)))
+        row = running(running.teacher.score(ScoringRequest([*prompt, allowed[0]], len(prompt))))
         assert answer.token_ids[0] in allowed and len(answer.token_ids) == 1
-        others = [running(running.teacher.score([*prompt, i], len(prompt))) for i in allowed[1:]]
+        others = [
+            running(running.teacher.score(ScoringRequest([*prompt, i], len(prompt))))
+            for i in allowed[1:]
+        ]
         gold = [float(each.gold_logprobs[0]) for each in (row, *others)]
         assert answer.token_ids[0] == allowed[gold.index(max(gold))]
 
 
 def test_description_and_memory(running: Running, tiny_teacher_folder: Path) -> None:
-    described = running.teacher.describe()
+    metadata = running.teacher.metadata()
     model = LlamaForCausalLM.from_pretrained(tiny_teacher_folder)
-    assert described["num_parameters"] == model.num_parameters()
-    assert (described["dtype"], described["max_model_len"]) == ("float32", MAX_MODEL_LEN)
+    assert metadata["num_parameters"] == model.num_parameters()
+    assert (metadata["dtype"], metadata["max_model_len"]) == ("float32", MAX_MODEL_LEN)
     peak = running.teacher.peak_memory_bytes()
     assert peak is not None and 100e6 < peak < 64e9
 
@@ -176,7 +179,11 @@ ANSWERED = [
 
 def scored(running: Running, requests: list[tuple[list[int], int]]) -> list[CapturedRows]:
     async def together() -> list[CapturedRows]:
-        return list(await asyncio.gather(*(running.teacher.score(*each) for each in requests)))
+        return list(
+            await asyncio.gather(
+                *(running.teacher.score(ScoringRequest(*each)) for each in requests)
+            )
+        )
 
     return running(together())
 
@@ -193,7 +200,7 @@ def assert_same_rows(found: list[CapturedRows], expected: list[CapturedRows]) ->
 def test_shared_prompts_are_computed_once_and_give_the_same_rows(
     sharing: Running, monkeypatch: pytest.MonkeyPatch, capture: str
 ) -> None:
-    assert sharing.teacher.describe()["prefix_sharing"] is True
+    assert sharing.teacher.metadata()["prefix_sharing"] is True
     monkeypatch.setattr(sharing.teacher, "_capture", capture)
     monkeypatch.setattr(sharing.teacher, "_shares_prefixes", False)
     apart = scored(sharing, ANSWERED)
@@ -236,7 +243,9 @@ def test_rows_inside_the_cached_prefix_are_those_of_an_earlier_answer(
 
     async def together() -> list[CapturedRows]:
         siblings = Siblings()
-        each = [siblings.score(sharing.teacher, np.array(ids), len(prompt)) for ids in answers]
+        each = [
+            siblings.score(sharing.teacher, ScoringRequest(ids, len(prompt))) for ids in answers
+        ]
         return list(await asyncio.gather(*each))
 
     found = sharing(together())
@@ -292,9 +301,9 @@ def test_more_prompts_with_seeds_than_a_step_holds_are_answered(tiny_teacher_fol
 def test_an_engine_for_single_answers_keeps_no_prefixes(running: Running) -> None:
     input_ids = sequence(47, seed=5)
     for _ in range(2):
-        rows = running(running.teacher.score(input_ids, 40))
+        rows = running(running.teacher.score(ScoringRequest(input_ids, 40)))
         assert (rows.num_cached_tokens, rows.is_rescored) == (0, False)
-    assert running.teacher.describe()["prefix_sharing"] is False
+    assert running.teacher.metadata()["prefix_sharing"] is False
 
 
 def test_engines_of_one_model_say_the_same_of_the_canary(
@@ -371,7 +380,7 @@ class ScoreTask:
             os.kill(os.getpid(), signal.SIGKILL)
         length = {n: MAX_MODEL_LEN if n == self.POISON else 10 + n for n in self.numbers}
         rows = await asyncio.gather(
-            *(teacher.score(np.arange(length[n]).tolist(), 1) for n in self.numbers)
+            *(teacher.score(ScoringRequest(np.arange(length[n]).tolist(), 1)) for n in self.numbers)
         )
         return {
             n: float(row.gold_logprobs.sum()) for n, row in zip(self.numbers, rows, strict=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from teachers.endpoint.teacher import EndpointTeacher
 from teachers.pool.dispatch import PoolReport
+from teachers.protocol import ScoringRequest
 from tests.support.fabricated import FakeTeacher
 
 Json = dict[str, Any]
@@ -144,7 +145,7 @@ class FakeVllm:
 
     def prompt_logprobs(self, prompt: list[int], width: int) -> list[Any]:
         """As vLLM writes them: the gold token first, then the others in descending order."""
-        rows = asyncio.run(FakeTeacher(self.salt).score(prompt, 1))
+        rows = asyncio.run(FakeTeacher(self.salt).score(ScoringRequest(prompt, 1)))
         positions: list[Any] = [None]
         for j, gold in enumerate(prompt[1:]):
             entries = {gold: float(rows.gold_logprobs[j])}
@@ -176,7 +177,7 @@ async def _run(job: Any) -> PoolReport:
     teacher = await EndpointTeacher.start(job.spec, sleep=at_once)
     try:
         report.results = [await task.run(teacher) for task in job.tasks]
-        report.engines = [teacher.describe() | {"peak_memory_bytes": None}]
+        report.engines = [teacher.metadata() | {"peak_memory_bytes": None}]
     finally:
         teacher.shutdown()
         await asyncio.sleep(0)

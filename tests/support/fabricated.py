@@ -21,7 +21,7 @@ from pipeline.run.identities import cache_identities
 from pipeline.run.preparation import Prepared, preparation_key
 from pipeline.sequences import write_dataset, write_sequences
 from teachers.pool.dispatch import PoolReport
-from teachers.protocol import CapturedRows, EarlierRows
+from teachers.protocol import CapturedRows, EarlierRows, ScoringRequest
 from tests.support.command_line import QUICKSTART
 
 VOCABULARY, WIDTH, HIDDEN = 20, 16, 12
@@ -44,18 +44,15 @@ class FakeTeacher:
     asked: list[tuple[bool, bool]] = field(default_factory=list)
 
     async def score(
-        self,
-        input_ids: list[int],
-        first_index: int,
-        earlier: EarlierRows | None = None,
-        *,
-        distributions: bool = True,
-        states: bool = False,
+        self, request: ScoringRequest, earlier: EarlierRows | None = None
     ) -> CapturedRows:
-        """The engine's contract, of numbers that mean nothing but always come out the same."""
-        self.asked.append((distributions, states))
-        hidden_states = self._states(input_ids, first_index) if states else None
-        if not distributions:
+        """The teacher's contract, of numbers that mean nothing but always come out the same."""
+        input_ids, first_index = request.input_ids, request.first_index
+        self.asked.append((request.distributions, request.hidden_states))
+        hidden_states = None
+        if request.hidden_states:
+            hidden_states = self._hidden_states(input_ids, first_index)
+        if not request.distributions:
             rows = CapturedRows.without_distributions(len(input_ids) - first_index)
             return replace(rows, hidden_states=hidden_states)
         rows = [self._row(input_ids[:i]) for i in range(first_index, len(input_ids))]
@@ -69,11 +66,11 @@ class FakeTeacher:
             hidden_states,
         )
 
-    def describe(self) -> dict[str, Any]:
-        """The engine's contract."""
+    def metadata(self) -> dict[str, Any]:
+        """The teacher's contract."""
         return ENGINE | {"engine_version": self.version, "max_model_len": 99}
 
-    def _states(self, input_ids: list[int], first_index: int) -> np.ndarray:
+    def _hidden_states(self, input_ids: list[int], first_index: int) -> np.ndarray:
         """float32[P, L, HIDDEN], exact in bfloat16."""
         assert self.layers, "an engine without a connector captures no states"
         rows = []
@@ -116,7 +113,7 @@ class FakePools:
                     raise self.fails
                 report.results.append(asyncio.run(task.run(teacher)))
                 self.scored += [(job.name, identifier) for identifier in task.sequence_ids]
-            report.engines = [teacher.describe()] if job.tasks else []
+            report.engines = [teacher.metadata()] if job.tasks else []
             reports[job.name] = report
         return reports
 

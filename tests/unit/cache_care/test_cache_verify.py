@@ -19,7 +19,7 @@ from pipeline.config.scoring import HeadAndSampled, Sampled, Selection
 from pipeline.errors import CacheError
 from pipeline.records import SparseLogprobs
 from teachers.pool.dispatch import PoolReport
-from teachers.protocol import EngineSpec
+from teachers.protocol import EngineSpec, ScoringRequest
 from teachers.tasks.rescore import SURPRISE, RescoringTask, draws_surprise, row_difference
 from tests.support.caches import flip_bit
 from tests.support.fabricated import (
@@ -256,7 +256,9 @@ def test_rows_of_another_teacher_are_named(run: FabricatedRun) -> None:
 
 
 def test_a_difference_is_measured_at_its_own_entry(good: SparseLogprobs) -> None:
-    captured = asyncio.run(FakeTeacher("words").score(SEQUENCE.input_ids.tolist(), 4))
+    captured = asyncio.run(
+        FakeTeacher("words").score(ScoringRequest(SEQUENCE.input_ids.tolist(), 4))
+    )
     rows = np.arange(good.num_positions)
     same = row_difference(good, captured, rows)
     assert same.excess <= 0 and same.num_entries == len(good.token_ids)
@@ -270,7 +272,9 @@ def test_a_difference_is_measured_at_its_own_entry(good: SparseLogprobs) -> None
 
 def drawn(rule: Selection, salt: str = "words", first: int = 4) -> SparseLogprobs:
     """The row that a selection with draws keeps of a teacher's numbers."""
-    captured = asyncio.run(FakeTeacher(salt).score(SEQUENCE.input_ids.tolist(), first))
+    captured = asyncio.run(
+        FakeTeacher(salt).score(ScoringRequest(SEQUENCE.input_ids.tolist(), first))
+    )
     arrays = (captured.token_ids, captured.logprobs, captured.gold_logprobs)
     return select(SEQUENCE.sequence_id, *arrays, rule, teacher="words")
 
@@ -291,7 +295,9 @@ def test_gold_of_a_drawn_row_is_checked_against_its_head() -> None:
 @pytest.mark.parametrize("rule", [SAMPLED, HEADED])
 def test_a_drawn_row_is_judged_by_gold_head_and_draws(rule: Selection) -> None:
     row = drawn(rule)
-    captured = asyncio.run(FakeTeacher("words").score(SEQUENCE.input_ids.tolist(), 4))
+    captured = asyncio.run(
+        FakeTeacher("words").score(ScoringRequest(SEQUENCE.input_ids.tolist(), 4))
+    )
     rows = np.arange(row.num_positions)
     same = row_difference(row, captured, rows)
     assert same.excess <= 0 and not same.is_beyond(0.0)

@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError, DistillationError, TeacherError
 from pipeline.records import Prompt
 from teachers.canary import ControlTask
 from teachers.endpoint.teacher import EndpointTeacher
-from teachers.protocol import EndpointSpec, GeneratedAnswer
+from teachers.protocol import EndpointSpec, GeneratedAnswer, ScoringRequest
 from tests.support.endpoints import (
     DROPPED,
     MAX_MODEL_LEN,
@@ -91,18 +91,18 @@ async def nothing(teacher: EndpointTeacher) -> None:
 
 def test_rows_are_those_of_the_model(spec: EndpointSpec) -> None:
     with loopback(FakeVllm()) as server:
-        rows, teacher = asked(at(spec, server.url), lambda t: t.score(IDS, 3))
-    expected = asyncio.run(FakeTeacher("model").score(IDS, 3))
+        rows, teacher = asked(at(spec, server.url), lambda t: t.score(ScoringRequest(IDS, 3)))
+    expected = asyncio.run(FakeTeacher("model").score(ScoringRequest(IDS, 3)))
     np.testing.assert_array_equal(rows.token_ids, expected.token_ids[:, :WIDTH])
     np.testing.assert_array_equal(rows.logprobs, expected.logprobs[:, :WIDTH])
     np.testing.assert_array_equal(rows.gold_logprobs, expected.gold_logprobs)
     assert (rows.token_ids.dtype, rows.logprobs.dtype) == (np.int32, np.float32)
     body = server.bodies("/v1/completions")[-1]
     assert (body["prompt"], body["prompt_logprobs"], body["model"]) == (IDS, WIDTH, SERVED)
-    described = teacher.describe()
-    assert described["engine"] == "endpoint" and described["engine_version"] == "0.32.0"
-    assert described["max_logprobs"] == 20 and described["max_model_len"] == MAX_MODEL_LEN
-    assert "at most 20 log-probabilities" in described["capture_reason"]
+    metadata = teacher.metadata()
+    assert metadata["engine"] == "endpoint" and metadata["engine_version"] == "0.32.0"
+    assert metadata["max_logprobs"] == 20 and metadata["max_model_len"] == MAX_MODEL_LEN
+    assert "at most 20 log-probabilities" in metadata["capture_reason"]
 
 
 def test_what_the_model_masks_has_no_probability(spec: EndpointSpec) -> None:
@@ -115,7 +115,7 @@ def test_what_the_model_masks_has_no_probability(spec: EndpointSpec) -> None:
             return positions
 
     with loopback(Masking()) as server:
-        rows, _ = asked(at(spec, server.url), lambda t: t.score(IDS, 1))
+        rows, _ = asked(at(spec, server.url), lambda t: t.score(ScoringRequest(IDS, 1)))
     is_gold_masked = np.isneginf(rows.gold_logprobs)
     assert (np.isneginf(rows.logprobs[:, -1]) | is_gold_masked).all() and is_gold_masked.any()
     assert np.isfinite(rows.logprobs[:, :-1]).all()
@@ -166,7 +166,7 @@ def test_rows_that_are_not_what_was_asked_for_are_refused(
     spec: EndpointSpec, change: Callable[[Json], object], message: str
 ) -> None:
     with loopback(altered(change)) as server, pytest.raises(TeacherError, match=message):
-        asked(at(spec, server.url), lambda t: t.score(IDS, 1))
+        asked(at(spec, server.url), lambda t: t.score(ScoringRequest(IDS, 1)))
 
 
 def test_answers_are_token_ids_and_each_sample_has_its_seed(spec: EndpointSpec) -> None:
@@ -191,7 +191,7 @@ def test_what_the_server_would_cut_is_refused(spec: EndpointSpec) -> None:
         with pytest.raises(TeacherError, match="8 tokens and room for 57 exceed"):
             asked(short, lambda t: t.generate(IDS, {"max_tokens": 57}, 1))
         with pytest.raises(TeacherError, match="64 tokens and room for 1 exceed"):
-            asked(short, lambda t: t.score([4] * 64, 1))
+            asked(short, lambda t: t.score(ScoringRequest([4] * 64, 1)))
 
 
 def test_a_server_without_token_ids_is_refused_with_what_to_do(spec: EndpointSpec) -> None:
@@ -294,7 +294,7 @@ def test_a_proxy_that_hides_the_version_is_fine(spec: EndpointSpec) -> None:
     missing = Response.of({"detail": "Not Found"}, 404)
     with loopback(lambda p, b: missing if p == "/version" else fake(p, b)) as server:
         _, teacher = asked(at(spec, server.url), nothing)
-    assert teacher.describe()["engine_version"] is None
+    assert teacher.metadata()["engine_version"] is None
 
 
 def said(

@@ -16,7 +16,7 @@ from pipeline.cache.index import open_cache
 from pipeline.errors import ConfigError, TeacherError
 from pipeline.sequences import SequenceReader
 from teachers.pool.dispatch import PoolReport
-from teachers.protocol import EndpointSpec
+from teachers.protocol import EndpointSpec, ScoringRequest
 from tests.support.endpoints import DROPPED, FakeVllm, Json, Loopback, loopback, run_in_process
 from tests.support.fabricated import FabricatedRun, FakePools, FakeTeacher
 from tests.support.tokenizers_for_tests import SPECIAL, save_tokenizer
@@ -101,7 +101,7 @@ def test_its_rows_are_like_any_teachers_and_marked_as_an_endpoints(
 
 
 def _row(ids: list[int]) -> Any:
-    return asyncio.run(FakeTeacher("third").score(ids, 4))
+    return asyncio.run(FakeTeacher("third").score(ScoringRequest(ids, 4)))
 
 
 def test_a_server_that_goes_halfway_costs_only_what_it_had_not_said(

@@ -42,13 +42,13 @@ STATES = {  # of layers 1 and 3, exact in bfloat16
 class FromTheTable:
     """A teacher whose states are those above."""
 
-    def describe(self):
+    def metadata(self):
         return {}
 
-    async def score(self, input_ids, first_index, earlier, *, distributions, states):
-        assert states and not distributions
-        name = next(n for n, tokens in TOKENS.items() if tokens == input_ids)
-        rows = STATES[name][first_index - 1 : -1].astype(np.float32)
+    async def score(self, request, earlier):
+        assert request.hidden_states and not request.distributions
+        name = next(n for n, tokens in TOKENS.items() if tokens == request.input_ids)
+        rows = STATES[name][request.first_index - 1 : -1].astype(np.float32)
         nothing = CapturedRows.without_distributions(len(rows))
         return CapturedRows(nothing.token_ids, nothing.logprobs, nothing.gold_logprobs, rows)
 

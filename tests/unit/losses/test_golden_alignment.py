@@ -100,12 +100,11 @@ class FromTheTables:
     def __init__(self, name, captured):
         self.name, self.captured = name, captured
 
-    def describe(self):
+    def metadata(self):
         return {}
 
-    async def score(
-        self, input_ids, first_index, earlier=None, *, distributions=True, states=False
-    ):
+    async def score(self, request, earlier=None):
+        input_ids = request.input_ids
         sequence = next(n for n, tokens in TOKENS.items() if tokens == input_ids)
         rows = self.captured[self.name, sequence]
         gold = zip(input_ids[1:], rows, strict=True)
@@ -113,7 +112,7 @@ class FromTheTables:
             np.array([[token, *ids] for token, (_, _, ids) in gold]),
             np.array([[own, *shape[0]] for own, shape, _ in rows], np.float32),
         )
-        return capture.rows(input_ids, first_index, WIDTH)
+        return capture.rows(input_ids, request.first_index, WIDTH)
 
 
 def written_sequence(name):

@@ -43,7 +43,7 @@ class EndpointReplica:
 
     async def ready(self) -> dict[str, Any]:
         self._teacher = await EndpointTeacher.start(self._spec, at_once)
-        return self._teacher.describe()
+        return self._teacher.metadata()
 
     async def canary(self) -> None: ...
 

@@ -15,7 +15,7 @@ from pipeline.fingerprint import digest_ids
 from pipeline.layout import Layout
 from pipeline.records import DatasetEntry, TokenSequence
 from pipeline.sequences import write_sequences
-from teachers.protocol import CapturedRows
+from teachers.protocol import CapturedRows, ScoringRequest
 from teachers.tasks.score import (
     TASK_BYTES,
     Output,
@@ -36,19 +36,12 @@ class Recorder:
     def __init__(self) -> None:
         self.asked: list[int] = []
 
-    def describe(self) -> dict[str, str | float]:
+    def metadata(self) -> dict[str, str | float]:
         return {"engine": "recorder", "load_seconds": 1.5}
 
-    async def score(
-        self,
-        input_ids: list[int],
-        first_index: int,
-        earlier: Earlier | None = None,
-        *,
-        distributions: bool = True,
-        states: bool = False,
-    ) -> CapturedRows:
-        assert distributions and not states
+    async def score(self, request: ScoringRequest, earlier: Earlier | None = None) -> CapturedRows:
+        input_ids, first_index = request.input_ids, request.first_index
+        assert request.distributions and not request.hidden_states
         self.asked.append(input_ids[0])
         is_rescored = len(self.asked) % 3 == 0
         await asyncio.sleep(0)
@@ -150,16 +143,9 @@ class Cached:
         self.num_cached, self.fails = num_cached, fails
         self.known: list[CapturedRows | None] = []
 
-    async def score(
-        self,
-        input_ids: list[int],
-        first_index: int,
-        earlier: Earlier | None = None,
-        *,
-        distributions: bool,
-        states: bool,
-    ) -> CapturedRows:
-        assert earlier is not None and distributions and not states
+    async def score(self, request: ScoringRequest, earlier: Earlier | None = None) -> CapturedRows:
+        input_ids, first_index = request.input_ids, request.first_index
+        assert earlier is not None and request.distributions and not request.hidden_states
         for _ in range(20 - 2 * len(earlier.answers)):
             await asyncio.sleep(0)
         if len(earlier.answers) == self.fails:
@@ -183,7 +169,7 @@ class Cached:
 def asked(teacher: Cached, answers: list[list[int]], first: int = 2) -> list:
     async def together() -> list:
         siblings = Siblings()
-        each = [siblings.score(teacher, np.array(ids, np.int32), first) for ids in answers]  # pyright: ignore[reportArgumentType]
+        each = [siblings.score(teacher, ScoringRequest(ids, first)) for ids in answers]  # pyright: ignore[reportArgumentType]
         return await asyncio.gather(*each, return_exceptions=True)
 
     return asyncio.run(together())
