@@ -256,9 +256,9 @@ def size_and_fidelity(
                 "angle_degrees": found["angle"],
                 "bias_degrees": found["bias"],
                 "norm_ratio": found["norm"],
-                "entries": entry.figures["num_entries"] / entry.num_positions,
+                "entries": entry.figures.num_entries / entry.num_positions,
                 "bytes_per_token": entry.num_bytes / entry.num_positions,
-                "kept_mass": entry.figures["kept_mass"],
+                "kept_mass": entry.figures.kept_mass,
                 "tokens": entry.num_positions,
             }
         )

@@ -190,7 +190,7 @@ def _size_of_rows(material: Material, method: Method) -> dict[str, float | None]
     shards = [material.shard(name, method.selection, "train") for name in sorted(needed)]
     positions = sum(shard.num_positions for shard in shards)
     return {
-        "entries": sum(shard.figures["num_entries"] for shard in shards) / positions,
+        "entries": sum(shard.figures.num_entries for shard in shards) / positions,
         "bytes_per_token": sum(shard.num_bytes for shard in shards) / positions,
     }
 

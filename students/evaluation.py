@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.cache.index import CacheReader
+from pipeline.cache.reader import CacheReader
 from pipeline.records import DatasetEntry, SparseLogprobs
 from students.data.examples import Example, Examples
 from students.data.packing import pack, plan_micro_batches, refuse_long_sequences

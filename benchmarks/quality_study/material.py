@@ -31,7 +31,7 @@ from benchmarks.quality_study import training
 from benchmarks.quality_study.training import CROSS_ENTROPY, logprobs_of, steps, text_alone, train
 from examples.gsm8k import make_teachers as gsm8k
 from pipeline.cache import selection
-from pipeline.cache.shard import ShardEntry, describe_shard, read_shard, write_shard
+from pipeline.cache.shard import ShardEntry, read_shard, read_shard_entry, write_shard
 from pipeline.config.scoring import Selection
 from pipeline.fingerprint import digest_bytes, digest_json, sequence_id, unit_interval
 from pipeline.layout import Layout
@@ -109,7 +109,7 @@ class Material:
     def shard(self, teacher: str, rule: Selection, split: str) -> ShardEntry:
         """Size and quality of what `rows` reads."""
         path = self._shard(teacher, rule, split)
-        return describe_shard(str(path), path.stat().st_size)
+        return read_shard_entry(str(path), path.stat().st_size)
 
     def score(self, teacher: str, rules: Mapping[Selection, Sequence[str]], split: str) -> None:
         """Has a teacher's rows written that are missing, from its whole distributions: teachers as

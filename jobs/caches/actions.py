@@ -15,11 +15,19 @@ import numpy as np
 from jobs.bookkeeping.stage_records import read_record
 from pipeline import storage
 from pipeline.cache.generations import named_generations
-from pipeline.cache.index import forget_quarantined, missing_sequences, open_cache, publish
+from pipeline.cache.index import forget_quarantined, missing_sequences
+from pipeline.cache.manifest import publish
 from pipeline.cache.projection import holds_hidden_states, teacher_of
+from pipeline.cache.reader import open_cache
 from pipeline.cache.shard import write_shard
-from pipeline.cache_care import exchange
-from pipeline.cache_care.gc import describe_garbage, find_garbage, remove_garbage
+from pipeline.cache_care.distillkit import (
+    export_distillkit,
+    imported_row,
+    most_entries,
+    read_distillkit,
+)
+from pipeline.cache_care.gc import find_garbage, garbage_table, remove_garbage
+from pipeline.cache_care.long_table import export_long
 from pipeline.cache_care.show import find_sequence, token_table
 from pipeline.cache_care.status import expected_identities, status_table, teacher_status
 from pipeline.cache_care.verify import CheckedCache, check_cache
@@ -186,11 +194,11 @@ def export(run: RunCaches, teacher: str, form: str, folder: str) -> str:
     if storage.files_below(folder):
         raise CacheError(f"{folder} is not empty; name a new folder")
     if form == "parquet-long":
-        written = exchange.export_long(_pairs(run, name), folder)
+        written = export_long(_pairs(run, name), folder)
     else:
-        most = exchange.widest(_pairs(run, name))
+        most = most_entries(_pairs(run, name))
         vocabulary = vocabulary_of(run.config, name)
-        written = exchange.export_distillkit(_pairs(run, name), folder, vocabulary, most)
+        written = export_distillkit(_pairs(run, name), folder, vocabulary, most)
     if not written:
         raise CacheError(f"the cache of {name} has no row of this run's sequences")
     return f"{written} of {len(run.entries)} sequences written to {folder}"
@@ -217,13 +225,13 @@ def import_distillkit(run: RunCaches, teacher: str, folder: str) -> str:
         by_tokens.setdefault(_digest(sequence.input_ids), []).append(entry)
     rows: dict[str, dict[str, SparseLogprobs]] = {}
     read, incomplete = 0, 0
-    for foreign in exchange.read_distillkit(folder):
+    for foreign in read_distillkit(folder):
         read += 1
         fits = by_tokens.get(_digest(foreign.input_ids), [])
         for entry in fits or by_tokens.get(_digest(foreign.input_ids[:-1]), []):
             sequence = sequences.get(entry.sequence_id)
             assert sequence is not None, "it was read above"
-            row = exchange.row_of(
+            row = imported_row(
                 sequence, foreign, run.config.scoring.selection, run.fingerprint(name)
             )
             incomplete += row is None
@@ -288,7 +296,7 @@ def collect_garbage(config: Config, dry_run: bool, unfinished: bool) -> str:
     garbage = find_garbage(layout, time.time(), unfinished)
     if not garbage:
         return f"nothing to remove below {layout.root}"
-    text = describe_garbage(garbage)
+    text = garbage_table(garbage)
     if dry_run:
         return text
     remove_garbage(layout, garbage)

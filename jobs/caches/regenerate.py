@@ -21,15 +21,16 @@ from pipeline.cache.generations import (
     end_generation,
     is_regenerated,
 )
-from pipeline.cache.index import is_published, missing_sequences, publish, quarantined
+from pipeline.cache.index import missing_sequences, quarantined
+from pipeline.cache.manifest import is_published, publish
 from pipeline.cache.projection import teacher_of
 from pipeline.cache_care.regeneration import (
     Damage,
-    check_whole,
+    check_complete,
     find_damage,
-    lacking,
     matching,
     retry_quarantined,
+    sequences_to_score,
     set_aside,
     take_over,
 )
@@ -178,7 +179,7 @@ def _begin(run: RunCaches, name: str, request: Request, say: Say) -> Work:
         cache = CacheLayout(cache.folder, current_generation(cache.folder))
     damage = find_damage(cache, run.fingerprint(name))
     _mend(cache, damage, name, say)
-    entries = lacking(run.layout, cache, chosen, damage.lost)
+    entries = sequences_to_score(run.layout, cache, chosen, damage.lost)
     if not request.force or not storage.list_files(cache.shards_folder, ".parquet"):
         return Work(cache, entries)
     asked = {"dataset": run.dataset, "where": dict(request.where)}
@@ -209,7 +210,7 @@ def _publish(run: RunCaches, name: str, work: Work, report: PoolReport) -> None:
     cache, recipe = work.cache, run.prepared.scoring_recipes[name]
     written = new_shards(report, name)
     if work.source is not None:
-        check_whole(work.source, cache)
+        check_complete(work.source, cache)
     if work.source is not None or written or not is_published(cache):
         publish(cache, recipe, provenance_of(run.config, name), written)
 

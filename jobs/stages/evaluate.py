@@ -17,7 +17,8 @@ from jobs.stages.holdout import holdout_figures, renormalised_sequences
 from jobs.stages.rounds_report import round_rows, stage_rows
 from jobs.stages.teacher_pools import endpoint_spec
 from pipeline import storage
-from pipeline.cache.index import load_index, totals
+from pipeline.cache.index import load_index
+from pipeline.cache.manifest import totals
 from pipeline.combine.learned import learned_provenance
 from pipeline.config.base import Resources
 from pipeline.config.rounds import round_layouts
@@ -255,7 +256,7 @@ def _own_row(config: Config, layout: Layout, seconds: float, took: dict[str, flo
 def _cache_totals(layout: Layout, prepared: Prepared) -> dict[str, dict[str, float]]:
     """Size and quality of each teacher's caches."""
     caches = prepared.caches(layout)
-    return {name: totals(load_index(cache)) for name, cache in caches.items()}
+    return {name: totals(load_index(cache)).model_dump() for name, cache in caches.items()}
 
 
 def _export_check(config: Config, layout: Layout, differences: dict[str, float]) -> Json:

@@ -9,7 +9,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayTaskError
 
-from pipeline.cache.index import CacheReader, open_cache
+from pipeline.cache.reader import CacheReader, open_cache
 from pipeline.combine.learned import learned_weights, with_learned
 from pipeline.combine.product import product_of
 from pipeline.combine.weights import combine_targets, required_teachers

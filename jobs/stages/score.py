@@ -14,7 +14,8 @@ from jobs.bookkeeping.stage_records import score_key
 from jobs.stages.filter import Filtered, filter_scored
 from jobs.stages.teacher_pools import engine_seconds, teacher_work
 from pipeline.cache.generations import pin_generations
-from pipeline.cache.index import is_published, publish, quarantined
+from pipeline.cache.index import quarantined
+from pipeline.cache.manifest import is_published, publish
 from pipeline.cache.projection import HiddenStatesRule, holds_hidden_states, teacher_of
 from pipeline.combine.learned import learn_weights, with_learned
 from pipeline.combine.weights import required_teachers

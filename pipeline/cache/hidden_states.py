@@ -1,9 +1,10 @@
-"""What a cache of hidden states holds: the columns of `HiddenStates` and what they mean."""
+"""Content of a cache of hidden states: the columns of `HiddenStates` and their meaning."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,61 +25,77 @@ ALIGNMENT = (
 )
 DTYPES = {"states": "<u2"}
 FACTS = ("shape",)
-"""Metadata that holds for all rows."""
+"""Metadata keys whose value holds for all rows of a shard."""
+
+
+@dataclass(frozen=True)
+class HiddenStatesFigures:
+    """Quality of one shard of hidden states, as index and metadata keep it.
+
+    Attributes:
+        num_positions: positions of all rows.
+        mean_norm: mean over positions and layers of the length of a hidden state.
+    """
+
+    num_positions: int
+    mean_norm: float
 
 
 def position_bytes(num_layers: int, width: int) -> int:
-    """What the states of a position take before compression."""
+    """Bytes that the hidden states of a position take before compression."""
     return 2 * num_layers * width
 
 
 def check(rows: Sequence[HiddenStates]) -> None:
-    """Checks what a shard's rows must fulfil, alone and together.
+    """Checks that rows may be written to one shard.
 
     Raises:
-        CacheError: a row breaks an invariant, or their states are of several shapes.
+        CacheError: a row breaks an invariant, or the rows differ in layers or width.
     """
     for row in rows:
         check_states(row)
     if len({row.states.shape[1:] for row in rows}) > 1:
-        raise CacheError("states of several shapes cannot share a shard")
+        shapes = sorted({row.states.shape[1:] for row in rows})
+        raise CacheError(
+            f"hidden states of several shapes cannot share a shard: layers and width are {shapes}"
+        )
 
 
 def check_states(row: HiddenStates) -> None:
     """Checks one row.
 
     Raises:
-        CacheError: its states are no bfloat16 of shape [P, L, D], or a value is not finite.
+        CacheError: the hidden states are no bfloat16 of shape [P, L, D], or a value is not finite.
     """
     if row.states.dtype != np.uint16 or row.states.ndim != 3 or 0 in row.states.shape:
         raise CacheError(
-            f"sequence {row.sequence_id}: states are {row.states.dtype}{list(row.states.shape)}, "
-            "not uint16 of positions, layers and width"
+            f"sequence {row.sequence_id}: hidden states are {row.states.dtype}"
+            f"{list(row.states.shape)}, not uint16[positions, layers, width]"
         )
     exponents = row.states & 0x7F80
     if (exponents == 0x7F80).any():
-        raise CacheError(f"sequence {row.sequence_id}: a value is not finite")
+        raise CacheError(f"sequence {row.sequence_id}: a hidden state is not finite")
 
 
 def facts(rows: Sequence[HiddenStates]) -> dict[str, str]:
-    """What holds for all rows, as metadata."""
+    """Metadata that holds for all rows."""
     return {"shape": json.dumps(rows[0].states.shape[1:])}
 
 
 def encode(rows: Sequence[HiddenStates]) -> dict[str, Column]:
-    """The columns of a shard."""
+    """The columns of a shard with these rows."""
     return {"states": Column.of_arrays([row.states.astype("<u2") for row in rows])}
 
 
 def decode(
-    identifiers: Sequence[str], columns: Mapping[str, Column], told: Mapping[str, str]
+    identifiers: Sequence[str], columns: Mapping[str, Column], metadata: Mapping[str, str]
 ) -> list[HiddenStates]:
     """Rows whose arrays are views of one decoded column.
 
     Args:
-        told: the facts.
+        metadata: values of the keys in `FACTS`.
     """
-    shape = (-1, *json.loads(told["shape"]))
+    shape = (-1, *json.loads(metadata["shape"]))
     cells = columns["states"].cells()
     return [
         HiddenStates(identifier, cell.reshape(shape))
@@ -86,18 +103,16 @@ def decode(
     ]
 
 
-def positions(columns: Mapping[str, Column], told: Mapping[str, str]) -> list[int]:
+def positions(columns: Mapping[str, Column], metadata: Mapping[str, str]) -> list[int]:
     """The number of positions of every row."""
-    num_layers, width = json.loads(told["shape"])
+    num_layers, width = json.loads(metadata["shape"])
     return (np.diff(columns["states"].starts) // (num_layers * width)).tolist()
 
 
-def figures(rows: Sequence[HiddenStates]) -> dict[str, float | int | None]:
-    """What the index keeps of a shard. `mean_norm`: mean over positions and layers of the length of
-    a state.
-    """
+def figures(rows: Sequence[HiddenStates]) -> HiddenStatesFigures:
+    """Quality of a shard with these rows."""
     norms = [np.linalg.norm(row.values, axis=-1).ravel() for row in rows]
-    return {
-        "num_positions": sum(row.num_positions for row in rows),
-        "mean_norm": float(np.concatenate(norms).mean(dtype=np.float64)),
-    }
+    return HiddenStatesFigures(
+        num_positions=sum(row.num_positions for row in rows),
+        mean_norm=float(np.concatenate(norms).mean(dtype=np.float64)),
+    )

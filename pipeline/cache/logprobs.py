@@ -1,4 +1,4 @@
-"""What a cache of distributions holds: the columns of `SparseLogprobs` and what they mean.
+"""Content of a cache of distributions: the columns of `SparseLogprobs` and their meaning.
 
 Token ids are split into two planes, so that the high plane, nearly always zero, costs nothing after
 compression.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -42,22 +43,48 @@ DTYPES = {
     "entropies": "<f2",
 }
 FACTS = ("renormalised",)
-"""Metadata that holds for all rows."""
+"""Metadata keys whose value holds for all rows of a shard."""
 ID_PLANES = ("token_ids_low", "token_ids_high")
 
 
+@dataclass(frozen=True)
+class DistributionFigures:
+    """Quality of one shard of distributions, as index and metadata keep it.
+
+    Attributes:
+        num_positions: positions of all rows.
+        num_entries: kept entries of all positions.
+        kept_mass: mean over positions of the probability inside the kept entries; with draws,
+            inside the captured ones.
+        kept_mass_p01: 1st percentile over positions of the kept mass.
+        gold_logprob: mean log-probability of the gold tokens in nats, masked ones left out.
+        num_masked_gold: gold tokens that the model gives no probability.
+        draw_variance: mean over positions of the variance that draws give the estimate, summed over
+            the vocabulary; None where nothing is drawn.
+    """
+
+    num_positions: int
+    num_entries: int
+    kept_mass: float
+    kept_mass_p01: float
+    gold_logprob: float
+    num_masked_gold: int = 0
+    draw_variance: float | None = None
+
+
 def position_bytes(max_entries: int) -> int:
-    """Most that a position takes before compression: its own numbers, and of each entry the id
-    planes and the log-probability. A drawn entry takes a byte less, its position one more.
+    """Most bytes that a position takes before compression: 7 for its own numbers, and 5 for the id
+    planes and the log-probability of each entry. A drawn entry takes a byte less, and its position
+    one more.
     """
     return 7 + 5 * max_entries
 
 
 def check(rows: Sequence[SparseLogprobs]) -> None:
-    """Checks what a shard's rows must fulfil, alone and together.
+    """Checks that rows may be written to one shard.
 
     Raises:
-        CacheError: a row breaks an invariant, or they come from several selections.
+        CacheError: a row breaks an invariant, or the rows come from several selections.
     """
     for row in rows:
         check_row(row)
@@ -66,12 +93,12 @@ def check(rows: Sequence[SparseLogprobs]) -> None:
 
 
 def facts(rows: Sequence[SparseLogprobs]) -> dict[str, str]:
-    """What holds for all rows, as metadata."""
+    """Metadata that holds for all rows."""
     return {"renormalised": json.dumps(any(row.renormalised for row in rows))}
 
 
 def encode(rows: Sequence[SparseLogprobs]) -> dict[str, Column]:
-    """The columns of a shard."""
+    """The columns of a shard with these rows."""
     columns = {}
     for name, dtype in DTYPES.items():
         attribute = "token_ids" if name in ID_PLANES else name
@@ -84,12 +111,12 @@ def encode(rows: Sequence[SparseLogprobs]) -> dict[str, Column]:
 
 
 def decode(
-    identifiers: Sequence[str], columns: Mapping[str, Column], told: Mapping[str, str]
+    identifiers: Sequence[str], columns: Mapping[str, Column], metadata: Mapping[str, str]
 ) -> list[SparseLogprobs]:
     """Rows whose arrays are slices of whole decoded columns.
 
     Args:
-        told: the facts.
+        metadata: values of the keys in `FACTS`.
     """
     low, high = columns["token_ids_low"], columns["token_ids_high"]
     token_ids = low.values.astype(np.uint32)
@@ -101,40 +128,33 @@ def decode(
     return [
         SparseLogprobs(
             sequence_id=identifier,
-            renormalised=told["renormalised"] == "true",
+            renormalised=metadata["renormalised"] == "true",
             **{name: parts[i] for name, parts in cells.items()},
         )
         for i, identifier in enumerate(identifiers)
     ]
 
 
-def positions(columns: Mapping[str, Column], told: Mapping[str, str]) -> list[int]:
+def positions(columns: Mapping[str, Column], metadata: Mapping[str, str]) -> list[int]:
     """The number of positions of every row."""
     return np.diff(columns["num_entries"].starts).tolist()
 
 
-def figures(rows: Sequence[SparseLogprobs]) -> dict[str, float | int | None]:
-    """What the index keeps of the quality of a shard.
-
-    `kept_mass`: mean over positions of the probability inside the kept entries; with draws, inside
-    the captured ones. `kept_mass_p01`: its 1st percentile. `gold_logprob`: mean log-probability of
-    the gold tokens in nats, without the `num_masked_gold` that the model rules out.
-    `draw_variance`: mean over positions of the variance that draws give the estimate, summed over
-    the vocabulary; None where nothing is drawn.
-    """
+def figures(rows: Sequence[SparseLogprobs]) -> DistributionFigures:
+    """Quality of a shard with these rows."""
     kept = 1 - np.concatenate([row.tail_mass for row in rows]).astype(np.float64)
     gold = np.concatenate([row.gold_logprobs for row in rows]).astype(np.float64)
     masked = gold <= np.finfo(np.float16).min
-    return {
-        "num_positions": len(kept),
-        "num_entries": sum(len(row.token_ids) for row in rows),
-        "kept_mass": float(kept.mean()),
-        "kept_mass_p01": float(np.quantile(kept, 0.01)),
-        "gold_logprob": float(gold[~masked].mean()) if not masked.all() else 0.0,
-        "num_masked_gold": int(masked.sum()),
-        "draw_variance": (
+    return DistributionFigures(
+        num_positions=len(kept),
+        num_entries=sum(len(row.token_ids) for row in rows),
+        kept_mass=float(kept.mean()),
+        kept_mass_p01=float(np.quantile(kept, 0.01)),
+        gold_logprob=float(gold[~masked].mean()) if not masked.all() else 0.0,
+        num_masked_gold=int(masked.sum()),
+        draw_variance=(
             float(np.concatenate([draw_variance(row) for row in rows]).mean())
             if any(row.is_drawn for row in rows)
             else None
         ),
-    }
+    )

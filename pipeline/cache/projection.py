@@ -1,9 +1,9 @@
-"""Hidden states as a cache keeps them: which layers, rounded to bfloat16, projected or whole.
+"""Hidden states as a cache keeps them: some layers, rounded to bfloat16, projected or whole.
 
-Which layers is decided by the losses that ask for them. Projected states are multiplied with one
-fixed matrix of signs: distances, angles and similarities survive it up to a relative error of about
-sqrt(2 / dimensions) (Johnson-Lindenstrauss, in the form of Achlioptas, J. Comput. Syst. Sci. 66,
-2003).
+The losses that use hidden states decide the layers. Projected hidden states are multiplied with one
+fixed matrix of signs: distances, angles and similarities survive the projection up to a relative
+error of about sqrt(2 / dimensions) (Johnson-Lindenstrauss, in the form of Achlioptas, J. Comput.
+Syst. Sci. 66, 2003).
 
 Legend: P positions, L layers, H hidden size, D stored dimensions.
 """
@@ -19,32 +19,32 @@ import numpy as np
 from pipeline.records import HiddenStates
 
 SUFFIX = "+features"
-"""Ends the name of a cache of hidden states; teachers' names have no plus sign."""
+"""End of the name of a cache of hidden states; teachers' names have no plus sign."""
 
 
 def hidden_states_of(teacher: str) -> str:
-    """The name of the cache of a teacher's hidden states."""
+    """Name of the cache of a teacher's hidden states."""
     return teacher + SUFFIX
 
 
 def holds_hidden_states(cache: str) -> bool:
-    """Whether a cache of that name holds hidden states and no distributions."""
+    """Whether the cache of that name holds hidden states rather than distributions."""
     return cache.endswith(SUFFIX)
 
 
 def teacher_of(cache: str) -> str:
-    """The teacher that fills a cache."""
+    """Name of the teacher that fills a cache."""
     return cache.removesuffix(SUFFIX)
 
 
 @dataclass(frozen=True)
 class HiddenStatesRule:
-    """What of a teacher's hidden states is stored.
+    """Rule of storage for a teacher's hidden states.
 
     Attributes:
-        layers: in ascending order; `l` is the state after `l` blocks.
-        dimensions: of the projection; None stores states whole.
-        seed: of the projection.
+        layers: layers in ascending order; layer `l` is the hidden state after `l` blocks.
+        dimensions: dimensions of the projection; None stores hidden states whole.
+        seed: seed of the projection.
     """
 
     layers: tuple[int, ...]
@@ -52,16 +52,16 @@ class HiddenStatesRule:
     seed: int
 
     @classmethod
-    def of_identity(cls, recipe: dict[str, Any]) -> HiddenStatesRule:
-        """The rule that the recipe of a cache of hidden states holds."""
-        projection = recipe["projection"] or {"dimensions": None, "seed": 0}
-        return cls(tuple(recipe["layers"]), projection["dimensions"], projection["seed"])
+    def of_identity(cls, identity: dict[str, Any]) -> HiddenStatesRule:
+        """The rule in the identity of a cache of hidden states."""
+        projection = identity["projection"] or {"dimensions": None, "seed": 0}
+        return cls(tuple(identity["layers"]), projection["dimensions"], projection["seed"])
 
     def row(self, sequence_id: str, states_PLH: np.ndarray) -> HiddenStates:
-        """The row of a sequence.
+        """The cache row of a sequence.
 
         Args:
-            states_PLH: float32, the states of the rule's layers.
+            states_PLH: float32, the hidden states of the rule's layers.
         """
         if self.dimensions is not None:
             states_PLH = states_PLH @ projection_matrix(
@@ -74,7 +74,7 @@ class HiddenStatesRule:
 def projection_matrix(hidden_size: int, dimensions: int, seed: int) -> np.ndarray:
     """float32[H, D]: signs divided by sqrt(D), so that squared lengths stay the same on average.
 
-    Made of the raw bits of PCG64, which are the same in every version of numpy.
+    The signs are raw bits of PCG64, which are the same in every version of numpy.
     """
     count = hidden_size * dimensions
     words = np.random.PCG64(seed).random_raw(-(-count // 64)).astype("<u8")

@@ -1,19 +1,19 @@
 """Cache shards on disk: their writer and their reader.
 
-A shard holds one teacher's distributions (`cache_logprobs.py`) or its hidden states
-(`hidden_states.py`). One row per sequence; each array is one binary cell of little-endian numbers,
-which a reader decodes with `np.frombuffer` a whole column at a time. The file's metadata explains
-the columns and the alignment.
+A shard holds one teacher's distributions (`logprobs.py`) or its hidden states
+(`hidden_states.py`), one row per sequence. Each array of a row is one binary cell of little-endian
+numbers; a reader decodes a whole column at a time. The file's metadata explains the columns and the
+alignment.
 
-A shard file is the truth about itself. Index and manifest are derived from shards
-(`pipeline/cache/index.py`).
+A shard file is the truth about itself. The index (`index.py`) and the manifest (`manifest.py`) are
+derived from shards.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
 
@@ -23,12 +23,14 @@ from xxhash import xxh3_128
 from pipeline import storage
 from pipeline.cache import hidden_states, logprobs
 from pipeline.cache.columns import Column
+from pipeline.cache.hidden_states import HiddenStatesFigures
+from pipeline.cache.logprobs import DistributionFigures
 from pipeline.errors import CacheError, CorruptFileError, CorruptShardError
 from pipeline.fingerprint import digest_ids
 from pipeline.records import CacheRow, HiddenStates, SparseLogprobs
 
 CONTENTS: dict[type, ModuleType] = {SparseLogprobs: logprobs, HiddenStates: hidden_states}
-"""By the kind of row, the module that knows its columns."""
+"""The module that knows the columns of each kind of row."""
 METADATA_KEYS = {
     "polystill.schema_version",
     "polystill.num_rows",
@@ -36,21 +38,23 @@ METADATA_KEYS = {
     "polystill.fingerprint",
     "polystill.quality",
 }
-DESCRIBED = ("fingerprint", "quality", "origin")
-"""Metadata that the checksum covers, beside the facts; a shard of unknown origin has none."""
+CHECKED_KEYS = ("fingerprint", "quality", "origin")
+"""Metadata keys that the checksum covers beside `FACTS`; `origin` is absent where unknown."""
+ShardFigures = DistributionFigures | HiddenStatesFigures
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What index and manifest keep of one shard.
+    """Entry of one shard in the index.
 
     Attributes:
-        digest: of the sequence ids; the file's name.
-        positions: of each sequence.
-        num_bytes: of the file.
-        checksum: of the decoded payload and of what its metadata says about it.
-        figures: of its quality, see `figures` of its content's module.
-        origin: what made its rows, such as an engine; None where nobody says.
+        digest: digest of the sequence ids, which is the file's name.
+        positions: number of positions of each sequence.
+        num_bytes: bytes of the file.
+        checksum: checksum of the decoded payload and of the metadata about it.
+        figures: quality of the rows.
+        origin: description of the engine or the import that made the rows; None where the shard
+            names none.
     """
 
     digest: str
@@ -58,18 +62,24 @@ class ShardEntry:
     positions: tuple[int, ...]
     num_bytes: int
     checksum: str
-    figures: dict[str, Any]
+    figures: ShardFigures
     origin: dict[str, Any] | None
 
     @property
     def num_positions(self) -> int:
-        """Of all sequences."""
+        """Positions of all sequences."""
         return sum(self.positions)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard that passed its checks: columns, and its metadata without the prefix of the keys."""
+    """A shard that passed its checks.
+
+    Attributes:
+        content: module that knows the columns.
+        identifiers: sequence ids of the rows.
+        metadata: metadata of the file, keys without their prefix `polystill.`.
+    """
 
     content: ModuleType
     identifiers: list[str]
@@ -78,26 +88,27 @@ class Shard:
 
     @property
     def facts(self) -> dict[str, str]:
+        """Metadata that holds for all rows."""
         return {key: self.metadata[key] for key in self.content.FACTS}
 
     @property
     def fingerprint(self) -> str:
-        """Of the recipe that it was made under."""
+        """Hash of the identity that the rows were made under."""
         return self.metadata["fingerprint"]
 
     def rows(self) -> list[Any]:
-        """Its rows, of either kind."""
+        """Decoded rows, of the shard's kind."""
         return self.content.decode(self.identifiers, self.columns, self.facts)
 
     def entry(self, num_bytes: int) -> ShardEntry:
-        """Its index entry; `num_bytes` are those of the file."""
+        """Index entry of the shard, whose file has `num_bytes`."""
         return ShardEntry(
             digest=digest_ids(self.identifiers),
             sequence_ids=tuple(self.identifiers),
             positions=tuple(self.content.positions(self.columns, self.facts)),
             num_bytes=num_bytes,
             checksum=self.metadata["checksum"],
-            figures=json.loads(self.metadata["quality"]),
+            figures=figures_of(json.loads(self.metadata["quality"])),
             origin=json.loads(self.metadata.get("origin", "null")),
         )
 
@@ -111,28 +122,29 @@ def write_shard(
     """Encodes a shard in memory and writes it in one call.
 
     Args:
-        rows: all of one kind.
-        origin: what made them, as a JSON value.
+        rows: rows of one kind.
+        fingerprint: hash of the identity that the rows were made under.
+        origin: description of the engine or the import that made the rows, as a JSON value.
 
     Raises:
         CacheError: a row breaks an invariant of the format.
-        StorageError: the disk is full or the place cannot be written.
+        StorageError: the disk is full, or the file cannot be written.
     """
     content = CONTENTS[type(rows[0])]
     content.check(rows)
     columns, facts = content.encode(rows), content.facts(rows)
     identifiers = [row.sequence_id for row in rows]
     figures = content.figures(rows)
-    told = {"fingerprint": fingerprint, "quality": json.dumps(figures)}
-    told |= ({} if origin is None else {"origin": json.dumps(origin)}) | facts
-    checksum = _checksum(identifiers, columns, *told.values())
+    checked = {"fingerprint": fingerprint, "quality": json.dumps(asdict(figures))}
+    checked |= ({} if origin is None else {"origin": json.dumps(origin)}) | facts
+    checksum = _checksum(identifiers, columns, *checked.values())
     metadata = {
         "polystill.schema_version": str(content.SCHEMA_VERSION),
         "polystill.alignment": content.ALIGNMENT,
         "polystill.dtypes": json.dumps(content.DTYPES),
         "polystill.num_rows": str(len(rows)),
         "polystill.checksum": checksum,
-        **{f"polystill.{key}": value for key, value in told.items()},
+        **{f"polystill.{key}": value for key, value in checked.items()},
     }
     cells = {name: column.to_arrow() for name, column in columns.items()}
     schema = _schema(content).with_metadata(metadata)
@@ -154,8 +166,8 @@ def read_shard(path: str) -> list[SparseLogprobs]:
 
     Raises:
         CorruptShardError: the shard is incomplete or was changed after it was written.
-        CacheError: it has another schema version.
-        StorageError: it is missing or cannot be read.
+        CacheError: the shard has another schema version.
+        StorageError: the shard is missing or cannot be read.
     """
     return _rows_of(path, logprobs)
 
@@ -164,16 +176,23 @@ def read_hidden_states(path: str) -> list[HiddenStates]:
     """Reads a shard of hidden states.
 
     Raises:
-        CorruptShardError, CacheError, StorageError: as `read_shard`.
+        CorruptShardError, CacheError, StorageError: see `read_shard`.
     """
     return _rows_of(path, hidden_states)
 
 
-def describe_shard(path: str, num_bytes: int) -> ShardEntry:
-    """The index entry of a shard, which is checked as in `read_shard`.
+def figures_of(values: dict[str, Any]) -> ShardFigures:
+    """Figures of a shard of either kind, from their JSON value."""
+    if "mean_norm" in values:
+        return HiddenStatesFigures(**values)
+    return DistributionFigures(**values)
+
+
+def read_shard_entry(path: str, num_bytes: int) -> ShardEntry:
+    """Reads a shard, checks it like `read_shard`, and returns its index entry.
 
     Raises:
-        CorruptShardError, CacheError, StorageError: as `read_shard`.
+        CorruptShardError, CacheError, StorageError: see `read_shard`.
     """
     return open_shard(path).entry(num_bytes)
 
@@ -181,15 +200,17 @@ def describe_shard(path: str, num_bytes: int) -> ShardEntry:
 def _rows_of(path: str, content: ModuleType) -> list[Any]:
     shard = open_shard(path)
     if shard.content is not content:
-        raise CorruptShardError(path, f"its columns are {list(shard.columns)}")
+        raise CorruptShardError(
+            path, f"its columns are {list(shard.columns)}, not {list(content.DTYPES)}"
+        )
     return shard.rows()
 
 
 def open_shard(path: str) -> Shard:
-    """Reads a shard of either kind, once, whatever is asked of it.
+    """Reads and checks a shard of either kind.
 
     Raises:
-        CorruptShardError, CacheError, StorageError: as `read_shard`.
+        CorruptShardError, CacheError, StorageError: see `read_shard`.
     """
     try:
         table = storage.read_table(path)
@@ -200,7 +221,8 @@ def open_shard(path: str) -> Shard:
     content, metadata = _metadata(path, table)
     if str(table.num_rows) != metadata["num_rows"]:
         raise CorruptShardError(
-            path, f"it holds {table.num_rows} rows, its header says {metadata['num_rows']}"
+            path,
+            f"it holds {table.num_rows} rows, but its metadata promises {metadata['num_rows']}",
         )
     try:
         columns = {
@@ -210,8 +232,8 @@ def open_shard(path: str) -> Shard:
     except ValueError as error:
         raise CorruptShardError(path, str(error)) from error
     identifiers = table.column("sequence_id").to_pylist()
-    described = [metadata[key] for key in (*DESCRIBED, *content.FACTS) if key in metadata]
-    if _checksum(identifiers, columns, *described) != metadata["checksum"]:
+    checked = [metadata[key] for key in (*CHECKED_KEYS, *content.FACTS) if key in metadata]
+    if _checksum(identifiers, columns, *checked) != metadata["checksum"]:
         reason = "it fails its checksum: its content was changed after it was written"
         raise CorruptShardError(path, reason)
     return Shard(content, identifiers, columns, metadata)
@@ -223,13 +245,13 @@ def _schema(content: ModuleType) -> pa.Schema:
     )
 
 
-def _checksum(identifiers: list[str], columns: Mapping[str, Column], *described: str) -> str:
-    """XXH3 of the payload and of what the metadata says about it.
+def _checksum(identifiers: list[str], columns: Mapping[str, Column], *metadata: str) -> str:
+    """XXH3 of the payload and of metadata values.
 
-    BLAKE2b would take longer than all else that reading does.
+    BLAKE2b would take longer than all other steps of a reading together.
     """
     hasher = xxh3_128(digest_ids(identifiers).encode())
-    for text in described:
+    for text in metadata:
         hasher.update(f"{len(text)}:{text}".encode())
     for column in columns.values():
         hasher.update(column.starts.astype("<i8").tobytes())
@@ -238,7 +260,7 @@ def _checksum(identifiers: list[str], columns: Mapping[str, Column], *described:
 
 
 def _metadata(path: str, table: pa.Table) -> tuple[ModuleType, dict[str, str]]:
-    """What the shard holds, and its metadata without the prefix of the keys."""
+    """Content of the shard, and its metadata, keys without their prefix."""
     try:
         table.validate(full=True)
         metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
@@ -252,7 +274,8 @@ def _metadata(path: str, table: pa.Table) -> tuple[ModuleType, dict[str, str]]:
     known = {str(content.SCHEMA_VERSION) for content in fits or CONTENTS.values()}
     if version not in known:
         raise CacheError(
-            f"{path} has cache schema version {version}, this program reads {' or '.join(known)}"
+            f"{path} has cache schema version {version}, but this program reads "
+            f"{' or '.join(sorted(known))}: use the version of polystill that wrote it"
         )
     if not fits:
         raise CorruptShardError(path, f"its columns are {table.schema.names}")

@@ -1,8 +1,8 @@
-"""What nobody needs in the caches of a storage root: found, listed, removed.
+"""Garbage in the caches of a storage root: found, listed, removed.
 
-Kept is what a run's pins or preparation, a checkpoint, a finished training or a manifest names, of
-whichever run below the root. A cache folder that no run names at all is stale, whatever its own
-manifest says.
+A generation is kept if a manifest names it, or any run below the root by its pins, its preparation,
+a checkpoint or a finished training. A cache folder that no run names at all is garbage, whatever
+its own manifest says.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ WRITTEN_FOLDERS = (
 
 @dataclass(frozen=True)
 class Garbage:
-    """One file that nobody needs."""
+    """One file that nobody needs, and the reason."""
 
     path: str
     num_bytes: int
@@ -48,39 +48,39 @@ class Garbage:
 
 
 def find_garbage(layout: Layout, now: float, unfinished: bool = False) -> list[Garbage]:
-    """Everything below the root's caches that nobody needs, and old unfinished writes.
+    """All files in the root's caches that nobody needs, and old unfinished writes.
 
     Args:
         now: seconds since the epoch.
-        unfinished: forced regenerations that have begun and not ended are garbage too.
+        unfinished: whether forced regenerations that have begun and not ended are garbage too.
 
     Raises:
-        StorageError: a record of a run cannot be read, so that nothing is known to be unneeded.
+        StorageError: a file of a run cannot be read, so that no file is known to be garbage.
     """
-    found = list(_leftovers(layout, now))
+    garbage = list(_leftovers(layout, now))
     folders = storage.list_folders(layout.caches_folder)
     paths = {folder: storage.join(layout.caches_folder, folder) for folder in folders}
-    # Listed before it is asked who uses what: a generation or a name may come in between, and what
-    # is then listed and unnamed is older than all names that are read.
+    # Generations are listed before their names are read: either may appear in between, and a listed
+    # generation without a name is then older than all names that were read.
     numbers = {folder: generations(path) for folder, path in paths.items()}
     names = named_generations(layout)
     for folder, path in paths.items():
         begun = None if unfinished else unfinished_generation(path)
         if folder not in names and begun is None:
-            found += _files(path, "", "no run names this cache")
+            garbage += _files(path, "", "no run names this cache")
             continue
         current = current_generation(path)
         for number in numbers[folder]:
             if number in {current, begun, *names.get(folder, {})}:
-                found += _inside(CacheLayout(path, number), is_begun=number == begun)
+                garbage += _inside(CacheLayout(path, number), is_begun=number == begun)
             elif number < current or unfinished:
-                found += _files(path, f"g{number}", "nobody names this generation")
-    unique = {garbage.path: garbage for garbage in found}
+                garbage += _files(path, f"g{number}", "nobody names this generation")
+    unique = {item.path: item for item in garbage}
     return list(unique.values())
 
 
-def describe_garbage(garbage: Iterable[Garbage]) -> str:
-    """The files by folder and reason, with their bytes, for people."""
+def garbage_table(garbage: Iterable[Garbage]) -> str:
+    """The files by folder and reason, with their bytes, as a table for people."""
     groups: dict[tuple[str, str], list[int]] = {}
     for item in garbage:
         groups.setdefault((item.path.rpartition("/")[0], item.reason), []).append(item.num_bytes)
@@ -93,9 +93,9 @@ def describe_garbage(garbage: Iterable[Garbage]) -> str:
 
 
 def remove_garbage(layout: Layout, garbage: Iterable[Garbage]) -> None:
-    """Removes the files, and the folders of caches that are empty then.
+    """Removes the files, and then the cache folders that are empty.
 
-    The mark of an unfinished generation goes last: what is left of it is never taken for whole.
+    The mark of an unfinished generation goes last: the rest of it is never taken for complete.
     """
     for item in sorted(garbage, key=lambda item: item.path.endswith(".regeneration.json")):
         storage.remove(item.path)
@@ -107,28 +107,29 @@ def remove_garbage(layout: Layout, garbage: Iterable[Garbage]) -> None:
 
 
 def _inside(cache: CacheLayout, is_begun: bool) -> Iterator[Garbage]:
-    """What a generation that is kept does not need."""
+    """Files that a kept generation does not need."""
     yield from _files(cache.aside, "", "a corrupt shard that was set aside")
     if storage.exists(cache.regeneration) and not is_begun:
         yield from _files(cache.folder, f"g{cache.generation}.regeneration", "it is complete")
-    records = storage.list_files(cache.quarantine, ".json")
-    if records:
+    notes = storage.list_files(cache.quarantine, ".json")
+    if notes:
         entries = load_index(cache, corrupt=[])
         scored = {i for entry in entries for i in entry.sequence_ids}
-        for info in records:
+        for info in notes:
             path = storage.join(cache.quarantine, info.base_name)
             if json.loads(storage.read_bytes(path))["sequence_id"] in scored:
                 yield Garbage(path, info.size, "this sequence has a row by now")
 
 
 def _files(folder: str, prefix: str, reason: str) -> Iterator[Garbage]:
-    """Files below a folder: all, or those of one generation (`g1`: in `g1/`, and `g1.…`)."""
+    """All files below a folder, or the files of one generation (`g1`: in `g1/`, and `g1.…`)."""
     for name, info in storage.files_below(folder).items():
         if not prefix or re.match(rf"{re.escape(prefix)}[./]", name):
             yield Garbage(storage.join(folder, name), info.size, reason)
 
 
 def _leftovers(layout: Layout, now: float) -> Iterator[Garbage]:
+    """Unfinished writes that are too old to be still going on."""
     for name in WRITTEN_FOLDERS:
         folder = storage.join(layout.root, name)
         for path, info in storage.files_below(folder).items():

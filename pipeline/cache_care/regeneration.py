@@ -1,8 +1,9 @@
-"""What a cache needs to be whole again, and the next generation that a forced regeneration fills.
+"""Repair of a cache, and the next generation that a forced regeneration fills.
 
-Without force a cache is mended in place: corrupt shards are set aside, and whatever has no row is
-missing. With force the chosen sequences are scored anew into the next generation, which takes over
-the rows of all others, so that it is whole when its manifest is written.
+Without force a cache is repaired in place: corrupt shards are set aside, and their sequences are
+missing from then on. With force the chosen sequences are scored again into the next generation,
+which takes over the rows of all other sequences, so that it is complete when its manifest is
+written.
 """
 
 from __future__ import annotations
@@ -28,17 +29,18 @@ WHERE: Mapping[str, Callable[[DatasetEntry], Collection[str]]] = {
     "prompt_id": lambda entry: (entry.prompt_id,),
     "sequence_id": lambda entry: (entry.sequence_id,),
 }
+"""The fields of `--where`, with a sequence's values of each."""
 
 
 @dataclass(frozen=True)
 class Damage:
-    """What is wrong in one generation of a cache.
+    """Damage of one generation of a cache.
 
     Attributes:
-        corrupt: shards by digest, with the reason.
+        corrupt: digest of each corrupt shard, with the reason.
         gone: digests of shards that the index names and that do not exist.
-        lost: the sequences that only these shards held, as far as the index knows them.
-        index: why the index cannot be used; None when it can.
+        lost: sequences that only corrupt or missing shards held, as far as the index knows them.
+        index: reason why the index cannot be used; None when it can.
     """
 
     corrupt: dict[str, str] = field(default_factory=dict)
@@ -48,21 +50,21 @@ class Damage:
 
 
 def parse_where(texts: Sequence[str]) -> dict[str, str]:
-    """Conditions `field=value` or `field!=value,value`, all of which must hold.
+    """Parses conditions `field=value` or `field!=value,value`, all of which must hold.
 
     Returns:
-        The values by field; those of the second form by the field and a `!`.
+        The value of each field; conditions of the second form have the field and a `!` as key.
 
     Raises:
-        ConfigError: a field is unknown, or a text is of another form.
+        ConfigError: a field is unknown, or a text has another form.
     """
     where = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not value:
-            raise ConfigError(f"--where {text!r} is not of the form field=value or field!=value")
+            raise ConfigError(f"--where {text!r} has not the form field=value or field!=value")
         if (field := name.removesuffix("!")) not in WHERE:
-            raise ConfigError(f"--where knows no field {field!r}; {closest(field, WHERE)}")
+            raise ConfigError(f"--where has no field {field!r}; {closest(field, WHERE)}")
         where[name] = value
     return where
 
@@ -71,44 +73,45 @@ def matching(entries: Iterable[DatasetEntry], where: Mapping[str, str]) -> list[
     """The sequences for which all conditions hold.
 
     Raises:
-        ConfigError: no sequence has such a value, or all sequences are left out.
+        ConfigError: no sequence has such a value, or the conditions leave no sequence.
     """
-    found = list(entries)
-    for name, value in where.items():
+    chosen = list(entries)
+    for name, text in where.items():
         field = name.removesuffix("!")
-        wanted = set(value.split(",")) if name != field else {value}
-        known = {each for entry in found for each in WHERE[field](entry)}
-        for each in wanted - known:
-            raise ConfigError(f"no sequence has {field}={each}; {closest(each, known)}")
-        found = [e for e in found if wanted.isdisjoint(WHERE[field](e)) == (name != field)]
-    if not found:
-        raise ConfigError("no sequence fulfils all conditions of --where")
-    return found
+        is_negated = name != field
+        values = set(text.split(",")) if is_negated else {text}
+        known = {value for entry in chosen for value in WHERE[field](entry)}
+        for value in values - known:
+            raise ConfigError(f"no sequence has {field}={value}; {closest(value, known)}")
+        chosen = [e for e in chosen if values.isdisjoint(WHERE[field](e)) == is_negated]
+    if not chosen:
+        raise ConfigError("no sequence fulfils all conditions of --where; give fewer conditions")
+    return chosen
 
 
 def find_damage(cache: CacheLayout, fingerprint: str) -> Damage:
     """Reads every shard of a generation, once, and its index."""
     corrupt: dict[str, str] = {}
-    found: dict[str, ShardEntry] = {}
+    sound: dict[str, ShardEntry] = {}
     for info in storage.list_files(cache.shards_folder, ".parquet"):
         digest = info.base_name.removesuffix(".parquet")
         try:
-            found[digest] = trusted_shard(cache, digest, fingerprint).entry(info.size)
-        except (CacheError, CorruptFileError) as error:  # not where the storage does not answer
+            sound[digest] = trusted_shard(cache, digest, fingerprint).entry(info.size)
+        except (CacheError, CorruptFileError) as error:  # a storage that fails is no damage
             corrupt[digest] = str(error)
     indexed = read_index(cache)
     known = {entry.digest for entry in indexed or ()}
-    held = {i for entry in found.values() for i in entry.sequence_ids}
+    held = {i for entry in sound.values() for i in entry.sequence_ids}
     lost = {i for entry in indexed or () for i in entry.sequence_ids} - held
-    gone = known - found.keys() - corrupt.keys()
-    return Damage(corrupt, frozenset(gone), frozenset(lost), index_problem(indexed, found))
+    gone = known - sound.keys() - corrupt.keys()
+    return Damage(corrupt, frozenset(gone), frozenset(lost), index_problem(indexed, sound))
 
 
 def set_aside(cache: CacheLayout, damage: Damage) -> None:
-    """Moves corrupt shards out of the generation; what they held is missing from now on.
+    """Moves corrupt shards out of the generation; their sequences are missing from then on.
 
-    The index goes on naming them until it is published again: so an interrupted command knows,
-    when it is repeated, what other runs have lost.
+    The index names these shards until it is published again, so that an interrupted command, when
+    it is repeated, knows the sequences that other runs have lost.
     """
     if damage.index is not None:
         storage.remove(cache.index)
@@ -117,24 +120,24 @@ def set_aside(cache: CacheLayout, damage: Damage) -> None:
 
 
 def entries_of(layout: Layout, sequence_ids: Collection[str]) -> list[DatasetEntry]:
-    """The entries of sequences in whatever dataset below the root names them; each once."""
-    found: dict[str, DatasetEntry] = {}
+    """The entries of sequences, each once, from all datasets below the root."""
+    entries: dict[str, DatasetEntry] = {}
     for info in storage.list_files(layout.datasets_folder, ".parquet"):
-        if len(found) == len(sequence_ids):
+        if len(entries) == len(sequence_ids):
             break
         for entry in read_dataset(layout, info.base_name.removesuffix(".parquet")):
             if entry.sequence_id in sequence_ids:
-                found.setdefault(entry.sequence_id, entry)
-    return list(found.values())
+                entries.setdefault(entry.sequence_id, entry)
+    return list(entries.values())
 
 
-def lacking(
+def sequences_to_score(
     layout: Layout, cache: CacheLayout, entries: Sequence[DatasetEntry], lost: Collection[str]
 ) -> list[DatasetEntry]:
-    """The sequences to score: those of `entries` without a row, and lost ones of other runs.
+    """The sequences of `entries` without a row, and the lost sequences of other runs.
 
     Args:
-        lost: of the shards that are gone or set aside.
+        lost: sequences of the shards that are gone or set aside.
     """
     elsewhere = set(lost) - {entry.sequence_id for entry in entries}
     others = entries_of(layout, elsewhere) if elsewhere else []
@@ -142,22 +145,25 @@ def lacking(
 
 
 def take_over(
-    source: CacheLayout, target: CacheLayout, anew: Collection[str], fingerprint: str
+    source: CacheLayout, target: CacheLayout, rescored: Collection[str], fingerprint: str
 ) -> int:
-    """Gives the next generation all rows and quarantine records but those of sequences scored anew.
+    """Gives the next generation all rows and quarantine notes, except for the sequences that are
+    scored again.
 
-    A shard that holds none of these keeps its name: a hard link locally, a copy in an object store.
-    Of the others the remaining rows become a shard of their own. Doing it again is harmless.
+    A shard without such sequences keeps its name: it becomes a hard link locally, a copy in an
+    object store. From any other shard the remaining rows become a new shard. It is harmless to
+    repeat this.
 
     Returns:
-        Shards taken over.
+        The number of shards taken over.
 
     Raises:
-        CacheError, StorageError: a shard of the source is corrupt.
+        CacheError: a shard of the source is corrupt.
+        StorageError: a shard cannot be read or written.
     """
     taken = 0
     for entry in load_index(source):
-        kept = [identifier for identifier in entry.sequence_ids if identifier not in anew]
+        kept = [identifier for identifier in entry.sequence_ids if identifier not in rescored]
         if not kept:
             continue
         path = target.shard(digest_ids(kept))
@@ -168,40 +174,40 @@ def take_over(
             storage.link_or_copy(source.shard(entry.digest), path)
         else:
             rows = {row.sequence_id: row for row in open_shard(source.shard(entry.digest)).rows()}
-            left = [rows[identifier] for identifier in kept]
-            write_shard(path, left, fingerprint, entry.origin)
+            remaining = [rows[identifier] for identifier in kept]
+            write_shard(path, remaining, fingerprint, entry.origin)
     if taken and storage.exists(source.canary):  # rows of both engines will lie side by side
         storage.link_or_copy(source.canary, target.canary)
     for identifier, error in quarantined(source).items():
-        if identifier not in anew:
+        if identifier not in rescored:
             storage.write_json(
                 target.quarantine_record(identifier), {"sequence_id": identifier, "error": error}
             )
     return taken
 
 
-def retry_quarantined(target: CacheLayout, anew: Collection[str]) -> None:
-    """Removes the records of what could not be scored anew when a regeneration was interrupted."""
-    for identifier in quarantined(target).keys() & set(anew):
+def retry_quarantined(target: CacheLayout, rescored: Collection[str]) -> None:
+    """Removes the quarantine notes of an interrupted regeneration about these sequences."""
+    for identifier in quarantined(target).keys() & set(rescored):
         storage.remove(target.quarantine_record(identifier))
 
 
-def check_whole(source: CacheLayout, target: CacheLayout) -> None:
-    """Checks that a generation has a row for all that have one in the generation before it.
+def check_complete(source: CacheLayout, target: CacheLayout) -> None:
+    """Checks that a generation has a row for every sequence of the generation before it.
 
     Raises:
-        CacheError: a sequence has none, be it that it could not be scored anew.
+        CacheError: a sequence has no row, for instance since it could not be scored again.
     """
-    had = {identifier for entry in load_index(source) for identifier in entry.sequence_ids}
-    has = {identifier for entry in load_index(target) for identifier in entry.sequence_ids}
-    if not (lacking := had - has):
+    before = {identifier for entry in load_index(source) for identifier in entry.sequence_ids}
+    after = {identifier for entry in load_index(target) for identifier in entry.sequence_ids}
+    if not (lost := before - after):
         return
     refused = quarantined(target)
-    named = [f"{identifier} ({refused[identifier]})" for identifier in lacking & refused.keys()]
-    why = f"; could not be scored anew: {', '.join(sorted(named)[:3])}" if named else ""
+    named = [f"{identifier} ({refused[identifier]})" for identifier in lost & refused.keys()]
+    reason = f"; could not be scored again: {', '.join(sorted(named)[:3])}" if named else ""
     raise CacheError(
-        f"{target.shards_folder} lacks {len(lacking)} of the {len(had)} sequences of generation "
-        f"{source.generation}, which stays the current one{why}. The same command goes on and "
-        "tries them again; or begin anew, after `polystill cache gc CONFIG --unfinished`, with "
-        "`--where sequence_id!=ID`, which leaves a sequence its old row"
+        f"{target.shards_folder} lacks {len(lost)} of the {len(before)} sequences of generation "
+        f"{source.generation}, which stays the current one{reason}. Rerun the command to try them "
+        "again; or discard the new generation with `polystill cache gc CONFIG --unfinished` and "
+        "exclude them with `--where sequence_id!=ID`, which keeps the old row of a sequence"
     )

@@ -1,4 +1,4 @@
-"""A sequence and its cached rows as a table that a person can read, token by token."""
+"""A sequence and its cached rows as a table for people, token by token."""
 
 from __future__ import annotations
 
@@ -17,21 +17,24 @@ def find_sequence(identifiers: Iterable[str], wanted: str) -> str:
     """The one id that begins with `wanted`.
 
     Raises:
-        ConfigError: none does, or several do.
+        ConfigError: no id begins with `wanted`, or several do.
     """
     known = list(identifiers)
-    found = [identifier for identifier in known if identifier.startswith(wanted)]
-    if wanted in found:
+    fitting = [identifier for identifier in known if identifier.startswith(wanted)]
+    if wanted in fitting:
         return wanted
-    if not found:
+    if not fitting:
         raise ConfigError(
-            f"no sequence of this run begins with {wanted!r}; the first of {len(known)} is "
-            f"{known[0]}"
+            f"no sequence of this run has an id that begins with {wanted!r}; the first of its "
+            f"{len(known)} sequences is {known[0]}"
         )
-    if len(found) > 1:
-        shown = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
-        raise ConfigError(f"{len(found)} sequences begin with {wanted!r}: {shown}; give more of it")
-    return found[0]
+    if len(fitting) > 1:
+        shown = ", ".join(fitting[:3]) + (", …" if len(fitting) > 3 else "")
+        raise ConfigError(
+            f"{len(fitting)} sequences have ids that begin with {wanted!r}: {shown}; give more "
+            "characters of the id"
+        )
+    return fitting[0]
 
 
 def token_table(
@@ -42,12 +45,12 @@ def token_table(
     """One line per position and teacher: the gold token, its probability, the most probable
     entries, the mass outside all kept entries, and the lower bound of the entropy in nats.
 
-    Drawn entries are shown by how often they were drawn, and the mass outside is that outside all
-    captured ones.
+    Drawn entries are shown with the number of times that they were drawn; the mass outside is then
+    the mass outside all captured entries.
 
     Args:
-        rows: by teacher; None where it has none.
-        text_of: a token's text.
+        rows: row of each teacher; None where the teacher has none.
+        text_of: function that gives a token's text.
     """
     scored = {name: row for name, row in rows.items() if row is not None}
     entries = {name: _entries(row, text_of) for name, row in scored.items()}
@@ -76,22 +79,22 @@ def token_table(
         f"{', '.join(sequence.generators)}, ended by {sequence.finish_reason}",
         f"before it: {quoted(before)}",
     ]
-    heading += [f"{name} has no row for it" for name in rows if name not in scored]
+    heading += [f"{name} has no row for this sequence" for name in rows if name not in scored]
     return "\n".join([*heading, table(header, lines)])
 
 
 def quoted(text: str) -> str:
-    """A text with its blanks and line ends visible."""
+    """The text in quotes, with its tabs and line ends visible."""
     return "'" + text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t") + "'"
 
 
 def _entries(row: SparseLogprobs, text_of: Callable[[int], str]) -> list[str]:
-    """Per position the first entries."""
+    """Text of the first entries of every position."""
     starts = np.cumsum(row.num_entries, dtype=np.int64) - row.num_entries
-    head_N, lines = row.head_N, []
-    figures = np.empty(len(head_N), dtype=object)
-    figures[head_N] = [f"{p:.4f}" for p in np.exp(row.logprobs.astype(np.float64))]
-    figures[~head_N] = [f"drawn {count}x" for count in row.counts]
+    exact_N, lines = row.head_N, []
+    figures = np.empty(len(exact_N), dtype=object)
+    figures[exact_N] = [f"{p:.4f}" for p in np.exp(row.logprobs.astype(np.float64))]
+    figures[~exact_N] = [f"drawn {count}x" for count in row.counts]
     for start, count in zip(starts.tolist(), row.num_entries.tolist(), strict=True):
         shown = range(start, start + min(count, ENTRIES_SHOWN))
         texts = [f"{quoted(text_of(int(row.token_ids[n])))} {figures[n]}" for n in shown]

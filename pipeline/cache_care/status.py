@@ -1,4 +1,4 @@
-"""What a run's caches hold, lack and are named by: figures of each teacher, and a table of them."""
+"""Status of a run's caches: figures of each cache, its gaps and its users, as a table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.cache.generations import Names, current_generation, generations, unfinished_generation
-from pipeline.cache.index import load_index, quarantined, totals
+from pipeline.cache.index import load_index, quarantined
+from pipeline.cache.manifest import CacheTotals, totals
 from pipeline.cache.projection import teacher_of
 from pipeline.config.run import Config
 from pipeline.errors import CorruptShardError
@@ -22,11 +23,13 @@ from pipeline.run.preparation import Prepared
 
 @dataclass(frozen=True)
 class StaleFolder:
-    """A cache of the same teacher under another recipe.
+    """A cache of the same teacher under another identity.
 
     Attributes:
-        changes: one line per recipe field that differs, old beside new.
-        named_by: the runs and checkpoints that use it.
+        name: name of the folder.
+        changes: one line per field of the identity that differs, old beside new.
+        num_bytes: bytes of all its files.
+        named_by: runs and checkpoints that use it.
     """
 
     name: str
@@ -37,29 +40,34 @@ class StaleFolder:
 
 @dataclass(frozen=True)
 class TeacherStatus:
-    """One teacher's cache, in the generation that the run uses.
+    """Status of one teacher's cache, in the generation that the run uses.
 
     Attributes:
-        missing: sequences of the run's dataset that are neither scored nor quarantined.
-        corrupt: shards whose size is not that of the index, and that do not pass their checks.
-        totals: of the index: shards, sequences, positions, bytes, kept mass.
-        generations: one line each.
+        teacher: name of the cache.
+        missing: number of sequences of the run's dataset that are neither scored nor quarantined.
+        corrupt: errors of shards that the index does not vouch for and that fail their checks.
+        quarantined: error of each sequence that could not be scored.
+        totals: size and quality of the shards that are sound.
+        generations: one line for each generation.
+        stale: caches of the same teacher under other identities.
     """
 
     teacher: str
     cache: CacheLayout
     missing: int
     corrupt: list[str]
-    refused: dict[str, str]
-    totals: dict[str, float]
+    quarantined: dict[str, str]
+    totals: CacheTotals
     generations: list[str]
     stale: list[StaleFolder]
 
 
 def expected_identities(config: Config, prepared: Prepared) -> dict[str, dict[str, Any]]:
-    """The recipes of a config that has changed since it was prepared, model identities as then."""
+    """Cache identities of a config that has changed since it was prepared; the identities of the
+    models are those of the preparation.
+    """
     identities = {
-        teacher_of(name): recipe["model"] for name, recipe in prepared.scoring_recipes.items()
+        teacher_of(name): identity["model"] for name, identity in prepared.scoring_recipes.items()
     }
     return cache_identities(config, identities, prepared.tokenizer_hash)
 
@@ -67,15 +75,18 @@ def expected_identities(config: Config, prepared: Prepared) -> dict[str, dict[st
 def teacher_status(
     layout: Layout,
     teacher: str,
-    recipe: dict[str, Any],
+    identity: dict[str, Any],
     cache: CacheLayout,
     entries: Sequence[DatasetEntry],
     names: Names,
 ) -> TeacherStatus:
-    """Reads what one teacher's cache holds.
+    """Reads the status of one teacher's cache.
 
     Args:
-        names: who uses which generation of which cache below the root.
+        teacher: name of the cache.
+        identity: identity that the config gives the cache now.
+        entries: sequences of the run.
+        names: users of every generation of every cache below the root.
 
     Raises:
         StorageError: an index, a manifest or a shard without an index entry cannot be read.
@@ -89,7 +100,7 @@ def teacher_status(
         cache=cache,
         missing=sum(e.sequence_id not in scored and e.sequence_id not in refused for e in entries),
         corrupt=[str(error) for error in corrupt],
-        refused=refused,
+        quarantined=refused,
         totals=totals(shards),
         generations=_generation_lines(cache, names.get(cache.name, {})),
         stale=[
@@ -97,73 +108,77 @@ def teacher_status(
                 folder,
                 changes,
                 _num_bytes(storage.join(layout.caches_folder, folder)),
-                sorted({who for lines in names.get(folder, {}).values() for who in lines}),
+                sorted({user for users in names.get(folder, {}).values() for user in users}),
             )
-            for folder, changes in _other_identities(layout, teacher, recipe)
+            for folder, changes in _other_identities(layout, teacher, identity)
         ],
     )
 
 
-def status_table(run: str, entries: Sequence[DatasetEntry], found: Sequence[TeacherStatus]) -> str:
-    """The status of all teachers for people."""
+def status_table(
+    run: str, entries: Sequence[DatasetEntry], statuses: Sequence[TeacherStatus]
+) -> str:
+    """The status of all caches of a run as a table for people."""
     positions = sum(entry.num_positions for entry in entries)
     header = ["teacher", "cache", "shards", "missing", "quarantined", "tokens", "bytes"]
     rows = [
         [
             status.teacher,
             f"{status.cache.name}/g{status.cache.generation}",
-            f"{status.totals['num_shards']:,}",
+            f"{status.totals.num_shards:,}",
             f"{status.missing:,}",
-            f"{len(status.refused):,}",
-            f"{status.totals['num_positions']:,}",
-            f"{status.totals['num_bytes']:,}",
-            _number(status.totals, "bytes_per_token", ".1f"),
-            _number(status.totals, "kept_mass", ".5f"),
+            f"{len(status.quarantined):,}",
+            f"{status.totals.num_positions:,}",
+            f"{status.totals.num_bytes:,}",
+            _number(status.totals.bytes_per_token, ".1f"),
+            _number(status.totals.kept_mass, ".5f"),
         ]
-        for status in found
+        for status in statuses
     ]
     lines = [f"run {run}: {len(entries):,} sequences, {positions:,} tokens to score"]
     lines += [table([*header, "bytes/token", "kept mass"], rows)]
-    for status in found:
+    for status in statuses:
         lines += [f"{status.teacher}: {line}" for line in status.generations + status.corrupt]
         lines += [
             f"{status.teacher}: quarantined {identifier}: {error}"
-            for identifier, error in status.refused.items()
+            for identifier, error in status.quarantined.items()
         ]
         for stale in status.stale:
-            who = ", ".join(stale.named_by) or "nobody"
-            lines.append(
-                f"{status.teacher}: stale {stale.name} ({stale.num_bytes:,} bytes, named by {who})"
-            )
+            users = ", ".join(stale.named_by) or "nobody"
+            size = f"{stale.num_bytes:,} bytes"
+            lines.append(f"{status.teacher}: stale {stale.name} ({size}, named by {users})")
             lines += [f"    {change}" for change in stale.changes]
     return "\n".join(lines)
 
 
-def _number(found: dict[str, float], name: str, form: str) -> str:
-    return format(found[name], form) if name in found else "-"
+def _number(figure: float | None, form: str) -> str:
+    return "-" if figure is None else format(figure, form)
 
 
 def stale_caches(layout: Layout, prepared: Prepared) -> list[str]:
-    """What differs from the caches that teachers without one have under other recipes, in lines."""
+    """Lines about caches under other identities, for teachers without a cache under their own."""
     return [
-        f"{teacher}: cache {folder} was made with another recipe: {'; '.join(changes)}"
-        for teacher, recipe in prepared.scoring_recipes.items()
-        if not storage.exists(cache_layout(layout, teacher, recipe).manifest)
-        for folder, changes in _other_identities(layout, teacher, recipe)
+        f"{teacher}: {folder} cannot be used, for it was made with other settings: "
+        f"{'; '.join(changes)}"
+        for teacher, identity in prepared.scoring_recipes.items()
+        if not storage.exists(cache_layout(layout, teacher, identity).manifest)
+        for folder, changes in _other_identities(layout, teacher, identity)
     ]
 
 
 def _other_identities(
-    layout: Layout, teacher: str, recipe: dict[str, Any]
+    layout: Layout, teacher: str, identity: dict[str, Any]
 ) -> list[tuple[str, list[str]]]:
-    """The other folders of a teacher that have a manifest, and what differs from a recipe."""
-    found = []
+    """The other cache folders of a teacher that have a manifest, and their differences from an
+    identity.
+    """
+    others = []
     for folder in storage.list_folders(layout.caches_folder):
         manifest = CacheLayout(storage.join(layout.caches_folder, folder), 1).manifest
-        is_other = folder != cache_layout(layout, teacher, recipe).name
+        is_other = folder != cache_layout(layout, teacher, identity).name
         if folder.rpartition("-")[0] == teacher and is_other and storage.exists(manifest):
-            found.append((folder, differences(storage.read_json(manifest)["recipe"], recipe)))
-    return found
+            others.append((folder, differences(storage.read_json(manifest)["recipe"], identity)))
+    return others
 
 
 def _generation_lines(cache: CacheLayout, names: dict[int, list[str]]) -> list[str]:
@@ -171,9 +186,9 @@ def _generation_lines(cache: CacheLayout, names: dict[int, list[str]]) -> list[s
     lines = []
     for number in generations(cache.folder):
         state = {current: "current", unfinished: "unfinished"}.get(number, "former")
-        who = ", ".join(names.get(number, [])) or "nobody"
+        users = ", ".join(names.get(number, [])) or "nobody"
         used = " (used by this run)" if number == cache.generation else ""
-        lines.append(f"generation {number} {state}{used}, named by {who}")
+        lines.append(f"generation {number} {state}{used}, named by {users}")
     return lines
 
 

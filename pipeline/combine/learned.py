@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import storage
-from pipeline.cache.index import CacheReader, open_cache
+from pipeline.cache.reader import CacheReader, open_cache
 from pipeline.config.combine import ByDomainWeights, CombineConfig, LearnedWeights
 from pipeline.errors import ConfigError
 from pipeline.layout import CacheLayout, Layout

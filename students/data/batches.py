@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from pipeline.cache.index import DECODED_BYTES_KEPT
+from pipeline.cache.reader import DECODED_BYTES_KEPT
 from pipeline.errors import TrainingError
 from pipeline.fingerprint import digest_json
 from pipeline.records import DatasetEntry

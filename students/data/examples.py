@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.cache.index import CacheReader, open_cache
+from pipeline.cache.reader import CacheReader, open_cache
 from pipeline.cache.selection import probabilities
 from pipeline.combine.product import ProductTargets, product_of
 from pipeline.combine.weights import combine_targets, required_teachers

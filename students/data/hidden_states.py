@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.cache.hidden_states import position_bytes
-from pipeline.cache.index import CacheReader, open_hidden_states
 from pipeline.cache.projection import hidden_states_of
+from pipeline.cache.reader import CacheReader, open_hidden_states
 from pipeline.errors import CacheError, TrainingError
 from pipeline.layout import CacheLayout
 from pipeline.records import DatasetEntry, HiddenStates

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.cache.index import open_cache
+from pipeline.cache.reader import open_cache
 from pipeline.fingerprint import digest_ids
 from pipeline.layout import CacheLayout
 from pipeline.records import SparseLogprobs, TokenSequence

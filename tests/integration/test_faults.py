@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.cluster.local_head import LocalHead
-from pipeline.cache.index import open_cache
+from pipeline.cache.reader import open_cache
 from pipeline.errors import CorruptShardError
 from pipeline.layout import CacheLayout
 from tests.support import faults

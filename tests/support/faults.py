@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from pipeline import storage
-from pipeline.cache.index import totals
-from pipeline.cache.shard import describe_shard
+from pipeline.cache.manifest import totals
+from pipeline.cache.shard import read_shard_entry
 from pipeline.fingerprint import sequence_id
 from pipeline.layout import Layout
 from pipeline.records import TokenSequence
@@ -314,7 +314,7 @@ def assert_whole(
 
 def assert_derived_from_shards(store: Store) -> None:
     """Index and manifest as they were written are what the shards alone give."""
-    entries = [describe_shard(uri, size) for uri, size in sorted(store.shards().items())]
+    entries = [read_shard_entry(uri, size) for uri, size in sorted(store.shards().items())]
     (index,) = store.files(".index.parquet")
     filesystem, path = fs.FileSystem.from_uri(index)
     written = pq.read_table(path, filesystem=filesystem).to_pylist()
@@ -322,7 +322,7 @@ def assert_derived_from_shards(store: Store) -> None:
         row | {name: json.loads(row[name]) for name in ("figures", "origin")} for row in written
     ]
     manifest = json.loads(store.read(f"{store.folder}/manifest.json"))
-    assert manifest["totals"] == totals(entries)
+    assert manifest["totals"] == totals(entries).model_dump()
     engines = {json.dumps(entry.origin) for entry in entries}
     assert {json.dumps(engine) for engine in manifest["provenance"]["engines"]} == engines
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from pipeline.cache.index import open_cache
+from pipeline.cache.reader import open_cache
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.sequences import read_dataset
 from students.checkpoints.checkpoint import latest_complete

@@ -14,16 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import storage
-from pipeline.cache.index import (
-    CacheReader,
-    is_published,
-    load_index,
-    open_cache,
-    publish,
-    read_index,
-)
+from pipeline.cache.index import load_index, read_index
+from pipeline.cache.manifest import is_published, publish
+from pipeline.cache.reader import CacheReader, open_cache
 from pipeline.cache.selection import select as select
-from pipeline.cache.shard import ShardEntry, describe_shard, read_shard, write_shard
+from pipeline.cache.shard import ShardEntry, read_shard, read_shard_entry, write_shard
 from pipeline.config.scoring import TopP
 from pipeline.errors import CacheError, CorruptShardError, StorageError
 from pipeline.fingerprint import digest_ids
@@ -64,7 +59,7 @@ def test_rows_round_trip(
     entry = write_shard(path, rows, "f")
     for written, read in zip(rows, read_shard(path), strict=True):
         assert_same(written, read)
-    assert entry == describe_shard(path, os.path.getsize(path))
+    assert entry == read_shard_entry(path, os.path.getsize(path))
     assert entry.num_positions == sum(lengths)
 
 
@@ -85,7 +80,7 @@ def test_a_flipped_byte_is_found_or_harmless(tmp_path: Path) -> None:
         try:
             for written, read in zip(rows, read_shard(str(path)), strict=True):
                 assert_same(written, read)
-            assert describe_shard(str(path), len(whole)) == entry
+            assert read_shard_entry(str(path), len(whole)) == entry
         except (CacheError, StorageError):
             found += 1
     assert found > 0.5 * len(offsets)
@@ -137,10 +132,10 @@ def test_a_masked_gold_token_is_counted_and_left_out_of_the_mean(tmp_path: Path)
     gold = row.gold_logprobs.copy()
     gold[3] = np.finfo(np.float16).min
     write_shard(cache.shard(digest_ids(["a"])), [replace(row, gold_logprobs=gold)], "f")
-    found = publish(cache, {}, {})["totals"]
-    assert found["num_masked_gold"] == 1
+    totals = publish(cache, {}, {}).totals
+    assert totals.num_masked_gold == 1
     rest = np.delete(row.gold_logprobs, 3).astype(np.float64)
-    assert found["gold_logprob"] == pytest.approx(rest.mean())
+    assert totals.gold_logprob == pytest.approx(rest.mean())
 
 
 def test_a_full_disk_leaves_nothing_and_says_so(
@@ -163,7 +158,8 @@ def test_the_index_is_rebuilt_from_shards(tmp_path: Path) -> None:
     written = load_index(cache)
     os.unlink(cache.index)
     assert load_index(cache) == written
-    assert manifest["totals"]["num_sequences"] == 3
+    assert manifest.totals.num_sequences == 3
+    assert storage.read_json(cache.manifest) == manifest.model_dump()
     reader = open_cache(cache)
     assert_same(reader.row("c"), make_row("c", 10, ord("c")))
     assert reader.row("unknown") is None
@@ -185,11 +181,11 @@ def test_a_sequence_in_several_shards_counts_once(groups: list[list[str]], tmp_p
     everyone = sorted({identifier for group in groups for identifier in group})
     for identifier in everyone:
         write_group(apart, [identifier])
-    found, expected = (publish(each, {}, {})["totals"] for each in (cache, apart))
-    for name in ("num_sequences", "num_positions"):
-        assert found[name] == expected[name], name
-    assert found["num_shards"] == len(groups)
-    assert 0 < found["kept_mass"] <= 1
+    totals, expected = (publish(each, {}, {}).totals for each in (cache, apart))
+    assert totals.num_sequences == expected.num_sequences
+    assert totals.num_positions == expected.num_positions
+    assert totals.num_shards == len(groups)
+    assert totals.kept_mass is not None and 0 < totals.kept_mass <= 1
     reader = open_cache(cache)
     for identifier in everyone:
         row = make_row(identifier, 10 + ord(identifier) % 7, ord(identifier))
@@ -210,7 +206,7 @@ def test_a_reader_keeps_shards_up_to_a_number_of_bytes(
         return decoded[-1]
 
     def readings(most: int, asked: str) -> int:
-        monkeypatch.setattr("pipeline.cache.index.DECODED_BYTES_KEPT", most)
+        monkeypatch.setattr("pipeline.cache.reader.DECODED_BYTES_KEPT", most)
         decoded.clear()
         reader = CacheReader(cache, read)
         for identifier in asked:
@@ -287,7 +283,7 @@ def test_whoever_publishes_last_has_seen_every_shard(
             write_group(cache, group)
 
     monkeypatch.setattr(storage, "write_json", write_and_be_overtaken)
-    assert publish(cache, {}, {})["totals"]["num_sequences"] == 3
+    assert publish(cache, {}, {}).totals.num_sequences == 3
     assert is_published(cache)
     assert storage.read_json(cache.manifest)["totals"]["num_shards"] == 3
 
@@ -309,7 +305,7 @@ def test_a_manifest_that_another_job_writes_late_is_written_again(
         write_json(uri, value)
 
     monkeypatch.setattr(storage, "write_json", be_overtaken)
-    assert publish(cache, {}, {})["totals"]["num_sequences"] == 2
+    assert publish(cache, {}, {}).totals.num_sequences == 2
     assert is_published(cache)
     assert storage.read_json(cache.manifest)["totals"]["num_shards"] == 2
 

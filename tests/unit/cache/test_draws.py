@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipeline.cache.index import publish
+from pipeline.cache.manifest import publish
 from pipeline.cache.row_checks import check_row
 from pipeline.cache.selection import draw, draw_variance, probabilities, select
 from pipeline.cache.shard import read_shard, write_shard
@@ -273,17 +273,17 @@ def test_masked_entries_are_never_drawn() -> None:
 
 def test_a_capture_of_next_to_no_mass_is_refused() -> None:
     logs = np.full((1, 4), np.log(1e-6), np.float32)
-    with pytest.raises(CacheError, match=r"position 0 .* raise num_logprobs"):
+    with pytest.raises(CacheError, match=r"position 0 .* raise scoring.num_logprobs"):
         select("s", np.arange(4)[None], logs, logs[:, 0], sampled(), teacher="t")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"counts": np.array([1, 2], np.uint8)}, "0 entries are outside the head|2 counts"),
-        ({"counts": np.array([0], np.uint8)}, "draws of a position"),
-        ({"num_head": np.array([3], np.uint8)}, "of the head"),
-        ({"num_head": np.array([1, 1], np.uint8)}, "of the head|different lengths"),
+        ({"counts": np.array([1, 2], np.uint8)}, "0 entries are drawn|2 counts"),
+        ({"counts": np.array([0], np.uint8)}, "number of draws"),
+        ({"num_head": np.array([3], np.uint8)}, "of them exact"),
+        ({"num_head": np.array([1, 1], np.uint8)}, "of them exact|different lengths"),
     ],
 )
 def test_a_drawn_row_that_breaks_an_invariant_is_never_written(
@@ -312,7 +312,7 @@ def test_positions_drawn_from_unequally_often_are_refused(tmp_path: Path) -> Non
     row = row_of(sampled(), "s")
     counts = row.counts.copy()
     counts[0] += 1
-    with pytest.raises(CacheError, match=r"draws of a position number \[12, 13\]"):
+    with pytest.raises(CacheError, match=r"number of draws: \[12, 13\]"):
         write_shard(str(tmp_path / "shard"), [replace(row, counts=counts)], "f")
 
 
@@ -324,15 +324,16 @@ def test_totals_state_what_the_selection_costs(tmp_path: Path) -> None:
     for name, rule in (("drawn", sampled()), ("kept", TOP_P)):
         layout = CacheLayout(str(tmp_path / name), 1)
         write_shard(layout.shard(digest_ids(["a", "b"])), [row_of(rule, n) for n in "ab"], "f")
-        found[name] = publish(layout, {}, {})["totals"]
+        found[name] = publish(layout, {}, {}).totals
     rows = [row_of(sampled(), n) for n in "ab"]
-    assert "tail_nats" not in found["drawn"] and "draw_variance" not in found["kept"]
+    assert found["drawn"].tail_nats is None and "tail_nats" not in found["drawn"].model_dump()
+    assert found["kept"].draw_variance is found["kept"].lost_mass is None
     tails = np.concatenate([row.tail_mass for row in rows]).astype(np.float64)
-    assert found["drawn"]["lost_mass"] == pytest.approx(tails.mean())
-    assert found["drawn"]["kept_mass"] == pytest.approx(1 - tails.mean())
+    assert found["drawn"].lost_mass == pytest.approx(tails.mean())
+    assert found["drawn"].kept_mass == pytest.approx(1 - tails.mean())
     variances = np.concatenate([draw_variance(row) for row in rows])
-    assert found["drawn"]["draw_variance"] == pytest.approx(variances.mean())
-    assert found["kept"]["tail_nats"] == pytest.approx(-np.log(found["kept"]["kept_mass"]))
+    assert found["drawn"].draw_variance == pytest.approx(variances.mean())
+    assert found["kept"].tail_nats == pytest.approx(-np.log(found["kept"].kept_mass))
 
 
 def test_drawn_and_kept_teachers_share_a_mixture() -> None:

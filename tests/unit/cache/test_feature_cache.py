@@ -17,18 +17,18 @@ from jobs.caches.actions import collect_garbage, open_run, status, verify
 from jobs.caches.regenerate import Request, regenerate_inside_job
 from pipeline import storage
 from pipeline.cache.generations import named_generations
-from pipeline.cache.index import open_cache, open_hidden_states
 from pipeline.cache.projection import (
     HiddenStatesRule,
     hidden_states_of,
     projection_matrix,
     to_bfloat16,
 )
+from pipeline.cache.reader import open_cache, open_hidden_states
 from pipeline.cache.shard import (
-    describe_shard,
     open_shard,
     read_hidden_states,
     read_shard,
+    read_shard_entry,
     write_shard,
 )
 from pipeline.cache_care.verify import row_problems
@@ -66,7 +66,7 @@ def test_rows_round_trip(
     rows = [make_row(f"s{i}", n, layers) for i, n in enumerate(lengths)]
     path = str(tmp_path_factory.mktemp("cache") / "shard.parquet")
     entry = write_shard(path, rows, "f")
-    assert entry == describe_shard(path, Path(path).stat().st_size)
+    assert entry == read_shard_entry(path, Path(path).stat().st_size)
     assert entry.positions == tuple(lengths)
     for written, read in zip(rows, read_hidden_states(path), strict=True):
         assert read.sequence_id == written.sequence_id
@@ -296,7 +296,7 @@ def test_verify_looks_at_states(run: FabricatedRun) -> None:
     found = verify(opened, None)[NAME].problems
     assert "positions, its sequence has" in str(found[0])
     infinite = replace(rows[0], states=np.full_like(rows[0].states, 0x7F80))
-    assert row_problems(infinite, 20, None) == ["a value is not finite"]
+    assert row_problems(infinite, 20, None) == ["a hidden state is not finite"]
 
 
 def test_a_corrupt_shard_of_states_is_captured_again(run: FabricatedRun, pools: FakePools) -> None:

@@ -1,14 +1,16 @@
 """Selection: what is kept, the tail, and the entropy bound, against plain loops."""
 
 from functools import partial
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.cache.selection import SELECTIONS
 from pipeline.cache.selection import select as select_for
-from pipeline.config.scoring import TopK, TopP
+from pipeline.config.scoring import Selection, TopK, TopP
 from pipeline.errors import CacheError
 
 select = partial(select_for, teacher="t")
@@ -21,6 +23,11 @@ def capture(
     logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     order = np.argsort(-logs, axis=1)[:, :width]
     return order, np.take_along_axis(logs, order, 1).astype(np.float32)
+
+
+def test_every_rule_of_the_config_can_be_applied() -> None:
+    union, _ = get_args(Selection)
+    assert SELECTIONS.keys() == set(get_args(union))
 
 
 @given(seed=st.integers(0, 1000), mass=st.floats(0.05, 1.0), most=st.integers(1, 20))

@@ -11,7 +11,7 @@ import pytest
 from jobs.caches.actions import open_run, verify
 from jobs.caches.verify import _say_differences, rows_to_rescore, verify_rows
 from pipeline import storage
-from pipeline.cache.index import publish
+from pipeline.cache.manifest import publish
 from pipeline.cache.selection import select
 from pipeline.cache.shard import read_shard, write_shard
 from pipeline.cache_care.verify import row_problems
@@ -75,7 +75,11 @@ def test_a_good_row_has_no_problem(good: SparseLogprobs) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("token_ids", VOCABULARY, f"token id {VOCABULARY} in a vocabulary of {VOCABULARY}"),
+        (
+            "token_ids",
+            VOCABULARY,
+            f"token id {VOCABULARY} is not below the vocabulary size {VOCABULARY}",
+        ),
         ("tail_mass", 1.5, "a tail mass is not between 0 and 1"),
         ("tail_mass", -0.5, "a tail mass is not between 0 and 1"),
         ("entropies", -0.5, "an entropy is negative"),
@@ -90,16 +94,18 @@ def test_a_broken_invariant_is_said(
     assert message in row_problems(changed(good, name, 0, value), VOCABULARY, SEQUENCE)
 
 
-def test_head_and_tail_are_one_distribution(good: SparseLogprobs) -> None:
+def test_exact_entries_and_tail_are_one_distribution(good: SparseLogprobs) -> None:
     lower = replace(good, logprobs=good.logprobs - np.float16(1))
     for wrong in (changed(good, "tail_mass", 1, 0.5), lower):
-        assert any("head and tail have a mass of" in p for p in row_problems(wrong, 20, None))
+        assert any(
+            "exact entries and tail have a mass of" in p for p in row_problems(wrong, 20, None)
+        )
     for rule in (SAMPLED, HEADED):
         row = drawn(rule)
         assert row_problems(changed(row, "tail_mass", 0, 0.0), VOCABULARY, SEQUENCE) == []
     more = changed(row, "tail_mass", 0, 0.9)
     (problem,) = row_problems(more, VOCABULARY, SEQUENCE)
-    assert problem.startswith("position 0: head and tail have a mass of 1.")
+    assert problem.startswith("position 0: exact entries and tail have a mass of 1.")
 
 
 def test_an_id_held_twice_is_said(good: SparseLogprobs) -> None:
@@ -110,7 +116,8 @@ def test_an_id_held_twice_is_said(good: SparseLogprobs) -> None:
 def test_a_row_of_other_length_is_said(good: SparseLogprobs) -> None:
     longer = replace(SEQUENCE, loss_spans=((3, len(SEQUENCE.input_ids)),))
     (problem,) = row_problems(good, VOCABULARY, longer)
-    assert problem == f"{good.num_positions} positions, its sequence has {good.num_positions + 1}"
+    positions = good.num_positions
+    assert problem == f"it has {positions} positions, its sequence has {positions + 1}"
 
 
 def test_gold_that_differs_from_its_own_entry_is_said(good: SparseLogprobs) -> None:
@@ -130,7 +137,7 @@ def test_gold_that_is_not_kept_and_yet_likelier_is_said(good: SparseLogprobs) ->
     moved = changed(good, "token_ids", place, free)
     moved = changed(moved, "gold_logprobs", j, 0.0)
     (problem,) = row_problems(moved, VOCABULARY + 1, SEQUENCE)
-    assert problem.startswith(f"position {j}: the gold token is not among the entries")
+    assert problem.startswith(f"position {j}: the gold token is not among the exact entries")
 
 
 def test_the_whole_cache_of_a_run_is_good(run: FabricatedRun) -> None:
@@ -143,7 +150,7 @@ def break_bytes(path: Path, rows: list[SparseLogprobs], fingerprint: str) -> Non
     flip_bit(path)
 
 
-def other_recipe(path: Path, rows: list[SparseLogprobs], fingerprint: str) -> None:
+def other_identity(path: Path, rows: list[SparseLogprobs], fingerprint: str) -> None:
     write_shard(str(path), rows, "0" * 32)
 
 
@@ -160,8 +167,8 @@ def false_gold(path: Path, rows: list[SparseLogprobs], fingerprint: str) -> None
     ("harm", "message"),
     [
         (break_bytes, "CRC"),
-        (other_recipe, "was made under the recipe 00000000000000000000000000000000"),
-        (other_sequences, "holds other sequences than its name says"),
+        (other_identity, "was made under identity 00000000000000000000000000000000"),
+        (other_sequences, "does not hold the sequences that its name promises"),
         (false_gold, "the gold token is kept with"),
     ],
 )

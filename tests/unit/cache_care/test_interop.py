@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from jobs.caches.actions import export, import_distillkit, open_run, verify
 from pipeline import storage
-from pipeline.cache.index import open_cache
+from pipeline.cache.reader import open_cache
 from pipeline.cache.shard import read_shard
-from pipeline.cache_care.exchange import (
+from pipeline.cache_care.distillkit import (
     DISTILLKIT_SCHEMA,
     ForeignSequence,
+    imported_row,
     pack_bits,
     read_distillkit,
-    row_of,
     unpack_bits,
 )
 from pipeline.config.scoring import TopK
@@ -172,7 +172,7 @@ def test_delta_encoding_is_summed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"residual_bins": [{"element_bits": 8}]}, "quantised residuals are not read"),
+        ({"residual_bins": [{"element_bits": 8}]}, "quantised residuals cannot be read"),
         ({"exact_k": 4, "exact_dtype": "float32", "polynomial_terms": None}, "row 0 does not fit"),
     ],
 )
@@ -191,7 +191,7 @@ def test_a_folder_without_its_settings_is_refused(tmp_path: Path) -> None:
 def test_gold_outside_the_entries_is_the_most_that_it_can_be() -> None:
     sequence = make_sequence("words", 0)
     rows = len(sequence.input_ids) - 1
-    row = row_of(sequence, two_entries(rows, sequence.gold_ids), RULE, "t")
+    row = imported_row(sequence, two_entries(rows, sequence.gold_ids), RULE, "t")
     # two entries of 0.4: 0.2 is left, less than the last entry
     np.testing.assert_allclose(np.exp(row.gold_logprobs.astype(float)), 0.2, rtol=1e-3)
     np.testing.assert_allclose(row.tail_mass.astype(float), 0.2, rtol=1e-2)

@@ -17,7 +17,9 @@ from pipeline.cache.generations import (
     pinned_generations,
     unfinished_generation,
 )
-from pipeline.cache.index import is_published, load_index, open_cache, read_index
+from pipeline.cache.index import load_index, read_index
+from pipeline.cache.manifest import is_published
+from pipeline.cache.reader import open_cache
 from pipeline.cache.shard import read_shard
 from pipeline.cache_care.regeneration import find_damage, parse_where, set_aside
 from pipeline.errors import CacheError, ConfigError, TeacherError
@@ -385,7 +387,7 @@ def test_a_row_is_never_traded_for_a_quarantine_record(
     before, chosen = golds(cache_of(run)), {e.sequence_id for e in run.entries()[4:8]}
     monkeypatch.setattr("jobs.stages.score.run_pools", Sick())
     for _ in range(2):
-        with pytest.raises(CacheError, match=r"lacks 8 of the 16 .*anew: \w+ \(broken rows\)"):
+        with pytest.raises(CacheError, match=r"lacks 8 of the 16 .*again: \w+ \(broken rows\)"):
             redo(run, request)
         assert current_generation(cache_of(run).folder) == 1
     monkeypatch.setattr("jobs.stages.score.run_pools", pools)
@@ -524,7 +526,7 @@ def test_conditions_are_checked() -> None:
     assert parse_where(["domain=a=b", "split=train"]) == {"domain": "a=b", "split": "train"}
     with pytest.raises(ConfigError, match=r"no field 'domian'; did you mean 'domain'"):
         parse_where(["domian=words"])
-    with pytest.raises(ConfigError, match="not of the form field=value"):
+    with pytest.raises(ConfigError, match="has not the form field=value"):
         parse_where(["domain"])
     assert parse_where(["sequence_id!=a,b"]) == {"sequence_id!": "a,b"}
 

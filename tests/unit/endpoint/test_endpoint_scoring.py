@@ -12,7 +12,7 @@ import pytest
 
 from jobs.caches.actions import open_run
 from pipeline import storage
-from pipeline.cache.index import open_cache
+from pipeline.cache.reader import open_cache
 from pipeline.errors import ConfigError, TeacherError
 from pipeline.sequences import SequenceReader
 from teachers.pool.dispatch import PoolReport

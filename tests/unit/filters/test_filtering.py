@@ -12,7 +12,7 @@ from jobs.bookkeeping.stage_records import dataset_of, scored_dataset
 from jobs.stages.score import score
 from jobs.stages.synthesize import synthesize
 from pipeline import storage
-from pipeline.cache.index import open_cache
+from pipeline.cache.reader import open_cache
 from pipeline.config.load import load_config
 from pipeline.config.rounds import layout_of
 from pipeline.config.run import Config

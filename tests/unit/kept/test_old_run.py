@@ -20,7 +20,9 @@ from jobs.caches.actions import open_run
 from jobs.stages.synthesize import synthesize
 from pipeline import storage
 from pipeline.cache.generations import named_generations
-from pipeline.cache.index import is_published, load_index, open_cache, open_hidden_states
+from pipeline.cache.index import load_index
+from pipeline.cache.manifest import is_published
+from pipeline.cache.reader import open_cache, open_hidden_states
 from pipeline.cache_care.gc import find_garbage
 from pipeline.errors import TeacherError, TrainingError
 from pipeline.fingerprint import digest_bytes

@@ -1,22 +1,24 @@
-"""Other projects' formats: a long Parquet table for analysis, and DistillKit's logit datasets.
+"""DistillKit's datasets of logits: exported from a cache, and imported into one.
 
-DistillKit's format, written from its documentation (arcee-ai/DistillKit, README.md, "Logit
+The format is implemented from its documentation (arcee-ai/DistillKit, README.md, "Logit
 Compression" and "Compression Deep-Dive", and the field descriptions of its configuration): a folder
-of Parquet files and `compression_config.yaml`. One row per sequence:
+of Parquet files and `compression_config.yaml`, with one row per sequence:
 
     input_ids            list<uint64>[T]
     compressed_logprobs  list<list<uint8>>[T - 1]   row r is over the token at index r + 1
     bytepacked_indices   list<list<uint8>>[T - 1]
 
 A position holds `k` log-probabilities in descending order: `exact_k` numbers of `exact_dtype`, then
-the coefficients (`term_dtype`) of a polynomial in the rank, counted from 0 behind the exact ones,
-for the others; and `k` token ids of `ceil(log2 d)` bits each, most significant bit first, padded to
-whole bytes. With `delta_encoding` each number is the difference from the one before.
+the coefficients (`term_dtype`) of a polynomial that gives the other log-probabilities by their
+rank, counted from 0 after the exact numbers. It also holds `k` token ids of `ceil(log2 d)` bits
+each, most significant bit first, padded to whole bytes. With `delta_encoding` each number is the
+difference from the number before it.
 
-What that lacks of ours: loss spans (positions outside them, and entries beyond a position's own
-number, are exported with log-probability -inf), the gold token's log-probability, tail mass and
-entropy. An import takes gold from the entries, or where it is not among them the most that it can
-have; tail mass is what the entries leave, and the entropy bound is that of the entries given.
+The format has no place for loss spans, for the gold token's log-probability, tail mass and entropy.
+An export gives log-probability -inf to positions outside the loss spans and to entries beyond a
+position's own number. An import takes the gold token's log-probability from the entries, or the
+largest possible value where the gold token is not among them; tail mass is the mass that the
+entries leave, and the entropy bound is computed from the entries.
 
 Legend: T tokens, P positions, K entries, B bytes of a position.
 """
@@ -25,7 +27,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -33,12 +34,12 @@ import pyarrow as pa
 import yaml
 
 from pipeline import storage
-from pipeline.cache.selection import probabilities, select
+from pipeline.cache.selection import select
+from pipeline.cache_care.long_table import Scored, write_files
 from pipeline.config.scoring import Selection
 from pipeline.errors import CacheError
 from pipeline.records import SparseLogprobs, TokenSequence
 
-ROWS_PER_FILE = 256
 CONFIG_FILE = "compression_config.yaml"
 DISTILLKIT_SCHEMA = pa.schema(
     [
@@ -47,26 +48,8 @@ DISTILLKIT_SCHEMA = pa.schema(
         ("bytepacked_indices", pa.list_(pa.list_(pa.uint8()))),
     ]
 )
-LONG_SCHEMA = pa.schema(
-    [
-        ("sequence_id", pa.string()),
-        ("domain", pa.string()),
-        ("position", pa.int32()),
-        ("token_index", pa.int32()),
-        ("gold_token_id", pa.int32()),
-        ("gold_logprob", pa.float32()),
-        ("tail_mass", pa.float32()),
-        ("entropy", pa.float32()),
-        ("rank", pa.int32()),
-        ("token_id", pa.int32()),
-        ("logprob", pa.float32()),
-        ("count", pa.int32()),
-        ("probability", pa.float32()),
-    ]
-)
 DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "float64": "<f8"}
 TERMS = {"sqrt": np.sqrt, "exp": np.exp}
-Pairs = Iterable[tuple[TokenSequence, SparseLogprobs]]
 
 
 @dataclass(frozen=True)
@@ -76,7 +59,7 @@ class ForeignSequence:
     Attributes:
         input_ids: int64[T].
         token_ids: int64[T - 1, K].
-        logprobs: float32[T - 1, K]; -inf where an entry or a whole position says nothing.
+        logprobs: float32[T - 1, K]; -inf for an entry or a position without a value.
     """
 
     input_ids: np.ndarray
@@ -84,38 +67,32 @@ class ForeignSequence:
     logprobs: np.ndarray
 
 
-def export_long(pairs: Pairs, folder: str) -> int:
-    """Writes one row per entry, any tool's table; returns the number of sequences.
-
-    Head entries have a `logprob`, drawn ones a `count`; `probability` is what training takes either
-    for.
-    """
-    return _write_files(pairs, folder, _long_table)
-
-
-def widest(pairs: Pairs) -> int:
-    """The most entries of a position, at least 1, for `export_distillkit`.
+def most_entries(scored: Iterable[Scored]) -> int:
+    """Largest number of entries of a position, at least 1, for `export_distillkit`.
 
     Raises:
         CacheError: a row holds draws, which have no log-probabilities.
     """
     most = 1
-    for sequence, row in pairs:
+    for sequence, row in scored:
         if row.is_drawn:
             raise CacheError(
-                f"sequence {sequence.sequence_id} holds draws, which have no log-probabilities, "
-                "and DistillKit's format has no place for counts; export it as parquet-long"
+                f"the row of sequence {sequence.sequence_id} holds draws, and DistillKit's format "
+                "has no place for counts; export it as parquet-long"
             )
         most = max(most, int(row.num_entries.max()))
     return most
 
 
-def export_distillkit(pairs: Pairs, folder: str, vocabulary: int, max_entries: int) -> int:
-    """Writes a DistillKit dataset whose log-probabilities are ours bit by bit (float16, all exact).
+def export_distillkit(
+    scored: Iterable[Scored], folder: str, vocabulary: int, max_entries: int
+) -> int:
+    """Writes a DistillKit dataset with the log-probabilities of the cache (float16, all exact).
 
     Args:
-        vocabulary: rows of the teacher's head; decides the bits of an id.
-        max_entries: of a position, at most (`widest`); shorter ones are padded.
+        vocabulary: rows of the teacher's LM head; decides the bits of an id.
+        max_entries: largest number of entries of a position (`most_entries`); positions with fewer
+            entries are padded.
 
     Returns:
         The number of sequences.
@@ -134,33 +111,38 @@ def export_distillkit(pairs: Pairs, folder: str, vocabulary: int, max_entries: i
     }
     storage.write_bytes(storage.join(folder, CONFIG_FILE), yaml.safe_dump(config).encode())
 
-    def table(batch: Sequence[tuple[TokenSequence, SparseLogprobs]]) -> pa.Table:
+    def table(batch: Sequence[Scored]) -> pa.Table:
         rows = [_distillkit_row(s, r, vocabulary, max_entries) for s, r in batch]
         return pa.Table.from_pylist(rows, schema=DISTILLKIT_SCHEMA)
 
-    return _write_files(pairs, folder, table)
+    return write_files(scored, folder, table)
 
 
 def read_distillkit(folder: str) -> Iterator[ForeignSequence]:
     """Reads a DistillKit dataset, file by file.
 
     Raises:
-        CacheError: its configuration is missing or asks for what is not read here (quantised
-            residuals), or a row does not fit it.
+        CacheError: its configuration is missing or has quantised residuals, which are not
+            supported; or a row does not fit the configuration.
         StorageError: a file cannot be read.
     """
     path = storage.join(folder, CONFIG_FILE)
     if not storage.exists(path):
         raise CacheError(
-            f"{folder} has no {CONFIG_FILE}: without the settings of its capture the numbers "
-            "cannot be read; write them there as DistillKit's `logprob_compressor` has them"
+            f"{folder} has no {CONFIG_FILE}, and without the settings of its capture its numbers "
+            "cannot be read; copy DistillKit's `logprob_compressor` settings into that file"
         )
     config = yaml.safe_load(storage.read_bytes(path))
     if config.get("residual_bins"):
-        raise CacheError(f"{path} has residual_bins; quantised residuals are not read here")
+        raise CacheError(
+            f"{path} has residual_bins, but quantised residuals cannot be read; capture the "
+            "dataset without them"
+        )
     files = storage.list_files(folder, ".parquet")
     if not files:
-        raise CacheError(f"{folder} holds no Parquet file")
+        raise CacheError(
+            f"{folder} has no Parquet file; name the folder that holds the dataset's data_*.parquet"
+        )
     for info in files:
         table = storage.read_table(storage.join(folder, info.base_name))
         for i, row in enumerate(table.select(DISTILLKIT_SCHEMA.names).to_pylist()):
@@ -172,13 +154,13 @@ def read_distillkit(folder: str) -> Iterator[ForeignSequence]:
                 ) from error
 
 
-def row_of(
+def imported_row(
     sequence: TokenSequence, foreign: ForeignSequence, rule: Selection, teacher: str
 ) -> SparseLogprobs | None:
-    """The cache row that a foreign sequence of the same tokens gives, by the run's own selection.
+    """The cache row made from a foreign sequence of the same tokens, by the run's own selection.
 
     Returns:
-        None where a position of the sequence's loss spans has no entries.
+        The row, or None if a position in the sequence's loss spans has no entries.
     """
     rows_P = sequence.position_indices - 1
     if len(foreign.logprobs) <= rows_P[-1]:
@@ -201,8 +183,8 @@ def row_of(
 
 
 def pack_bits(values_PK: np.ndarray, num_bits: int) -> np.ndarray:
-    """uint8[P, B]: unsigned integers of `num_bits` each, most significant bit first, padded with 0
-    to whole bytes.
+    """uint8[P, B]: unsigned integers of `num_bits` each, most significant bit first, padded to
+    whole bytes with 0.
     """
     shifts = np.arange(num_bits - 1, -1, -1)
     bits = (values_PK[..., None].astype(np.int64) >> shifts) & 1
@@ -213,7 +195,7 @@ def unpack_bits(packed_PB: np.ndarray, num_bits: int, count: int) -> np.ndarray:
     """int64[P, count]: the inverse of `pack_bits`.
 
     Raises:
-        ValueError: there are fewer bits.
+        ValueError: the bytes hold fewer bits.
     """
     bits = np.unpackbits(packed_PB, axis=1)[:, : num_bits * count]
     weights = 1 << np.arange(num_bits - 1, -1, -1, dtype=np.int64)
@@ -253,7 +235,7 @@ def _foreign_sequence(row: dict[str, Any], config: dict[str, Any]) -> ForeignSeq
 
 
 def _decompress(values_PB: np.ndarray, config: dict[str, Any]) -> np.ndarray:
-    """float32[P, k] from the bytes of each position."""
+    """float32[P, k]: log-probabilities, from the bytes of each position."""
     num_exact, terms = config["exact_k"], config.get("polynomial_terms") or []
     exact_dtype = config.get("exact_dtype", "float32")
     term_dtype = config.get("term_dtype", "float32")
@@ -270,57 +252,18 @@ def _decompress(values_PB: np.ndarray, config: dict[str, Any]) -> np.ndarray:
         if terms
         else np.zeros((num_others, 0))
     )
-    found_PK = np.concatenate([exact_PK, coefficients_PC @ powers_KC.T], axis=1)
+    logprobs_PK = np.concatenate([exact_PK, coefficients_PC @ powers_KC.T], axis=1)
     if config.get("delta_encoding", True):
-        found_PK = np.cumsum(found_PK, axis=1)
-    return found_PK.astype(np.float32)
+        logprobs_PK = np.cumsum(logprobs_PK, axis=1)
+    return logprobs_PK.astype(np.float32)
 
 
 def _numbers(values_PB: np.ndarray, dtype: str, count: int) -> tuple[np.ndarray, int]:
-    """float64[P, count] from the first bytes of each position, and how many these are."""
+    """float64[P, count] from the first bytes of each position, and the number of these bytes."""
     num_bytes = count * np.dtype(DTYPES[dtype]).itemsize
     if values_PB.shape[1] < num_bytes:
-        raise ValueError(f"{values_PB.shape[1]} bytes where {num_bytes} are needed")
+        raise ValueError(f"a position has {values_PB.shape[1]} bytes, but needs {num_bytes}")
     raw = np.ascontiguousarray(values_PB[:, :num_bytes]).view(DTYPES[dtype])
     if dtype == "bfloat16":  # the upper half of a float32
         raw = (raw.astype(np.uint32) << 16).view(np.float32)
     return raw.astype(np.float64).reshape(len(values_PB), count), num_bytes
-
-
-def _long_table(batch: Sequence[tuple[TokenSequence, SparseLogprobs]]) -> pa.Table:
-    return pa.concat_tables([_long_rows(sequence, row) for sequence, row in batch])
-
-
-def _long_rows(sequence: TokenSequence, row: SparseLogprobs) -> pa.Table:
-    counts = row.num_entries.astype(np.int64)
-    positions = np.repeat(np.arange(row.num_positions), counts)
-    starts = np.cumsum(counts) - counts
-    head_N = row.head_N
-    logprobs_N, counts_N = np.zeros(len(head_N), np.float32), np.zeros(len(head_N), np.int32)
-    logprobs_N[head_N], counts_N[~head_N] = row.logprobs, row.counts
-    columns = {
-        "sequence_id": [sequence.sequence_id] * len(positions),
-        "domain": [sequence.domain] * len(positions),
-        "position": positions,
-        "token_index": sequence.position_indices[positions],
-        "gold_token_id": sequence.gold_ids[positions],
-        "gold_logprob": row.gold_logprobs[positions].astype(np.float32),
-        "tail_mass": row.tail_mass[positions].astype(np.float32),
-        "entropy": row.entropies[positions].astype(np.float32),
-        "rank": np.arange(len(positions)) - starts[positions],
-        "token_id": row.token_ids.astype(np.int32),
-        "logprob": pa.array(logprobs_N, mask=~head_N),
-        "count": pa.array(counts_N, mask=head_N),
-        "probability": probabilities(row),
-    }
-    arrays = [pa.array(columns[f.name]).cast(f.type) for f in LONG_SCHEMA]
-    return pa.Table.from_arrays(arrays, schema=LONG_SCHEMA)
-
-
-def _write_files(pairs: Pairs, folder: str, table_of: Any) -> int:
-    remaining, number, written = iter(pairs), 0, 0
-    while batch := list(islice(remaining, ROWS_PER_FILE)):
-        path = storage.join(folder, f"data_{number}.parquet")
-        storage.write_table(path, table_of(batch))
-        number, written = number + 1, written + len(batch)
-    return written
