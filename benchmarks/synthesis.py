@@ -37,11 +37,11 @@ from transformers import AutoTokenizer
 
 from benchmarks.capture import make_model, set_engine_environment
 from benchmarks.common import print_table, write_json
+from jobs.bookkeeping.stage_records import StageRecord
 from jobs.stages import synthesize
 from jobs.stages.prepare import prepare
-from pipeline.config.rounds import layout_of
 from pipeline.config.run import Config
-from pipeline.run.preparation import Prepared
+from pipeline.run.prepared_run import Run
 from teachers.pool.dispatch import Dispatcher, PoolReport
 from teachers.pool.pool import TeacherWork
 from teachers.protocol import EngineSpec
@@ -112,7 +112,7 @@ class Bench:
         self._loop = asyncio.get_running_loop()
         self._numbers = itertools.count()
         self.tasks: Sequence[SynthesisTask] = ()
-        self.outcome: dict[str, Any] = {}
+        self.record = StageRecord()
         self.seconds_asking: list[float] = []
 
     async def stage(self) -> tuple[int, float]:
@@ -120,11 +120,11 @@ class Bench:
         root = f"{self._config.storage.root}/{next(self._numbers)}"
         storage = self._config.storage.model_copy(update={"root": root})
         config = self._config.model_copy(update={"storage": storage})
-        prepared = await asyncio.to_thread(prepare, config)
+        run = await asyncio.to_thread(prepare, config)
         started = time.perf_counter()
-        self.outcome = await asyncio.to_thread(self._synthesize, config, prepared)
+        self.record = await asyncio.to_thread(self._synthesize, run)
         seconds = time.perf_counter() - started
-        return int(self.outcome["counts"][TEACHER]["generated_tokens"]), seconds
+        return int(self.record.counts[TEACHER]["generated_tokens"]), seconds
 
     async def engine(self) -> tuple[int, float]:
         """The same for all prompts of the last stage at once, given as token ids."""
@@ -153,10 +153,10 @@ class Bench:
         tokens = await asyncio.gather(*(answer(*request) for request in requests))
         return sum(tokens), time.perf_counter() - started
 
-    def _synthesize(self, config: Config, prepared: Prepared) -> dict[str, Any]:
+    def _synthesize(self, run: Run) -> StageRecord:
         """In a thread, since it waits for its pools."""
         with patch.object(synthesize, "run_pools", self._run_pools):
-            return synthesize.synthesize(config, layout_of(config), prepared)
+            return synthesize.synthesize(run)
 
     def _run_pools(self, jobs: Sequence[TeacherWork]) -> dict[str, PoolReport]:
         """The pool's own dispatcher with the engine of this process."""
@@ -273,7 +273,7 @@ async def run(data: Path, model: str | None, size: Size, vocabulary: int) -> lis
             make_model(folder / "model", texts, vocabulary)
             stops = list(range(1, len(AutoTokenizer.from_pretrained(model)), ENDS_ONE_IN))
         config = config_of(data, folder / "storage", model, stops, size)
-        prepared = prepare(config)
+        prepared = prepare(config).prepared
         spec = EngineSpec(
             model=model,
             min_model_len=prepared.longest_prompt + size.max_tokens,

@@ -164,10 +164,10 @@ def _say(line: str) -> None:
 def _run(options: argparse.Namespace) -> None:
     config = _load(options)
     if options.dry_run:
-        from jobs.dry_run import describe
+        from jobs.dry_run import dry_run_text
 
         _say(dump_config(config))
-        _say(describe(config, options.address))
+        _say(dry_run_text(config, options.address))
         return
     from jobs import distill
     from jobs.cluster.connection import connect, job_server_address_inside_job

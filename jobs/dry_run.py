@@ -1,4 +1,4 @@
-"""What a run would do: each stage's plan, the resources it asks for, the bytes its caches take."""
+"""Dry run: each stage's plan, the resources that it asks for, the bytes that its caches take."""
 
 from __future__ import annotations
 
@@ -8,63 +8,61 @@ from jobs.cluster.placement import check_local_head
 from pipeline.cache_care.status import stale_caches
 from pipeline.config.base import Resources
 from pipeline.config.load import check_shared_paths
-from pipeline.config.rounds import layout_of, rounds_of
+from pipeline.config.rounds import rounds_of
 from pipeline.config.run import Config
 from pipeline.config.synthesis import Writing, is_by_student
 from pipeline.config.teachers import EndpointTeacherConfig
-from pipeline.run.preparation import load_prepared
+from pipeline.run.prepared_run import Run
 from pipeline.run.training_spec import training_specs
 
 
-def describe(config: Config, address: str | None = None) -> str:
-    """The plan as lines for people; starts nothing.
+def dry_run_text(config: Config, address: str | None = None) -> str:
+    """The plan of a run as lines for people; starts nothing.
 
     Args:
-        address: of the cluster that would run it; None for a head of its own.
+        address: URL of the cluster's job server; None for a local Ray head.
 
     Raises:
-        ConfigError, PromptError: the prompts are bad, an option is none of upstream's, or a path is
-            not seen by the cluster.
-        ClusterError: a head of its own would not hold a stage.
-        TrainingError: the run holds another training.
+        ConfigError, PromptError: a prompt or an option cannot be used, or the cluster does not see
+            a path.
+        ClusterError: the local Ray head would not hold a stage.
+        TrainingError: the run's folder holds another training.
     """
     if address is not None:
         check_shared_paths(config)
     lines, rounds = ["# plan"], plan_rounds(config)
     if address is None:
         check_local_head(config, {p.stage for plans in rounds for p in plans if p.todo})
-    for each, plans in zip(rounds_of(config), rounds, strict=True):
-        lines += [f"round {each.round} of {each.rounds}"] if each.rounds > 1 else []
+    for of_round, plans in zip(rounds_of(config), rounds, strict=True):
+        lines += [f"round {of_round.round} of {of_round.rounds}"] if of_round.rounds > 1 else []
         for plan in plans:
             state = "cached" if plan.todo == 0 else "to do"
             lines.append(f"{plan.stage:11} {state:7} {plan.summary}")
-    layout = layout_of(config)
-    prepared = load_prepared(config, layout)
-    if prepared is not None:
-        lines += [f"stale       {line}" for line in stale_caches(layout, prepared)]
-    for each in rounds_of(config):
-        _check(each)
-    longest = 0 if prepared is None else prepared.longest_prompt
+    run = Run.find(config)
+    if run is not None:
+        lines += [f"stale       {line}" for line in stale_caches(run)]
+    for of_round in rounds_of(config):
+        _check(of_round)
+    longest = 0 if run is None else run.prepared.longest_prompt
     lines += [f"caution     {line}" for line in length_cautions(config, longest)]
     lines += ["# resources", *_resources(config)]
     return "\n".join(lines)
 
 
 def _check(config: Config) -> None:
-    """What a stage would refuse and can be told without a model. Engines are slow to import."""
-    layout = layout_of(config)
-    prepared = load_prepared(config, layout)
-    if prepared is None and config.round > 1:
-        return  # its inputs were those of the round before
-    if prepared is None:
-        from jobs.stages.prepare import check_inputs
+    """Refuses what a stage would refuse, as far as no model has to be read for it."""
+    run = Run.find(config)
+    if run is None and config.round > 1:
+        return  # the first round has the same inputs
+    if run is None:
+        from jobs.stages.prepare import check_inputs  # engines are slow to import
 
         check_inputs(config)
-    elif dataset := scored_dataset(config, layout, prepared):
+    elif dataset := scored_dataset(run):
         from students.launch import check_training
 
-        for job in training_specs(config, layout, prepared, dataset):
-            check_training(job)
+        for spec in training_specs(run, dataset):
+            check_training(spec)
 
 
 def _resources(config: Config) -> list[str]:

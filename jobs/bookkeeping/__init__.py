@@ -1,5 +1,5 @@
-"""What each stage of a run has done and still has to do.
+"""Progress of a run: what each stage has done and still has to do.
 
-plan           what each stage still has to do
-stage_records  what each stage has done, and under which key
+plan           the stages, and what each one still has to do
+stage_records  what each stage has done, and the key that says for which inputs
 """

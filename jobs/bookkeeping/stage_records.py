@@ -1,95 +1,153 @@
-"""What the stages of a run have left: their records, and the keys that say what these are about."""
+"""Stage records, which the stages of a run leave behind, and the keys that say what they are about.
+
+A stage is complete if its record has the key of the run as it is now.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 from pipeline import storage
-from pipeline.combine.learned import learned_weights, with_learned
 from pipeline.config.combine import LearnedWeights
 from pipeline.config.run import Config
 from pipeline.config.synthesis import STUDENT
 from pipeline.config.teachers import TeacherConfig
 from pipeline.fingerprint import digest_json
 from pipeline.layout import Layout
-from pipeline.run.preparation import Prepared
+from pipeline.run.prepared_run import Run
 from pipeline.run.training_spec import training_specs
 
 
-def read_record(layout: Layout, stage: str) -> dict[str, Any]:
-    """The record of a stage; empty when it has never finished."""
+class StageRecord(BaseModel):
+    """What one stage did, as it stands in `runs/<name>/stages/<stage>.json`.
+
+    Only the fields that a stage has set are written. A record of an earlier version may lack some
+    of them, and keeps those that this version does not know.
+
+    Attributes:
+        seconds: how long the stage took, in all its attempts of the same key.
+        started: start of the last attempt, in seconds since 1970.
+        unended: attempts that did not end.
+        key: hash of everything that decides the outcome of the stage.
+        dataset: digest of the dataset that synthesize or score has written.
+        counts: what became of the answers of each step, by its label (synthesize).
+        filters: what each filter has seen and dropped (synthesize and score).
+        engines: descriptions of the engines, by teacher (score).
+        quarantined: number of quarantined sequences, by cache name (score).
+        figures: summary of each student (train and export).
+        worker_seconds: seconds of all training workers together, in all starts (train).
+        engine_seconds: seconds of all engines, by model.
+        summary: the stage's last line, for people.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    seconds: float = 0.0
+    started: float = 0.0
+    unended: int = 0
+    key: str = ""
+    dataset: str | None = None
+    counts: dict[str, dict[str, int]] = {}
+    filters: list[dict[str, Any]] = []
+    engines: dict[str, list[dict[str, Any]]] = {}
+    quarantined: dict[str, int] = {}
+    figures: dict[str, dict[str, Any]] = {}
+    worker_seconds: float = 0.0
+    engine_seconds: dict[str, float] = {}
+    summary: str = "no record"
+
+
+def read_record(layout: Layout, stage: str) -> StageRecord:
+    """The record of a stage; one without a key if the stage has never finished."""
     path = layout.stage_record(stage)
-    return storage.read_json(path) if storage.exists(path) else {}
+    return StageRecord.model_validate(storage.read_json(path) if storage.exists(path) else {})
+
+
+def write_record(layout: Layout, stage: str, record: StageRecord) -> None:
+    """Writes the record of a stage."""
+    storage.write_json(layout.stage_record(stage), record.model_dump(exclude_unset=True))
+
+
+def with_earlier_attempts(record: StageRecord, earlier: StageRecord) -> StageRecord:
+    """The record of a stage with the time that earlier attempts with the same key took."""
+    engine_seconds = Counter(earlier.engine_seconds)
+    engine_seconds.update(record.engine_seconds)
+    added = {
+        "seconds": record.seconds + earlier.seconds,
+        "unended": record.unended + earlier.unended,
+        "engine_seconds": dict(engine_seconds),
+    }
+    return record.model_copy(update=added)
 
 
 def unended_attempts(layout: Layout, stage: str) -> int:
-    """How often a stage was begun since its last record was written."""
+    """Number of times that a stage was begun since its last record was written."""
     path = layout.unended_attempts(stage)
     return storage.read_json(path) if storage.exists(path) else 0
 
 
-def synthesis_key(config: Config, prepared: Prepared) -> str:
-    """Hash of what decides the dataset: prompts, who answers which of them how, filters."""
-    recipes = [recipe.model_dump(mode="json") for recipe in config.synthesis.recipes]
+def synthesis_key(run: Run) -> str:
+    """Hash of everything that decides the dataset: prompts, recipes, models and filters."""
+    prepared = run.prepared
+    recipes = [recipe.model_dump(mode="json") for recipe in run.config.synthesis.recipes]
     filters = prepared.filters_before_scoring
-    return digest_json([prepared.prompts, recipes, prepared.synthesis_digests, filters])
+    return digest_json([prepared.prompts_digest, recipes, prepared.synthesis_digests, filters])
 
 
-def dataset_of(config: Config, layout: Layout, prepared: Prepared) -> str | None:
-    """The digest of the run's dataset; None until synthesize has finished for these recipes."""
-    record = read_record(layout, "synthesize")
-    if record.get("key") != synthesis_key(config, prepared) or not storage.exists(
-        layout.dataset(record["dataset"])
-    ):
-        return None
-    return record["dataset"]
+def synthesized_dataset(run: Run) -> str | None:
+    """Digest of the run's dataset; None until synthesize has finished for these inputs."""
+    return _dataset(run, read_record(run.layout, "synthesize"), synthesis_key(run))
 
 
-def score_key(config: Config, layout: Layout, prepared: Prepared) -> str:
-    """Hash of what decides which sequences are scored, by whom, and which are trained on."""
-    weights, filters = config.combine.model_dump(mode="json"), prepared.filters_after_scoring
-    dataset = dataset_of(config, layout, prepared)
-    return digest_json([dataset, prepared.scoring_recipes, weights, filters])
+def score_key(run: Run) -> str:
+    """Hash of everything that decides which sequences are scored, by whom, and trained on."""
+    weights = run.config.combine.model_dump(mode="json")
+    identities, filters = run.prepared.cache_identities, run.prepared.filters_after_scoring
+    return digest_json([synthesized_dataset(run), identities, weights, filters])
 
 
-def scored_dataset(config: Config, layout: Layout, prepared: Prepared) -> str | None:
-    """The digest of what is trained on: the dataset without sequences that nobody could score.
+def scored_dataset(run: Run) -> str | None:
+    """Digest of the dataset that is trained on, which lacks sequences that nobody could score.
 
-    None before score has finished for this dataset and these recipes, and where the weights that it
-    learned are lost.
+    None until score has finished for these inputs, and also if the weights that it learned are
+    lost.
     """
-    learns = isinstance(config.combine.weights, LearnedWeights)
-    if learns and not storage.exists(layout.learned_weights):
+    learns = isinstance(run.config.combine.weights, LearnedWeights)
+    if learns and not storage.exists(run.layout.learned_weights):
         return None
-    record = read_record(layout, "score")
-    if record.get("key") != score_key(config, layout, prepared) or not storage.exists(
-        layout.dataset(record["dataset"])
-    ):
-        return None
-    return record["dataset"]
+    return _dataset(run, read_record(run.layout, "score"), score_key(run))
 
 
-def stage_key(config: Config, layout: Layout, prepared: Prepared, stage: str) -> str:
-    """Hash of what decides train, export or evaluate; a record of the same key is valid."""
-    digest = scored_dataset(config, layout, prepared)
-    assert digest is not None, "scoring is complete before any stage that needs its dataset"
-    jobs = training_specs(config, layout, prepared, digest)
-    parts: list[Any] = [job.identity() for job in jobs]
+def _dataset(run: Run, record: StageRecord, key: str) -> str | None:
+    """Digest of the dataset that a record names, if the record is valid and the dataset exists."""
+    if record.key != key or record.dataset is None:
+        return None
+    return record.dataset if storage.exists(run.layout.dataset(record.dataset)) else None
+
+
+def stage_key(run: Run, stage: str) -> str:
+    """Hash of everything that decides train, export or evaluate."""
+    dataset = scored_dataset(run)
+    assert dataset is not None, "scoring is complete before any stage that needs its dataset"
+    parts: list[Any] = [spec.identity() for spec in training_specs(run, dataset)]
     if stage == "evaluate":
-        parts += [synthesis_key(config, prepared), prepared.scoring_recipes]
-        parts += [prepared.filters_after_scoring, prepared.checker, _served(config)]
+        config, prepared = run.config, run.prepared
+        parts += [synthesis_key(run), prepared.cache_identities, prepared.filters_after_scoring]
+        parts += [prepared.checker_identity, _served(config)]
         costs = {name: teacher.cost_per_hour for name, teacher in config.teachers.items()}
         parts += [config.evaluation.model_dump(mode="json"), costs, config.student.cost_per_hour]
         parts += [config.training.cost_per_hour, config.synthesis.max_sequence_tokens]
         # The report compares with the mixture, whatever the losses are.
-        combine = with_learned(config.combine, learned_weights(config.combine, layout))
-        parts.append(combine.model_dump(mode="json"))
-        parts.append({name: c.generation for name, c in prepared.caches(layout).items()})
+        parts.append(run.combine().model_dump(mode="json"))
+        parts.append({name: cache.generation for name, cache in run.cache_layouts().items()})
     return digest_json([stage, *parts])
 
 
 def _served(config: Config) -> dict[str, Any]:
-    """How each model is served, which decides the speed and memory that the report states."""
+    """Options under which each model is served, which decide its speed and memory in the report."""
     return {STUDENT: config.student.vllm} | {
         name: teacher.vllm
         if isinstance(teacher, TeacherConfig)

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from jobs.caches.run_caches import open_caches
 from pipeline.cache_care.regeneration import parse_where
 from pipeline.config.load import load_config
 from pipeline.config.run import Config
@@ -97,15 +98,17 @@ def _say(line: str) -> None:
 
 
 def _status(options: argparse.Namespace) -> None:
-    from jobs.caches.actions import open_run, status
+    from jobs.caches.actions import status
 
-    _say(status(open_run(_load(options))))
+    _say(status(open_caches(_load(options))))
 
 
 def _regenerate(options: argparse.Namespace) -> None:
     from jobs.caches import regenerate
 
-    request = regenerate.Request(options.teacher, parse_where(options.where), options.force)
+    request = regenerate.RegenerationRequest(
+        options.teacher, parse_where(options.where), options.force
+    )
     if options.inside_job:
         regenerate.regenerate_inside_job(_load(options), request, _say)
     else:
@@ -129,21 +132,21 @@ def _retry(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    from jobs.caches.actions import open_run, show
+    from jobs.caches.actions import show
 
-    _say(show(open_run(_load(options)), options.teacher, options.sequence))
+    _say(show(open_caches(_load(options)), options.teacher, options.sequence))
 
 
 def _export(options: argparse.Namespace) -> None:
-    from jobs.caches.actions import export, open_run
+    from jobs.caches.actions import export
 
-    _say(export(open_run(_load(options)), options.teacher, options.format, options.output))
+    _say(export(open_caches(_load(options)), options.teacher, options.format, options.output))
 
 
 def _import(options: argparse.Namespace) -> None:
-    from jobs.caches.actions import import_distillkit, open_run
+    from jobs.caches.actions import import_distillkit
 
-    _say(import_distillkit(open_run(_load(options)), options.teacher, options.input))
+    _say(import_distillkit(open_caches(_load(options)), options.teacher, options.input))
 
 
 def _gc(options: argparse.Namespace) -> None:

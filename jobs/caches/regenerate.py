@@ -1,6 +1,6 @@
-"""`polystill cache regenerate`: scores what is stale, missing or corrupt.
+"""`polystill cache regenerate`: scores stale, missing or corrupt rows.
 
-Outside of a job it first looks whether there is anything to do and starts no cluster if not; then
+Outside of a job it first looks for something to do, and starts no cluster if there is nothing. Then
 it submits itself as a Ray job, which comes here again with `--inside-job` and does the work.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from jobs.caches.actions import RunCaches, open_run
+from jobs.caches.run_caches import RunCaches, open_caches
 from jobs.cluster.connection import connect
 from jobs.cluster.stage_jobs import cluster, is_visible, submit_and_follow
 from jobs.stages.entry import join_cluster, log_our_lines, run_stage
@@ -46,13 +46,13 @@ Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a regeneration is asked for.
+class RegenerationRequest:
+    """The options of one regeneration.
 
     Attributes:
-        teacher: None means all.
+        teacher: name of a teacher or of a cache; None means all.
         where: conditions that a sequence must meet; see `pipeline/cache_care/regeneration.py`.
-        force: score anew what has a row as well.
+        force: whether sequences that have a row are scored again, too.
     """
 
     teacher: str | None = None
@@ -61,7 +61,7 @@ class Request:
 
     @property
     def arguments(self) -> list[str]:
-        """As words of the command line."""
+        """The options as words of the command line."""
         words = [] if self.teacher is None else ["--teacher", self.teacher]
         for key, value in self.where.items():
             words += ["--where", f"{key}={value}"]
@@ -69,12 +69,13 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What there is to do in one cache.
+class CacheWork:
+    """Work that is to be done in one cache.
 
     Attributes:
-        entries: sequences that are to have a row in `cache`.
-        source: generation that `cache` follows; None where it is mended in place.
+        cache: folder of the cache, in the generation that is written.
+        entries: sequences that shall have a row in `cache`.
+        source: generation that `cache` follows; None if `cache` is mended in place.
     """
 
     cache: CacheLayout
@@ -82,55 +83,57 @@ class Work:
     source: CacheLayout | None = None
 
 
-def regenerate(config: Config, address: str | None, request: Request, say: Say) -> None:
-    """Scores what is stale, missing or corrupt as a Ray job; without any of it starts no cluster.
+def regenerate(config: Config, address: str | None, request: RegenerationRequest, say: Say) -> None:
+    """Scores stale, missing or corrupt rows in a Ray job; if there are none, starts no cluster.
 
     Raises:
         DistillationError: the run has no sequences yet, the request names what does not exist, or
             the job failed.
     """
     if is_visible(config, address):
-        run = open_run(config)
-        lines = _open_work(run, request)
+        caches = open_caches(config)
+        lines = _open_work(caches, request)
         for line in lines:
             say(line)
-        if not lines and run.is_current:
+        if not lines and caches.is_current:
             say("nothing to do: every sequence asked for has a row in a shard that can be read")
             return
     command = ["cache", "regenerate", "--inside-job", *request.arguments]
     submit_job(config, address, "regenerate", command, say)
 
 
-def regenerate_inside_job(config: Config, request: Request, say: Say) -> None:
-    """What the job of `regenerate` does.
+def regenerate_inside_job(config: Config, request: RegenerationRequest, say: Say) -> None:
+    """Does the work of `regenerate`, in its job.
 
     Raises:
         CacheError: another forced regeneration is unfinished, or the new generation is not whole.
         TeacherError: an engine cannot run.
     """
     log_our_lines()
-    run = prepared_run(config)
-    work = {name: _begin(run, name, request, say) for name in run.chosen(request.teacher)}
+    caches = prepared_caches(config)
+    work = {name: _begin(caches, name, request, say) for name in caches.chosen(request.teacher)}
     join_cluster()
-    asked = {name: (each.cache, each.entries) for name, each in work.items()}
-    reports = fill_caches(config, run.layout, run.prepared, asked)
-    for name, each in work.items():
+    reports = fill_caches(caches.run, {name: (w.cache, w.entries) for name, w in work.items()})
+    for name, of_cache in work.items():
         report = reports[teacher_of(name)]
-        _publish(run, name, each, report)
-        say(scored_summary(name, report, len(quarantined(each.cache))))
-        say(_who_uses(run, name, each))
-    if request.force:  # only when all are published: interrupted, the same command knows which are
-        for each in work.values():
-            end_generation(each.cache)
+        _publish(caches, name, of_cache, report)
+        say(scored_summary(name, report, len(quarantined(of_cache.cache))))
+        say(_who_uses(caches, name, of_cache))
+    if request.force:
+        # Ended only when all are published: after an interruption the same command must know
+        # which generations are complete.
+        for of_cache in work.values():
+            end_generation(of_cache.cache)
 
 
 def submit_job(
     config: Config, address: str | None, name: str, command: list[str], say: Say
 ) -> None:
-    """Runs a cache command as a job, on a cluster or on a head of its own.
+    """Runs a cache command as a job, on a cluster or on a local Ray head.
 
     Args:
-        command: words of our command line, without the config.
+        name: beginning of the job's name.
+        command: words of the command line, without the config.
 
     Raises:
         ClusterError: the job failed.
@@ -138,27 +141,27 @@ def submit_job(
     if address is not None:
         check_shared_paths(config)
     with cluster(config, address) as url:
-        # Equal commands share a name, so that a running one is attached to.
+        # Equal commands share a name, so that the second one attaches to the first one's job.
         job = f"{name}-{digest_json(command)[:8]}"
         submit_and_follow(connect(url), address, config, job, command, say)
 
 
-def prepared_run(config: Config) -> RunCaches:
-    """A run as its config is now: prepared anew, where that has changed."""
-    run = open_run(config)
-    if run.is_current:
-        return run
-    run_stage("prepare", run.config)
-    return open_run(config)
+def prepared_caches(config: Config) -> RunCaches:
+    """Opens the caches of a run, which is prepared again first if its config has changed."""
+    caches = open_caches(config)
+    if caches.is_current:
+        return caches
+    run_stage("prepare", caches.run.config)
+    return open_caches(config)
 
 
-def _open_work(run: RunCaches, request: Request) -> list[str]:
+def _open_work(caches: RunCaches, request: RegenerationRequest) -> list[str]:
     """One line for each cache in which there is something to do."""
-    chosen = matching(run.entries, request.where)
+    chosen = matching(caches.entries, request.where)
     lines = []
-    for name in run.chosen(request.teacher):
-        cache = run.caches[name]
-        damage = find_damage(cache, run.fingerprint(name))
+    for name in caches.chosen(request.teacher):
+        cache = caches.layouts[name]
+        damage = find_damage(cache, caches.fingerprint(name))
         parts = [f"{len(damage.corrupt)} corrupt shards"] if damage.corrupt else []
         parts += [f"{len(damage.gone)} shards that are gone"] if damage.gone else []
         parts += ["an index that is wrong"] if damage.index else []
@@ -172,64 +175,67 @@ def _open_work(run: RunCaches, request: Request) -> list[str]:
     return lines
 
 
-def _begin(run: RunCaches, name: str, request: Request, say: Say) -> Work:
-    """Sets corrupt shards aside and, by force, begins the next generation or goes on with it."""
-    chosen, cache = matching(run.entries, request.where), run.caches[name]
+def _begin(caches: RunCaches, name: str, request: RegenerationRequest, say: Say) -> CacheWork:
+    """Sets corrupt shards aside and, with `force`, begins or continues the next generation."""
+    chosen, cache = matching(caches.entries, request.where), caches.layouts[name]
     if request.force:
         cache = CacheLayout(cache.folder, current_generation(cache.folder))
-    damage = find_damage(cache, run.fingerprint(name))
+    damage = find_damage(cache, caches.fingerprint(name))
     _mend(cache, damage, name, say)
-    entries = sequences_to_score(run.layout, cache, chosen, damage.lost)
+    entries = sequences_to_score(caches.run.layout, cache, chosen, damage.lost)
     if not request.force or not storage.list_files(cache.shards_folder, ".parquet"):
-        return Work(cache, entries)
-    asked = {"dataset": run.dataset, "where": dict(request.where)}
-    if is_regenerated(cache, asked):
+        return CacheWork(cache, entries)
+    purpose = {"dataset": caches.dataset, "where": dict(request.where)}
+    if is_regenerated(cache, purpose):
         say(
             f"{name}: generation {cache.generation} was complete when this command was "
-            "interrupted; the command after this one scores anew again"
+            "interrupted, so nothing is scored now; run the command once more to score anew"
         )
-        return Work(cache, entries)
+        return CacheWork(cache, entries)
     if not storage.exists(cache.manifest):
-        _publish(run, name, Work(cache, []), PoolReport())
-    target = begin_generation(cache.folder, asked)
+        _publish(caches, name, CacheWork(cache, []), PoolReport())
+    target = begin_generation(cache.folder, purpose)
     anew = {entry.sequence_id for entry in chosen}
     retry_quarantined(target, anew)
-    taken = take_over(cache, target, anew, run.fingerprint(name))
+    taken = take_over(cache, target, anew, caches.fingerprint(name))
     say(
         f"{name}: generation {target.generation} takes over {taken} shards of generation "
         f"{cache.generation}"
     )
     others = [entry for entry in entries if entry.sequence_id not in anew]
-    return Work(target, [*chosen, *others], source=cache)
+    return CacheWork(target, [*chosen, *others], source=cache)
 
 
-def _publish(run: RunCaches, name: str, work: Work, report: PoolReport) -> None:
-    """Writes index and manifest where rows have come or an index is gone; moves the manifest to a
-    new generation that is whole.
+def _publish(caches: RunCaches, name: str, work: CacheWork, report: PoolReport) -> None:
+    """Writes index and manifest if rows were added or one of the two is missing.
+
+    The manifest of a new generation makes it the current one, so the generation must be whole.
     """
-    cache, recipe = work.cache, run.prepared.scoring_recipes[name]
+    run, cache = caches.run, work.cache
     written = new_shards(report, name)
     if work.source is not None:
         check_complete(work.source, cache)
     if work.source is not None or written or not is_published(cache):
-        publish(cache, recipe, provenance_of(run.config, name), written)
+        identity = run.prepared.cache_identities[name]
+        publish(cache, identity, provenance_of(run.config, name), written)
 
 
 def _mend(cache: CacheLayout, damage: Damage, name: str, say: Say) -> None:
     for digest, reason in damage.corrupt.items():
         say(f"{name}: shard {digest} is corrupt and set aside in {cache.aside}: {reason}")
     if damage.index is not None:
-        say(f"{name}: {cache.index} is made anew: {damage.index}")
+        say(f"{name}: the index {cache.index} is made anew: {damage.index}")
     for digest in sorted(damage.gone):
         say(f"{name}: shard {digest} is gone")
     set_aside(cache, damage)
 
 
-def _who_uses(run: RunCaches, name: str, work: Work) -> str:
-    used, written = run.caches[name].generation, work.cache.generation
+def _who_uses(caches: RunCaches, name: str, work: CacheWork) -> str:
+    run = caches.run
+    used, written = caches.layouts[name].generation, work.cache.generation
     if used == written:
         return f"{name}: run {run.config.name} uses generation {written}"
     return (
-        f"{name}: generation {written} is the current one; run {run.config.name} goes on with "
-        f"generation {used}, which it has pinned, and runs of other names use generation {written}"
+        f"{name}: generation {written} is the current one, which runs of other names use; run "
+        f"{run.config.name} continues to use generation {used}, which it has pinned"
     )

@@ -1,7 +1,7 @@
 """`polystill cache verify`: checks every shard and row, and scores some rows again.
 
-Checks alone read storage here; rows are scored again by a Ray job, which comes here again with
-`--inside-job`.
+Without `--rescore` only storage is read, in this process. Rows are scored again by a Ray job, which
+comes here again with `--inside-job`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 
-from jobs.caches.actions import RunCaches, open_run, verify
-from jobs.caches.regenerate import prepared_run, submit_job
+from jobs.caches.actions import verify
+from jobs.caches.regenerate import prepared_caches, submit_job
+from jobs.caches.run_caches import RunCaches, open_caches
 from jobs.cluster.stage_jobs import is_visible
 from jobs.stages.entry import join_cluster, log_our_lines
 from jobs.stages.score import longest_sequence
@@ -35,77 +36,79 @@ def verify_rows(
     seed: int | None,
     say: Say,
 ) -> None:
-    """Checks caches; with `rescore` scores so many rows of each teacher again, as a Ray job.
+    """Checks caches; with `rescore` also scores that many rows of each teacher again, in a Ray job.
 
     Args:
-        seed: draws these rows; None means the config's.
+        teacher: name of a teacher or of a cache; None for all.
+        rescore: number of rows to score again.
+        seed: seed that draws these rows; None means the config's.
 
     Raises:
-        CacheError: something is wrong; every problem was said before.
+        CacheError: something is wrong; every problem was logged before.
     """
     if rescore == 0 and is_visible(config, address):
-        _say_checks(verify(open_run(config), teacher), say)
+        _say_checks(verify(open_caches(config), teacher), say)
         return
     command = ["cache", "verify", "--inside-job", "--rescore", str(rescore)]
     command += [] if teacher is None else ["--teacher", teacher]
     command += [] if seed is None else ["--seed", str(seed)]
     if is_visible(config, address):
-        open_run(config).chosen(teacher)
+        open_caches(config).chosen(teacher)  # refuses an unknown teacher before a job starts
     submit_job(config, address, "verify", command, say)
 
 
 def verify_inside_job(
     config: Config, teacher: str | None, rescore: int, seed: int | None, say: Say
 ) -> None:
-    """What the job of `verify_rows` does.
+    """Does the work of `verify_rows`, in its job.
 
     Raises:
-        CacheError: something is wrong; every problem was said before.
+        CacheError: something is wrong; every problem was logged before.
         TeacherError: an engine cannot run.
     """
     log_our_lines()
-    run = prepared_run(config)
-    _say_checks(verify(run, teacher), say)
+    caches = prepared_caches(config)
+    _say_checks(verify(caches, teacher), say)
     if rescore:
         join_cluster()
         seed = config.seed if seed is None else seed
-        tasks = {n: rows_to_rescore(run, n, rescore, seed) for n in run.distributions(teacher)}
-        _say_differences(run_rescoring(run, tasks), say)
+        names = caches.distributions(teacher)
+        tasks = {name: rows_to_rescore(caches, name, rescore, seed) for name in names}
+        _say_differences(run_rescoring(caches, tasks), say)
 
 
 def run_rescoring(
-    run: RunCaches, tasks: Mapping[str, Sequence[RescoringTask]]
+    caches: RunCaches, tasks: Mapping[str, Sequence[RescoringTask]]
 ) -> dict[str, PoolReport]:
-    """Scores rows again on engines like those of the score stage."""
-    need = longest_sequence(run.entries) + 1
-    width = run.config.scoring.num_logprobs
+    """Scores rows again, on engines with the settings of the score stage."""
+    need = longest_sequence(caches.entries) + 1
+    width = caches.run.config.scoring.num_logprobs
     return run_pools(
         [
             teacher_work(
-                run.config,
+                caches.run,
                 name,
-                run.prepared,
-                work,
+                own_tasks,
                 min_model_len=need,
                 num_logprobs=width,
                 unit="rows",
             )
-            for name, work in tasks.items()
+            for name, own_tasks in tasks.items()
         ]
     )
 
 
-def rows_to_rescore(run: RunCaches, name: str, count: int, seed: int) -> list[RescoringTask]:
-    """Rows of the run's sequences, drawn by the seed; one task a sequence shard."""
-    cache = run.caches[name]
+def rows_to_rescore(caches: RunCaches, name: str, count: int, seed: int) -> list[RescoringTask]:
+    """Tasks for rows that the seed draws from the run's sequences, one for each sequence shard."""
+    cache = caches.layouts[name]
     scored = {i for entry in load_index(cache) for i in entry.sequence_ids}
-    known = [entry for entry in run.entries if entry.sequence_id in scored]
+    known = [entry for entry in caches.entries if entry.sequence_id in scored]
     drawn = random.Random(seed).sample(known, min(count, len(known)))
     groups: dict[str, list[str]] = {}
     for entry in drawn:
         groups.setdefault(entry.shard, []).append(entry.sequence_id)
     return [
-        RescoringTask(cache, storage.join(run.layout.root, shard), tuple(identifiers))
+        RescoringTask(cache, storage.join(caches.run.layout.root, shard), tuple(identifiers))
         for shard, identifiers in groups.items()
     ]
 

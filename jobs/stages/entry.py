@@ -1,11 +1,10 @@
-"""One entry point a stage, for its Ray job. All are idempotent and do only what is missing."""
+"""Entry point of every stage, for its Ray job. A stage does only what is missing."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -13,13 +12,14 @@ import ray
 
 from jobs.bookkeeping.plan import length_cautions, make_plan
 from jobs.bookkeeping.stage_records import (
-    dataset_of,
+    StageRecord,
     read_record,
-    stage_key,
     unended_attempts,
+    with_earlier_attempts,
+    write_record,
 )
 from jobs.cluster.run_lock import alone
-from jobs.stages.inputs import Outcome, prepared_of, required, scored_of
+from jobs.stages.inputs import dataset_to_score, dataset_to_train_on
 from pipeline import storage
 from pipeline.cache_care.status import stale_caches
 from pipeline.config.load import dump_config
@@ -27,18 +27,21 @@ from pipeline.config.rounds import layout_of
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 from pipeline.layout import Layout
+from pipeline.run.prepared_run import Run
 
 ALONE = ("train", "export")
-"""Stages that write files in place; whatever two of the others write at once is the same."""
+"""Stages that write files in place. All other stages may run twice at once, since both processes
+write the same.
+"""
 USES_OUTPUT_OF = {"export": "train", "evaluate": "export"}
-"""Stages whose input lies at one place, whatever config has made it."""
+"""Stages whose input lies in one folder, whichever config has made it."""
 
 
 def run_stage(stage: str, config: Config) -> None:
     """Runs one stage and keeps its record: what it did, how long it and its engines took.
 
     Raises:
-        DistillationError: what went wrong; everything finished before stays.
+        DistillationError: the stage failed; everything that it has finished stays.
     """
     layout = layout_of(config)
     plans = {plan.stage: plan for plan in make_plan(config)}
@@ -56,69 +59,65 @@ def run_stage(stage: str, config: Config) -> None:
         join_cluster()
     lock = alone(layout.lock(stage), f"{stage} of the run {config.name}")
     with lock if stage in ALONE else nullcontext():
-        outcome = STAGE_FUNCTIONS[stage](config, layout)
-    # A refused stage leaves the config that made what lies there.
+        record = STAGE_FUNCTIONS[stage](config)
+    # Written last: if a stage is refused, the folder keeps the config that made its content.
     storage.write_bytes(layout.resolved_config, dump_config(config).encode())
-    record = {"seconds": time.time() - started, "started": started, "unended": unended, **outcome}
-    _keep_record(layout, stage, record)
+    attempt: dict[str, float] = {"started": started, "unended": unended}
+    if stage != "train":  # its checkpoints count the seconds of all its starts
+        attempt["seconds"] = time.time() - started
+    _keep_record(layout, stage, record.model_copy(update=attempt))
     storage.write_json(layout.unended_attempts(stage), 0)
-    print(outcome["summary"], flush=True)
+    print(record.summary, flush=True)
 
 
-def _prepare(config: Config, layout: Layout) -> Outcome:
+def _prepare(config: Config) -> StageRecord:
     from jobs.stages.prepare import prepare
 
-    prepared = prepare(config)
-    for line in [
-        *stale_caches(layout, prepared),
-        *length_cautions(config, prepared.longest_prompt),
-    ]:
+    run = prepare(config)
+    prepared = run.prepared
+    for line in [*stale_caches(run), *length_cautions(config, prepared.longest_prompt)]:
         print(line, flush=True)
     counts = ", ".join(f"{name} {count}" for name, count in prepared.prompt_counts.items())
-    summary = f"prompts: {counts}; vocabularies agree"
-    return {"key": prepared.key, "summary": summary}
+    return StageRecord(key=prepared.key, summary=f"prompts: {counts}; vocabularies agree")
 
 
-def _synthesize(config: Config, layout: Layout) -> Outcome:
+def _synthesize(config: Config) -> StageRecord:
     from jobs.cluster.placement import cautions
     from jobs.stages.synthesize import synthesize
 
     for line in cautions(config, ray.nodes()):
         print(f"caution: {line}", flush=True)
-    return synthesize(config, layout, prepared_of(config, layout))
+    return synthesize(Run.open(config))
 
 
-def _score(config: Config, layout: Layout) -> Outcome:
+def _score(config: Config) -> StageRecord:
     from jobs.stages.score import score
 
-    prepared = prepared_of(config, layout)
-    return score(
-        config, layout, prepared, required(dataset_of(config, layout, prepared), "synthesize")
-    )
+    run = Run.open(config)
+    return score(run, dataset_to_score(run))
 
 
-def _evaluate(config: Config, layout: Layout) -> Outcome:
-    from jobs.stages.evaluate import evaluate
-
-    prepared, dataset = scored_of(config, layout)
-    outcome = evaluate(config, layout, prepared, dataset)
-    return {"key": stage_key(config, layout, prepared, "evaluate"), **outcome}
-
-
-def _train(config: Config, layout: Layout) -> Outcome:
+def _train(config: Config) -> StageRecord:
     from jobs.stages.train import train
 
-    return train(config, layout)
+    return train(Run.open(config))
 
 
-def _export(config: Config, layout: Layout) -> Outcome:
+def _export(config: Config) -> StageRecord:
     from jobs.stages.export import export
 
-    return export(config, layout)
+    return export(Run.open(config))
 
 
-# Each imports what it needs when it runs: engines take seconds to import.
-STAGE_FUNCTIONS: dict[str, Callable[[Config, Layout], Outcome]] = {
+def _evaluate(config: Config) -> StageRecord:
+    from jobs.stages.evaluate import evaluate
+
+    run = Run.open(config)
+    return evaluate(run, dataset_to_train_on(run))
+
+
+# Each function imports its stage when it runs, since engines take seconds to import.
+STAGE_FUNCTIONS: dict[str, Callable[[Config], StageRecord]] = {
     "prepare": _prepare,
     "synthesize": _synthesize,
     "score": _score,
@@ -128,18 +127,15 @@ STAGE_FUNCTIONS: dict[str, Callable[[Config, Layout], Outcome]] = {
 }
 
 
-def _keep_record(layout: Layout, stage: str, record: Outcome) -> None:
-    """Writes the record of a stage; what earlier runs of the same work took is added (train counts
-    that by its checkpoints).
+def _keep_record(layout: Layout, stage: str, record: StageRecord) -> None:
+    """Writes the record of a stage; earlier attempts with the same key are added to it.
+
+    The train stage counts earlier attempts itself, by its checkpoints.
     """
-    before = read_record(layout, stage)
-    if stage != "train" and before.get("key") == record["key"]:
-        record["seconds"] += before["seconds"]
-        record["unended"] += before.get("unended", 0)
-        took = Counter(before.get("engine_seconds", {}))
-        took.update(record.get("engine_seconds", {}))
-        record["engine_seconds"] = dict(took)
-    storage.write_json(layout.stage_record(stage), record)
+    earlier = read_record(layout, stage)
+    if stage != "train" and earlier.key == record.key:
+        record = with_earlier_attempts(record, earlier)
+    write_record(layout, stage, record)
 
 
 def join_cluster() -> None:

@@ -6,13 +6,19 @@ import json
 import platform
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
 import numpy as np
 
 from jobs.bookkeeping.plan import students_of
-from jobs.bookkeeping.stage_records import read_record, unended_attempts
+from jobs.bookkeeping.stage_records import (
+    StageRecord,
+    read_record,
+    stage_key,
+    unended_attempts,
+)
 from jobs.stages.holdout import holdout_figures, renormalised_sequences
 from jobs.stages.rounds_report import round_rows, stage_rows
 from jobs.stages.teacher_pools import endpoint_spec
@@ -31,7 +37,7 @@ from pipeline.records import DatasetEntry, Prompt, TokenSequence
 from pipeline.report.page import render_html
 from pipeline.report.tables import rounds_summary, text_summary
 from pipeline.run.costs import stage_cost
-from pipeline.run.preparation import Prepared
+from pipeline.run.prepared_run import Run
 from pipeline.sequences import read_dataset, read_sequences
 from pipeline.synthesis.prompts import load_prompts
 from teachers.pool.pool import PoolReport, TeacherWork, run_pools
@@ -54,7 +60,7 @@ NOT_MEASURED: Json = {
 }
 
 
-def evaluate(config: Config, layout: Layout, prepared: Prepared, dataset: str) -> Json:
+def evaluate(run: Run, dataset: str) -> StageRecord:
     """Measures all models on the hold-out split and writes `report.json` and `report.html`.
 
     Raises:
@@ -63,19 +69,17 @@ def evaluate(config: Config, layout: Layout, prepared: Prepared, dataset: str) -
             did.
     """
     started = time.time()
+    config, layout = run.config, run.layout
     whole = read_dataset(layout, dataset)
     entries = [entry for entry in whole if entry.split == "holdout"]
-    caches = prepared.distributions(layout)
-    prompts = _holdout_prompts(config, load_prompts(layout, prepared.prompts))
+    prompts = _holdout_prompts(config, load_prompts(layout, run.prepared.prompts_digest))
     compared = _compared_sequences(layout, entries)
     former = round_layouts(config)[:-1]
-    figures = holdout_figures(
-        config, layout, entries, compared, caches, students_of(config), former
-    )
+    figures = holdout_figures(run, entries, compared, students_of(config), former)
     models, took, differences, too_long = [], {}, {}, 0
     for name in [*config.scoring_teachers, *students_of(config)]:
         measured, begun = figures["models"][name], time.monotonic()
-        answered, engine = _serve(config, layout, prepared, name, prompts, compared)
+        answered, engine = _serve(run, name, prompts, compared)
         took[name] = time.monotonic() - begun
         too_long = answered.num_too_long  # the same for all: the student's tokenizer decides
         models.append(_model(config, name, answered, engine, measured["domains"]))
@@ -84,39 +88,35 @@ def evaluate(config: Config, layout: Layout, prepared: Prepared, dataset: str) -
         print(f"{name}: {_line(models[-1], answered, layout.answers(name))}", flush=True)
     begun = time.monotonic()
     students = [
-        _former_student(config, each, prepared, prompts, numbers)
+        _former_student(replace(run, layout=each), prompts, numbers)
         for each, numbers in zip(former, figures["former"], strict=True)
     ]
     took[STUDENT] += time.monotonic() - begun
     students += [model["domains"] for model in models if model["name"] == STUDENT]
     report = {
-        **_report(config, layout, prepared, dataset, models, figures),
-        "renormalised_sequences": renormalised_sequences(config, layout, whole, caches),
+        **_report(run, dataset, models, figures),
+        "renormalised_sequences": renormalised_sequences(run, whole),
         "export_check": _export_check(config, layout, differences),
-        "prompts": prepared.prompt_counts | {"holdout_too_long_to_ask": too_long},
+        "prompts": run.prepared.prompt_counts | {"holdout_too_long_to_ask": too_long},
         "stages": [*stage_rows(config), _own_row(config, layout, time.time() - started, took)],
         "rounds": round_rows(config, students) if former else [],
     }
     storage.write_json(layout.report_json, report)
     storage.write_bytes(layout.report_html, render_html(report).encode())
     summary = f"{rounds_summary(report)}{text_summary(report)}\n{layout.report_html}"
-    return {"engine_seconds": took, "summary": summary}
+    return StageRecord(key=stage_key(run, "evaluate"), engine_seconds=took, summary=summary)
 
 
 def _serve(
-    config: Config,
-    layout: Layout,
-    prepared: Prepared,
-    name: str,
-    prompts: tuple[Prompt, ...],
-    compared: tuple[TokenSequence, ...],
+    run: Run, name: str, prompts: tuple[Prompt, ...], compared: tuple[TokenSequence, ...]
 ) -> tuple[AnsweredPrompts, Json]:
     """Answers of one model, alone on its hardware, and the description of its engine."""
+    config, layout = run.config, run.layout
     teacher = config.teachers.get(name)
     resources: Resources = teacher.resources if teacher else config.evaluation.resources
     need = max([_longest_request(config, prompts), *(len(s.input_ids) + 1 for s in compared)])
     if isinstance(teacher, EndpointTeacherConfig):
-        spec = endpoint_spec(config, name, prepared, min_model_len=need, num_logprobs=0)
+        spec = endpoint_spec(run, name, min_model_len=need, num_logprobs=0)
     else:
         spec = EngineSpec(
             model=teacher.model if teacher else layout.export_folder(name),
@@ -128,7 +128,7 @@ def _serve(
             num_logprobs=1,
             min_model_len=need,
             seed=config.seed,
-            eos_token_ids=(prepared.eos_token_id,),
+            eos_token_ids=(run.prepared.eos_token_id,),
         )
     task = AnsweringTask(
         model=name,
@@ -157,13 +157,11 @@ def _serve(
     return report.results[0], report.engines[-1]
 
 
-def _former_student(
-    config: Config, layout: Layout, prepared: Prepared, prompts: tuple[Prompt, ...], numbers: Json
-) -> Json:
+def _former_student(run: Run, prompts: tuple[Prompt, ...], numbers: Json) -> Json:
     """By domain the figures of a former round's student."""
-    answered, _ = _serve(config, layout, prepared, STUDENT, prompts, compared=())
+    answered, _ = _serve(run, STUDENT, prompts, compared=())
     domains = _domains(answered, numbers)
-    print(f"{layout.export_folder(STUDENT)}: {', '.join(_exact(domains))}", flush=True)
+    print(f"{run.layout.export_folder(STUDENT)}: {', '.join(_exact(domains))}", flush=True)
     return domains
 
 
@@ -203,17 +201,10 @@ def _domains(answered: AnsweredPrompts, numbers: Json) -> Json:
     }
 
 
-def _report(
-    config: Config,
-    layout: Layout,
-    prepared: Prepared,
-    dataset: str,
-    models: list[Json],
-    figures: Json,
-) -> Json:
+def _report(run: Run, dataset: str, models: list[Json], figures: Json) -> Json:
     """What `report.json` says of the run, its models, caches and synthesis."""
-    records = {stage: read_record(layout, stage) for stage in ("synthesize", "score")}
-    refused = records["score"].get("quarantined", {})
+    config, layout, caches = run.config, run.layout, run.cache_layouts()
+    synthesis, scoring = (read_record(layout, stage) for stage in ("synthesize", "score"))
     return {
         "run": {
             "name": config.name,
@@ -224,22 +215,23 @@ def _report(
             # The student's: a teacher may run elsewhere.
             "hardware": f"{models[-1]['engine']['device']} ({platform.machine()})",
             "dataset": dataset,
-            "caches": {
-                name: cache.shards_folder for name, cache in prepared.caches(layout).items()
-            },
-            "identities": {name: prepared.identities[name] for name in config.teachers},
+            "caches": {name: cache.shards_folder for name, cache in caches.items()},
+            "identities": {name: run.prepared.identities[name] for name in config.teachers},
         },
         "models": models,
         "caches": {
-            name: {**found, "quarantined": refused.get(name, 0)}
-            for name, found in _cache_totals(layout, prepared).items()
+            name: {
+                **totals(load_index(cache)).model_dump(),
+                "quarantined": scoring.quarantined.get(name, 0),
+            }
+            for name, cache in caches.items()
         },
         "combine": config.combine.method,
         "weights": figures["weights"],
         "product": figures["product"],
         "learned_weights": learned_provenance(config.combine, layout),
-        "synthesis": records["synthesize"]["counts"],
-        "filters": records["synthesize"]["filters"] + records["score"]["filters"],
+        "synthesis": synthesis.counts,
+        "filters": synthesis.filters + scoring.filters,
         "curves": {label: _curve(layout, label) for label in students_of(config)},
     }
 
@@ -249,14 +241,8 @@ def _own_row(config: Config, layout: Layout, seconds: float, took: dict[str, flo
     own = {"seconds": seconds, "engine_seconds": took}
     # This attempt is one of them.
     unended = max(0, unended_attempts(layout, "evaluate") - 1)
-    cost = stage_cost(config, own)
+    cost = stage_cost(config, took)
     return {"stage": "evaluate", "cost": cost, "detail": "", "unended": unended, **own}
-
-
-def _cache_totals(layout: Layout, prepared: Prepared) -> dict[str, dict[str, float]]:
-    """Size and quality of each teacher's caches."""
-    caches = prepared.caches(layout)
-    return {name: totals(load_index(cache)).model_dump() for name, cache in caches.items()}
 
 
 def _export_check(config: Config, layout: Layout, differences: dict[str, float]) -> Json:
@@ -268,7 +254,7 @@ def _export_check(config: Config, layout: Layout, differences: dict[str, float])
                 f"{difference:.3g} nats from those of the trained weights (tolerance {tolerance}); "
                 f"{layout.export_folder(label)} must not be used"
             )
-    export = read_record(layout, "export")["figures"]
+    export = read_record(layout, "export").figures
     return {
         "max_logit_difference": max(f["largest_difference_nats"] for f in export.values()),
         "max_engine_logprob_difference": max(differences.values()),

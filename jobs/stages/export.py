@@ -1,32 +1,35 @@
-"""Stage 5: writes the trained models as Hugging Face folders, checked against the training."""
+"""Stage 5: writes the trained students as Hugging Face folders, checked against the training."""
 
 from __future__ import annotations
 
-from jobs.bookkeeping.stage_records import (
-    stage_key,
-)
-from jobs.stages.inputs import Outcome, scored_of
-from pipeline.config.run import Config
-from pipeline.layout import Layout
+from jobs.bookkeeping.stage_records import StageRecord, stage_key
+from jobs.stages.inputs import dataset_to_train_on
+from pipeline.run.prepared_run import Run
 from pipeline.run.training_spec import training_specs
 
 
-def export(config: Config, layout: Layout) -> Outcome:
+def export(run: Run) -> StageRecord:
+    """Exports every student of the run.
+
+    Raises:
+        ConfigError: the score stage has not finished.
+        ClusterError: the cluster has no node for the evaluation's resources.
+        TrainingError: an exported student computes other numbers than the trained one.
+    """
     from jobs.stages.holdout import run_on_evaluation_resources
     from students.export import export_student
 
-    prepared, dataset = scored_of(config, layout)
-    figures = {
-        job.student: run_on_evaluation_resources(
-            config, export_student, job, layout.export_folder(job.student)
+    summaries = {
+        spec.student: run_on_evaluation_resources(
+            run.config, export_student, spec, run.layout.export_folder(spec.student)
         )
-        for job in training_specs(config, layout, prepared, dataset)
+        for spec in training_specs(run, dataset_to_train_on(run))
     }
-    return {
-        "key": stage_key(config, layout, prepared, "export"),
-        "figures": figures,
-        "summary": "; ".join(
-            f"{found['folder']} (at most {found['largest_difference_nats']:.1e} nats from training)"
-            for found in figures.values()
+    return StageRecord(
+        key=stage_key(run, "export"),
+        figures=summaries,
+        summary="; ".join(
+            f"{s['folder']} (at most {s['largest_difference_nats']:.1e} nats from training)"
+            for s in summaries.values()
         ),
-    }
+    )

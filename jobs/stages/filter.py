@@ -1,4 +1,4 @@
-"""The filters of a run: they need text and, behind scoring, cached rows, and make a new dataset."""
+"""The filters of stages 2 and 3: filters after scoring read cached rows, all others text alone."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from jobs.stages.teacher_pools import engine_seconds, teacher_work
 from pipeline import storage
 from pipeline.cache.index import load_index
 from pipeline.config.filters import Filter, Judge, scoring_teacher
-from pipeline.config.run import Config
 from pipeline.filters.answer_checkers import SafeChecker
 from pipeline.filters.candidates import Candidate, Evidence
 from pipeline.filters.run import run_filters
 from pipeline.fingerprint import digest_json
-from pipeline.layout import CacheLayout, Layout
+from pipeline.layout import CacheLayout
 from pipeline.records import DatasetEntry, Prompt
 from pipeline.run.identities import judging_identity
-from pipeline.run.preparation import Prepared
+from pipeline.run.prepared_run import Run
 from pipeline.sequences import read_sequences, write_dataset
 from pipeline.synthesis.index import sample_counts
 from pipeline.synthesis.prompts import load_prompts
@@ -37,11 +36,12 @@ from teachers.tokenizing import answer_text, prompt_ids, student_tokenizer
 
 @dataclass(frozen=True)
 class Filtered:
-    """What filters left.
+    """The outcome of filters.
 
     Attributes:
-        counts: of each filter.
-        engine_seconds: of judges, by teacher.
+        entries: entries that are left.
+        counts: what each filter has seen and dropped.
+        engine_seconds: seconds of the judges' engines, by teacher.
     """
 
     entries: list[DatasetEntry]
@@ -49,36 +49,31 @@ class Filtered:
     engine_seconds: Counter[str] = field(default_factory=Counter)
 
 
-def filter_answers(
-    config: Config, layout: Layout, prepared: Prepared, entries: Sequence[DatasetEntry]
-) -> Filtered:
+def filter_answers(run: Run, entries: Sequence[DatasetEntry]) -> Filtered:
     """Runs the filters before scoring.
 
     Raises:
         FilterError: nothing of a split that is needed is left.
         TeacherError: a judge's engine cannot run.
     """
-    rules = config.synthesis.filters_before_scoring
-    digest = digest_json(prepared.filters_before_scoring)
-    return _filtered(config, layout, prepared, entries, rules, digest)
+    digest = digest_json(run.prepared.filters_before_scoring)
+    return _filtered(run, entries, run.config.synthesis.filters_before_scoring, digest)
 
 
-def filter_scored(
-    config: Config, layout: Layout, prepared: Prepared, entries: Sequence[DatasetEntry]
-) -> Filtered:
-    """Runs the filters that need cached rows, and those behind them.
+def filter_scored(run: Run, entries: Sequence[DatasetEntry]) -> Filtered:
+    """Runs the filters that need cached rows, and the filters that follow them.
 
     Raises:
         FilterError: nothing of a split that is needed is left.
         TeacherError: a judge's engine cannot run.
     """
-    rules = config.synthesis.filters_after_scoring
-    digest = digest_json([prepared.filters_after_scoring, prepared.scoring_recipes])
-    return _filtered(config, layout, prepared, entries, rules, digest)
+    prepared = run.prepared
+    digest = digest_json([prepared.filters_after_scoring, prepared.cache_identities])
+    return _filtered(run, entries, run.config.synthesis.filters_after_scoring, digest)
 
 
 def mean_gold_logprobs(cache: CacheLayout, sequence_ids: AbstractSet[str]) -> dict[str, float]:
-    """The mean log-probability in nats of each scored sequence's gold tokens.
+    """Mean log-probability in nats of the gold tokens of each scored sequence.
 
     Raises:
         StorageError: a shard cannot be read.
@@ -95,24 +90,21 @@ def mean_gold_logprobs(cache: CacheLayout, sequence_ids: AbstractSet[str]) -> di
 
 
 def _filtered(
-    config: Config,
-    layout: Layout,
-    prepared: Prepared,
-    entries: Sequence[DatasetEntry],
-    rules: Sequence[Filter],
-    digest: str,
+    run: Run, entries: Sequence[DatasetEntry], rules: Sequence[Filter], digest: str
 ) -> Filtered:
+    """Runs filters in order; `digest` identifies them, and names the folder of rejected answers."""
     if not rules:
         return Filtered(list(entries))
-    given = load_prompts(layout, prepared.prompts)
-    steps = list(walk(config, layout, prepared.synthesis_digests, given))
+    layout = run.layout
+    given = load_prompts(layout, run.prepared.prompts_digest)
+    steps = list(walk(run.config, layout, run.prepared.synthesis_digests, given))
     prompts = {prompt.prompt_id: prompt for prompt in all_prompts(steps, given)}
     samples = sample_counts(layout, [(work.digest, work.prompts) for work in steps])
-    caches, ids = prepared.caches(layout), {entry.sequence_id for entry in entries}
+    caches, ids = run.cache_layouts(), {entry.sequence_id for entry in entries}
     teachers = {teacher for rule in rules if (teacher := scoring_teacher(rule)) is not None}
-    name = config.prompts.checker
+    name = run.config.prompts.checker
     checker = None if name is None else SafeChecker(name)
-    took: Counter[str] = Counter()
+    seconds: Counter[str] = Counter()
     evidence = Evidence(
         checker=checker,
         holdout_prompts={
@@ -121,38 +113,37 @@ def _filtered(
             if p.split == "holdout"
         },
         gold_logprobs={name: mean_gold_logprobs(caches[name], ids) for name in sorted(teachers)},
-        grade=lambda rule, asked: _grades(config, layout, prepared, prompts, took, rule, asked),
+        grade=lambda rule, candidates: _grades(run, prompts, seconds, rule, candidates),
     )
     kept, counts = run_filters(
         layout,
         digest_json([write_dataset(layout, entries), digest]),
         rules,
-        _candidates(config, layout, entries, prompts, samples),
+        _candidates(run, entries, prompts, samples),
         evidence,
     )
     if checker is not None:
         checker.log_count()
-    return Filtered([candidate.entry for candidate in kept], counts, took)
+    return Filtered([candidate.entry for candidate in kept], counts, seconds)
 
 
 def _candidates(
-    config: Config,
-    layout: Layout,
+    run: Run,
     entries: Sequence[DatasetEntry],
     prompts: Mapping[str, Prompt],
     samples: Mapping[tuple[str, str], int],
 ) -> list[Candidate]:
-    """The sequences with their text, in the order of the entries; each shard is read once."""
-    tokenizer, _ = student_tokenizer(config.student.files)
+    """Sequences with their text, in the order of the entries; each shard is read once."""
+    tokenizer, _ = student_tokenizer(run.config.student.files)
     candidates: dict[int, Candidate] = {}
     by_shard: dict[str, list[int]] = {}
     for i, entry in enumerate(entries):
         by_shard.setdefault(entry.shard, []).append(i)
     for shard, places in by_shard.items():
-        found = {s.sequence_id: s for s in read_sequences(storage.join(layout.root, shard))}
+        members = {s.sequence_id: s for s in read_sequences(storage.join(run.layout.root, shard))}
         for i in places:
             entry, prompt = entries[i], prompts[entries[i].prompt_id]
-            gold_ids = found[entry.sequence_id].gold_ids
+            gold_ids = members[entry.sequence_id].gold_ids
             candidates[i] = Candidate(
                 entry=entry,
                 prompt=prompt.words,
@@ -165,52 +156,53 @@ def _candidates(
 
 
 def _grades(
-    config: Config,
-    layout: Layout,
-    prepared: Prepared,
+    run: Run,
     prompts: Mapping[str, Prompt],
-    took: Counter[str],
+    seconds: Counter[str],
     rule: Judge,
     candidates: Sequence[Candidate],
 ) -> Mapping[str, int | None]:
-    """The grades of all candidates; those without one are graded now, and `took` says how long.
+    """Grades of candidates, by sequence id. Candidates without a grade are graded now.
 
-    What is too long for the judge is left out, and asked once its engine holds it.
+    An answer that is too long for the judge gets no grade; it is asked again once the judge's
+    engine holds it.
+
+    Args:
+        seconds: engine seconds by teacher, to which the time of the judge is added.
     """
-    name = rule.teacher
-    identity, teacher = prepared.identities[name], config.teachers[name]
-    recipe = digest_json(judging_identity(config, rule, identity, prepared.tokenizer_hash))
+    config, name = run.config, rule.teacher
+    identity, teacher = run.prepared.identities[name], config.teachers[name]
+    digest = digest_json(judging_identity(config, rule, identity, run.prepared.tokenizer_hash))
     rubric = rubric_of(rule)
     questions = [
         (c.entry.sequence_id, _question(rubric, prompts[c.entry.prompt_id], c)) for c in candidates
     ]
-    template = JudgingTask(layout, recipe, (), config.student, not teacher.returns_text)
-    known = read_grades(layout, recipe)
+    template = JudgingTask(run.layout, digest, (), config.student, not teacher.returns_text)
+    known = read_grades(run.layout, digest)
     tokenizer, _ = student_tokenizer(config.student.files)
     needs = {
         sequence_id: len(prompt_ids(tokenizer, question)) + template.max_tokens
         for sequence_id, question in questions
         if sequence_id not in known
     }
-    room = teacher.max_model_len or math.inf
-    new = [(i, asked) for i, asked in questions if i in needs and needs[i] <= room]
+    most = teacher.max_model_len or math.inf
+    new = [(i, question) for i, question in questions if i in needs and needs[i] <= most]
     tasks = plan_judging(template, new, config.synthesis.prompts_per_shard)
-    job = teacher_work(
-        config,
+    pool = teacher_work(
+        run,
         name,
-        prepared,
         tasks,
         min_model_len=max((needs[i] for i, _ in new), default=1),
         num_logprobs=0,
         unit="answers",
     )
     started = time.monotonic()
-    took.update(engine_seconds(config, run_pools([job]), time.monotonic() - started))
-    return read_grades(layout, recipe)
+    seconds.update(engine_seconds(config, run_pools([pool]), time.monotonic() - started))
+    return read_grades(run.layout, digest)
 
 
 def _question(rubric: str, prompt: Prompt, candidate: Candidate) -> Prompt:
-    """The filled rubric, in chat form where the prompt has it."""
+    """The filled rubric as a prompt: a chat message if the prompt is a chat, otherwise raw text."""
     text = fill(rubric, prompt=candidate.prompt, answer=candidate.answer)
     if prompt.messages is None:
         return replace(prompt, text=text)

@@ -10,14 +10,14 @@ import ray
 from ray.exceptions import RayTaskError
 
 from pipeline.cache.reader import CacheReader, open_cache
-from pipeline.combine.learned import learned_weights, with_learned
 from pipeline.combine.product import product_of
 from pipeline.combine.weights import combine_targets, required_teachers
 from pipeline.config.combine import CombineConfig
 from pipeline.config.run import Config
 from pipeline.errors import DistillationError
-from pipeline.layout import CacheLayout, Layout
+from pipeline.layout import Layout
 from pipeline.records import DatasetEntry, TokenSequence
+from pipeline.run.prepared_run import Run
 from teachers.pool.placement import check_placement
 
 if TYPE_CHECKING:
@@ -27,11 +27,9 @@ Json = dict[str, Any]
 
 
 def holdout_figures(
-    config: Config,
-    layout: Layout,
+    run: Run,
     entries: Sequence[DatasetEntry],
     compared: Sequence[TokenSequence],
-    caches: dict[str, CacheLayout],
     students: Sequence[str],
     former: Sequence[Layout] = (),
 ) -> Json:
@@ -49,7 +47,7 @@ def holdout_figures(
         of positions `floored`.
     """
     return run_on_evaluation_resources(
-        config, _figures, config, layout, entries, compared, caches, students, former
+        run.config, _figures, run, entries, compared, students, former
     )
 
 
@@ -79,15 +77,10 @@ def run_on_evaluation_resources(
         raise
 
 
-def renormalised_sequences(
-    config: Config,
-    layout: Layout,
-    entries: Sequence[DatasetEntry],
-    caches: dict[str, CacheLayout],
-) -> int:
+def renormalised_sequences(run: Run, entries: Sequence[DatasetEntry]) -> int:
     """Sequences that a teacher of positive weight lacks: the others' weights are scaled up."""
-    readers = {name: open_cache(cache) for name, cache in caches.items()}
-    combine = combination(config, layout)
+    readers = {name: open_cache(cache) for name, cache in run.distribution_layouts().items()}
+    combine = run.combine()
     return sum(
         any(
             entry.sequence_id not in readers[name]
@@ -97,17 +90,10 @@ def renormalised_sequences(
     )
 
 
-def combination(config: Config, layout: Layout) -> CombineConfig:
-    """How the teachers of a run combine, with weights that can be looked up."""
-    return with_learned(config.combine, learned_weights(config.combine, layout))
-
-
 def _figures(
-    config: Config,
-    layout: Layout,
+    run: Run,
     entries: Sequence[DatasetEntry],
     compared: Sequence[TokenSequence],
-    caches: dict[str, CacheLayout],
     students: Sequence[str],
     former: Sequence[Layout],
 ) -> Json:
@@ -115,9 +101,10 @@ def _figures(
     from students.evaluation import holdout_numbers, teacher_holdout_numbers
     from students.reference import gold_logprobs, vocabulary_size
 
+    config, layout, caches = run.config, run.layout, run.distribution_layouts()
     trust = config.student.trust_remote_code
     vocabulary = vocabulary_size(layout.export_folder(students[0]), trust)
-    teachers, combine = config.scoring_teachers, combination(config, layout)
+    teachers, combine = config.scoring_teachers, run.combine()
     examples = open_examples(layout, caches, teachers, combine, entries, vocabulary)
     readers = {name: open_cache(cache) for name, cache in caches.items()}
     models: Json = {

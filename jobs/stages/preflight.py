@@ -1,4 +1,4 @@
-"""What prepare finds out about recipes and filters: are they possible, and what identifies them?"""
+"""Checks and identities of recipes and filters, for the prepare stage."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _NO_PLACE = "system_prompt, and {} prompts are raw `text`, which has no place fo
 Identities = Mapping[str, dict[str, str]]
 
 
-def check_sampling(config: Config) -> None:
+def check_step_sampling(config: Config) -> None:
     """Checks the SamplingParams of every step of every round.
 
     Raises:
         ConfigError: vLLM refuses them, or they leave no room for a prompt.
     """
     most = config.synthesis.max_sequence_tokens
-    steps = {step.label: step for each in rounds_of(config) for step in steps_of(each)}
+    steps = {step.label: step for of_round in rounds_of(config) for step in steps_of(of_round)}
     for step in steps.values():
         if isinstance(step.recipe, GivenAnswers):
             continue
@@ -69,7 +69,7 @@ def check_recipes(config: Config, prompts: Sequence[Prompt]) -> None:
     """Checks that every recipe has prompts to work on, and that templates can be used.
 
     Raises:
-        ConfigError: one has not, or one cannot.
+        ConfigError: a recipe has no prompt, or a template cannot be used.
     """
     domains = {prompt.domain for prompt in prompts}
     owned = {domain for teacher in config.teachers.values() for domain in teacher.domains}
@@ -101,29 +101,32 @@ def check_lengths(config: Config, prompts: Sequence[Prompt], tokens: Mapping[str
     """Checks that every engine that answers holds the longest of its prompts with an answer.
 
     Args:
-        tokens: by the digest of a prompt as it is asked, its length.
+        tokens: length of every prompt as it is asked, by its digest.
 
     Raises:
-        ConfigError: one does not, and nothing says that such prompts may be dropped.
+        ConfigError: an engine is too short, and the config does not let such prompts be dropped.
     """
-    for each in rounds_of(config):
+    for of_round in rounds_of(config):
         pool = list(prompts)
-        for step in steps_of(each):
+        for step in steps_of(of_round):
             if isinstance(step.recipe, Writing):
                 pool = handed_on(step.recipe, pool)
             elif isinstance(step.recipe, Answering):
-                lengths = (tokens[p.digest] for p in asked_of(each, step, pool))
+                lengths = (tokens[p.digest] for p in asked_of(of_round, step, pool))
                 most = sampling_of(step.recipe, step.generator)["max_tokens"]
                 place = f"synthesis.recipes ({step.label})"
-                _check_room(each, place, step.generator, max(lengths, default=0), most)
+                _check_room(of_round, place, step.generator, max(lengths, default=0), most)
     sampling, system = config.evaluation.sampling, config.evaluation.system_prompt
-    asked = max(tokens[p.under(system).digest] for p in prompts if p.split == "holdout")
+    longest = max(tokens[p.under(system).digest] for p in prompts if p.split == "holdout")
     for name in [*config.scoring_teachers, STUDENT]:
-        _check_room(config, "evaluation", name, asked, sampling["max_tokens"])
+        _check_room(config, "evaluation", name, longest, sampling["max_tokens"])
 
 
 def _check_room(config: Config, place: str, name: str, prompt: int, answer: int) -> None:
-    """`prompt` and `answer` are the most tokens of either; what exceeds a bound is dropped."""
+    """Checks that an engine holds `prompt` and `answer` tokens, the most of either.
+
+    A sequence above `synthesis.max_sequence_tokens` is dropped, so the engine need not hold it.
+    """
     teacher, bound = config.generator(name), config.synthesis.max_sequence_tokens
     need = min(prompt + answer, bound or prompt + answer)
     if not teacher.returns_text and need > (teacher.max_model_len or need):
@@ -136,7 +139,7 @@ def _check_room(config: Config, place: str, name: str, prompt: int, answer: int)
 
 
 def check_filters(config: Config, prompts: Sequence[Prompt]) -> None:
-    """Checks what the filters need beside the answers.
+    """Checks checkers, files, rubrics, grades and domains that the filters need.
 
     Raises:
         ConfigError: a checker, file, rubric or domain does not exist, or a grade is no token.
@@ -162,13 +165,13 @@ def check_filters(config: Config, prompts: Sequence[Prompt]) -> None:
                 grade_tokens(load_tokenizer(config.student.files))
 
 
-def synthesis_recipes(
+def synthesis_identities(
     config: Config, identities: Identities, tokenizer_hash: str
 ) -> dict[str, dict[str, Any]]:
-    """By step, what decides its answers or prompts.
+    """Identities of all steps, by their labels.
 
     Args:
-        identities: of the generators' models.
+        identities: identities of the authors' models.
     """
     return {
         step.label: synthesis_identity(
@@ -181,10 +184,10 @@ def synthesis_recipes(
 def filter_identities(
     config: Config, rules: Sequence[Filter], identities: Identities, tokenizer_hash: str
 ) -> list[dict[str, Any]]:
-    """What decides which answers filters keep.
+    """Identities of filters: everything that decides which answers they keep.
 
     Args:
-        identities: of the teachers' models.
+        identities: identities of the teachers' models.
     """
     return [
         filter_identity(

@@ -1,4 +1,7 @@
-"""The first stage: reads prompts, checks models and vocabularies, fixes recipes; on CPUs alone."""
+"""Stage 1: reads prompts, checks models and vocabularies, and fixes all identities.
+
+It needs no engine and no GPU.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from jobs.stages.preflight import (
     check_filters,
     check_lengths,
     check_recipes,
-    check_sampling,
+    check_step_sampling,
     filter_identities,
-    synthesis_recipes,
+    synthesis_identities,
 )
 from pipeline.combine.learned import SPLIT as LEARNED_SPLIT
 from pipeline.config.base import ModelFiles
@@ -24,9 +27,11 @@ from pipeline.config.synthesis import STUDENT
 from pipeline.config.teachers import EndpointTeacherConfig, TeacherConfig
 from pipeline.errors import ConfigError
 from pipeline.filters.answer_checkers import checker_identity
+from pipeline.layout import Layout
 from pipeline.records import Prompt
 from pipeline.run.identities import cache_identities
 from pipeline.run.preparation import Prepared, preparation_key, save_prepared
+from pipeline.run.prepared_run import Run
 from pipeline.synthesis.prompts import read_prompts, write_prompts
 from pipeline.synthesis.steps import as_asked, steps_of
 from teachers.engine.options import check_engine_arguments, check_sampling_parameters
@@ -36,12 +41,12 @@ from teachers.preflight.vocabulary import check_vocabularies
 from teachers.tokenizing import load_tokenizer, prompt_ids
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: Config) -> Run:
     """Checks everything that can be checked without an engine, and writes `prepared.json`.
 
     Raises:
-        PromptError, ConfigError, VocabularyMismatchError: what is wrong, before any hardware is
-            taken.
+        PromptError, ConfigError, VocabularyMismatchError: a prompt, a model or a setting cannot be
+            used; no hardware has been taken yet.
     """
     layout = layout_of(config)
     _check_start(config)
@@ -50,65 +55,70 @@ def prepare(config: Config) -> Prepared:
         if files is not None:
             check_model(files)
     _check_weights(config)
-    asked = as_asked(config, prompts)
-    tokenizer_digest = check_vocabularies(config, asked)
+    asked_prompts = as_asked(config, prompts)
+    tokenizer_hash = check_vocabularies(config, asked_prompts)
     _check_vocabulary_sizes(config)
     check_layers(config)
     tokenizer = load_tokenizer(config.student.files)
-    lengths = {prompt.digest: len(prompt_ids(tokenizer, prompt)) for prompt in asked}
+    lengths = {prompt.digest: len(prompt_ids(tokenizer, prompt)) for prompt in asked_prompts}
     check_lengths(config, prompts, lengths)
-    # The student's weights are a generator's only where it writes in this round.
-    writers = {step.generator for step in steps_of(config)} & {STUDENT}
-    identities = {
-        name: model_identity(config.generator(name), layout)
-        for name in [*config.teachers, *sorted(writers)]
-    }
+    identities = _model_identities(config, layout)
     eos_token_id = tokenizer.eos_token_id
     assert isinstance(eos_token_id, int), "a tokenizer without one is refused above"
     prepared = Prepared(
         key=preparation_key(config),
-        prompts=write_prompts(layout, prompts),
+        prompts_digest=write_prompts(layout, prompts),
         prompt_counts=counts,
         longest_prompt=max(lengths.values()),
-        tokenizer_hash=tokenizer_digest,
+        tokenizer_hash=tokenizer_hash,
         eos_token_id=eos_token_id,
-        student=student_identity(config.student, layout),
-        scoring_recipes=cache_identities(config, identities, tokenizer_digest),
-        synthesis_recipes=synthesis_recipes(config, identities, tokenizer_digest),
+        student_identity=student_identity(config.student, layout),
+        cache_identities=cache_identities(config, identities, tokenizer_hash),
+        synthesis_identities=synthesis_identities(config, identities, tokenizer_hash),
         filters_before_scoring=filter_identities(
-            config, config.synthesis.filters_before_scoring, identities, tokenizer_digest
+            config, config.synthesis.filters_before_scoring, identities, tokenizer_hash
         ),
         filters_after_scoring=filter_identities(
-            config, config.synthesis.filters_after_scoring, identities, tokenizer_digest
+            config, config.synthesis.filters_after_scoring, identities, tokenizer_hash
         ),
         identities=identities,
         hidden_sizes=hidden_sizes(config),
-        checker=config.prompts.checker and checker_identity(config.prompts.checker),
+        checker_identity=config.prompts.checker and checker_identity(config.prompts.checker),
     )
     save_prepared(layout, prepared)
-    return prepared
+    return Run(config, layout, prepared)
+
+
+def _model_identities(config: Config, layout: Layout) -> dict[str, dict[str, str]]:
+    """Identities of the teachers' models, and of the student's if it writes in this round."""
+    authors = {step.generator for step in steps_of(config)} & {STUDENT}
+    return {
+        name: model_identity(config.generator(name), layout)
+        for name in [*config.teachers, *sorted(authors)]
+    }
 
 
 def _check_start(config: Config) -> None:
-    """Checks that the student of the round before is exported.
+    """Checks that the round before has exported its student.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it has not.
     """
     if config.round == 1:
         return
-    if not read_record(round_layouts(config)[-2], "export"):
+    if not read_record(round_layouts(config)[-2], "export").key:
         before = config.round - 1
         raise ConfigError(
             f"round {config.round} of run {config.name} starts from the student of round {before}, "
-            f"which is not exported yet: submit that round's stages first (round={before}), or "
-            "`polystill run` the whole"
+            f"which is not exported yet: submit the stages of that round first (round={before}), "
+            "or all rounds with `polystill run`"
         )
 
 
 def _check_weights(config: Config) -> None:
-    """Those that are loaded as they come: a random student has none, and an engine's `load_format`
-    names what it reads.
+    """Checks the weights of all models that are loaded from their folders as usual.
+
+    A random student has none, and an engine's `load_format` decides which files it reads.
     """
     for teacher in config.teachers.values():
         if isinstance(teacher, TeacherConfig) and "load_format" not in teacher.vllm:
@@ -119,13 +129,13 @@ def _check_weights(config: Config) -> None:
 
 
 def check_inputs(config: Config) -> tuple[list[Prompt], dict[str, int]]:
-    """Checks upstream's options and the prompts, without a look at any model.
+    """Checks the options of upstream libraries and the prompts, without reading any model.
 
     Returns:
         The prompts and their counts.
 
     Raises:
-        ConfigError, PromptError: what is wrong.
+        ConfigError, PromptError: an option or a prompt cannot be used.
     """
     _check_upstream_options(config)
     prompts, counts = read_prompts(config.prompts)
@@ -167,7 +177,7 @@ def _check_upstream_options(config: Config) -> None:
             check()
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from error
-    check_sampling(config)
+    check_step_sampling(config)
     _check_attention(config.student.attn_implementation)
     if config.training.deepspeed:
         from students.deepspeed_options import check_deepspeed_options

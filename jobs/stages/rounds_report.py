@@ -32,10 +32,10 @@ def stage_rows(config: Config) -> list[Json]:
             rows.append(
                 {
                     "stage": f"{place}{stage}",
-                    "seconds": record.get("seconds", 0.0),
-                    "cost": stage_cost(config, record),
-                    "detail": record.get("summary", "no record"),
-                    "unended": record.get("unended", 0),
+                    "seconds": record.seconds,
+                    "cost": stage_cost(config, record.engine_seconds, record.worker_seconds),
+                    "detail": record.summary,
+                    "unended": record.unended,
                 }
             )
     return rows
@@ -57,15 +57,17 @@ def round_rows(config: Config, students: Sequence[Json]) -> list[Json]:
 
 
 def _row(number: int, layout: Layout, domains: Json) -> Json:
-    entries = read_dataset(layout, read_record(layout, "score")["dataset"])
+    dataset = read_record(layout, "score").dataset
+    assert dataset is not None, "every round has scored before the last one is evaluated"
+    entries = read_dataset(layout, dataset)
     trained = [entry for entry in entries if entry.split == "train"]
-    training = read_record(layout, "train")["figures"][STUDENT]
+    training = read_record(layout, "train").figures[STUDENT]
     return {
         "round": number,
         "sequences": len(trained),
         "by_student": sum(STUDENT in entry.generators for entry in trained),
         "steps": training["steps"],
         "tokens": training["tokens"],
-        "seconds": sum(read_record(layout, stage).get("seconds", 0.0) for stage in MEASURED),
+        "seconds": sum(read_record(layout, stage).seconds for stage in MEASURED),
         "domains": domains,
     }

@@ -1,4 +1,4 @@
-"""The score stage: every teacher's row for every sequence, and the dataset to train on."""
+"""Stage 3: fills every teacher's caches with rows, and writes the dataset to train on."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
-from jobs.bookkeeping.stage_records import score_key
+from jobs.bookkeeping.stage_records import StageRecord, score_key
 from jobs.stages.filter import Filtered, filter_scored
 from jobs.stages.teacher_pools import engine_seconds, teacher_work
 from pipeline.cache.generations import pin_generations
@@ -24,11 +23,10 @@ from pipeline.config.losses import sequences_together
 from pipeline.config.run import Config
 from pipeline.config.teachers import TeacherConfig
 from pipeline.filters.run import summary
-from pipeline.fingerprint import digest_json
-from pipeline.layout import CacheLayout, Layout
+from pipeline.layout import CacheLayout
 from pipeline.records import DatasetEntry
 from pipeline.run.identities import provenance_of
-from pipeline.run.preparation import Prepared
+from pipeline.run.prepared_run import Run
 from pipeline.sequences import read_dataset, write_dataset
 from students.data.packing import refuse_long_groups, refuse_long_sequences
 from teachers.canary import hold_to_cache
@@ -40,64 +38,81 @@ from teachers.tasks.score import Output, ScoredShard, ScoringTask, plan_scoring
 logger = logging.getLogger(__name__)
 
 
-def score(config: Config, layout: Layout, prepared: Prepared, dataset: str) -> dict[str, Any]:
+def score(run: Run, dataset: str) -> StageRecord:
     """Fills the teachers' caches for a dataset.
+
+    Args:
+        dataset: digest of the dataset.
 
     Raises:
         TeacherError: an engine cannot run.
         TrainingError: a sequence is too long to be trained on.
-        ConfigError: weights are to be learned, and a domain has nothing to learn them from.
+        ConfigError: weights are to be learned, and a domain has no sequence to learn them from.
         FilterError: the filters that need cached rows leave nothing of a split.
     """
-    entries = read_dataset(layout, dataset)
-    _check_lengths(config, entries)
-    caches = prepared.caches(layout)
+    layout, entries = run.layout, read_dataset(run.layout, dataset)
+    _check_lengths(run.config, entries)
+    caches = run.cache_layouts()
     pin_generations(layout, caches.values())
     started = time.monotonic()
-    work = {name: (cache, entries) for name, cache in caches.items()}
-    reports = fill_caches(config, layout, prepared, work)
-    seconds = time.monotonic() - started
+    reports = fill_caches(run, {name: (cache, entries) for name, cache in caches.items()})
+    seconds = Counter(engine_seconds(run.config, reports, time.monotonic() - started))
     for name, cache in caches.items():
-        report = reports[teacher_of(name)]
-        written = new_shards(report, name)
+        written = new_shards(reports[teacher_of(name)], name)
         if written or not is_published(cache):
-            recipe = prepared.scoring_recipes[name]
-            publish(cache, recipe, provenance_of(config, name), written)
+            identity = run.prepared.cache_identities[name]
+            publish(cache, identity, provenance_of(run.config, name), written)
     refused = {name: quarantined(cache) for name, cache in caches.items()}
-    combine = config.combine
+    covered = _covered(run, dataset, entries, refused)
+    filtered = filter_scored(run, covered)
+    seconds.update(filtered.engine_seconds)
+    summaries = [scored_summary(n, reports[teacher_of(n)], len(refused[n])) for n in caches]
+    return StageRecord(
+        key=score_key(run),
+        dataset=write_dataset(layout, filtered.entries),
+        filters=filtered.counts,
+        engines={name: report.engines for name, report in reports.items()},
+        quarantined={name: len(errors) for name, errors in refused.items()},
+        engine_seconds=dict(seconds),
+        summary="; ".join(summaries + _dropped(filtered)),
+    )
+
+
+def _covered(
+    run: Run,
+    dataset: str,
+    entries: Sequence[DatasetEntry],
+    refused: Mapping[str, dict[str, str]],
+) -> list[DatasetEntry]:
+    """Entries that can be trained on; weights that the config wants learned are learned for it.
+
+    Args:
+        dataset: digest of the dataset of `entries`.
+        refused: quarantined sequences with their errors, by cache name.
+
+    Raises:
+        ConfigError: a domain has no sequence to learn its weights from.
+    """
+    combine, distributions = run.config.combine, run.distribution_layouts()
     if isinstance(combine.weights, LearnedWeights):
-        fingerprints = {name: digest_json(r) for name, r in prepared.scoring_recipes.items()}
-        learned = learn_weights(
-            layout, prepared.distributions(layout), fingerprints, dataset, entries
-        )
+        fingerprints = run.prepared.cache_fingerprints
+        learned = learn_weights(run.layout, distributions, fingerprints, dataset, entries)
         combine = with_learned(combine, learned)
-    of_distributions = {name: refused[name] for name in prepared.distributions(layout)}
+    of_distributions = {name: refused[name] for name in distributions}
     covered = [entry for entry in entries if is_covered(combine, entry, of_distributions)]
     if len(covered) < len(entries):
         logger.warning(
-            "%d sequences are left out of training: every teacher that weighs anything in their "
+            "%d sequences are left out of training: every teacher that has a weight in their "
             "domain has quarantined them",
             len(entries) - len(covered),
         )
-    took = Counter(engine_seconds(config, reports, seconds))
-    filtered = filter_scored(config, layout, prepared, covered)
-    took.update(filtered.engine_seconds)
-    told = [scored_summary(n, reports[teacher_of(n)], len(refused[n])) for n in caches]
-    return {
-        "key": score_key(config, layout, prepared),
-        "dataset": write_dataset(layout, filtered.entries),
-        "filters": filtered.counts,
-        "engines": {name: report.engines for name, report in reports.items()},
-        "quarantined": {name: len(errors) for name, errors in refused.items()},
-        "engine_seconds": dict(took),
-        "summary": "; ".join(told + _dropped(filtered)),
-    }
+    return covered
 
 
 def _check_lengths(config: Config, entries: Sequence[DatasetEntry]) -> None:
-    """Refuses here what training would refuse once everything is scored."""
+    """Refuses before scoring the sequences that training would refuse after it."""
     if config.synthesis.filters_after_scoring:
-        return  # one of them may drop it
+        return  # a filter may still drop the sequence
     used = [(e.sequence_id, e.num_tokens) for e in entries if e.split in ("train", "holdout")]
     training, budget = config.training, config.training.tokens_per_micro_batch
     refuse_long_sequences(used, budget)
@@ -112,28 +127,25 @@ def _dropped(filtered: Filtered) -> list[str]:
 def is_covered(
     combine: CombineConfig, entry: DatasetEntry, refused: dict[str, dict[str, str]]
 ) -> bool:
-    """Whether a teacher that weighs anything in the sequence's domain has a row for it.
+    """Whether a teacher that has a weight in the sequence's domain has a row for the sequence.
 
     Args:
-        refused: by teacher, the sequences whose distributions it has quarantined.
+        refused: sequences whose distributions are quarantined, with their errors, by teacher.
     """
     weighing = required_teachers(combine, list(refused), entry.domain)
     return any(entry.sequence_id not in refused[name] for name in weighing)
 
 
 def fill_caches(
-    config: Config,
-    layout: Layout,
-    prepared: Prepared,
-    work: Mapping[str, tuple[CacheLayout, Sequence[DatasetEntry]]],
+    run: Run, work: Mapping[str, tuple[CacheLayout, Sequence[DatasetEntry]]]
 ) -> dict[str, PoolReport]:
-    """Scores what the caches lack; neither index nor manifest is written.
+    """Scores the sequences that caches lack; neither index nor manifest is written.
 
     Args:
-        work: by name of a cache, where it lies and the sequences that are to be in it.
+        work: folder of a cache and the sequences that it shall hold, by cache name.
 
     Returns:
-        The reports by teacher.
+        Reports of the pools, by teacher.
 
     Raises:
         TeacherError: an engine cannot run.
@@ -141,58 +153,66 @@ def fill_caches(
     pools = []
     for teacher in dict.fromkeys(map(teacher_of, work)):
         outputs = [
-            (_output(config, prepared, name, cache), entries)
+            (_output(run, name, cache), entries)
             for name, (cache, entries) in work.items()
             if teacher_of(name) == teacher
         ]
-        tasks = plan_scoring(layout.root, outputs)
+        tasks = plan_scoring(run.layout.root, outputs)
         entries = [entry for _, members in outputs for entry in members]
         prompts_of = {entry.sequence_id: entry.prompt_id for entry in entries}
         pool = teacher_work(
-            config,
+            run,
             teacher,
-            prepared,
             tasks,
             min_model_len=longest_sequence(entries) + 1,
-            num_logprobs=config.scoring.num_logprobs,
+            num_logprobs=run.config.scoring.num_logprobs,
             hidden_layers=_layers(tasks),
             unit="sequences",
             share_prefixes=len(set(prompts_of.values())) < len(prompts_of),
         )
-        pools.append(replace(pool, check_canary=_check_canary(config, teacher, tasks)))
+        pools.append(replace(pool, check_canary=_check_canary(run.config, teacher, tasks)))
     return run_pools(pools)
 
 
 def _check_canary(
     config: Config, teacher: str, tasks: Sequence[ScoringTask]
 ) -> Callable[[Canary], None] | None:
-    """Holds engines to those that began the caches; an endpoint is held to its own identity."""
+    """Comparison of an engine's canary with the engines that began the caches.
+
+    An endpoint has none here: it is compared with its own first canary.
+    """
     if not isinstance(config.teachers[teacher], TeacherConfig):
         return None
-    filled = {output.cache.canary for task in tasks for output in task.outputs}
-    return partial(hold_to_cache, sorted(filled), teacher)
+    paths = {output.cache.canary for task in tasks for output in task.outputs}
+    return partial(hold_to_cache, sorted(paths), teacher)
 
 
-def _output(config: Config, prepared: Prepared, name: str, cache: CacheLayout) -> Output:
-    recipe = prepared.scoring_recipes[name]
+def _output(run: Run, name: str, cache: CacheLayout) -> Output:
+    prepared = run.prepared
     rule = (
-        HiddenStatesRule.of_identity(recipe)
+        HiddenStatesRule.of_identity(prepared.cache_identities[name])
         if holds_hidden_states(name)
-        else config.scoring.selection
+        else run.config.scoring.selection
     )
-    return Output(name, cache, digest_json(recipe), rule, prepared.position_bytes(name))
+    fingerprint = prepared.cache_fingerprints[name]
+    return Output(name, cache, fingerprint, rule, prepared.position_bytes(name))
 
 
 def _layers(tasks: Sequence[ScoringTask]) -> tuple[int, ...]:
-    """The layers that the tasks' outputs keep, all of the same rule; an engine without any needs
-    no connector.
+    """Layers whose hidden states the tasks keep, all by the same rule.
+
+    An engine without any needs no connector.
     """
     rules = (output.rule for task in tasks for output in task.outputs)
     return next((rule.layers for rule in rules if isinstance(rule, HiddenStatesRule)), ())
 
 
 def new_shards(report: PoolReport, name: str) -> set[str]:
-    """Digests of the shards that the teacher's engines have written to the cache of that name."""
+    """Digests of the shards that a teacher's engines have written to one cache.
+
+    Args:
+        name: name of the cache.
+    """
     return {shard.entries[name].digest for shard in report.results if name in shard.entries}
 
 
@@ -202,7 +222,7 @@ def longest_sequence(entries: Sequence[DatasetEntry]) -> int:
 
 
 def scored_summary(name: str, report: PoolReport, num_quarantined: int) -> str:
-    """What was scored, for people."""
+    """What was scored into one cache, in one line for people."""
     done: list[ScoredShard] = [shard for shard in report.results if name in shard.entries]
     positions = sum(shard.entries[name].num_positions for shard in done)
     size = sum(shard.entries[name].num_bytes for shard in done)

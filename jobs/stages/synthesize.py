@@ -1,4 +1,4 @@
-"""The synthesize stage: written prompts, answers of teachers or given ones, and the dataset."""
+"""Stage 2: has prompts and answers written, takes given answers, and writes the dataset."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from jobs.bookkeeping.stage_records import synthesis_key
+from jobs.bookkeeping.stage_records import StageRecord, synthesis_key
 from jobs.stages.filter import filter_answers
 from jobs.stages.teacher_pools import engine_seconds, teacher_work
 from pipeline.config.run import Config
 from pipeline.config.synthesis import Answer, Answering, Complete, GivenAnswers, Recipe, Writing
 from pipeline.errors import TeacherError
 from pipeline.filters.run import summary
-from pipeline.layout import Layout
 from pipeline.records import Prompt
 from pipeline.run.identities import sampling_of
-from pipeline.run.preparation import Prepared
+from pipeline.run.prepared_run import Run
 from pipeline.sequences import write_dataset
 from pipeline.synthesis.index import answer_counts, build_dataset
 from pipeline.synthesis.prompts import load_prompts
@@ -29,22 +27,23 @@ from teachers.tasks.rewrite import WritingTask, plan_writing
 from teachers.tokenizing import prompt_ids, student_tokenizer
 
 
-def synthesize(config: Config, layout: Layout, prepared: Prepared) -> dict[str, Any]:
-    """Has the recipes' missing prompts and answers written, and writes the run's dataset.
+def synthesize(run: Run) -> StageRecord:
+    """Has the missing prompts and answers of all recipes written, and writes the run's dataset.
 
     Raises:
         TeacherError: no answer of the train or hold-out split was kept, or an engine cannot run.
-        FilterError: the filters leave nothing of one of them.
+        FilterError: the filters leave nothing of the train or hold-out split.
     """
-    prompts = load_prompts(layout, prepared.prompts)
-    took: Counter[str] = Counter()
+    layout = run.layout
+    prompts = load_prompts(layout, run.prepared.prompts_digest)
+    seconds: Counter[str] = Counter()
     steps: list[Work] = []
-    for work in walk(config, layout, prepared.synthesis_digests, prompts):
+    for work in walk(run.config, layout, run.prepared.synthesis_digests, prompts):
         steps.append(work)
         if isinstance(work.step.recipe, Writing):
-            took.update(_write_prompts(config, layout, prepared, work))
+            seconds.update(_write_prompts(run, work))
     answering = [work for work in steps if not isinstance(work.step.recipe, Writing)]
-    took.update(_write_answers(config, layout, prepared, answering))
+    seconds.update(_write_answers(run, answering))
     asked = [(work.digest, work.prompts) for work in answering]
     entries = build_dataset(layout, all_prompts(steps, prompts), asked)
     counts = {w.step.label: answer_counts(layout, w.digest, w.prompts) for w in steps}
@@ -52,26 +51,24 @@ def synthesize(config: Config, layout: Layout, prepared: Prepared) -> dict[str, 
     written = ", ".join(
         f"{name} {count['kept']}/{count['answers']}" for name, count in counts.items()
     )
-    filtered = filter_answers(config, layout, prepared, entries)
-    took.update(filtered.engine_seconds)
+    filtered = filter_answers(run, entries)
+    seconds.update(filtered.engine_seconds)
     dropped = f"; dropped by filters: {summary(filtered.counts)}" if filtered.counts else ""
-    return {
-        "key": synthesis_key(config, prepared),
-        "dataset": write_dataset(layout, filtered.entries),
-        "counts": counts,
-        "filters": filtered.counts,
-        "engine_seconds": dict(took),
-        "summary": f"{len(filtered.entries)} sequences (answers kept: {written}{dropped})",
-    }
+    return StageRecord(
+        key=synthesis_key(run),
+        dataset=write_dataset(layout, filtered.entries),
+        counts=counts,
+        filters=filtered.counts,
+        engine_seconds=dict(seconds),
+        summary=f"{len(filtered.entries)} sequences (answers kept: {written}{dropped})",
+    )
 
 
-def _write_prompts(
-    config: Config, layout: Layout, prepared: Prepared, work: Work
-) -> dict[str, float]:
+def _write_prompts(run: Run, work: Work) -> dict[str, float]:
     """Has one teacher write the prompts that it has not written yet; returns engine seconds."""
-    name, recipe = work.step.generator, work.step.recipe
+    config, name, recipe = run.config, work.step.generator, work.step.recipe
     template = WritingTask(
-        layout=layout,
+        layout=run.layout,
         generator=name,
         recipe_digest=work.digest,
         requests=(),
@@ -83,55 +80,53 @@ def _write_prompts(
     tasks = plan_writing(template, work.requests, config.synthesis.prompts_per_shard)
     asked = [request.asked for task in tasks for request in task.requests]
     need = _longest(config, asked) + template.sampling["max_tokens"]
-    job = teacher_work(
-        config,
+    pool = teacher_work(
+        run,
         name,
-        prepared,
         tasks,
         min_model_len=min(need, template.max_model_len or need),
         num_logprobs=0,
         unit="requests",
     )
     started = time.monotonic()
-    return engine_seconds(config, run_pools([job]), time.monotonic() - started)
+    return engine_seconds(config, run_pools([pool]), time.monotonic() - started)
 
 
-def _write_answers(
-    config: Config, layout: Layout, prepared: Prepared, steps: Sequence[Work]
-) -> dict[str, float]:
-    """Has all generators answer at once what they have not answered yet; returns engine seconds."""
+def _write_answers(run: Run, steps: Sequence[Work]) -> dict[str, float]:
+    """Has all authors answer at once what they have not answered yet; returns engine seconds."""
+    config = run.config
     tasks: dict[str, list[SynthesisTask]] = {}
     for work in steps:
-        found = plan_synthesis(
-            _template(config, layout, work), work.prompts, config.synthesis.prompts_per_shard
+        new_tasks = plan_synthesis(
+            _template(run, work), work.prompts, config.synthesis.prompts_per_shard
         )
         if isinstance(work.step.recipe, GivenAnswers):
-            for task in found:
+            for task in new_tasks:
                 task.from_references()
         else:
-            tasks.setdefault(work.step.generator, []).extend(found)
+            tasks.setdefault(work.step.generator, []).extend(new_tasks)
     started = time.monotonic()
     reports = run_pools(
         [
             teacher_work(
-                config,
+                run,
                 name,
-                prepared,
-                found,
-                min_model_len=_longest_answer(config, found),
+                own_tasks,
+                min_model_len=_longest_answer(config, own_tasks),
                 num_logprobs=0,
                 unit="prompts",
             )
-            for name, found in tasks.items()
+            for name, own_tasks in tasks.items()
         ]
     )
     return engine_seconds(config, reports, time.monotonic() - started)
 
 
-def _template(config: Config, layout: Layout, work: Work) -> SynthesisTask:
-    recipe = work.step.recipe
+def _template(run: Run, work: Work) -> SynthesisTask:
+    """The task of a step, without prompts."""
+    config, recipe = run.config, work.step.recipe
     return SynthesisTask(
-        layout=layout,
+        layout=run.layout,
         generator=work.step.generator,
         recipe_digest=work.digest,
         prompts=(),
@@ -149,7 +144,10 @@ def _may_be_cut(recipe: Recipe) -> bool:
 
 
 def _longest_answer(config: Config, tasks: Sequence[SynthesisTask]) -> int:
-    """Tokens that an engine must hold for every prompt that is not too long, with its answer."""
+    """Tokens that an engine must hold for the longest prompt and its answer.
+
+    A sequence above `synthesis.max_sequence_tokens` is dropped, so it does not count.
+    """
     needs = [_longest(config, task.prompts) + task.sampling["max_tokens"] for task in tasks]
     need = max(needs, default=1)
     return min(need, config.synthesis.max_sequence_tokens or need)
@@ -164,7 +162,7 @@ def _check_splits(splits: set[str], counts: Mapping[str, dict[str, int]]) -> Non
     for split in ("train", "holdout"):
         if split not in splits:
             raise TeacherError(
-                f"no answer of the {split} split was kept; what became of the answers: "
-                f"{json.dumps(counts)}. Check the sampling (max_tokens), the length bound and "
-                "the references; what was finished is kept"
+                f"no answer of the {split} split was kept; the answers of each step were counted "
+                f"as {json.dumps(counts)}. Check the sampling (max_tokens), the length bound and "
+                "the references; all answers stay on disk"
             )

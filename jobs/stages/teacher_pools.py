@@ -1,4 +1,4 @@
-"""What synthesize and score share: the engines of the teachers, their progress, their time."""
+"""Work of one teacher's engines, their progress and their time, for synthesize and score."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipeline.config.rounds import layout_of
 from pipeline.config.run import Config
 from pipeline.config.teachers import EndpointTeacherConfig
 from pipeline.fingerprint import digest_json
-from pipeline.run.preparation import Prepared
+from pipeline.run.prepared_run import Run
 from teachers.pool.actor import Task
 from teachers.pool.dispatch import PoolReport
 from teachers.pool.pool import TeacherWork
@@ -20,9 +19,8 @@ PROGRESS_SECONDS = 10.0
 
 
 def teacher_work(
-    config: Config,
+    run: Run,
     name: str,
-    prepared: Prepared,
     tasks: Sequence[Task],
     *,
     min_model_len: int,
@@ -34,17 +32,18 @@ def teacher_work(
     """The work of one teacher, or of the student that writes, with the engine that it needs.
 
     Args:
+        name: name of the teacher, or `student`.
+        tasks: tasks of its engines.
         min_model_len: tokens that the engine must hold.
-        num_logprobs: capture width; 0 when it only generates.
-        unit: of the tasks' items, for the progress lines.
-        hidden_layers: whose states it captures.
-        share_prefixes: several sequences to score begin with one prompt.
+        num_logprobs: capture width; 0 if the engine only generates.
+        unit: plural of the tasks' items, for progress lines.
+        hidden_layers: layers whose hidden states the engine captures.
+        share_prefixes: whether several sequences to score begin with one prompt.
     """
+    config = run.config
     teacher = config.generator(name)
     if isinstance(teacher, EndpointTeacherConfig):
-        spec = endpoint_spec(
-            config, name, prepared, min_model_len=min_model_len, num_logprobs=num_logprobs
-        )
+        spec = endpoint_spec(run, name, min_model_len=min_model_len, num_logprobs=num_logprobs)
     else:
         spec = EngineSpec(
             model=teacher.model,
@@ -56,7 +55,7 @@ def teacher_work(
             share_prefixes=share_prefixes,
             min_model_len=min_model_len,
             seed=config.seed,
-            eos_token_ids=(prepared.eos_token_id,),
+            eos_token_ids=(run.prepared.eos_token_id,),
         )
     return TeacherWork(
         name,
@@ -70,22 +69,20 @@ def teacher_work(
     )
 
 
-def endpoint_spec(
-    config: Config, name: str, prepared: Prepared, *, min_model_len: int, num_logprobs: int
-) -> EndpointSpec:
-    """What the actor needs to ask an endpoint; one that scores is held to its first canary."""
-    teacher = config.teachers[name]
+def endpoint_spec(run: Run, name: str, *, min_model_len: int, num_logprobs: int) -> EndpointSpec:
+    """Specification of an endpoint; one that scores must repeat its first canary."""
+    teacher = run.config.teachers[name]
     assert isinstance(teacher, EndpointTeacherConfig), f"{name} runs in engines of this run"
     canary = None
     if teacher.scores:
-        digest = digest_json([prepared.identities[name], prepared.tokenizer_hash])
-        canary = layout_of(config).endpoint_canary(digest)
+        digest = digest_json([run.prepared.identities[name], run.prepared.tokenizer_hash])
+        canary = run.layout.endpoint_canary(digest)
     return EndpointSpec(
         endpoint=teacher.endpoint,
-        student=config.student,
+        student=run.config.student,
         min_model_len=min_model_len,
         num_logprobs=num_logprobs,
-        eos_token_ids=(prepared.eos_token_id,),
+        eos_token_ids=(run.prepared.eos_token_id,),
         canary_path=canary,
     )
 
@@ -93,7 +90,10 @@ def endpoint_spec(
 def engine_seconds(
     config: Config, reports: dict[str, PoolReport], seconds: float
 ) -> dict[str, float]:
-    """By model, the seconds of its engines, each as long as the whole stage: an upper bound."""
+    """Seconds of all engines, by model.
+
+    Each engine counts for the whole time, which is an upper bound.
+    """
     return {
         name: config.generator(name).replicas * seconds
         for name, report in reports.items()

@@ -1,4 +1,4 @@
-"""Stage 4: trains the student, and the twin where the config asks for one."""
+"""Stage 4: trains the student, and the twin if the config asks for one."""
 
 from __future__ import annotations
 
@@ -6,36 +6,39 @@ import time
 
 import ray
 
-from jobs.bookkeeping.stage_records import (
-    stage_key,
-)
-from jobs.stages.inputs import Outcome, scored_of
-from pipeline.config.run import Config
-from pipeline.layout import Layout
+from jobs.bookkeeping.stage_records import StageRecord, stage_key
+from jobs.stages.inputs import dataset_to_train_on
+from pipeline.run.prepared_run import Run
 from pipeline.run.training_spec import training_specs
 
 
-def train(config: Config, layout: Layout) -> Outcome:
+def train(run: Run) -> StageRecord:
+    """Trains every student of the run from its newest checkpoint.
+
+    Raises:
+        ConfigError: the score stage has not finished.
+        ClusterError: the cluster cannot hold the training workers.
+        TrainingError: a training failed, or its folder holds another training.
+    """
     from students.checkpoints.checkpoint import seconds_before
     from students.launch import train_student
     from teachers.pool.placement import check_placement
 
     started = time.time()
-    prepared, dataset = scored_of(config, layout)
-    if not config.cluster.autoscaling:
-        training = config.training
+    dataset, training = dataset_to_train_on(run), run.config.training
+    if not run.config.cluster.autoscaling:
         check_placement("the student", training.resources, ray.nodes(), training.workers)
-    jobs = training_specs(config, layout, prepared, dataset)
-    before = sum(seconds_before(job) for job in jobs)
-    figures = {job.student: train_student(job) for job in jobs}
-    return {
-        "key": stage_key(config, layout, prepared, "train"),
-        "figures": figures,
-        "seconds": before + time.time() - started,
-        # Of the summaries, which count all starts.
-        "worker_seconds": config.training.workers * sum(f["seconds"] for f in figures.values()),
-        "summary": "; ".join(
-            f"{label}: {found['steps']} steps, {found['tokens'] / found['seconds']:.0f} tokens/s"
-            for label, found in figures.items()
+    specs = training_specs(run, dataset)
+    before = sum(seconds_before(spec) for spec in specs)
+    summaries = {spec.student: train_student(spec) for spec in specs}
+    return StageRecord(
+        key=stage_key(run, "train"),
+        figures=summaries,
+        # Checkpoints count the seconds of earlier starts, and so do the summaries.
+        seconds=before + time.time() - started,
+        worker_seconds=training.workers * sum(s["seconds"] for s in summaries.values()),
+        summary="; ".join(
+            f"{student}: {s['steps']} steps, {s['tokens'] / s['seconds']:.0f} tokens/s"
+            for student, s in summaries.items()
         ),
-    }
+    )

@@ -11,14 +11,13 @@ from pipeline.cache.generations import Names, current_generation, generations, u
 from pipeline.cache.index import load_index, quarantined
 from pipeline.cache.manifest import CacheTotals, totals
 from pipeline.cache.projection import teacher_of
-from pipeline.config.run import Config
 from pipeline.errors import CorruptShardError
 from pipeline.fingerprint import differences
 from pipeline.layout import CacheLayout, Layout
 from pipeline.messages import table
 from pipeline.records import DatasetEntry
 from pipeline.run.identities import cache_identities, cache_layout
-from pipeline.run.preparation import Prepared
+from pipeline.run.prepared_run import Run
 
 
 @dataclass(frozen=True)
@@ -62,14 +61,15 @@ class TeacherStatus:
     stale: list[StaleFolder]
 
 
-def expected_identities(config: Config, prepared: Prepared) -> dict[str, dict[str, Any]]:
+def expected_identities(run: Run) -> dict[str, dict[str, Any]]:
     """Cache identities of a config that has changed since it was prepared; the identities of the
     models are those of the preparation.
     """
     identities = {
-        teacher_of(name): identity["model"] for name, identity in prepared.scoring_recipes.items()
+        teacher_of(name): identity["model"]
+        for name, identity in run.prepared.cache_identities.items()
     }
-    return cache_identities(config, identities, prepared.tokenizer_hash)
+    return cache_identities(run.config, identities, run.prepared.tokenizer_hash)
 
 
 def teacher_status(
@@ -155,14 +155,14 @@ def _number(figure: float | None, form: str) -> str:
     return "-" if figure is None else format(figure, form)
 
 
-def stale_caches(layout: Layout, prepared: Prepared) -> list[str]:
+def stale_caches(run: Run) -> list[str]:
     """Lines about caches under other identities, for teachers without a cache under their own."""
     return [
         f"{teacher}: {folder} cannot be used, for it was made with other settings: "
         f"{'; '.join(changes)}"
-        for teacher, identity in prepared.scoring_recipes.items()
-        if not storage.exists(cache_layout(layout, teacher, identity).manifest)
-        for folder, changes in _other_identities(layout, teacher, identity)
+        for teacher, identity in run.prepared.cache_identities.items()
+        if not storage.exists(cache_layout(run.layout, teacher, identity).manifest)
+        for folder, changes in _other_identities(run.layout, teacher, identity)
     ]
 
 

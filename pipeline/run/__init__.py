@@ -1,7 +1,8 @@
 """One run: what it has prepared, what identifies its outputs, and its training.
 
-preparation    the outcome of the prepare stage
-identities     what decides an answer's or a row's bytes
-training_spec  what a training is, and what decides its weights
+preparation    what the prepare stage writes down for all later stages
+prepared_run   a prepared run: config, paths and preparation together
+identities     everything that decides the bytes of an answer or of a cache row
+training_spec  one training, and everything that decides its weights
 costs          price of a stage
 """

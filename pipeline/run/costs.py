@@ -1,18 +1,24 @@
-"""Price of what a stage has used."""
+"""Prices of the hardware that stages have used."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from pipeline.config.run import Config
 
 
-def stage_cost(config: Config, record: dict[str, Any]) -> float:
-    """Price of the engines and training workers of a stage's record, at the config's prices now."""
+def stage_cost(
+    config: Config, engine_seconds: Mapping[str, float], worker_seconds: float = 0.0
+) -> float:
+    """Price of the engines and training workers of one stage, at the prices of the config.
+
+    Args:
+        engine_seconds: seconds of the engines, by model; names that are no teacher's are students.
+        worker_seconds: seconds of all training workers together.
+    """
     prices = {name: teacher.cost_per_hour for name, teacher in config.teachers.items()}
     engines = sum(
         seconds * prices.get(name, config.student.cost_per_hour)
-        for name, seconds in record.get("engine_seconds", {}).items()
+        for name, seconds in engine_seconds.items()
     )
-    workers = record.get("worker_seconds", 0.0) * config.training.cost_per_hour
-    return (engines + workers) / 3600
+    return (engines + worker_seconds * config.training.cost_per_hour) / 3600

@@ -1,7 +1,8 @@
-"""Recipes: what decides the bytes of an answer or of a cache row, and nothing else.
+"""Identities: everything that decides the bytes of an answer or of a cache row, and nothing else.
 
-Every vLLM key of a teacher enters its recipe except the neutral ones below, which change speed and
-memory only. Replicas, paths and host names never enter.
+An identity is a JSON value, and its digest names a folder. Every vLLM key of a teacher enters it,
+except the neutral ones below, which change speed and memory only. Replicas, paths and host names
+never enter.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pipeline.layout import CacheLayout, Layout
 from pipeline.synthesis.rewriting import rubric_of, templates_of
 
 SYNTHESIS_SCHEMA_VERSION = 3
-"""Of the records of finished prompt shards."""
+"""Schema version of answered shards."""
 
 NEUTRAL_ENGINE_KEYS = frozenset(
     {
@@ -46,22 +47,27 @@ NEUTRAL_ENGINE_KEYS = frozenset(
 )
 
 
-def _engine(teacher: TeacherConfig | EndpointTeacherConfig) -> dict[str, Any]:
+def _engine_identity(teacher: TeacherConfig | EndpointTeacherConfig) -> dict[str, Any]:
+    """The vLLM keys of a teacher that can change its numbers."""
     if isinstance(teacher, EndpointTeacherConfig):
-        return {}  # its `model_identity` says all
+        return {}  # `model_identity` stands for everything that the endpoint runs
     return {key: value for key, value in teacher.vllm.items() if key not in NEUTRAL_ENGINE_KEYS}
 
 
 def scoring_identity(
     config: Config, teacher: str, identity: dict[str, str], tokenizer_hash: str
 ) -> dict[str, Any]:
-    """The recipe that names the folder of a teacher's distributions."""
+    """The identity that names the folder of a teacher's distributions.
+
+    Args:
+        identity: identity of the teacher's model.
+    """
     return {
         "model": identity,
         "tokenizer": tokenizer_hash,
         "num_logprobs": config.scoring.num_logprobs,
         "selection": config.scoring.selection.model_dump(mode="json"),
-        "vllm": _engine(config.teachers[teacher]),
+        "vllm": _engine_identity(config.teachers[teacher]),
         "schema_version": logprobs.SCHEMA_VERSION,
     }
 
@@ -69,7 +75,11 @@ def scoring_identity(
 def hidden_states_identity(
     config: Config, teacher: str, identity: dict[str, str], tokenizer_hash: str
 ) -> dict[str, Any]:
-    """The recipe that names the folder of a teacher's hidden states, which a loss asks for."""
+    """The identity that names the folder of the hidden states of a teacher that a loss needs.
+
+    Args:
+        identity: identity of the teacher's model.
+    """
     stored = config.scoring.features
     projected = stored.dimensions is not None
     return {
@@ -78,7 +88,7 @@ def hidden_states_identity(
         "layers": list(config.training.teacher_layers[teacher]),
         "projection": {"signs": "PCG64", **stored.model_dump()} if projected else None,
         "dtype": "bfloat16",
-        "vllm": _engine(config.teachers[teacher]),
+        "vllm": _engine_identity(config.teachers[teacher]),
         "schema_version": hidden_states.SCHEMA_VERSION,
     }
 
@@ -86,10 +96,11 @@ def hidden_states_identity(
 def cache_identities(
     config: Config, identities: dict[str, dict[str, str]], tokenizer_hash: str
 ) -> dict[str, dict[str, Any]]:
-    """By name of the cache, the recipes of all that the caches of scoring teachers are to hold.
+    """Identities of all caches of the teachers that score, by cache name.
 
     Args:
-        identities: by teacher, from `teachers/preflight/identity.py`; other teachers are left out.
+        identities: identities of the teachers' models (`teachers/preflight/identity.py`), by
+            teacher; teachers that do not score are left out.
     """
     scoring = config.scoring_teachers
     known = {name: identity for name, identity in identities.items() if name in scoring}
@@ -97,44 +108,48 @@ def cache_identities(
         name: scoring_identity(config, name, identity, tokenizer_hash)
         for name, identity in known.items()
     }
-    features = {
+    states = {
         hidden_states_of(name): hidden_states_identity(config, name, known[name], tokenizer_hash)
         for name in known
         if name in config.training.teacher_layers
     }
-    return distributions | features
+    return distributions | states
 
 
 def provenance_of(config: Config, name: str) -> dict[str, Any]:
-    """What a cache's manifest says of its teacher; the engines stand in its shards."""
+    """Origin of a cache, for its manifest: the teacher and its model. Shards name their engines.
+
+    Args:
+        name: name of the cache.
+    """
     teacher = teacher_of(name)
-    asked = config.teachers[teacher]
-    if isinstance(asked, TeacherConfig):
-        return {"teacher": teacher, "model": asked.model}
-    return {"teacher": teacher, "endpoint_model": asked.endpoint.model}
+    settings = config.teachers[teacher]
+    if isinstance(settings, TeacherConfig):
+        return {"teacher": teacher, "model": settings.model}
+    return {"teacher": teacher, "endpoint_model": settings.endpoint.model}
 
 
 def synthesis_identity(
     config: Config,
     recipe: Recipe,
-    generator: str,
+    author: str,
     identity: dict[str, str],
     tokenizer_hash: str,
 ) -> dict[str, Any]:
-    """The recipe that names the folder of a step's finished prompt shards.
+    """The identity that names the folder of a step's answered shards.
 
-    Prompts, and with them system prompts and filled templates, are no part of it: records know them
-    by their content.
+    Prompts, and with them system prompts and filled templates, are no part of it: answered shards
+    know prompts by their content.
 
     Args:
-        identity: of the generator's model; unused for given answers.
+        identity: identity of the author's model; unused for given answers.
 
     Raises:
         ConfigError: a template cannot be used.
     """
     common = {
         "type": recipe.type,
-        "generator": generator,
+        "generator": author,
         "tokenizer": tokenizer_hash,
         "schema_version": SYNTHESIS_SCHEMA_VERSION,
     }
@@ -142,8 +157,8 @@ def synthesis_identity(
         return common | {"max_sequence_tokens": config.synthesis.max_sequence_tokens}
     common |= {
         "model": identity,
-        "sampling": sampling_of(recipe, generator),
-        "vllm": _engine(config.generator(generator)),
+        "sampling": sampling_of(recipe, author),
+        "vllm": _engine_identity(config.generator(author)),
         "seed": config.seed,
     }
     if isinstance(recipe, Answer) and recipe.keep_truncated:
@@ -162,7 +177,10 @@ def synthesis_identity(
 def judging_identity(
     config: Config, rule: Judge, identity: dict[str, str], tokenizer_hash: str
 ) -> dict[str, Any]:
-    """The recipe that names the folder of a judge's grades.
+    """The identity that names the folder of a judge's grades.
+
+    Args:
+        identity: identity of the judge's model.
 
     Raises:
         ConfigError: the rubric cannot be used.
@@ -171,19 +189,24 @@ def judging_identity(
         "judge": identity,
         "tokenizer": tokenizer_hash,
         "rubric": digest_bytes(rubric_of(rule).encode()),
-        "vllm": _engine(config.teachers[rule.teacher]),
+        "vllm": _engine_identity(config.teachers[rule.teacher]),
         "schema_version": SYNTHESIS_SCHEMA_VERSION,
     }
 
 
-def sampling_of(recipe: Recipe, generator: str) -> dict[str, Any]:
-    """The SamplingParams of a step."""
+def sampling_of(recipe: Recipe, author: str) -> dict[str, Any]:
+    """SamplingParams of a step; empty for given answers."""
     if isinstance(recipe, GivenAnswers):
         return {}
-    own = recipe.sampling_of.get(generator, {}) if isinstance(recipe, Answering) else {}
+    own = recipe.sampling_of.get(author, {}) if isinstance(recipe, Answering) else {}
     return recipe.sampling | own
 
 
-def cache_layout(layout: Layout, name: str, recipe: dict[str, Any]) -> CacheLayout:
-    """Where the cache of that name and recipe lies; of its generations the first."""
-    return layout.cache(name, digest_json(recipe))
+def cache_layout(layout: Layout, name: str, identity: dict[str, Any]) -> CacheLayout:
+    """Folder of a cache, in its first generation.
+
+    Args:
+        name: name of the cache.
+        identity: identity of the cache.
+    """
+    return layout.cache(name, digest_json(identity))

@@ -1,19 +1,18 @@
-"""What the prepare stage found out once for all later stages: prompts, identities, recipes.
+"""Outcome of the prepare stage, for all later stages: prompts and identities.
 
-`runs/<name>/prepared.json` is valid as long as its key is: a hash of the config's sections that
-decide it, of size and modification time of every local file that it read, and of the content of
-templates and of a checker of the user's.
+`runs/<name>/prepared.json` is valid as long as its key is. The key is a hash of the config's
+sections that decide the outcome, of size and modification time of every local file that prepare
+reads, and of the content of templates and of a user's own checker.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 from pipeline import storage
 from pipeline.cache import hidden_states, logprobs
-from pipeline.cache.generations import generation_in_use
 from pipeline.cache.projection import HiddenStatesRule, holds_hidden_states, teacher_of
 from pipeline.config.filters import Judge
 from pipeline.config.load import evaluation_files, is_folder
@@ -24,81 +23,100 @@ from pipeline.config.teachers import NEUTRAL_ENDPOINT_KEYS
 from pipeline.errors import ConfigError
 from pipeline.filters.answer_checkers import checker_identity
 from pipeline.fingerprint import digest_json
-from pipeline.layout import CacheLayout, Layout
-from pipeline.run.identities import cache_layout
+from pipeline.layout import Layout
 from pipeline.synthesis.rewriting import rubric_of, templates_of
 
 NEUTRAL_TEACHER_KEYS: dict[str, Any] = {
     **dict.fromkeys(("cost_per_hour", "replicas", "resources"), True),
     "endpoint": dict.fromkeys(NEUTRAL_ENDPOINT_KEYS, True),
 }
-VERSION = 3
-"""Of what is written; an outcome of another one is found out again."""
+PREPARATION_VERSION = 3
+"""Version of `prepared.json`; a file of another version is made anew."""
+JSON_KEYS = {
+    "prompts_digest": "prompts",
+    "cache_identities": "scoring_recipes",
+    "synthesis_identities": "synthesis_recipes",
+    "student_identity": "student",
+    "checker_identity": "checker",
+}
+"""Attributes of `Prepared` that have another name in `prepared.json`."""
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """The outcome of the prepare stage.
+class Prepared(BaseModel):
+    """The outcome of the prepare stage, as it stands in `prepared.json`.
 
     Attributes:
-        prompts: digest of the prompt table.
+        key: hash of everything that decides the outcome.
+        prompts_digest: digest of the table of prompts.
         prompt_counts: rows read, duplicates dropped, prompts of each split.
         longest_prompt: tokens of the longest given prompt, with the system prompts under which it
             is asked.
-        identities: of the teachers' models, also of those that do not score.
-        scoring_recipes: by name of the cache: a teacher's distributions, or hidden states.
-        synthesis_recipes: by the label of a step (`pipeline/synthesis/steps.py`).
-        student: identity of the model that the student starts from.
-        hidden_sizes: of the teachers whose hidden states a loss needs.
-        filters_before_scoring: identities; with those after scoring all filters of the config.
-        checker: identity of `prompts.checker`, where there is one.
+        tokenizer_hash: hash of the vocabulary that all models share.
+        eos_token_id: token that ends an answer.
+        cache_identities: identity of every cache, by cache name: a teacher's distributions, or its
+            hidden states.
+        synthesis_identities: identity of every step, by its label (`pipeline/synthesis/steps.py`).
+        student_identity: identity of the model that the student starts from.
+        filters_before_scoring: identities of the filters that need text alone.
+        filters_after_scoring: identities of the filters that need cached rows, and of those that
+            follow them.
+        identities: identities of the teachers' models, including teachers that do not score.
+        hidden_sizes: widths of the teachers whose hidden states a loss needs.
+        checker_identity: identity of `prompts.checker`; None if the config names none.
     """
 
+    model_config = ConfigDict(
+        frozen=True,
+        populate_by_name=True,
+        alias_generator=lambda name: JSON_KEYS.get(name, name),
+    )
+
     key: str
-    prompts: str
+    prompts_digest: str
     prompt_counts: dict[str, int]
     longest_prompt: int
     tokenizer_hash: str
     eos_token_id: int
-    scoring_recipes: dict[str, dict[str, Any]]
-    synthesis_recipes: dict[str, dict[str, Any]]
-    student: dict[str, str]
-    filters_before_scoring: list[dict[str, Any]] = field(default_factory=list)
-    filters_after_scoring: list[dict[str, Any]] = field(default_factory=list)
-    identities: dict[str, dict[str, str]] = field(default_factory=dict)
-    hidden_sizes: dict[str, int] = field(default_factory=dict)
-    checker: str | None = None
+    cache_identities: dict[str, dict[str, Any]]
+    synthesis_identities: dict[str, dict[str, Any]]
+    student_identity: dict[str, str]
+    filters_before_scoring: list[dict[str, Any]] = []
+    filters_after_scoring: list[dict[str, Any]] = []
+    identities: dict[str, dict[str, str]] = {}
+    hidden_sizes: dict[str, int] = {}
+    checker_identity: str | None = None
 
-    def caches(self, layout: Layout) -> dict[str, CacheLayout]:
-        """Where every cache lies, by name, in the generation that this run uses."""
-        return {
-            name: generation_in_use(layout, cache_layout(layout, name, recipe))
-            for name, recipe in self.scoring_recipes.items()
-        }
-
-    def distributions(self, layout: Layout) -> dict[str, CacheLayout]:
-        """Of `caches` those of distributions, by teacher."""
-        caches = self.caches(layout)
-        return {name: cache for name, cache in caches.items() if not holds_hidden_states(name)}
-
-    def position_bytes(self, cache: str) -> int:
-        """Most that a position takes in the cache of that name, before compression."""
-        recipe = self.scoring_recipes[cache]
-        if not holds_hidden_states(cache):
-            return logprobs.position_bytes(selection_of(recipe).max_entries)
-        rule = HiddenStatesRule.of_identity(recipe)
-        width = rule.dimensions or self.hidden_sizes[teacher_of(cache)]
-        return hidden_states.position_bytes(len(rule.layers), width)
+    @property
+    def cache_fingerprints(self) -> dict[str, str]:
+        """Digest of every cache's identity, by cache name."""
+        return {name: digest_json(identity) for name, identity in self.cache_identities.items()}
 
     @property
     def synthesis_digests(self) -> dict[str, str]:
-        """By step, the digest that names its folder of records."""
-        return {label: digest_json(recipe) for label, recipe in self.synthesis_recipes.items()}
+        """Digest of every step's identity, by its label; it names the folder of the step."""
+        return {
+            label: digest_json(identity) for label, identity in self.synthesis_identities.items()
+        }
+
+    def position_bytes(self, cache: str) -> int:
+        """Most bytes that one position takes in a cache, before compression.
+
+        Args:
+            cache: name of the cache.
+        """
+        identity = self.cache_identities[cache]
+        if not holds_hidden_states(cache):
+            return logprobs.position_bytes(selection_of(identity).max_entries)
+        rule = HiddenStatesRule.of_identity(identity)
+        width = rule.dimensions or self.hidden_sizes[teacher_of(cache)]
+        return hidden_states.position_bytes(len(rule.layers), width)
 
 
 def preparation_key(config: Config) -> str:
-    """Hash of all that decides the outcome of the prepare stage; of files it reads templates and
-    the checker's source alone.
+    """Hash of everything that decides the outcome of the prepare stage.
+
+    Templates and the checker's source are read for it. All other files enter by size and
+    modification time.
 
     Raises:
         ConfigError: a template cannot be used.
@@ -112,12 +130,12 @@ def preparation_key(config: Config) -> str:
     ]
     paths += [file.path for file in evaluation_files(config).values()]
     recipes, filters = config.synthesis.recipes, config.synthesis.filters
-    # By content: the shipped ones lie in every job's own copy of the packages.
+    # Templates enter by content, since every job has its own copy of the shipped ones.
     texts: list[Any] = [templates_of(recipe) for recipe in recipes if isinstance(recipe, Writing)]
     texts += [rubric_of(rule) for rule in filters if isinstance(rule, Judge)]
     return digest_json(
         [
-            VERSION,
+            PREPARATION_VERSION,
             config.model_dump(
                 mode="json",
                 include={"seed", "prompts", "teachers", "synthesis", "scoring", "combine"},
@@ -133,24 +151,33 @@ def preparation_key(config: Config) -> str:
     )
 
 
+def read_prepared(layout: Layout) -> Prepared:
+    """The outcome of the last prepare stage, whatever has changed since.
+
+    Raises:
+        StorageError: the run was never prepared.
+    """
+    return Prepared.model_validate(storage.read_json(layout.prepared))
+
+
 def load_prepared(config: Config, layout: Layout) -> Prepared | None:
-    """The outcome of the prepare stage; None when it has not run since its inputs changed."""
+    """The outcome of the prepare stage; None if it has not run since its inputs changed."""
     if not storage.exists(layout.prepared):
         return None
-    prepared = Prepared(**storage.read_json(layout.prepared))
-    return prepared if prepared.key == preparation_key(config) else None
-
-
-def _checker_here(config: Config) -> str | None:
-    """The checker's identity; None where it is not installed on this machine, as on a laptop."""
-    if config.prompts.checker is None:
-        return None
-    try:
-        return checker_identity(config.prompts.checker)
-    except ConfigError:  # prepare refuses it, if it is nowhere
-        return None
+    stored = storage.read_json(layout.prepared)
+    return Prepared.model_validate(stored) if stored["key"] == preparation_key(config) else None
 
 
 def save_prepared(layout: Layout, prepared: Prepared) -> None:
     """Writes the outcome of the prepare stage."""
-    storage.write_bytes(layout.prepared, (json.dumps(asdict(prepared), indent=2) + "\n").encode())
+    storage.write_json(layout.prepared, prepared.model_dump(by_alias=True))
+
+
+def _checker_here(config: Config) -> str | None:
+    """Identity of the checker; None if it is not installed on this machine, such as a laptop."""
+    if config.prompts.checker is None:
+        return None
+    try:
+        return checker_identity(config.prompts.checker)
+    except ConfigError:  # the prepare stage refuses a checker that the cluster lacks, too
+        return None

@@ -1,4 +1,4 @@
-"""What a training is: everything that decides the trained weights, and where its outputs lie."""
+"""One training: everything that decides the trained weights, and where its outputs lie."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from pipeline.combine.weights import required_teachers
 from pipeline.config.combine import ByDomainWeights, CombineConfig
 from pipeline.config.losses import CrossEntropy, Loss, StateLoss, TeacherLoss, sequences_together
 from pipeline.config.run import Config
-from pipeline.fingerprint import digest_json
 from pipeline.layout import CacheLayout, Layout
-from pipeline.run.preparation import Prepared
+from pipeline.run.prepared_run import Run
 
 NEUTRAL_TRAINING_KEYS = {
     "workers",
@@ -32,12 +31,14 @@ NEUTRAL_TRAINING_KEYS = {
     "allow_resume_with",
     "deepspeed",
 }
-"""Training keys that may change between two starts; `losses` enters as those of the job, and
-`deepspeed` without its ZeRO stage.
+"""Keys of `training` that may change between two starts of one training.
+
+`losses` enters an identity as the losses of the student or of the twin, and `deepspeed` without its
+ZeRO stage.
 """
 NEUTRAL_STUDENT_KEYS = {"cost_per_hour", "vllm", "replicas", "model", "revision", "initial_weights"}
 COMPLETE = "COMPLETE"
-"""The file that a checkpoint's folder gets last of all."""
+"""The file that is written last into a checkpoint's folder."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,17 @@ class TrainingSpec:
     """One training, as the launcher hands it to every worker.
 
     Attributes:
-        student: `student` or `twin`: names the training folder.
-        losses: of this training; a twin has cross-entropy alone.
-        caches: by name, of distributions and of hidden states; those that no loss needs may be
-            missing.
-        cache_fingerprints: by name of the cache, of the recipe that filled it.
+        config: config of the run.
+        layout: paths of the run.
+        dataset_digest: digest of the dataset that is trained on.
+        student: `student` or `twin`; it names the training folder.
+        losses: losses of this training; a twin has cross-entropy alone.
+        caches: folders of the caches of distributions and of hidden states, by cache name; a cache
+            that no loss needs may be missing.
+        cache_fingerprints: digest of each cache's identity, by cache name.
         start: identity of the model that the student starts from.
         tokenizer: hash of the tokenizer of all sequences.
-        learned: by domain and teacher, where weights are learned.
+        learned: learned weights, by domain and teacher; empty if the weights are not learned.
     """
 
     config: Config
@@ -68,7 +72,7 @@ class TrainingSpec:
 
     @property
     def seed(self) -> int:
-        """Of initialisation and data order; each round has its own."""
+        """Seed of initialisation and data order; each round has its own."""
         return self.config.seed + self.config.round - 1
 
     @property
@@ -81,17 +85,17 @@ class TrainingSpec:
 
     @property
     def summary_path(self) -> str:
-        """Written last of all: its existence means that the training is complete."""
+        """Path of the file that is written last; if it exists, the training is complete."""
         return self.layout.training_summary(self.student)
 
     @property
     def combine(self) -> CombineConfig:
-        """How the teachers combine, with weights that can be looked up."""
+        """Settings of the combination, with learned weights replaced by the weights themselves."""
         return with_learned(self.config.combine, self.learned)
 
     @property
     def uses_teachers(self) -> bool:
-        """Whether a loss is against the teachers' distributions."""
+        """Whether a loss compares with the teachers' distributions."""
         return any(isinstance(loss, TeacherLoss) for loss in self.losses)
 
     @property
@@ -101,7 +105,7 @@ class TrainingSpec:
 
     @property
     def sequences_together(self) -> int:
-        """How many sequences in a row of a step's batch stay in one micro-batch."""
+        """Number of consecutive sequences of a batch that must share one micro-batch."""
         return sequences_together(self.losses)
 
     @property
@@ -109,7 +113,7 @@ class TrainingSpec:
         return int(self.config.training.deepspeed.get("zero_optimization", {}).get("stage", 0))
 
     def identity(self) -> dict[str, Any]:
-        """What decides the trained weights, as a JSON value."""
+        """Everything that decides the trained weights, as a JSON value."""
         config = self.config.model_dump(mode="json")
         used = used_teachers(self.config) if self.uses_teachers else []
         used += [hidden_states_of(teacher) for teacher in self.hidden_states_teachers]
@@ -142,14 +146,13 @@ class TrainingSpec:
         return combine | ({"learned": self.learned} if self.learned else {})
 
 
-def training_specs(
-    config: Config, layout: Layout, prepared: Prepared, dataset_digest: str
-) -> list[TrainingSpec]:
-    """The student, and the twin that learns from the same sequences by cross-entropy alone.
+def training_specs(run: Run, dataset_digest: str) -> list[TrainingSpec]:
+    """Trainings of the student and of the twin, which learns from the same text alone.
 
     Raises:
-        ConfigError: the weights are learned, and score has not finished.
+        ConfigError: the weights are learned, and the score stage has not finished.
     """
+    config, layout = run.config, run.layout
     losses = {"student": tuple(config.training.losses)}
     learned = learned_weights(config.combine, layout)
     if config.evaluation.twin:
@@ -161,10 +164,10 @@ def training_specs(
             dataset_digest=dataset_digest,
             student=label,
             losses=terms,
-            caches=prepared.caches(layout),
-            cache_fingerprints={n: digest_json(r) for n, r in prepared.scoring_recipes.items()},
-            start=prepared.student,
-            tokenizer=prepared.tokenizer_hash,
+            caches=run.cache_layouts(),
+            cache_fingerprints=run.prepared.cache_fingerprints,
+            start=run.prepared.student_identity,
+            tokenizer=run.prepared.tokenizer_hash,
             learned=learned,
         )
         for label, terms in losses.items()
@@ -172,19 +175,23 @@ def training_specs(
 
 
 def is_complete_checkpoint(folder: str) -> bool:
-    """Whether a local folder is a training checkpoint that was written to its end."""
+    """Whether a local folder is a training checkpoint that was written completely."""
     return Path(folder, COMPLETE).is_file()
 
 
 def _without_stage(deepspeed: dict[str, Any]) -> dict[str, Any]:
-    """The stages compute the same; whether a checkpoint loads at another is checked apart."""
+    """DeepSpeed options without the ZeRO stage.
+
+    All ZeRO stages compute the same. Resuming checks by itself whether a checkpoint can be loaded
+    at another stage.
+    """
     zero = {k: v for k, v in deepspeed.get("zero_optimization", {}).items() if k != "stage"}
     rest = {k: v for k, v in deepspeed.items() if k != "zero_optimization"}
     return rest | ({"zero_optimization": zero} if zero else {})
 
 
 def used_teachers(config: Config) -> list[str]:
-    """The teachers that can weigh anything in any domain, in the config's order."""
+    """Teachers that can have a weight in some domain, in the config's order."""
     weights = config.combine.weights
     domains = list(weights.domains) if isinstance(weights, ByDomainWeights) else [""]
     used = {

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from pipeline.fingerprint import digest_bytes, sequence_id
 from pipeline.layout import Layout
 from pipeline.records import DatasetEntry, TokenSequence
 from pipeline.run.identities import cache_identities
-from pipeline.run.preparation import Prepared, preparation_key
+from pipeline.run.preparation import Prepared, preparation_key, save_prepared
+from pipeline.run.prepared_run import Run
 from pipeline.sequences import write_dataset, write_sequences
 from teachers.pool.dispatch import PoolReport
 from teachers.protocol import CapturedRows, EarlierRows, ScoringRequest
@@ -141,26 +142,25 @@ class FabricatedRun:
     def layout(self) -> Layout:
         return layout_of(self.config)
 
-    def prepare(self) -> Prepared:
-        """Writes what prepare would."""
+    def prepare(self) -> Run:
+        """Writes what the prepare stage would write."""
         config = self.config
         identities = {name: {"weights": name} for name in config.teachers}
-        recipes = cache_identities(config, identities, TOKENIZER)
         prepared = Prepared(
-            preparation_key(config),
-            "p",
-            {},
-            4,
-            TOKENIZER,
-            1,
-            recipes,
-            {},
-            {"model": "student"},
+            key=preparation_key(config),
+            prompts_digest="p",
+            prompt_counts={},
+            longest_prompt=4,
+            tokenizer_hash=TOKENIZER,
+            eos_token_id=1,
+            cache_identities=cache_identities(config, identities, TOKENIZER),
+            synthesis_identities={},
+            student_identity={"model": "student"},
             identities=identities,
             hidden_sizes=dict.fromkeys(config.training.teacher_layers, HIDDEN),
         )
-        storage.write_json(self.layout.prepared, asdict(prepared))
-        return prepared
+        save_prepared(self.layout, prepared)
+        return Run(config, self.layout, prepared)
 
     def write_answers(self, first: int, last: int) -> list[DatasetEntry]:
         """One shard of the sequences `first` to `last` for each domain, added to the dataset."""
@@ -195,9 +195,9 @@ class FabricatedRun:
         return read_dataset(self.layout, json.loads(path.read_text())["dataset"])
 
     def score(self) -> str:
-        """The score stage, with the pools that stand in for its engines; gives the dataset."""
+        """Runs the score stage with the pools that stand in for engines; returns the dataset."""
         digest = storage.read_json(self.layout.stage_record("synthesize"))["dataset"]
-        return score(self.config, self.layout, self.prepare(), digest)["dataset"]
+        return str(score(self.prepare(), digest).dataset)
 
     def shards(self, teacher: str, generation: int = 1) -> dict[str, tuple[int, int]]:
         """Modification time in ns and inode of every shard, by name."""

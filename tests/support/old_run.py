@@ -8,12 +8,12 @@ from typing import Any
 
 from jobs.bookkeeping.stage_records import read_record
 from jobs.stages.prepare import prepare
-from pipeline import storage
 from pipeline.config.load import load_config
 from pipeline.config.rounds import layout_of
 from pipeline.config.run import Config
 from pipeline.layout import Layout
-from pipeline.run.preparation import Prepared
+from pipeline.run.preparation import Prepared, read_prepared
+from pipeline.run.prepared_run import Run
 from pipeline.run.training_spec import TrainingSpec, training_specs
 from tests.support.command_line import ROOT
 
@@ -63,21 +63,25 @@ class OldRun:
 
     def prepared(self) -> Prepared:
         """The preparation as it was written."""
-        return Prepared(**storage.read_json(self.layout.prepared))
+        return read_prepared(self.layout)
 
-    def prepare(self, *overrides: str) -> Prepared:
-        """The preparation made anew, which knows the files of the copy by their times."""
+    def opened(self, *overrides: str) -> Run:
+        """The run under today's config, with the preparation as it was written."""
+        config = self.config(*overrides)
+        return Run(config, layout_of(config), self.prepared())
+
+    def prepare(self, *overrides: str) -> Run:
+        """The run prepared anew, which knows the files of the copy by their times."""
         return prepare(self.config(*overrides))
 
     def dataset(self) -> str:
         """Digest of what the run trained on."""
-        return read_record(self.layout, "score")["dataset"]
+        return str(read_record(self.layout, "score").dataset)
 
     def training(self, *overrides: str) -> TrainingSpec:
         """The training of the student, as today's config asks for it."""
-        config = self.config(*overrides)
-        (job,) = training_specs(config, layout_of(config), self.prepared(), self.dataset())
-        return job
+        (spec,) = training_specs(self.opened(*overrides), self.dataset())
+        return spec
 
     def interrupt_training(self) -> None:
         """Leaves the training as it was before its end: a checkpoint of step 4, and metrics."""

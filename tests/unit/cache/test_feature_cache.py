@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from jobs.caches.actions import collect_garbage, open_run, status, verify
-from jobs.caches.regenerate import Request, regenerate_inside_job
+from jobs.caches.actions import collect_garbage, status, verify
+from jobs.caches.regenerate import RegenerationRequest as Request
+from jobs.caches.regenerate import regenerate_inside_job
+from jobs.caches.run_caches import open_caches
 from pipeline import storage
 from pipeline.cache.generations import named_generations
 from pipeline.cache.projection import (
@@ -143,7 +145,7 @@ def test_projected_states_keep_their_geometry() -> None:
 
 def test_a_row_holds_the_states_before_its_tokens(run: FabricatedRun) -> None:
     """States of the fake teacher begin with their layer and their token's index."""
-    reader = open_hidden_states(open_run(run.config).caches[NAME])
+    reader = open_hidden_states(open_caches(run.config).layouts[NAME])
     sequence = make_sequence("words", 2)
     row = reader.row(sequence.sequence_id)
     assert row is not None and row.states.shape == (sequence.num_positions, 2, HIDDEN)
@@ -153,7 +155,7 @@ def test_a_row_holds_the_states_before_its_tokens(run: FabricatedRun) -> None:
 
 
 def test_both_caches_are_filled_in_one_pass(run: FabricatedRun, pools: FakePools) -> None:
-    assert set(open_run(run.config).caches) == {"words", "arithmetic", NAME}
+    assert set(open_caches(run.config).layouts) == {"words", "arithmetic", NAME}
     assert len(pools.scored) == 16, "8 sequences, 2 teachers"
     assert sorted(pools.asked) == [(True, False)] * 8 + [(True, True)] * 8
 
@@ -161,7 +163,7 @@ def test_both_caches_are_filled_in_one_pass(run: FabricatedRun, pools: FakePools
 def test_only_the_cache_that_lacks_something_is_filled(
     run: FabricatedRun, pools: FakePools
 ) -> None:
-    caches = open_run(run.config).caches
+    caches = open_caches(run.config).layouts
     for name, asked in ((NAME, (False, True)), ("words", (True, False))):
         (kept, *lost) = storage.list_files(caches[name].shards_folder, ".parquet")
         for info in lost:
@@ -191,8 +193,8 @@ def test_a_loss_that_comes_later_leaves_distributions_as_they_are(
     later.score()
     assert pools.asked == [(False, True)] * 6
     assert before.shards("words") == shards
-    assert "words+features" in status(open_run(later.config))
-    assert NAME not in open_run(before.config).caches
+    assert "words+features" in status(open_caches(later.config))
+    assert NAME not in open_caches(before.config).layouts
 
 
 def test_groups_that_training_would_refuse_are_refused_before_scoring(
@@ -223,8 +225,8 @@ def test_interrupted_capture_goes_on(run: FabricatedRun, pools: FakePools) -> No
     pools.scored.clear()
     run.score()
     assert len(pools.scored) == len(set(pools.scored)) < 16
-    opened = open_run(run.config)
-    reader = open_hidden_states(opened.caches[NAME])
+    opened = open_caches(run.config)
+    reader = open_hidden_states(opened.layouts[NAME])
     assert all(entry.sequence_id in reader for entry in opened.entries)
 
 
@@ -235,18 +237,18 @@ def test_hidden_states_alone_cover_no_sequence(per: str, tmp_path: Path, pools: 
     run = FabricatedRun(tmp_path, overrides=[*LOSSES, f"combine.weights={weights}"])
     prepared = run.prepare()
     refused, *others = (entry.sequence_id for entry in run.write_answers(0, 2))
-    for cache in prepared.distributions(run.layout).values():
+    for cache in prepared.distribution_layouts().values():
         path = storage.join(cache.quarantine, f"{refused}.json")
         storage.write_json(path, {"sequence_id": refused, "error": "a poison"})
     dataset = run.score()
-    assert refused in open_hidden_states(open_run(run.config).caches[NAME])
+    assert refused in open_hidden_states(open_caches(run.config).layouts[NAME])
     assert [e.sequence_id for e in read_dataset(run.layout, dataset)] == others
 
 
 def test_states_too_wide_for_the_memory_of_a_loader_are_named(
     run: FabricatedRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    job, _ = training_specs(run.config, run.layout, run.prepare(), run.score())
+    job, _ = training_specs(run.prepare(), run.score())
     share = Share(job, VOCABULARY, rank=0, world_size=1)
     BatchSource(share)
     assert caplog.messages == []
@@ -261,10 +263,10 @@ def test_states_too_wide_for_the_memory_of_a_loader_are_named(
 def test_layers_and_projection_name_the_folder(run: FabricatedRun) -> None:
     fewer = replace(run, overrides=[LOSSES[0].replace(", 1: 1", "")])
     projected = replace(run, overrides=[*LOSSES, "scoring.features.dimensions=4"])
-    names = {open_run(each.config).caches[NAME].name for each in (run, fewer, projected)}
+    names = {open_caches(each.config).layouts[NAME].name for each in (run, fewer, projected)}
     assert len(names) == 3
     heavier = replace(run, overrides=[LOSSES[0].replace("mse", "cosine")])
-    assert open_run(heavier.config).caches[NAME].name in names
+    assert open_caches(heavier.config).layouts[NAME].name in names
 
 
 def test_projected_states_are_stored_projected(tmp_path: Path, pools: FakePools) -> None:
@@ -272,10 +274,10 @@ def test_projected_states_are_stored_projected(tmp_path: Path, pools: FakePools)
     run.prepare()
     run.write_answers(0, 2)
     run.score()
-    reader = open_hidden_states(open_run(run.config).caches[NAME])
+    reader = open_hidden_states(open_caches(run.config).layouts[NAME])
     whole = FabricatedRun(tmp_path, overrides=[*LOSSES])
     whole.score()
-    plain = open_hidden_states(open_run(whole.config).caches[NAME])
+    plain = open_hidden_states(open_caches(whole.config).layouts[NAME])
     identifier = make_sequence("words", 1).sequence_id
     (row, before) = (each.row(identifier) for each in (reader, plain))
     assert row is not None and before is not None
@@ -284,11 +286,11 @@ def test_projected_states_are_stored_projected(tmp_path: Path, pools: FakePools)
 
 
 def test_verify_looks_at_states(run: FabricatedRun) -> None:
-    opened = open_run(run.config)
+    opened = open_caches(run.config)
     found = verify(opened, "words")
     assert list(found) == ["words", NAME]
     assert found[NAME].problems == [] and found[NAME].num_compared == 8
-    cache = opened.caches[NAME]
+    cache = opened.layouts[NAME]
     digest = storage.list_files(cache.shards_folder, ".parquet")[0].base_name[:-8]
     rows = read_hidden_states(cache.shard(digest))
     shorter = [replace(rows[0], states=rows[0].states[1:]), *rows[1:]]
@@ -300,7 +302,7 @@ def test_verify_looks_at_states(run: FabricatedRun) -> None:
 
 
 def test_a_corrupt_shard_of_states_is_captured_again(run: FabricatedRun, pools: FakePools) -> None:
-    cache = open_run(run.config).caches[NAME]
+    cache = open_caches(run.config).layouts[NAME]
     path = Path(cache.shard(storage.list_files(cache.shards_folder, ".parquet")[0].base_name[:-8]))
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
@@ -317,7 +319,7 @@ def test_a_forced_regeneration_captures_both_again(run: FabricatedRun, pools: Fa
     regenerate_inside_job(run.config, Request("words", {"domain": "words"}, True), str)
     assert pools.asked == [(True, True)] * 4
     for name in ("words", NAME):
-        cache = replace(open_run(run.config).caches[name], generation=2)
+        cache = replace(open_caches(run.config).layouts[name], generation=2)
         shards = storage.list_files(cache.shards_folder, ".parquet")
         held = [s for i in shards for s in open_shard(cache.shard(i.base_name[:-8])).identifiers]
         assert len(held) == len(set(held)) == 8
@@ -325,7 +327,7 @@ def test_a_forced_regeneration_captures_both_again(run: FabricatedRun, pools: Fa
 
 def test_what_no_run_names_is_garbage(run: FabricatedRun) -> None:
     assert collect_garbage(run.config, True, False).startswith("nothing to remove")
-    folder = open_run(run.config).caches[NAME].name
+    folder = open_caches(run.config).layouts[NAME].name
     run.overrides.clear()
     run.prepare()
     storage.remove(run.layout.pins)
@@ -335,15 +337,15 @@ def test_what_no_run_names_is_garbage(run: FabricatedRun) -> None:
 
 def test_a_training_names_the_states_that_it_uses(run: FabricatedRun) -> None:
     prepared = run.prepare()
-    student, twin = training_specs(run.config, run.layout, prepared, "d")
+    student, twin = training_specs(prepared, "d")
     assert NAME in student.identity()["caches"] and NAME not in twin.identity()["caches"]
     storage.write_json(student.summary_path, {"identity": student.identity()})
-    names = named_generations(run.layout)[open_run(run.config).caches[NAME].name][1]
+    names = named_generations(run.layout)[open_caches(run.config).layouts[NAME].name][1]
     assert names == ["run quickstart", "training student of run quickstart"]
 
 
 def test_distributions_alone_are_shown_and_exported(run: FabricatedRun) -> None:
-    opened = open_run(run.config)
+    opened = open_caches(run.config)
     assert opened.chosen("words") == ["words", NAME]
     assert opened.distributions(None) == ["arithmetic", "words"]
     assert opened.chosen(NAME) == [NAME]
@@ -351,4 +353,4 @@ def test_distributions_alone_are_shown_and_exported(run: FabricatedRun) -> None:
         opened.distributions(NAME)
     with pytest.raises(ConfigError, match="there is no teacher 'word'"):
         opened.chosen("word")
-    assert open_cache(opened.caches["words"]).row("nobody") is None
+    assert open_cache(opened.layouts["words"]).row("nobody") is None

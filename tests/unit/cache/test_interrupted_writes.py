@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.caches.actions import open_run
-from jobs.caches.regenerate import Request, regenerate_inside_job
+from jobs.caches.regenerate import RegenerationRequest as Request
+from jobs.caches.regenerate import regenerate_inside_job
+from jobs.caches.run_caches import open_caches
 from pipeline import storage
 from pipeline.cache.generations import current_generation
 from tests.support.fabricated import FabricatedRun, FakePools
@@ -73,7 +74,7 @@ def damaged(root: Path) -> FabricatedRun:
     other.score()
     gone = next(iter(other.shards("words")))
     run = scored(root)
-    cache = open_run(run.config).caches["words"]
+    cache = open_caches(run.config).layouts["words"]
     Path(cache.shard(gone)).unlink()
     corrupt = next(digest for digest in run.shards("words"))
     Path(cache.shard(corrupt)).write_bytes(b"nothing")
@@ -122,7 +123,7 @@ def test_killed_before_each_write_and_repeated(
         if was_killed:
             command(run)
         assert caches(run) == expected, f"killed before write {number}"
-        folder = open_run(run.config).caches["words"].folder
+        folder = open_caches(run.config).layouts["words"].folder
         assert current_generation(folder) == generation
         # A sequence shard's rows, at most, were lost with the process and are scored again.
         assert len(pools.scored) <= asked + 2

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs.caches.actions import collect_garbage, open_run
-from jobs.caches.regenerate import Request, regenerate_inside_job
+from jobs.caches.actions import collect_garbage
+from jobs.caches.regenerate import RegenerationRequest as Request
+from jobs.caches.regenerate import regenerate_inside_job
+from jobs.caches.run_caches import open_caches
 from pipeline import storage
 from pipeline.cache.generations import begin_generation
 from pipeline.cache.index import load_index
@@ -48,10 +50,10 @@ def test_a_generation_stays_as_long_as_a_run_or_a_checkpoint_names_it(run: Fabri
     force(run)
     assert garbage(run) == {}  # the run has pinned generation 1, the manifest names 2
     Path(run.layout.pins).unlink()
-    name = open_run(run.config).caches["words"].name
+    name = open_caches(run.config).layouts["words"].name
     old = {f"{name}/g1.index.parquet"} | {f"{name}/g1/{s}.parquet" for s in run.shards("words")}
     assert garbage(run).keys() == old
-    fingerprint = digest_json(run.prepare().scoring_recipes["words"])
+    fingerprint = digest_json(run.prepare().prepared.cache_identities["words"])
     for path in ("student/training.json", "twin/checkpoints/step-00000010/state.json"):
         place = run.root / "runs" / "elsewhere" / path
         identity = {"caches": {"words": {"fingerprint": fingerprint, "generation": 1}}}
@@ -65,7 +67,7 @@ def test_checkpoints_below_another_models_root_count(run: FabricatedRun, tmp_pat
     force(run)
     Path(run.layout.pins).unlink()
     models = tmp_path / "elsewhere"
-    fingerprint = digest_json(run.prepare().scoring_recipes["words"])
+    fingerprint = digest_json(run.prepare().prepared.cache_identities["words"])
     identity = {"caches": {"words": {"fingerprint": fingerprint, "generation": 1}}}
     state = models / "runs/other/student/checkpoints/step-00000010/state.json"
     storage.write_json(str(state), {"identity": identity})
@@ -86,7 +88,7 @@ def test_removing_takes_what_was_listed_and_nothing_else(run: FabricatedRun) -> 
     assert collect_garbage(run.config, False, False).endswith("removed")
     kept = {name: times for name, times in before.items() if name[7:] not in listed}
     assert file_times(run.root) == kept and len(kept) == len(before) - len(listed)
-    name = open_run(run.config).caches["words"].name
+    name = open_caches(run.config).layouts["words"].name
     assert not (run.root / "caches" / name / "g1").exists()
     assert garbage(run) == {}
 
@@ -97,7 +99,7 @@ def test_a_recipe_that_no_run_names_goes_whole(run: FabricatedRun) -> None:
     other.write_answers(0, 4)
     other.score()
     assert garbage(run) == {}
-    stale = open_run(other.config).caches["words"].name
+    stale = open_caches(other.config).layouts["words"].name
     other.overrides.clear()
     other.prepare()
     assert garbage(run) == {}  # its pins still name the old recipe
@@ -105,13 +107,13 @@ def test_a_recipe_that_no_run_names_goes_whole(run: FabricatedRun) -> None:
     assert {path.split("/")[0] for path in garbage(run)} == {stale}
     collect_garbage(run.config, False, False)
     assert not (run.root / "caches" / stale).exists()
-    assert open_run(run.config).caches["words"].name != stale and len(run.shards("words")) == 2
+    assert open_caches(run.config).layouts["words"].name != stale and len(run.shards("words")) == 2
 
 
 def test_corrupt_shards_old_unfinished_writes_and_outdated_quarantine_go(
     run: FabricatedRun,
 ) -> None:
-    cache = open_run(run.config).caches["words"]
+    cache = open_caches(run.config).layouts["words"]
     bad = next(iter(run.shards("words")))
     flip_bit(Path(cache.shard(bad)))
     regenerate_inside_job(run.config, Request(), lambda line: None)
@@ -153,7 +155,7 @@ def test_a_generation_that_begins_meanwhile_is_not_garbage(
     run: FabricatedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is looked for before its mark is written, and listed after."""
-    folder = open_run(run.config).caches["words"].folder
+    folder = open_caches(run.config).layouts["words"].folder
     look = gc.unfinished_generation
 
     def begin_after(path: str) -> int | None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.caches.actions import open_run, show, status
+from jobs.caches.actions import show, status
+from jobs.caches.run_caches import open_caches
 from pipeline import storage
 from pipeline.cache.reader import open_cache
 from pipeline.cache_care.show import find_sequence
@@ -31,11 +32,11 @@ def line_of(text: str, start: str) -> list[str]:
 
 def test_status_counts_what_is_there_and_what_is_not(run: FabricatedRun) -> None:
     run.write_answers(4, 6)
-    cache = open_run(run.config).caches["words"]
+    cache = open_caches(run.config).layouts["words"]
     refused = run.entries()[-1].sequence_id
     path = storage.join(cache.quarantine, f"{refused}.json")
     storage.write_json(path, {"sequence_id": refused, "error": "too odd"})
-    told = status(open_run(run.config))
+    told = status(open_caches(run.config))
     positions = sum(entry.num_positions for entry in run.entries()[:8])
     size = sum(p.stat().st_size for p in Path(cache.shards_folder).iterdir())
     _, folder, *figures = line_of(told, "words")
@@ -48,19 +49,19 @@ def test_status_counts_what_is_there_and_what_is_not(run: FabricatedRun) -> None
 
 
 def test_status_shows_the_rest_beside_a_truncated_shard(run: FabricatedRun) -> None:
-    cache = open_run(run.config).caches["words"]
+    cache = open_caches(run.config).layouts["words"]
     bad = Path(cache.shard(next(iter(run.shards("words")))))
     bad.write_bytes(bad.read_bytes()[:-10])
-    told = status(open_run(run.config))
+    told = status(open_caches(run.config))
     assert line_of(told, "words")[2:4] == ["1", "4"]
     assert f"words: the cache shard {bad} is corrupt" in told
     assert line_of(told, "arithmetic")[2:4] == ["2", "0"]
 
 
 def test_status_of_a_changed_config_shows_old_beside_new(run: FabricatedRun) -> None:
-    old = open_run(run.config).caches["words"].name
+    old = open_caches(run.config).layouts["words"].name
     run.overrides = ["teachers.words.vllm.dtype=bfloat16", "scoring.selection.max_entries=12"]
-    told = status(open_run(run.config))
+    told = status(open_caches(run.config))
     assert line_of(told, "words")[2:4] == ["0", "8"]
     assert re.search(rf"words: stale {old} \([\d,]+ bytes, named by run quickstart\)", told)
     assert "    vllm.dtype: 'float32' -> 'bfloat16'" in told
@@ -70,11 +71,11 @@ def test_status_of_a_changed_config_shows_old_beside_new(run: FabricatedRun) -> 
 
 def test_a_sequence_is_shown_token_by_token(run: FabricatedRun) -> None:
     entry = run.entries()[0]
-    told = show(open_run(run.config), None, entry.sequence_id[:9])
+    told = show(open_caches(run.config), None, entry.sequence_id[:9])
     assert told.startswith(f"sequence {entry.sequence_id}, domain arithmetic, written by")
     lines = told.splitlines()[3:]
     assert len(lines) == 2 * entry.num_positions
-    row = open_cache(open_run(run.config).caches["words"]).row(entry.sequence_id)
+    row = open_cache(open_caches(run.config).layouts["words"]).row(entry.sequence_id)
     for j, line in enumerate(lines[1::2]):
         found = re.match(r"\s+words\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)\s+'.*?' ([\d.]+)", line)
         start = int(row.num_entries[:j].sum())
@@ -85,7 +86,7 @@ def test_a_sequence_is_shown_token_by_token(run: FabricatedRun) -> None:
             np.exp(float(row.logprobs[start])),
         ]
         np.testing.assert_allclose([float(text) for text in found.groups()], expected, atol=6e-4)
-    only = show(open_run(run.config), "words", entry.sequence_id)
+    only = show(open_caches(run.config), "words", entry.sequence_id)
     assert len(only.splitlines()) == 3 + entry.num_positions
 
 
@@ -95,17 +96,17 @@ def test_drawn_entries_are_shown_by_their_counts(tmp_path: Path, pools: FakePool
     drawn.prepare()
     drawn.write_answers(0, 1)
     drawn.score()
-    lines = show(open_run(drawn.config), "words", None).splitlines()[3:]
+    lines = show(open_caches(drawn.config), "words", None).splitlines()[3:]
     for line in lines:
         assert len(re.findall(r"' \d\.\d{4}", line)) == 1  # the head
         assert sum(int(count) for count in re.findall(r"' drawn (\d)x", line)) == 3
 
 
 def test_a_teacher_without_the_row_is_said(run: FabricatedRun) -> None:
-    cache = open_run(run.config).caches["words"]
+    cache = open_caches(run.config).layouts["words"]
     for path in Path(cache.shards_folder).iterdir():
         path.unlink()
-    told = show(open_run(run.config), None, None)
+    told = show(open_caches(run.config), None, None)
     assert "words has no row for this sequence" in told and "arithmetic" in told
 
 

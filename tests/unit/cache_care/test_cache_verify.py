@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jobs.caches.actions import open_run, verify
+from jobs.caches.actions import verify
+from jobs.caches.run_caches import open_caches
 from jobs.caches.verify import _say_differences, rows_to_rescore, verify_rows
 from pipeline import storage
 from pipeline.cache.manifest import publish
@@ -46,7 +47,7 @@ def run(tmp_path: Path, pools: FakePools) -> FabricatedRun:
 
 @pytest.fixture
 def good(run: FabricatedRun) -> SparseLogprobs:
-    cache = open_run(run.config).caches["words"]
+    cache = open_caches(run.config).layouts["words"]
     rows = [row for name in run.shards("words") for row in read_shard(cache.shard(name))]
     (row,) = [row for row in rows if row.sequence_id == SEQUENCE.sequence_id]
     return row
@@ -141,7 +142,7 @@ def test_gold_that_is_not_kept_and_yet_likelier_is_said(good: SparseLogprobs) ->
 
 
 def test_the_whole_cache_of_a_run_is_good(run: FabricatedRun) -> None:
-    for checked in verify(open_run(run.config), None).values():
+    for checked in verify(open_caches(run.config), None).values():
         assert (checked.problems, checked.num_shards) == ([], 2)
         assert checked.num_rows == checked.num_compared == 8
 
@@ -175,8 +176,8 @@ def false_gold(path: Path, rows: list[SparseLogprobs], fingerprint: str) -> None
 def test_a_bad_shard_is_named_and_the_exit_is_an_error(
     run: FabricatedRun, harm, message: str
 ) -> None:
-    opened = open_run(run.config)
-    path = Path(opened.caches["words"].shard(next(iter(run.shards("words")))))
+    opened = open_caches(run.config)
+    path = Path(opened.layouts["words"].shard(next(iter(run.shards("words")))))
     harm(path, read_shard(str(path)), opened.fingerprint("words"))
     said: list[str] = []
     with pytest.raises(CacheError, match=r"problems in the caches.*cache regenerate CONFIG"):
@@ -186,8 +187,8 @@ def test_a_bad_shard_is_named_and_the_exit_is_an_error(
 
 
 def test_an_index_that_differs_from_its_shards_is_named(run: FabricatedRun) -> None:
-    opened = open_run(run.config)
-    cache = opened.caches["words"]
+    opened = open_caches(run.config)
+    cache = opened.layouts["words"]
     name = next(iter(run.shards("words")))
     rows = read_shard(cache.shard(name))
     lower = [replace(row, gold_logprobs=row.gold_logprobs) for row in rows]
@@ -198,8 +199,8 @@ def test_an_index_that_differs_from_its_shards_is_named(run: FabricatedRun) -> N
 
 
 def test_a_shard_that_is_gone_and_a_manifest_of_other_shards_are_named(run: FabricatedRun) -> None:
-    opened = open_run(run.config)
-    cache = opened.caches["words"]
+    opened = open_caches(run.config)
+    cache = opened.layouts["words"]
     manifest = storage.read_json(cache.manifest)
     manifest["totals"]["num_sequences"] += 1
     storage.write_json(cache.manifest, manifest)
@@ -211,8 +212,8 @@ def test_a_shard_that_is_gone_and_a_manifest_of_other_shards_are_named(run: Fabr
 
 
 def test_what_an_interrupted_scoring_left_has_no_problem(run: FabricatedRun) -> None:
-    opened = open_run(run.config)
-    cache = opened.caches["words"]
+    opened = open_caches(run.config)
+    cache = opened.layouts["words"]
     _, other = (Path(cache.shard(name)) for name in run.shards("words"))
     whole = other.read_bytes()
     other.unlink()
@@ -224,12 +225,12 @@ def test_what_an_interrupted_scoring_left_has_no_problem(run: FabricatedRun) -> 
 
 
 def rescore(run: FabricatedRun, salt: str, name: str = "words") -> PoolReport:
-    opened = open_run(run.config)
+    opened = open_caches(run.config)
     shards = {entry.shard for entry in opened.entries}
     tasks = [
         RescoringTask(
-            opened.caches[name],
-            f"{opened.layout.root}/{shard}",
+            opened.layouts[name],
+            f"{opened.run.layout.root}/{shard}",
             tuple(e.sequence_id for e in opened.entries if e.shard == shard),
         )
         for shard in sorted(shards)
@@ -241,7 +242,7 @@ def rescore(run: FabricatedRun, salt: str, name: str = "words") -> PoolReport:
 
 def test_another_seed_draws_other_rows(run: FabricatedRun) -> None:
     def drawn_by(seed: int) -> set[str]:
-        tasks = rows_to_rescore(open_run(run.config), "words", 3, seed)
+        tasks = rows_to_rescore(open_caches(run.config), "words", 3, seed)
         return {identifier for task in tasks for identifier in task.sequence_ids}
 
     assert drawn_by(1) == drawn_by(1) and len(drawn_by(1)) == 3

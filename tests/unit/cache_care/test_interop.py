@@ -11,7 +11,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.caches.actions import export, import_distillkit, open_run, verify
+from jobs.caches.actions import export, import_distillkit, verify
+from jobs.caches.run_caches import open_caches
 from pipeline import storage
 from pipeline.cache.reader import open_cache
 from pipeline.cache.shard import read_shard
@@ -40,8 +41,8 @@ def run(tmp_path: Path, pools: FakePools) -> FabricatedRun:
 
 
 def rows_of(run: FabricatedRun, teacher: str) -> dict:
-    opened = open_run(run.config)
-    reader = open_cache(opened.caches[teacher])
+    opened = open_caches(run.config)
+    reader = open_cache(opened.layouts[teacher])
     return {entry.sequence_id: reader.row(entry.sequence_id) for entry in opened.entries}
 
 
@@ -64,7 +65,7 @@ def test_a_distillkit_export_has_the_documented_columns_and_numbers(
     run: FabricatedRun, tmp_path: Path
 ) -> None:
     folder = tmp_path / "out"
-    said = export(open_run(run.config), "words", "distillkit", str(folder))
+    said = export(open_caches(run.config), "words", "distillkit", str(folder))
     assert said == f"8 of 8 sequences written to {folder}"
     table = pq.read_table(folder / "data_0.parquet")
     assert table.schema.equals(DISTILLKIT_SCHEMA)
@@ -89,13 +90,13 @@ def test_the_manifest_tells_imported_rows_from_an_engines(
     run: FabricatedRun, tmp_path: Path
 ) -> None:
     folder = str(tmp_path / "out")
-    export(open_run(run.config), "words", "distillkit", folder)
-    cache = open_run(run.config).caches["words"]
+    export(open_caches(run.config), "words", "distillkit", folder)
+    cache = open_caches(run.config).layouts["words"]
     Path(cache.shard(next(iter(run.shards("words"))))).unlink()
-    import_distillkit(open_run(run.config), "words", folder)
+    import_distillkit(open_caches(run.config), "words", folder)
     engines = storage.read_json(cache.manifest)["provenance"]["engines"]
     assert {"engine": "import", "imported_from": folder} in engines and len(engines) == 2
-    assert verify(open_run(run.config), "words")["words"].problems == []
+    assert verify(open_caches(run.config), "words")["words"].problems == []
     run.write_answers(20, 22)
     run.score()
     assert len(storage.read_json(cache.manifest)["provenance"]["engines"]) == 2
@@ -104,11 +105,13 @@ def test_the_manifest_tells_imported_rows_from_an_engines(
 def test_an_export_imported_again_gives_the_same_rows(run: FabricatedRun, tmp_path: Path) -> None:
     folder = str(tmp_path / "out")
     before = rows_of(run, "words")
-    export(open_run(run.config), "words", "distillkit", folder)
-    cache = open_run(run.config).caches["words"]
+    export(open_caches(run.config), "words", "distillkit", folder)
+    cache = open_caches(run.config).layouts["words"]
     for name in run.shards("words"):
         Path(cache.shard(name)).unlink()
-    assert "8 of 8 sequences imported" in import_distillkit(open_run(run.config), "words", folder)
+    assert "8 of 8 sequences imported" in import_distillkit(
+        open_caches(run.config), "words", folder
+    )
     kept = 0
     for identifier, row in rows_of(run, "words").items():
         old = before[identifier]
@@ -121,7 +124,7 @@ def test_an_export_imported_again_gives_the_same_rows(run: FabricatedRun, tmp_pa
     assert kept > 20
     assert [read_shard(cache.shard(name)) for name in run.shards("words")]
     with pytest.raises(CacheError, match="none of the 8 sequences"):
-        import_distillkit(open_run(run.config), "words", folder)
+        import_distillkit(open_caches(run.config), "words", folder)
 
 
 def write_foreign(folder: Path, config: dict, rows: list[dict]) -> str:
@@ -207,7 +210,7 @@ def two_entries(rows: int, gold: np.ndarray) -> ForeignSequence:
 
 
 def test_a_long_table_has_one_row_per_entry(run: FabricatedRun, tmp_path: Path) -> None:
-    export(open_run(run.config), "words", "parquet-long", str(tmp_path / "out"))
+    export(open_caches(run.config), "words", "parquet-long", str(tmp_path / "out"))
     frame = pd.read_parquet(tmp_path / "out")
     for identifier, row in rows_of(run, "words").items():
         mine = frame[frame.sequence_id == identifier]
@@ -234,7 +237,7 @@ def drawn(tmp_path: Path, pools: FakePools) -> FabricatedRun:
 def test_a_long_table_of_draws_has_counts_where_it_has_no_log_probabilities(
     drawn: FabricatedRun, tmp_path: Path
 ) -> None:
-    export(open_run(drawn.config), "words", "parquet-long", str(tmp_path / "out"))
+    export(open_caches(drawn.config), "words", "parquet-long", str(tmp_path / "out"))
     frame = pd.read_parquet(tmp_path / "out")
     assert (frame.logprob.isna() != frame["count"].isna()).all()
     per_position = frame.groupby(["sequence_id", "position"])
@@ -253,7 +256,7 @@ def test_a_long_table_of_draws_has_counts_where_it_has_no_log_probabilities(
 
 def test_draws_are_refused_before_anything_is_written(drawn: FabricatedRun, tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=r"holds draws.*export it as parquet-long"):
-        export(open_run(drawn.config), "words", "distillkit", str(tmp_path / "out"))
+        export(open_caches(drawn.config), "words", "distillkit", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -262,6 +265,6 @@ def test_a_folder_that_holds_something_is_not_written_into(
 ) -> None:
     (tmp_path / "x").write_text("mine")
     with pytest.raises(CacheError, match="is not empty"):
-        export(open_run(run.config), "words", "parquet-long", str(tmp_path))
+        export(open_caches(run.config), "words", "parquet-long", str(tmp_path))
     with pytest.raises(ConfigError, match="did you mean 'words'"):
-        export(open_run(run.config), "word", "parquet-long", str(tmp_path / "new"))
+        export(open_caches(run.config), "word", "parquet-long", str(tmp_path / "new"))

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from jobs.caches import regenerate
-from jobs.caches.actions import open_run
-from jobs.caches.regenerate import Request, regenerate_inside_job
+from jobs.caches.regenerate import RegenerationRequest as Request
+from jobs.caches.regenerate import regenerate_inside_job
+from jobs.caches.run_caches import open_caches
 from pipeline import storage
 from pipeline.cache.generations import (
     begin_generation,
@@ -52,7 +53,7 @@ def redo(run: FabricatedRun, request: Request = Request()) -> list[str]:  # noqa
 
 
 def cache_of(run: FabricatedRun, teacher: str = "words", generation: int = 1) -> CacheLayout:
-    return replace(open_run(run.config).caches[teacher], generation=generation)
+    return replace(open_caches(run.config).layouts[teacher], generation=generation)
 
 
 def golds(cache: CacheLayout) -> dict[str, bytes]:
@@ -150,7 +151,7 @@ def test_the_index_describes_the_mended_shard_and_not_the_corrupt_one(
     pools.salts = {"words": "the same weights on another machine"}
     redo(run)
     assert len(pools.scored) == 4
-    assert find_damage(cache, open_run(run.config).fingerprint("words")).index is None
+    assert find_damage(cache, open_caches(run.config).fingerprint("words")).index is None
 
 
 def test_a_corrupt_shard_of_another_run_is_mended_as_well(
@@ -191,7 +192,7 @@ def test_interrupted_what_another_run_has_lost_is_still_known(
         Path(own.shard(bad)).unlink()
     else:
         Path(own.shard(bad)).write_bytes(b"nothing")
-        set_aside(own, find_damage(own, open_run(run.config).fingerprint("words")))
+        set_aside(own, find_damage(own, open_caches(run.config).fingerprint("words")))
     pools.scored.clear()
     redo(run)
     assert {identifier for _, identifier in pools.scored} == held
@@ -264,7 +265,7 @@ def test_force_writes_the_next_generation_and_keeps_the_old_one(
     assert current_generation(cache_of(run).folder) == 2
     assert run.shards("arithmetic", 2) == {}
     assert {name for name, _ in pools.scored} == {"words"}
-    assert "run quickstart goes on with generation 1, which it has pinned" in said[-1]
+    assert "run quickstart continues to use generation 1, which it has pinned" in said[-1]
 
 
 def test_a_run_goes_on_with_its_generation_and_a_new_one_takes_the_current(
@@ -277,13 +278,13 @@ def test_a_run_goes_on_with_its_generation_and_a_new_one_takes_the_current(
     pools.scored.clear()
     other.score()
     assert pools.scored == []  # generation 2 has its sequences
-    caches = prepared.caches(other.layout)
+    caches = prepared.cache_layouts()
     assert {name: cache.generation for name, cache in caches.items()} == {
         "arithmetic": 2,
         "words": 2,
     }
     for made, generation in ((run, 1), (other, 2)):
-        job, *_ = training_specs(made.config, made.layout, made.prepare(), "dataset")
+        job, *_ = training_specs(made.prepare(), "dataset")
         assert {c["generation"] for c in job.identity()["caches"].values()} == {generation}
     # New prompts of the old run go to the generation that it has pinned, and the manifest stays.
     run.write_answers(8, 9)
@@ -533,4 +534,4 @@ def test_conditions_are_checked() -> None:
 
 def test_a_run_without_sequences_is_told_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run quickstart has no sequences .*polystill run"):
-        open_run(FabricatedRun(tmp_path).config)
+        open_caches(FabricatedRun(tmp_path).config)

@@ -7,7 +7,7 @@ import pytest
 
 from jobs import distill
 from jobs.cluster.placement import cautions, check_local_head
-from jobs.dry_run import describe
+from jobs.dry_run import dry_run_text
 from pipeline.config.load import load_config
 from pipeline.errors import ClusterError, ConfigError
 
@@ -17,17 +17,17 @@ QUICKSTART = Path(__file__).resolve().parents[3] / "examples/quickstart/config.y
 def test_a_head_too_small_for_a_later_stage_is_not_started(tmp_path: Path) -> None:
     more = ["training.workers=3", "training.resources.num_cpus=2"]
     config = load_config(QUICKSTART, [f"storage.root={tmp_path}", *more])
-    for refused in (describe, partial(distill.run, address=None, say=print)):
+    for refused in (dry_run_text, partial(distill.run, address=None, say=print)):
         with pytest.raises(ClusterError, match=r"cannot hold the student \(3 of .*'CPU': 2"):
             refused(config)
     fits = load_config(QUICKSTART, [f"storage.root={tmp_path}", *more, "cluster.local_num_cpus=6"])
-    assert "student: 3 x 2 CPU" in describe(fits)
+    assert "student: 3 x 2 CPU" in dry_run_text(fits)
     # GPUs are counted by Ray when its head starts, unless the config says how many.
     gpus = [*more, "cluster.local_num_cpus=6", "training.resources.num_gpus=1"]
-    describe(load_config(QUICKSTART, [f"storage.root={tmp_path}", *gpus]))
+    dry_run_text(load_config(QUICKSTART, [f"storage.root={tmp_path}", *gpus]))
     gpus.append("cluster.local_num_gpus=2")
     with pytest.raises(ClusterError, match="cannot hold the student"):
-        describe(load_config(QUICKSTART, [f"storage.root={tmp_path}", *gpus]))
+        dry_run_text(load_config(QUICKSTART, [f"storage.root={tmp_path}", *gpus]))
 
 
 def test_a_head_need_not_hold_what_is_done(tmp_path: Path) -> None:
@@ -53,4 +53,4 @@ def test_what_present_nodes_cannot_hold_is_a_caution() -> None:
 def test_a_path_that_a_cluster_cannot_see_is_refused_by_a_dry_run(tmp_path: Path) -> None:
     config = load_config(QUICKSTART, [f"storage.root={tmp_path}"])
     with pytest.raises(ConfigError, match=r"storage\.shared_roots"):
-        describe(config, "http://127.0.0.1:1")
+        dry_run_text(config, "http://127.0.0.1:1")

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from jobs.bookkeeping.plan import plan_score
 from jobs.bookkeeping.stage_records import score_key, scored_dataset
 from jobs.stages import score as score_module
-from jobs.stages.holdout import combination
 from pipeline import storage
 from pipeline.combine import learned as learned_weights_module
 from pipeline.combine.learned import GAP_NATS, learn_weights, learned_weights, likeliest_mixture
@@ -82,8 +81,8 @@ def test_score_learns_and_the_training_is_what_was_learned(run):
     run.score()
     weights = learned_weights(run.config.combine, run.layout)
     assert weights.keys() == {"arithmetic", "words"}
-    job, *_ = training_specs(run.config, run.layout, run.prepare(), "dataset")
-    assert job.combine.weights.domains == combination(run.config, run.layout).weights.domains
+    job, *_ = training_specs(run.prepare(), "dataset")
+    assert job.combine.weights.domains == run.prepare().combine().weights.domains
     assert job.combine.weights.domains == weights
     identity = job.identity()
     assert identity["combine"]["learned"] == weights
@@ -125,16 +124,16 @@ def test_lost_weights_are_learned_again(run):
     """Nothing is missing in the caches; only the score stage can make the file."""
     dataset, prepared = run.score(), run.prepare()
     kept = learned_weights(run.config.combine, run.layout)
-    record = {"key": score_key(run.config, run.layout, prepared), "dataset": dataset}
+    record = {"key": score_key(prepared), "dataset": dataset}
     storage.write_json(run.layout.stage_record("score"), record)
-    assert plan_score(run.config, run.layout, prepared, run.entries()).todo == 0
+    assert plan_score(prepared, run.entries()).todo == 0
     storage.remove(run.layout.learned_weights)
-    plan = plan_score(run.config, run.layout, prepared, run.entries())
+    plan = plan_score(prepared, run.entries())
     assert plan.todo == 1 and "words 0" in plan.summary
-    assert scored_dataset(run.config, run.layout, prepared) is None
+    assert scored_dataset(prepared) is None
     run.score()
     assert learned_weights(run.config.combine, run.layout) == kept
-    assert plan_score(run.config, run.layout, prepared, run.entries()).todo == 0
+    assert plan_score(prepared, run.entries()).todo == 0
 
 
 def learned_or_none(run):
@@ -150,7 +149,7 @@ def test_the_holdout_and_the_training_split_are_not_read(run):
     expected = learned_weights(run.config.combine, run.layout)
     entries = [e for e in run.entries() if e.split == "validation"]
     prepared = run.prepare()
-    caches = prepared.caches(run.layout)
+    caches = prepared.cache_layouts()
     fingerprints = dict.fromkeys(caches, "f")
     alone = learn_weights(run.layout, caches, fingerprints, "d", entries[::-1])
     assert alone == expected
@@ -170,5 +169,5 @@ def test_weights_that_are_given_learn_nothing(tmp_path, monkeypatch):
     run.score()
     assert learned_weights(run.config.combine, run.layout) == {}
     assert not storage.exists(run.layout.learned_weights)
-    job, *_ = training_specs(run.config, run.layout, run.prepare(), "dataset")
+    job, *_ = training_specs(run.prepare(), "dataset")
     assert "learned" not in job.identity()["combine"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs.dry_run import describe
+from jobs.dry_run import dry_run_text
 from pipeline.cache.projection import hidden_states_of
 from pipeline.config.load import dump_config, load_config, local_paths
 from pipeline.config.run import Config
@@ -166,7 +166,7 @@ def test_the_recipe_of_an_endpoint_is_its_identity_and_not_its_address() -> None
 
 
 def test_the_dry_run_shows_whom_it_asks(tmp_path: Path) -> None:
-    shown = describe(load(WRITING, f"storage.root={tmp_path}"))
+    shown = dry_run_text(load(WRITING, f"storage.root={tmp_path}"))
     assert "teacher third: 1 x 0.5 CPU, 32 requests at once to https://host/v1, which only" in shown
     assert "each of 2 teachers" in shown
 
@@ -186,8 +186,8 @@ def test_parameters_that_servers_ignore_silently_are_refused_before_anything_run
                 kind, f"storage.root={tmp_path}", f"synthesis.recipes=[{answer % (key, value)}]"
             )
             if is_fine:
-                describe(config)
+                dry_run_text(config)
                 continue
             with pytest.raises(ConfigError, match=f"sampling.{key}"):
-                describe(config)
+                dry_run_text(config)
     assert ENDPOINT_PARAMETERS["openai"] < ENDPOINT_PARAMETERS["vllm"]

@@ -46,7 +46,7 @@ def share(tmp_path_factory) -> Share:
         run.write_answers(0, 9)
         run.score()
     dataset = storage.read_json(run.layout.stage_record("synthesize"))["dataset"]
-    job, *_ = training_specs(run.config, run.layout, run.prepare(), dataset)
+    job, *_ = training_specs(run.prepare(), dataset)
     return Share(job, VOCABULARY, rank=1, world_size=2)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.caches.actions import open_run
+from jobs.caches.run_caches import open_caches
 from pipeline import storage
 from pipeline.cache.reader import open_cache
 from pipeline.errors import ConfigError, TeacherError
@@ -79,7 +79,7 @@ def test_its_rows_are_like_any_teachers_and_marked_as_an_endpoints(
         run.score()
         assert {h.get("Authorization") for *_, h in server.requests} == {f"Bearer {KEY}"}
     prepared = run.prepare()
-    cache = prepared.caches(run.layout)["third"]
+    cache = prepared.cache_layouts()["third"]
     reader, sequences = open_cache(cache), SequenceReader(run.layout, entries)
     for entry in entries:
         row, sequence = reader.row(entry.sequence_id), sequences.get(entry.sequence_id)
@@ -144,8 +144,8 @@ def test_one_that_only_writes_has_no_cache_and_says_so(tmp_path: Path, student: 
     run = run_with(tmp_path, student, endpoint)
     run.write_answers(0, 2)
     run.score()
-    opened = open_run(run.config)
-    assert sorted(opened.caches) == ["arithmetic", "words"]
+    opened = open_caches(run.config)
+    assert sorted(opened.layouts) == ["arithmetic", "words"]
     assert not list((tmp_path / "out").glob("endpoints/*"))
     with pytest.raises(ConfigError, match="teacher 'third' only writes: it has no cache"):
         opened.chosen("third")

@@ -1,14 +1,13 @@
 """Filters inside their stages: a new dataset, no new answers, no new rows."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.bookkeeping.stage_records import dataset_of, scored_dataset
+from jobs.bookkeeping.stage_records import scored_dataset, synthesized_dataset, write_record
 from jobs.stages.score import score
 from jobs.stages.synthesize import synthesize
 from pipeline import storage
@@ -21,6 +20,7 @@ from pipeline.errors import FilterError
 from pipeline.filters.run import filter_identity
 from pipeline.run.identities import scoring_identity, synthesis_identity
 from pipeline.run.preparation import Prepared
+from pipeline.run.prepared_run import Run
 from pipeline.sequences import read_dataset
 from pipeline.synthesis.prompts import read_prompts, write_prompts
 from tests.support import fabricated
@@ -49,7 +49,7 @@ def config_with(arguments: list[str], filters: str) -> Config:
     return load_config(QUICKSTART / "config.yaml", [*arguments, f"synthesis.filters={filters}"])
 
 
-def prepared(config: Config) -> Prepared:
+def prepared(config: Config) -> Run:
     layout, (prompts, counts) = layout_of(config), read_prompts(config.prompts)
     recipes = {t: scoring_identity(config, t, {"weights": t}, "hash") for t in config.teachers}
     synthesis = config.synthesis
@@ -57,29 +57,34 @@ def prepared(config: Config) -> Prepared:
         [filter_identity(rule, config.prompts.checker) for rule in rules]
         for rules in (synthesis.filters_before_scoring, synthesis.filters_after_scoring)
     )
-    found = Prepared("key", "", counts, 16, "hash", 1, recipes, {}, {}, before, after)
-    return replace(
-        found,
-        prompts=write_prompts(layout, prompts),
-        synthesis_recipes={
-            DATASET_GENERATOR: synthesis_identity(
-                config, config.synthesis.recipes[0], DATASET_GENERATOR, {}, "hash"
-            )
-        },
+    answers = synthesis_identity(config, synthesis.recipes[0], DATASET_GENERATOR, {}, "hash")
+    found = Prepared(
+        key="key",
+        prompts_digest=write_prompts(layout, prompts),
+        prompt_counts=counts,
+        longest_prompt=16,
+        tokenizer_hash="hash",
+        eos_token_id=1,
+        cache_identities=recipes,
+        synthesis_identities={DATASET_GENERATOR: answers},
+        student_identity={},
+        filters_before_scoring=before,
+        filters_after_scoring=after,
     )
+    return Run(config, layout, found)
 
 
 def stage(config: Config, name: str) -> dict[str, Any]:
     """Runs a stage and keeps its record, as its job does."""
-    layout, found = layout_of(config), prepared(config)
+    run = prepared(config)
     if name == "synthesize":
-        outcome = synthesize(config, layout, found)
+        record = synthesize(run)
     else:
-        digest = dataset_of(config, layout, found)
+        digest = synthesized_dataset(run)
         assert digest is not None
-        outcome = score(config, layout, found, digest)
-    storage.write_json(layout.stage_record(name), outcome)
-    return outcome
+        record = score(run, digest)
+    write_record(run.layout, name, record)
+    return record.model_dump(exclude_unset=True)
 
 
 def test_another_filter_makes_another_dataset_and_asks_nobody_again(arguments: list[str]) -> None:
@@ -88,7 +93,7 @@ def test_another_filter_makes_another_dataset_and_asks_nobody_again(arguments: l
     layout = layout_of(config)
     before = storage.file_states(f"{layout.root}/synthesis")
     short = config_with(arguments, "[{type: length, max_tokens: 4}]")
-    assert dataset_of(short, layout, prepared(short)) is None
+    assert synthesized_dataset(prepared(short)) is None
     outcome = stage(short, "synthesize")
     assert outcome["filters"][0]["dropped"] == NUM_TRAIN + NUM_HOLDOUT, "words have five tokens"
     assert outcome["filters"][0]["dropped_by_domain"] == {"words": NUM_TRAIN + NUM_HOLDOUT}
@@ -157,10 +162,10 @@ def test_perplexity_comes_from_the_cached_rows_and_scores_nothing_again(
     stage(config, "synthesize")
     stage(config, "score")
     layout, num_scored = layout_of(config), len(pools.scored)
-    digest = scored_dataset(config, layout, prepared(config))
+    digest = scored_dataset(prepared(config))
     assert digest is not None
     entries = read_dataset(layout, digest)
-    cache = open_cache(prepared(config).caches(layout)["words"])
+    cache = open_cache(prepared(config).cache_layouts()["words"])
     means = {}
     for entry in entries:
         row = cache.row(entry.sequence_id)
@@ -170,7 +175,7 @@ def test_perplexity_comes_from_the_cached_rows_and_scores_nothing_again(
     middle = (ordered[len(means) // 2] + ordered[len(means) // 2 - 1]) / 2
     bound = f"[{{type: perplexity, teacher: words, max: {math.exp(-middle)}}}]"
     strict = config_with(arguments, bound)
-    assert scored_dataset(strict, layout, prepared(strict)) is None
+    assert scored_dataset(prepared(strict)) is None
     outcome = stage(strict, "score")
     kept = read_dataset(layout, outcome["dataset"])
     assert [e.sequence_id for e in kept] == [i for i in means if means[i] > middle]

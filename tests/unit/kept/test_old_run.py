@@ -5,7 +5,6 @@ and models by path, size and time, so these are told as they were; every other t
 that is prepared anew, as after a user has moved the folder.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ import pytest
 
 from jobs.__main__ import main
 from jobs.bookkeeping.plan import STAGE_NAMES, StagePlan, make_plan, plan_rounds
-from jobs.bookkeeping.stage_records import read_record
-from jobs.caches.actions import open_run
+from jobs.bookkeeping.stage_records import read_record, write_record
+from jobs.caches.run_caches import open_caches
 from jobs.stages.synthesize import synthesize
 from pipeline import storage
 from pipeline.cache.generations import named_generations
@@ -102,9 +101,9 @@ def test_run_and_stages_start_nothing(
 def test_moved_elsewhere_only_the_key_of_the_preparation_is_another(old: OldRun) -> None:
     written = old.prepared()
     assert todo(make_plan(old.config()))["prepare"] == 1
-    again = old.prepare()
+    again = old.prepare().prepared
     assert again.key != written.key
-    assert dataclasses.replace(again, key=written.key) == written
+    assert again.model_copy(update={"key": written.key}) == written
     assert todo(make_plan(old.config())) == dict.fromkeys(STAGE_NAMES, 0)
 
 
@@ -121,7 +120,7 @@ def test_cache_commands_find_nothing_wrong(old: OldRun, capsys: pytest.CaptureFi
     assert main(["cache", "verify", old.path]) == 0
     found = capsys.readouterr().out
     assert found.count("no problems") == len(CACHES) and "2 shards" in found
-    identifier = open_run(old.config()).entries[0].sequence_id
+    identifier = open_caches(old.config()).entries[0].sequence_id
     assert main(["cache", "show", old.path, "--sequence", identifier[:12]]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith(f"sequence {identifier}, domain ") and "has no row" not in shown
@@ -131,7 +130,7 @@ def test_cache_commands_find_nothing_wrong(old: OldRun, capsys: pytest.CaptureFi
 
 
 def test_index_manifest_and_names_are_believed(old: OldRun) -> None:
-    caches = old.prepared().caches(old.layout)
+    caches = old.opened().cache_layouts()
     assert tuple(caches) == CACHES
     for name, cache in caches.items():
         assert is_published(cache)
@@ -165,7 +164,7 @@ def contents_of(old: OldRun) -> dict[str, Any]:
         ids = [sequence.input_ids.tolist(), [list(span) for span in sequence.loss_spans]]
         sequences[entry.sequence_id] = [*told, *ids, sequence.finish_reason]
     rows = {}
-    for name, cache in old.prepared().caches(layout).items():
+    for name, cache in old.opened().cache_layouts().items():
         opened = open_hidden_states(cache) if name.endswith("+features") else open_cache(cache)
         rows[name] = {e.sequence_id: in_numbers(opened.row(e.sequence_id)) for e in entries}
     return {"dataset": old.dataset(), "sequences": sequences, "rows": rows}
@@ -183,7 +182,7 @@ def canary_of(cache: CacheLayout) -> tuple[dict[str, Any], np.ndarray]:
 
 
 def test_engines_are_held_to_the_old_canary(old: OldRun) -> None:
-    cache = old.prepared().caches(old.layout)["first"]
+    cache = old.opened().cache_layouts()["first"]
     engine, values = canary_of(cache)
     assert values.shape == (CANARY_TOKENS - 1, 1 + HEAD_ENTRIES)
     same = Canary(engine, values[:, 0], values[:, 1:])
@@ -219,7 +218,7 @@ def test_more_steps_resume_where_they_are_allowed(old: OldRun) -> None:
 
 def test_the_finished_training_is_the_one_that_is_asked_for(old: OldRun) -> None:
     summary = train_student(old.training())
-    assert summary == read_record(old.layout, "train")["figures"]["student"]
+    assert summary == read_record(old.layout, "train").figures["student"]
     assert summary["identity"] == old.training().identity()
     with pytest.raises(TrainingError, match=r"weight_decay: 0.0 -> 0.5"):
         train_student(old.training("training.weight_decay=0.5"))
@@ -244,18 +243,18 @@ def test_one_more_prompt_is_all_that_is_asked_and_scored(
     old: OldRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add_prompt(old)
-    prepared = old.prepare()
+    run = old.prepare()
     assert summary_of(old, "synthesize") == (1, "prompts to answer: first 0, second 1")
     assert summary_of(old, "score") == (1, "after synthesize")
     tokenizer = load_tokenizer(old.config().student.files)
     engines = Engines(tokenizer, lambda text, _: ("4" if len(text) > 60 else "dlo", "stop"))
     monkeypatch.setattr("jobs.stages.synthesize.run_pools", engines)
     monkeypatch.setattr("jobs.stages.filter.run_pools", engines)
-    outcome = synthesize(old.config(), old.layout, prepared)
+    record = synthesize(run)
     assert [who for who, *_ in engines.asked] == ["second", "first"], "an answer and its grade"
     assert engines.asked[0][1].endswith("reverse old")
-    storage.write_json(old.layout.stage_record("synthesize"), outcome)
-    entries = read_dataset(old.layout, outcome["dataset"])
+    write_record(old.layout, "synthesize", record)
+    entries = read_dataset(old.layout, str(record.dataset))
     assert {e.sequence_id for e in entries} > EXPECTED["sequences"].keys()
     count, summary = summary_of(old, "score")
     assert count == len(CACHES)
@@ -267,7 +266,7 @@ def test_one_more_prompt_is_all_that_is_asked_and_scored(
 @pytest.mark.parametrize("name", CACHES)
 def test_a_lost_shard_is_scored_again_and_nothing_else(name: str, old: OldRun) -> None:
     old.prepare()
-    cache = old.prepared().caches(old.layout)[name]
+    cache = old.opened().cache_layouts()[name]
     lost, _ = load_index(cache)
     Path(cache.shard(lost.digest)).unlink()
     counts = dict.fromkeys(CACHES, 0) | {name: len(lost.sequence_ids)}

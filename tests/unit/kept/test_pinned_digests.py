@@ -11,7 +11,6 @@ enters.
 import hashlib
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,8 @@ from pipeline.fingerprint import (
 )
 from pipeline.layout import CacheLayout, Layout
 from pipeline.records import DatasetEntry, HiddenStates, Prompt, SparseLogprobs, TokenSequence
-from pipeline.run.preparation import Prepared, preparation_key
+from pipeline.run.preparation import preparation_key
+from pipeline.run.prepared_run import Run
 from pipeline.run.training_spec import training_specs
 from pipeline.sequences import write_dataset, write_sequences
 from pipeline.synthesis.index import shard_digest
@@ -137,9 +137,9 @@ def key_of_preparation(config: Config, monkeypatch: pytest.MonkeyPatch) -> str:
         return preparation_key(at_a_fixed_place(config))
 
 
-def steps_in_words(config: Config, layout: Layout, prepared: Prepared) -> dict[str, Any]:
+def steps_in_words(run: Run) -> dict[str, Any]:
     """Digest of every step, name of its prompts as one shard, and digests of its first prompts."""
-    prompts = load_prompts(layout, prepared.prompts)
+    prompts = load_prompts(run.layout, run.prepared.prompts_digest)
     return {
         work.step.label: {
             "digest": work.digest,
@@ -147,7 +147,7 @@ def steps_in_words(config: Config, layout: Layout, prepared: Prepared) -> dict[s
             "shard": shard_digest(work.prompts),
             "first": [[p.prompt_id, p.digest, p.split] for p in work.prompts[:2]],
         }
-        for work in walk(config, layout, prepared.synthesis_digests, prompts)
+        for work in walk(run.config, run.layout, run.prepared.synthesis_digests, prompts)
     }
 
 
@@ -157,28 +157,29 @@ def values_of(config: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]
     The models and prompts are read and checked as in a run; the sequences are hand-made.
     """
     layout = layout_of(config)
-    prepared = prepare(config)
+    run = prepare(config)
+    prepared = run.prepared
     dataset, _ = write_hand_made_dataset(layout)
-    keys = {"synthesize": synthesis_key(config, prepared)}
+    keys = {"synthesize": synthesis_key(run)}
     record = {"key": keys["synthesize"], "dataset": dataset}
     storage.write_json(layout.stage_record("synthesize"), record)
     if isinstance(config.combine.weights, LearnedWeights):
         storage.write_json(layout.learned_weights, LEARNED)
-    keys["score"] = score_key(config, layout, prepared)
+    keys["score"] = score_key(run)
     record = {"key": keys["score"], "dataset": dataset}
     storage.write_json(layout.stage_record("score"), record)
-    keys |= {stage: stage_key(config, layout, prepared, stage) for stage in STAGE_NAMES[3:]}
+    keys |= {stage: stage_key(run, stage) for stage in STAGE_NAMES[3:]}
     rules = prepared.filters_before_scoring + prepared.filters_after_scoring
-    found = asdict(prepared)
+    found = storage.read_json(layout.prepared)
     del found["key"]
     return as_json(
         {
             "prepared": found,
             "preparation_key": key_of_preparation(config, monkeypatch),
-            "cache_fingerprints": {n: digest_json(r) for n, r in prepared.scoring_recipes.items()},
+            "cache_fingerprints": {n: digest_json(r) for n, r in prepared.cache_identities.items()},
             "cache_folders": {
                 name: cache.shards_folder.removeprefix(config.storage.root)
-                for name, cache in prepared.caches(layout).items()
+                for name, cache in run.cache_layouts().items()
             },
             "judgements": [digest_json(rule["rubric"]) for rule in rules if "rubric" in rule],
             "endpoint_canaries": {
@@ -188,9 +189,9 @@ def values_of(config: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]
             },
             "filters": [
                 digest_json(prepared.filters_before_scoring),
-                digest_json([prepared.filters_after_scoring, prepared.scoring_recipes]),
+                digest_json([prepared.filters_after_scoring, prepared.cache_identities]),
             ],
-            "steps": steps_in_words(config, layout, prepared),
+            "steps": steps_in_words(run),
             "dataset": dataset,
             "keys": keys,
             "trainings": {
@@ -200,7 +201,7 @@ def values_of(config: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]
                     "seed": job.seed,
                     "folder": job.folder.removeprefix(config.storage.root),
                 }
-                for job in training_specs(config, layout, prepared, dataset)
+                for job in training_specs(run, dataset)
             },
             "submitted": submitted(config, monkeypatch),
         }
@@ -245,9 +246,8 @@ def written_by_replayed_engines(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("jobs.stages.synthesize.run_pools", engines)
     datasets = []
     for config in (load("rounds", root), second_round(root)):
-        layout, prepared = layout_of(config), prepare(config)
-        outcome = synthesize(config, layout, prepared)
-        datasets.append([outcome["dataset"], outcome["key"], outcome["counts"]])
+        record = synthesize(prepare(config))
+        datasets.append([record.dataset, record.key, record.counts])
     names = [name for name in file_times(root) if not name.startswith("runs/rounds/export/")]
     asked = sorted((who, text, sampling["seed"]) for who, text, sampling in engines.asked)
     return as_json({"files": sorted(names), "datasets": datasets, "asked": asked})

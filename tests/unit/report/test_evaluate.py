@@ -11,6 +11,7 @@ import pytest
 from ray.exceptions import RayTaskError
 from ray.remote_function import RemoteFunction
 
+from jobs.bookkeeping.stage_records import StageRecord
 from jobs.stages import evaluate, holdout
 from jobs.stages import export as export_stage
 from jobs.stages.evaluate import _difference, _model
@@ -19,6 +20,7 @@ from pipeline.config.rounds import layout_of
 from pipeline.config.run import Config
 from pipeline.errors import ClusterError, TrainingError
 from pipeline.report.statistics import pooled
+from pipeline.run.prepared_run import Run
 from teachers.pool.pool import TeacherWork
 from teachers.tasks.holdout import AnsweredPrompts
 
@@ -63,25 +65,26 @@ def test_every_engine_of_ours_is_started_alike(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(evaluate, "_longest_request", lambda *_: 40)
     config = load_config(QUICKSTART)
     prepared: Any = SimpleNamespace(eos_token_id=1)
+    run = Run(config, layout_of(config), prepared)
     for name in ("arithmetic", "words", "student", "twin"):
-        evaluate._serve(config, layout_of(config), prepared, name, (), ())
+        evaluate._serve(run, name, (), ())
     specs = [job.spec for job in jobs]
     assert [replace(spec, model="") for spec in specs] == [replace(specs[0], model="")] * 4
     assert specs[0].num_logprobs == 1
 
 
 def test_the_report_says_which_checker_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "read_record", lambda *_: {"counts": {}, "filters": []})
+    monkeypatch.setattr(evaluate, "read_record", lambda *_: StageRecord())
     monkeypatch.setattr(evaluate, "_curve", lambda *_: [])
     for checker in ("exact", None):
         config = load_config(
             QUICKSTART, [f"prompts.checker={checker or 'null'}", "synthesis.filters=[]"]
         )
         prepared: Any = SimpleNamespace(
-            caches=lambda _: {}, identities={name: {} for name in config.teachers}
+            cache_identities={}, identities={name: {} for name in config.teachers}
         )
         models, figures = [{"engine": {"device": "Xeon 6"}}], {"weights": {}, "product": {}}
-        found = evaluate._report(config, layout_of(config), prepared, "d", models, figures)
+        found = evaluate._report(Run(config, layout_of(config), prepared), "d", models, figures)
         assert found["run"]["checker"] == checker
 
 
@@ -143,15 +146,16 @@ def test_a_student_is_exported_where_it_is_served(
 ) -> None:
     """And not in the job's own process, on a head that may be too small for it."""
     exported = {"folder": "f", "largest_difference_nats": 0.0}
-    monkeypatch.setattr(export_stage, "scored_of", lambda *_: (None, "d"))
+    monkeypatch.setattr(export_stage, "dataset_to_train_on", lambda run: "d")
     monkeypatch.setattr(export_stage, "stage_key", lambda *_: "key")
     monkeypatch.setattr(
         export_stage, "training_specs", lambda *_: [SimpleNamespace(student="twin")]
     )
     monkeypatch.setattr("students.export.export_student", lambda job, folder: exported)
     config = evaluated_on("{num_cpus: 3, custom: {big: 0.5}}")
-    outcome = export_stage.export(config, layout_of(config))
-    assert outcome["figures"] == {"twin": exported}
+    prepared: Any = None
+    record = export_stage.export(Run(config, layout_of(config), prepared))
+    assert record.figures == {"twin": exported}
     assert cluster.asked == {"num_cpus": 3, "num_gpus": 0, "resources": {"big": 0.5}}
 
 

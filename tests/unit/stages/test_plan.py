@@ -3,14 +3,13 @@
 import json
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from jobs.bookkeeping.plan import StagePlan, make_plan, plan_score
-from jobs.bookkeeping.stage_records import score_key, stage_key
-from jobs.dry_run import describe
+from jobs.bookkeeping.stage_records import StageRecord, score_key, stage_key, write_record
+from jobs.dry_run import dry_run_text
 from jobs.stages.entry import STAGE_FUNCTIONS, run_stage
 from jobs.stages.prepare import prepare
 from jobs.stages.rounds_report import stage_rows
@@ -23,44 +22,44 @@ from pipeline.layout import Layout
 from pipeline.records import DatasetEntry
 from pipeline.run.costs import stage_cost
 from pipeline.run.preparation import Prepared, preparation_key
+from pipeline.run.prepared_run import Run
 from pipeline.sequences import write_dataset
 from pipeline.synthesis.rewriting import SHIPPED
 
 PREPARED = Prepared(
     key="key",
-    prompts="prompts",
+    prompts_digest="prompts",
     prompt_counts={},
     longest_prompt=1,
     tokenizer_hash="hash",
     eos_token_id=1,
-    scoring_recipes={"t": {"selection": {"type": "top_k", "max_entries": 8}}},
-    synthesis_recipes={},
-    student={},
+    cache_identities={"t": {"selection": {"type": "top_k", "max_entries": 8}}},
+    synthesis_identities={},
+    student_identity={},
 )
 QUICKSTART = Path(__file__).resolve().parents[3] / "examples/quickstart/config.yaml"
 CONFIG = load_config(QUICKSTART)
 
 
 def evaluate_key(config: Config, root: Path, prepared: Prepared = PREPARED) -> str:
-    """Of a run whose scoring has finished, as `config` asks for it."""
-    layout = Layout(str(root), "run")
-    dataset = write_dataset(layout, [])
-    record = {"key": score_key(config, layout, prepared), "dataset": dataset}
-    storage.write_json(layout.stage_record("score"), record)
-    return stage_key(config, layout, prepared, "evaluate")
+    """Key of the evaluation of a run whose scoring has finished."""
+    run = Run(config, Layout(str(root), "run"), prepared)
+    dataset = write_dataset(run.layout, [])
+    write_record(run.layout, "score", StageRecord(key=score_key(run), dataset=dataset))
+    return stage_key(run, "evaluate")
 
 
 def test_a_run_scores_though_nothing_is_missing_until_its_own_record_stands(tmp_path: Path) -> None:
-    layout = Layout(str(tmp_path), "run")
-    assert plan_score(CONFIG, layout, PREPARED, []).todo == 1
-    record = {"key": score_key(CONFIG, layout, PREPARED), "dataset": write_dataset(layout, [])}
-    storage.write_json(layout.stage_record("score"), record)
-    assert plan_score(CONFIG, layout, PREPARED, []).todo == 0
+    run = Run(CONFIG, Layout(str(tmp_path), "run"), PREPARED)
+    assert plan_score(run, []).todo == 1
+    record = StageRecord(key=score_key(run), dataset=write_dataset(run.layout, []))
+    write_record(run.layout, "score", record)
+    assert plan_score(run, []).todo == 0
 
 
 def test_the_plan_of_scoring_bounds_the_bytes(tmp_path: Path) -> None:
     entry = DatasetEntry("s", "p", "d", "train", ("t",), "sequences/d/x.parquet", 2**20, 2**20)
-    plan = plan_score(CONFIG, Layout(str(tmp_path), "run"), PREPARED, [entry])
+    plan = plan_score(Run(CONFIG, Layout(str(tmp_path), "run"), PREPARED), [entry])
     # A position takes 7 bytes, and 5 for each of at most 8 entries.
     assert plan.todo == 1 and "at most 47.0 MiB" in plan.summary
 
@@ -71,12 +70,13 @@ def test_the_plan_of_scoring_counts_hidden_states(
 ) -> None:
     """Of two layers, 2 bytes a dimension; and 47 bytes of the distributions."""
     projection = None if dimensions is None else {"dimensions": dimensions, "seed": 0}
-    recipes = PREPARED.scoring_recipes | {
+    identities = PREPARED.cache_identities | {
         "t+features": {"layers": [1, 2], "projection": projection}
     }
-    prepared = replace(PREPARED, scoring_recipes=recipes, hidden_sizes={"t": 1024})
+    changes = {"cache_identities": identities, "hidden_sizes": {"t": 1024}}
+    prepared = PREPARED.model_copy(update=changes)
     entry = DatasetEntry("s", "p", "d", "train", ("t",), "sequences/d/x.parquet", 2**20, 2**20)
-    plan = plan_score(CONFIG, Layout(str(tmp_path), "run"), prepared, [entry])
+    plan = plan_score(Run(CONFIG, Layout(str(tmp_path), "run"), prepared), [entry])
     assert f"at most {47 + bytes_each:,}.0 MiB" in plan.summary
 
 
@@ -92,7 +92,7 @@ def test_attention_that_is_not_installed_is_refused_before_anything_runs(
 ) -> None:
     changes = [f"storage.root={tmp_path}", f"student.attn_implementation={name}"]
     with pytest.raises(ConfigError, match="none is installed here: choose sdpa"):
-        describe(load_config(QUICKSTART, changes))
+        dry_run_text(load_config(QUICKSTART, changes))
 
 
 def test_prices_and_placement_ask_for_no_new_preparation() -> None:
@@ -155,7 +155,7 @@ def test_another_checker_is_another_report(tmp_path: Path, monkeypatch: pytest.M
     def keys(checker: str) -> tuple[str, str]:
         changes = [f"storage.root={tmp_path / 'out'}", "name=run", "synthesis.filters=[]"]
         config = load_config(QUICKSTART, [*changes, f"prompts.checker={checker}"])
-        return preparation_key(config), evaluate_key(config, tmp_path, prepare(config))
+        return preparation_key(config), evaluate_key(config, tmp_path, prepare(config).prepared)
 
     exact, mine = keys("exact"), keys("rules_of_the_house.same")
     rules.write_text(rules.read_text() + "    # mended\n")
@@ -210,12 +210,16 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_an_engine_starts(
 def test_a_dry_run_says_what_may_be_too_long(tmp_path: Path) -> None:
     changes = [f"storage.root={tmp_path}", "training.tokens_per_micro_batch=23"]
     caution = "caution     a sequence may have 24 tokens, and training.tokens_per_micro_batch is 23"
-    assert caution in describe(load_config(QUICKSTART, changes))
+    assert caution in dry_run_text(load_config(QUICKSTART, changes))
     prepare(load_config(QUICKSTART, [changes[0], "training.tokens_per_micro_batch=30"]))
-    known = describe(load_config(QUICKSTART, [changes[0], "training.tokens_per_micro_batch=30"]))
+    known = dry_run_text(
+        load_config(QUICKSTART, [changes[0], "training.tokens_per_micro_batch=30"])
+    )
     assert re.search(r"may have [34]\d tokens, and training.tokens_per_micro_batch is 30", known)
     bound = [*changes, "synthesis.max_sequence_tokens=23", "evaluation.sampling.max_tokens=9"]
-    text = describe(load_config(QUICKSTART, [*bound, "synthesis.recipes.0.sampling.max_tokens=9"]))
+    text = dry_run_text(
+        load_config(QUICKSTART, [*bound, "synthesis.recipes.0.sampling.max_tokens=9"])
+    )
     assert "caution" not in text
 
 
@@ -224,7 +228,7 @@ def test_what_training_would_refuse_is_refused_before_it_is_scored(tmp_path: Pat
     entry = DatasetEntry("long", "p", "d", "train", ("t",), "sequences/d/x.parquet", 257, 9)
     digest = write_dataset(layout, [entry])
     with pytest.raises(TrainingError, match=r"long \(257 tokens\).*max_sequence_tokens"):
-        score(CONFIG, layout, PREPARED, digest)
+        score(Run(CONFIG, layout, PREPARED), digest)
     assert not storage.exists(layout.pins)
 
 
@@ -236,11 +240,12 @@ def test_a_template_without_a_system_role_is_found_before_an_engine_starts(tmp_p
     beginning = f"{{% if messages[0]['role'] == 'system' %}}{refusal}{{% endif %}}"
     template.write_text(beginning + template.read_text())
     changes = [f"storage.root={tmp_path}", f"student.model={student}"]
-    longest = prepare(load_config(QUICKSTART, changes)).longest_prompt
+    longest = prepare(load_config(QUICKSTART, changes)).prepared.longest_prompt
     system = "evaluation.system_prompt=0123456789"
     with pytest.raises(ConfigError, match=r"System role not supported.*system_prompt"):
         prepare(load_config(QUICKSTART, [*changes, system]))
-    assert prepare(load_config(QUICKSTART, [changes[0], system])).longest_prompt > longest
+    under_system = prepare(load_config(QUICKSTART, [changes[0], system])).prepared
+    assert under_system.longest_prompt > longest
 
 
 @pytest.mark.parametrize(
@@ -258,7 +263,7 @@ def test_a_template_without_a_system_role_is_found_before_an_engine_starts(tmp_p
 )
 def test_a_dry_run_refuses_what_prepare_would(change: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
-        describe(load_config(QUICKSTART, [f"storage.root={tmp_path}", change]))
+        dry_run_text(load_config(QUICKSTART, [f"storage.root={tmp_path}", change]))
 
 
 def test_attempts_that_did_not_end_are_counted(
@@ -266,14 +271,16 @@ def test_attempts_that_did_not_end_are_counted(
 ) -> None:
     config = load_config(QUICKSTART, [f"storage.root={tmp_path}"])
 
-    def fails(config: Config, layout: Layout) -> dict[str, str]:
+    def fails(config: Config) -> StageRecord:
         raise StorageError("the disk is full")
 
     monkeypatch.setitem(STAGE_FUNCTIONS, "prepare", fails)
     for _ in range(2):
         with pytest.raises(StorageError):
             run_stage("prepare", config)
-    monkeypatch.setitem(STAGE_FUNCTIONS, "prepare", lambda *_: {"key": "key", "summary": "done"})
+    monkeypatch.setitem(
+        STAGE_FUNCTIONS, "prepare", lambda _: StageRecord(key="key", summary="done")
+    )
     run_stage("prepare", config)
     assert stage_rows(config)[0]["unended"] == 2
     run_stage("prepare", config)
@@ -298,7 +305,7 @@ def test_the_examples_for_open_weights_can_be_planned(
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         changes.append(f"prompts.sources.{i}.path={path}")
     config = load_config(QUICKSTART.parents[2] / f"examples/open_weights/{name}.yaml", changes)
-    text = describe(config, address)
+    text = dry_run_text(config, address)
     plan = [line.split()[0] for line in text.partition("# resources")[0].splitlines()[1:]]
     assert plan == list(STAGE_FUNCTIONS), "no stage is in doubt, and nothing may be too long"
     assert "read 80, holdout 16" in text
@@ -309,7 +316,7 @@ def test_engines_and_workers_are_priced_by_the_config_of_the_report() -> None:
     changes = ["teachers.words.cost_per_hour=3", "student.cost_per_hour=1"]
     changes += ["training.cost_per_hour=2", "teachers.arithmetic.cost_per_hour=0"]
     config = load_config(QUICKSTART, changes)
-    engines = {"engine_seconds": {"words": 1200.0, "student": 1800.0, "arithmetic": 9.0}}
+    engines = {"words": 1200.0, "student": 1800.0, "arithmetic": 9.0}
     assert stage_cost(config, engines) == pytest.approx(1.0 + 0.5)
-    assert stage_cost(config, {"worker_seconds": 7200.0}) == pytest.approx(4.0)
+    assert stage_cost(config, {}, worker_seconds=7200.0) == pytest.approx(4.0)
     assert stage_cost(config, {}) == 0

@@ -11,9 +11,9 @@ import pytest
 
 from jobs import distill
 from jobs.bookkeeping.plan import STAGE_NAMES, plan_rounds
-from jobs.caches.actions import open_run
+from jobs.caches.run_caches import open_caches
 from jobs.cluster import stage_jobs
-from jobs.dry_run import describe
+from jobs.dry_run import dry_run_text
 from jobs.stages.prepare import prepare
 from jobs.stages.rounds_report import round_rows, stage_rows
 from jobs.stages.synthesize import synthesize
@@ -26,6 +26,7 @@ from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 from pipeline.records import DatasetEntry
 from pipeline.run.preparation import preparation_key
+from pipeline.run.prepared_run import Run as PreparedRun
 from pipeline.run.training_spec import training_specs
 from pipeline.sequences import read_dataset, write_dataset
 from tests.support.command_line import QUICKSTART
@@ -62,7 +63,7 @@ def in_round(run: Run, number: int, *recipes: dict[str, Any], **others: Any) -> 
     evaluation = {"sampling": {"max_tokens": 9}, "twin": False}
     values = {"rounds": 2, "round": number, "evaluation": evaluation}
     config = run.config(list(recipes), others.get("filters", ()), values)
-    outcome = synthesize(config, layout_of(config), run.prepared(config))
+    outcome = synthesize(run.prepared(config)).model_dump()
     asked = sorted((who, text) for who, text, _ in run.engines.asked)
     return outcome | {"asked": asked, "entries": entries_of(config, outcome)}
 
@@ -104,7 +105,7 @@ def test_other_weights_are_asked_anew(run: Run, monkeypatch: pytest.MonkeyPatch)
 
     def changed(config: Config) -> Any:
         found = prepared(config)
-        found.synthesis_recipes["student"]["model"] = {"weights": "trained again"}
+        found.prepared.synthesis_identities["student"]["model"] = {"weights": "trained again"}
         return found
 
     monkeypatch.setattr(run, "prepared", changed)
@@ -114,16 +115,16 @@ def test_other_weights_are_asked_anew(run: Run, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_recipe_that_changes_rounds_makes_another_dataset_and_asks_nobody(run: Run) -> None:
     config = run.config([ANSWER])
-    outcome = synthesize(config, layout_of(config), run.prepared(config))
+    record = synthesize(run.prepared(config))
     apart = run.config([TEACHERS | {"train_rounds": "none"}, {"type": "dataset"}])
-    assert synthesize_key(run, apart) != outcome["key"]
-    assert synthesize_key(run, run.config([ANSWER])) == outcome["key"]
+    assert synthesize_key(run, apart) != record.key
+    assert synthesize_key(run, run.config([ANSWER])) == record.key
 
 
 def synthesize_key(run: Run, config: Config) -> str:
     from jobs.bookkeeping.stage_records import synthesis_key
 
-    return synthesis_key(config, run.prepared(config))
+    return synthesis_key(run.prepared(config))
 
 
 def test_answers_that_were_cut_are_kept_where_the_recipe_says_so(run: Run) -> None:
@@ -173,10 +174,11 @@ def test_rounds_change_nothing_of_the_first_one(tmp_path: Path) -> None:
     )
     assert layout_of(one) == layout_of(several)
     assert preparation_key(one) == preparation_key(several)
-    jobs = [training_specs(c, layout_of(c), PREPARED, "d")[0] for c in [one, *rounds_of(several)]]
-    assert jobs[0].identity() == jobs[1].identity()
-    assert [job.seed for job in jobs] == [17, 17, 18], "a round has an order of its own"
-    assert jobs[2].identity()["seed"] == 18
+    runs = [PreparedRun(c, layout_of(c), PREPARED) for c in [one, *rounds_of(several)]]
+    specs = [training_specs(prepared, "d")[0] for prepared in runs]
+    assert specs[0].identity() == specs[1].identity()
+    assert [spec.seed for spec in specs] == [17, 17, 18], "a round has an order of its own"
+    assert specs[2].identity()["seed"] == 18
 
 
 @pytest.mark.parametrize(
@@ -216,7 +218,7 @@ def test_a_pretrained_student_may_write_from_the_first_round() -> None:
 
 def test_a_dry_run_shows_every_round_and_checks_what_later_ones_ask(tmp_path: Path) -> None:
     config = quickstart(*TWO_ROUNDS, f"storage.root={tmp_path}")
-    lines = describe(config).splitlines()
+    lines = dry_run_text(config).splitlines()
     first, second = lines.index("round 1 of 2"), lines.index("round 2 of 2")
     assert [line.split()[0] for line in lines[first + 1 : second]] == list(STAGE_NAMES[:-1])
     assert lines[second + len(STAGE_NAMES)].startswith("evaluate")
@@ -224,7 +226,7 @@ def test_a_dry_run_shows_every_round_and_checks_what_later_ones_ask(tmp_path: Pa
     assert "student, writing: 1 x 1 CPU" in lines
     wrong = "synthesis.recipes.1.sampling.temprature=1"
     with pytest.raises(ConfigError, match=r"recipes \(student\).*temprature"):
-        describe(quickstart(*TWO_ROUNDS, f"storage.root={tmp_path}", wrong))
+        dry_run_text(quickstart(*TWO_ROUNDS, f"storage.root={tmp_path}", wrong))
 
 
 def test_a_round_is_not_prepared_before_the_student_is_exported(tmp_path: Path) -> None:
@@ -284,12 +286,12 @@ def fabricated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Fabricat
 
 def test_cache_commands_look_after_every_round(fabricated: list[FabricatedRun]) -> None:
     first, second = fabricated
-    run = open_run(first.config)
-    assert [e.sequence_id for e in run.entries] == [
+    caches = open_caches(first.config)
+    assert [e.sequence_id for e in caches.entries] == [
         e.sequence_id for each in fabricated for e in each.entries()
     ]
-    assert run.config.round == 2 and run.is_current
-    assert len(open_run(second.config).entries) == len(run.entries) // 2
+    assert caches.run.config.round == 2 and caches.is_current
+    assert len(open_caches(second.config).entries) == len(caches.entries) // 2
 
 
 def test_what_any_round_names_is_no_garbage(fabricated: list[FabricatedRun]) -> None:

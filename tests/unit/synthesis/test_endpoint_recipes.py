@@ -12,12 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from jobs.stages.preflight import check_filters, filter_identities, synthesis_recipes
+from jobs.stages.preflight import check_filters, filter_identities, synthesis_identities
 from jobs.stages.synthesize import synthesize
 from pipeline.config.load import dump_config, load_config
 from pipeline.config.rounds import layout_of
 from pipeline.config.run import Config
 from pipeline.records import Prompt
+from pipeline.run import prepared_run
 from pipeline.run.identities import cache_identities
 from pipeline.run.preparation import Prepared, save_prepared
 from pipeline.sequences import SequenceReader, read_dataset
@@ -80,19 +81,19 @@ class Run:
         rules = config.synthesis.filters_before_scoring
         prepared = Prepared(
             key="key",
-            prompts=write_prompts(layout, self.prompts),
+            prompts_digest=write_prompts(layout, self.prompts),
             prompt_counts={},
             longest_prompt=90,
             tokenizer_hash="hash",
             eos_token_id=1,
-            scoring_recipes=cache_identities(config, identities, "hash"),
-            synthesis_recipes=synthesis_recipes(config, identities, "hash"),
-            student={},
+            cache_identities=cache_identities(config, identities, "hash"),
+            synthesis_identities=synthesis_identities(config, identities, "hash"),
+            student_identity={},
             filters_before_scoring=filter_identities(config, rules, identities, "hash"),
             identities=identities,
         )
         save_prepared(layout, prepared)
-        outcome = synthesize(config, layout, prepared)
+        outcome = synthesize(prepared_run.Run(config, layout, prepared)).model_dump()
         (self.root / "out/record.json").write_text(json.dumps(outcome))
         (self.root / "out/config.yaml").write_text(dump_config(config))
         return outcome

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from jobs.bookkeeping.stage_records import dataset_of
+from jobs.bookkeeping.stage_records import synthesized_dataset, write_record
 from jobs.caches.actions import retry
 from jobs.stages.evaluate import _holdout_prompts
-from jobs.stages.preflight import check_recipes, filter_identities, synthesis_recipes
+from jobs.stages.preflight import check_recipes, filter_identities, synthesis_identities
 from jobs.stages.synthesize import synthesize
 from pipeline import storage
 from pipeline.cache.index import quarantined
@@ -24,6 +24,7 @@ from pipeline.config.rounds import layout_of
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 from pipeline.records import Prompt
+from pipeline.run import prepared_run
 from pipeline.run.identities import scoring_identity
 from pipeline.run.preparation import Prepared, preparation_key, save_prepared
 from pipeline.sequences import SequenceReader, read_dataset
@@ -116,24 +117,33 @@ class Run:
         path.write_text(yaml.safe_dump(values))
         return load_config(path)
 
-    def prepared(self, config: Config) -> Prepared:
+    def prepared(self, config: Config) -> prepared_run.Run:
         identities = {name: {"weights": name} for name in config.teachers}
         writers = identities | {"student": {"weights": f"before round {config.round}"}}
         synthesis = config.synthesis
         before = filter_identities(config, synthesis.filters_before_scoring, identities, "hash")
         scoring = {t: scoring_identity(config, t, identities[t], "hash") for t in identities}
-        digest = write_prompts(layout_of(config), self.prompts)
-        recipes = synthesis_recipes(config, writers, "hash")
-        return Prepared(
-            "key", digest, {}, 90, "hash", 1, scoring, recipes, {}, before, identities=identities
+        prepared = Prepared(
+            key="key",
+            prompts_digest=write_prompts(layout_of(config), self.prompts),
+            prompt_counts={},
+            longest_prompt=90,
+            tokenizer_hash="hash",
+            eos_token_id=1,
+            cache_identities=scoring,
+            synthesis_identities=synthesis_identities(config, writers, "hash"),
+            student_identity={},
+            filters_before_scoring=before,
+            identities=identities,
         )
+        return prepared_run.Run(config, layout_of(config), prepared)
 
     def synthesize(
         self, recipes: list[Block], filters: Sequence[Block] = (), **others: Block
     ) -> dict[str, Any]:
         self.engines.asked.clear()
         config = self.config(recipes, filters, others)
-        return synthesize(config, layout_of(config), self.prepared(config))
+        return synthesize(self.prepared(config)).model_dump()
 
     def texts(self, outcome: dict[str, Any]) -> dict[str, list[str]]:
         """Of each prompt, the texts of the sequences that were kept."""
@@ -314,9 +324,9 @@ def test_a_request_that_is_too_long_is_counted_and_asked_once_it_fits(run: Run) 
         run.engines.asked.clear()
         config = with_engine(run.config([EVOLVE, ANSWER]), max_model_len)
         prepared, layout = run.prepared(config), layout_of(config)
-        evolve = next(walk(config, layout, prepared.synthesis_digests, run.prompts))
+        evolve = next(walk(config, layout, prepared.prepared.synthesis_digests, run.prompts))
         new = new_prompts(layout, evolve.digest, evolve.prompts, max_model_len)
-        found = synthesize(config, layout, prepared)["counts"]["evolve by words"]
+        found = synthesize(prepared).counts["evolve by words"]
         requests = [text for _, text, s in run.engines.asked if s["max_tokens"] == 300]
         assert len(requests) == len(new) - found.get("too_long", 0) or not new
         return {"requests": len(requests), "new": len(new)} | found
@@ -340,9 +350,9 @@ def test_an_answer_that_is_too_long_for_the_judge_is_graded_once_it_fits(run: Ru
     def dropped(max_model_len: int) -> tuple[int, int]:
         run.engines.asked.clear()
         config = with_engine(run.config([ANSWER], [judge]), max_model_len)
-        outcome = synthesize(config, layout_of(config), run.prepared(config))
-        keys.append(outcome["key"])
-        return outcome["filters"][0]["dropped"], len(run.engines.asked)
+        record = synthesize(run.prepared(config))
+        keys.append(record.key)
+        return record.filters[0]["dropped"], len(run.engines.asked)
 
     keys: list[str] = []
     assert dropped(700) == (1, 4 + 3)
@@ -385,25 +395,25 @@ def test_what_was_quarantined_is_asked_again_when_that_is_wanted(
         synthesis = config.synthesis.model_copy(update={"prompts_per_shard": 1})
         config = config.model_copy(update={"synthesis": synthesis})
         layout, prepared = layout_of(config), run.prepared(config)
-        save_prepared(layout, prepared)
-        outcome = synthesize(config, layout, prepared)
-    storage.write_json(layout.stage_record("synthesize"), outcome)
-    assert outcome["counts"]["evolve by words"]["quarantined"] == 1
-    assert outcome["filters"][0]["examples"] == ["arithmetic could not grade it"]
-    cache = prepared.caches(layout)["words"]
-    name = read_dataset(layout, outcome["dataset"])[0].sequence_id
+        save_prepared(layout, prepared.prepared)
+        record = synthesize(prepared)
+    write_record(layout, "synthesize", record)
+    assert record.counts["evolve by words"]["quarantined"] == 1
+    assert record.filters[0]["examples"] == ["arithmetic could not grade it"]
+    cache = prepared.cache_layouts()["words"]
+    name = read_dataset(layout, str(record.dataset))[0].sequence_id
     for identifier in (name, "another run's"):
         path = storage.join(cache.quarantine, f"{identifier}.json")
         storage.write_json(path, {"sequence_id": identifier, "error": "died"})
     run.engines.asked.clear()
-    assert synthesize(config, layout, prepared)["dataset"] == outcome["dataset"]
+    assert synthesize(prepared).dataset == record.dataset
     assert run.engines.asked == []
     assert retry(config) == "to be asked again by the next run: 1 prompts, 1 grades, 1 rows"
-    assert dataset_of(config, layout, prepared) is None, "there is something to do"
+    assert synthesized_dataset(prepared) is None, "there is something to do"
     assert list(quarantined(cache)) == ["another run's"]
-    again = synthesize(config, layout, prepared)
-    assert len(run.engines.asked) == 2 and again["counts"]["evolve by words"]["kept"] == 3
-    assert again["filters"][0]["dropped"] == 0
+    again = synthesize(prepared)
+    assert len(run.engines.asked) == 2 and again.counts["evolve by words"]["kept"] == 3
+    assert again.filters[0]["dropped"] == 0
     assert retry(config) == "nothing is quarantined"
 
 
@@ -435,7 +445,9 @@ def test_what_was_written_is_asked_in_the_same_words_after_a_restart(run: Run) -
     run.engines.reply = scripted({"Request:\n": ("<prompt>häßlich \n zwei</prompt>", "stop")})
     run.synthesize([EVOLVE, ANSWER])
     config = run.config([EVOLVE, ANSWER])
-    *_, last = walk(config, layout_of(config), run.prepared(config).synthesis_digests, run.prompts)
+    *_, last = walk(
+        config, layout_of(config), run.prepared(config).prepared.synthesis_digests, run.prompts
+    )
     assert last.prompts[-1].words == "häßlich \n zwei"
     assert isinstance(last.prompts[-1].messages, tuple)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from jobs.dry_run import describe
+from jobs.dry_run import dry_run_text
 from pipeline.config import deepspeed
 from pipeline.config.load import load_config
 from pipeline.errors import ConfigError
@@ -108,7 +108,7 @@ def test_a_dry_run_asks_deepspeed(tmp_path: Path) -> None:
     wrong = "training.deepspeed.zero_optimization.overlap_comm=so"
     config = load_config(QUICKSTART, [f"storage.root={tmp_path}", wrong])
     with pytest.raises(ConfigError, match="overlap_comm"):
-        describe(config)
+        dry_run_text(config)
 
 
 def test_the_names_are_those_of_the_installed_deepspeed() -> None:

@@ -5,6 +5,7 @@ import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -118,7 +119,7 @@ def test_the_seconds_of_training_are_those_of_all_its_starts(tmp_path, monkeypat
 
     monkeypatch.setattr(train_stage, "time", SimpleNamespace(time=lambda: clock.now))
     monkeypatch.setattr(train_stage, "ray", SimpleNamespace(nodes=list))
-    monkeypatch.setattr(train_stage, "scored_of", lambda *_: (None, "d"))
+    monkeypatch.setattr(train_stage, "dataset_to_train_on", lambda run: "d")
     monkeypatch.setattr(train_stage, "stage_key", lambda *_: "key")
     monkeypatch.setattr(train_stage, "training_specs", lambda *_: [student, twin])
     monkeypatch.setattr("teachers.pool.placement.check_placement", lambda *_: None)
@@ -126,13 +127,14 @@ def test_the_seconds_of_training_are_those_of_all_its_starts(tmp_path, monkeypat
     storage.write_json(student.summary_path, {"steps": 20, "tokens": 200, "seconds": 300.0})
     save_checkpoint(Engine(), twin, TrainingState(10, 20, 100, 40.0))
 
-    outcome = train_stage.train(student.config, student.layout)
-    assert outcome["seconds"] == 300 + 40 + 2 * 7
+    run: Any = SimpleNamespace(config=student.config)
+    record = train_stage.train(run)
+    assert record.seconds == 300 + 40 + 2 * 7
     # Again, as when a file of the weights was lost: all of it is known already.
-    entry._keep_record(student.layout, "train", outcome)
-    again = train_stage.train(student.config, student.layout)
+    entry._keep_record(student.layout, "train", record)
+    again = train_stage.train(run)
     entry._keep_record(student.layout, "train", again)
-    assert read_record(student.layout, "train")["seconds"] == 300 + 47 + 2 * 7
+    assert read_record(student.layout, "train").seconds == 300 + 47 + 2 * 7
 
 
 @pytest.mark.parametrize("old_new", list(itertools.product(range(4), range(4))))
