@@ -1,8 +1,8 @@
-"""Errors that a user can act on. Every message says what, which values, and what to do next."""
+"""Errors that a user can act on: each message names the problem, the values and the remedy."""
 
 
 class DistillationError(ValueError):
-    """Base of all errors for users; the command line prints the message alone."""
+    """Base of all errors for users; the command line prints the message without a traceback."""
 
 
 class ConfigError(DistillationError):
@@ -14,15 +14,15 @@ class PromptError(DistillationError):
 
 
 class StorageError(DistillationError):
-    """Reading or writing storage failed: a full disk, a missing path, a permission."""
+    """Reading or writing storage failed: a full disk, a missing path, a missing permission."""
 
 
 class StoreUnreachableError(StorageError):
-    """An object store did not answer, or broke off; a later try may succeed."""
+    """An object store did not answer or dropped the connection; another try may succeed."""
 
 
 class CorruptFileError(StorageError):
-    """A file is there and is not what was written: truncated, or some of its bits have changed."""
+    """A file exists but does not hold what was written: it is truncated or bits have changed."""
 
 
 class CacheError(DistillationError):
@@ -30,30 +30,35 @@ class CacheError(DistillationError):
 
 
 class CorruptShardError(CacheError):
-    """A cache shard is truncated or was changed after it was written."""
+    """A cache shard is truncated or was changed after it was written.
+
+    Attributes:
+        path: path or URI of the shard.
+        reason: description of the damage, for the message.
+    """
 
     def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)
+        super().__init__(path, reason)  # both arguments, so that the error pickles
         self.path, self.reason = path, reason
 
     def __str__(self) -> str:
         return (
-            f"the cache shard {self.path} is corrupt: {self.reason}. `polystill cache regenerate "
-            "CONFIG` sets it aside and scores its sequences again; `polystill cache verify CONFIG` "
-            "looks for others."
+            f"the cache shard {self.path} is corrupt: {self.reason}; `polystill cache regenerate "
+            "CONFIG` sets it aside and scores its sequences again, `polystill cache verify CONFIG` "
+            "looks for other corrupt shards"
         )
 
 
 class VocabularyMismatchError(DistillationError):
-    """Tokenizers or chat templates of teachers and student disagree."""
+    """The tokenizers or chat templates of teachers and student disagree."""
 
 
 class TeacherError(DistillationError):
-    """A teacher's engine failed or returned rows that break an invariant."""
+    """A teacher failed, or returned rows that break an invariant."""
 
 
 class FilterError(DistillationError):
-    """The filters of the synthesis leave nothing to train on or to evaluate."""
+    """The filters leave nothing to train on or to evaluate."""
 
 
 class TrainingError(DistillationError):

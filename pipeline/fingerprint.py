@@ -1,4 +1,4 @@
-"""Identity: stable hashes of what decides the bytes of an output."""
+"""Stable hashes of everything that decides the bytes of an output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import numpy as np
 
 
 def digest_bytes(*parts: bytes) -> str:
-    """Hex of a 16-byte BLAKE2b hash; the lengths of the parts count, so boundaries matter."""
+    """Hex of a 16-byte BLAKE2b hash over the parts and their lengths.
+
+    The lengths are hashed too, so that `(b"ab", b"c")` and `(b"a", b"bc")` differ.
+    """
     hasher = hashlib.blake2b(digest_size=16)
     for part in parts:
         hasher.update(len(part).to_bytes(8, "little"))
@@ -20,30 +23,30 @@ def digest_bytes(*parts: bytes) -> str:
 
 
 def digest_json(value: Any) -> str:
-    """Hex hash of a JSON value, independent of the order of its keys."""
+    """Hex hash of a JSON value; the order of keys does not matter."""
     return digest_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
 
 def digest_ids(ids: Iterable[str]) -> str:
-    """Hex hash of an ordered list of ids: the name of the shard that holds them."""
+    """Hex hash of an ordered list of ids; it names the shard that holds them."""
     return digest_bytes(*(identifier.encode() for identifier in ids))
 
 
 def sequence_id(
     input_ids: np.ndarray, loss_spans: Iterable[tuple[int, int]], tokenizer_hash: str
 ) -> str:
-    """The id of a token sequence: hash of its ids, its loss spans and its tokenizer."""
+    """Id of a token sequence: hash of its token ids, its loss spans and its tokenizer."""
     spans = np.asarray(list(loss_spans), dtype="<i4")
     return digest_bytes(input_ids.astype("<i4").tobytes(), spans.tobytes(), tokenizer_hash.encode())
 
 
 def unit_interval(identifier: str) -> float:
-    """A number in [0, 1) that depends on the id alone; used to split prompts."""
+    """Number in [0, 1) that depends on the id alone, so that a choice by it is stable."""
     return int(digest_bytes(identifier.encode())[:13], 16) / 16**13
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """One line per dotted key whose values differ, old beside new."""
+    """Lists the dotted keys whose values differ, one line each, as `key: old -> new`."""
     lines = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)

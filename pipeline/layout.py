@@ -1,4 +1,4 @@
-"""Every path, once. All are strings below `storage.root`: a local folder or a URI."""
+"""Paths of all files, each defined once: strings below `storage.root`, a local folder or a URI."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from pipeline.storage import join
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """The folder of one cache under one recipe, and one generation in it."""
+    """Paths of one generation of one cache.
+
+    Attributes:
+        folder: folder of the cache, named by teacher and fingerprint.
+        generation: number of the generation; a forced regeneration writes the next one.
+    """
 
     folder: str
     generation: int
@@ -28,7 +33,7 @@ class CacheLayout:
 
     @property
     def canary(self) -> str:
-        """What the first engine that wrote to the generation said of the canary."""
+        """Log-probabilities of the canary under the first engine that wrote to the generation."""
         return join(self.folder, f"g{self.generation}.canary.json")
 
     @property
@@ -37,20 +42,21 @@ class CacheLayout:
 
     @property
     def name(self) -> str:
-        """The folder's own name: teacher and recipe."""
+        """Name of the folder: teacher and fingerprint."""
         return self.folder.rsplit("/", 1)[-1]
 
     @property
     def regeneration(self) -> str:
-        """What was asked of an unfinished forced regeneration; gone once it is complete."""
+        """Request of an unfinished forced regeneration; removed once that is complete."""
         return join(self.folder, f"g{self.generation}.regeneration.json")
 
     @property
     def aside(self) -> str:
-        """Corrupt shards, out of the way of their successors."""
+        """Folder of corrupt shards, out of the way of the shards that replace them."""
         return join(self.folder, f"g{self.generation}.aside")
 
     def quarantine_record(self, sequence_id: str) -> str:
+        """Quarantine note of a sequence that the teacher could not score."""
         return join(self.quarantine, f"{sequence_id}.json")
 
     def shard(self, digest: str) -> str:
@@ -59,11 +65,12 @@ class CacheLayout:
 
 @dataclass(frozen=True)
 class Layout:
-    """Paths of a storage root, and of one run in it.
+    """Paths of a storage root and of one run in it.
 
     Attributes:
-        run: its folder below `runs/`; a later round's is `<name>/rounds/<number>`.
-        models_root: file system folder for checkpoints and exports, where `root` is a URI.
+        root: local folder or URI that all runs share.
+        run: folder of the run below `runs/`; `<name>/rounds/<number>` in a later round.
+        models_root: folder for checkpoints and exports if `root` is a URI.
     """
 
     root: str
@@ -83,7 +90,7 @@ class Layout:
         return join(self.runs_folder, self.run)
 
     def of_round(self, number: int) -> Layout:
-        """Of one of the run's rounds: the first one has the run's own folder."""
+        """Layout of one round of the run; round 1 has the run's own folder."""
         below = "" if number == 1 else f"/rounds/{number}"
         return replace(self, run=f"{self.run}{below}")
 
@@ -99,12 +106,12 @@ class Layout:
         return join(self.run_folder, "stages", f"{stage}.json")
 
     def unended_attempts(self, stage: str) -> str:
-        """How often a stage was begun since its record and has not ended."""
+        """Counter of the attempts of a stage that began after its stage record and did not end."""
         return join(self.run_folder, "stages", f"{stage}.unended.json")
 
     @property
     def pins(self) -> str:
-        """The generations of the caches that the run uses."""
+        """Cache generations that the run uses, pinned before its first row is scored."""
         return join(self.run_folder, "stages", "score.caches.json")
 
     @property
@@ -120,16 +127,16 @@ class Layout:
         return join(self.run_folder, "report.html")
 
     def answers(self, model: str) -> str:
-        """What a model answered to the hold-out prompts."""
+        """Answers of a model to the hold-out prompts."""
         return join(self.run_folder, "answers", f"{model}.jsonl")
 
     def job_log(self, identifier: str) -> str:
-        """Of a job whose head has ended."""
+        """Log of a Ray job, kept after the local Ray head has ended."""
         return join(self.run_folder, "logs", f"{identifier}.log")
 
     @property
     def models_folder(self) -> str:
-        """The run's folder on a file system."""
+        """Folder of the run on a file system, for checkpoints and exports."""
         return join(self.models_root or self.root, "runs", self.run)
 
     def training_folder(self, student: str) -> str:
@@ -137,25 +144,25 @@ class Layout:
         return join(self.models_folder, student)
 
     def metrics(self, student: str) -> str:
-        """A line for every step that was logged."""
+        """Training metrics, one JSON line for each logged step."""
         return join(self.training_folder(student), "metrics.jsonl")
 
     def final_weights(self, student: str) -> str:
         return join(self.training_folder(student), "final", "weights.safetensors")
 
     def probe(self, student: str) -> str:
-        """Log-probabilities that the export of the final weights must reproduce."""
+        """Log-probabilities that the exported model must reproduce."""
         return join(self.training_folder(student), "final", "probe.json")
 
     def training_summary(self, student: str) -> str:
-        """Written last of all: its existence means that the training is complete."""
+        """Summary of a training, written last: if it exists, the training is complete."""
         return join(self.training_folder(student), "training.json")
 
     def export_folder(self, student: str) -> str:
         return join(self.models_folder, "export", student)
 
     def lock(self, work: str) -> str:
-        """The file that one process at a time holds while it works in the run's folder."""
+        """Lock file that one process at a time holds while it works in the run's folder."""
         return join(self.models_folder, f"{work}.lock")
 
     def prompts(self, digest: str) -> str:
@@ -164,19 +171,24 @@ class Layout:
     def sequences_folder(self, domain: str) -> str:
         return join(self.root, "sequences", domain)
 
-    def synthesis_folder(self, recipe: str) -> str:
-        return join(self.root, "synthesis", recipe)
+    def synthesis_folder(self, digest: str) -> str:
+        """Folder of the answered shards under the synthesis identity of that digest."""
+        return join(self.root, "synthesis", digest)
 
     def rejected(self, digest: str, name: str) -> str:
-        """Answers that are not trained on, by who dropped them; for people."""
+        """Answers that are not trained on, for people to read; `name` tells filter or prompt shard.
+
+        Args:
+            digest: names the folder, by dataset and filters or by synthesis identity.
+        """
         return join(self.root, "rejected", digest, f"{name}.parquet")
 
-    def judgements(self, recipe: str, name: str = "") -> str:
-        """The folder of a judge's grades, or a file in it."""
-        return join(self.root, "judgements", recipe, *([name] if name else []))
+    def judgements(self, digest: str, name: str = "") -> str:
+        """Folder of a judge's grades under an identity, or the file `name` in it."""
+        return join(self.root, "judgements", digest, *([name] if name else []))
 
     def endpoint_canary(self, digest: str) -> str:
-        """What an endpoint said of the canary when it was first asked."""
+        """Log-probabilities of the canary from the first start of an endpoint."""
         return join(self.root, "endpoints", f"{digest}.json")
 
     @property
@@ -191,5 +203,10 @@ class Layout:
         return join(self.root, "weight_hashes.json")
 
     def cache(self, name: str, fingerprint: str, generation: int = 1) -> CacheLayout:
-        """A cache: distributions under a teacher's name, hidden states under `hidden_states_of`."""
+        """Layout of a teacher's cache of distributions or of hidden states.
+
+        Args:
+            name: the teacher, or `hidden_states_of(teacher)` for hidden states.
+            fingerprint: digest of the cache's identity.
+        """
         return CacheLayout(join(self.caches_folder, f"{name}-{fingerprint[:16]}"), generation)

@@ -1,10 +1,11 @@
 """Files on a local disk, NFS or an object store behind one small interface (`pyarrow.fs`).
 
-Existence means complete: a local file is written under a temporary name, synced and renamed; an
-object is one put, and above 10 MB the parts of an upload that shows nothing until it is completed.
+Existence means complete: a local file is written under a temporary name, synced and renamed. An
+object is one put request, or above 10 MB an upload in parts that stays invisible until it is
+completed.
 
-`pyarrow` itself tries a request to an object store again for about six seconds. What lasts longer
-is tried again here, a few times and ever later, and then told.
+`pyarrow` itself retries a request to an object store for about six seconds. This module retries
+what fails for longer, after the pauses of `PAUSES_SECONDS`, and then reports the failure.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 PAUSES_SECONDS = (2.0, 8.0)
-# What file systems answer that have no hard links, or no more of them.
+# Errors of file systems that support no hard link, or no further one to the file.
 NO_LINK = {
     errno.EPERM,
     errno.ENOTSUP,
@@ -43,7 +44,7 @@ NO_LINK = {
     errno.EMLINK,
     errno.EXDEV,
 }
-# What an object store says that no second try changes.
+# Errors of an object store that no other try can change.
 LASTING = re.compile(
     "ACCESS_DENIED|NO_SUCH_BUCKET|INVALID|SIGNATURE|VALIDATION|EXPIRED|PERMISSION_DENIED"
     "|UNAUTHENTICATED|NOT_FOUND"
@@ -60,18 +61,18 @@ def _open(uri: str) -> tuple[fs.FileSystem, str]:
     except (pa.ArrowInvalid, OSError) as error:
         raise StorageError(
             f"cannot reach {uri}: {error}. Check its scheme (s3://, gs://), its bucket and the "
-            "credentials of this machine."
+            "credentials of this machine"
         ) from error
     return filesystem, path
 
 
 @contextmanager
 def explained(action: str, uri: str) -> Iterator[None]:
-    """Tells what fails within it as a `StorageError`.
+    """Context in which every `OSError` becomes a `StorageError` with a message for users.
 
     Args:
-        action: verb for the message.
-        uri: what it is done to.
+        action: verb for the message, such as `write`.
+        uri: path or URI that the action concerns.
     """
     try:
         yield
@@ -81,31 +82,31 @@ def explained(action: str, uri: str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageError(
                 f"cannot {action} {uri}: the disk is full. Everything finished so far is kept; "
-                "free some space and run the same command again."
+                "free some space and run the same command again"
             ) from error
         is_object = "://" in uri and not uri.startswith("file://")
-        passing = is_object and error.errno is None and not LASTING.search(str(error))
-        kind = StoreUnreachableError if passing else StorageError
+        may_pass = is_object and error.errno is None and not LASTING.search(str(error))
+        kind = StoreUnreachableError if may_pass else StorageError
         raise kind(f"cannot {action} {uri}: {error}") from error
 
 
-def _patient(ask: Callable[P, T]) -> Callable[P, T]:
-    """Tries again, after a while, what an object store did not answer."""
+def _retried(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorator: calls a function again, after pauses, while an object store does not answer."""
 
-    @functools.wraps(ask)
-    def ask_again(*args: P.args, **kwargs: P.kwargs) -> T:
+    @functools.wraps(function)
+    def retried(*args: P.args, **kwargs: P.kwargs) -> T:
         for pause in PAUSES_SECONDS:
             try:
-                return ask(*args, **kwargs)
+                return function(*args, **kwargs)
             except StoreUnreachableError as error:
-                logger.warning("%s; tried again in %g s", error, pause)
+                logger.warning("%s; trying again in %g s", error, pause)
                 time.sleep(pause)
-        return ask(*args, **kwargs)
+        return function(*args, **kwargs)
 
-    return ask_again
+    return retried
 
 
-@_patient
+@_retried
 def write_bytes(uri: str, data: bytes | memoryview | pa.Buffer) -> None:
     """Writes a whole file so that it either exists completely or not at all.
 
@@ -117,7 +118,7 @@ def write_bytes(uri: str, data: bytes | memoryview | pa.Buffer) -> None:
         if isinstance(filesystem, fs.LocalFileSystem):
             _write_local(path, data)
         else:
-            # Not a context manager, which would complete the object after a failed write.
+            # A context manager would complete the object even after a failed write.
             stream = filesystem.open_output_stream(path)
             stream.write(data)
             stream.close()
@@ -140,9 +141,9 @@ def _write_local(path: str, data: bytes | memoryview | pa.Buffer) -> None:
     _sync(folder)
 
 
-@_patient
+@_retried
 def link_or_copy(source: str, target: str) -> None:
-    """Gives an immutable file a second name: a hard link locally, a copy in an object store.
+    """Gives an immutable file a second name: a hard link on a disk, a copy in an object store.
 
     Raises:
         StorageError: the source is missing or the target cannot be written.
@@ -165,7 +166,7 @@ def link_or_copy(source: str, target: str) -> None:
 
 
 def move(source: str, target: str) -> None:
-    """Moves a file to another folder of the same storage, replacing what is there.
+    """Moves a file to another folder of the same storage and replaces a file of that name there.
 
     Raises:
         StorageError: the source is missing or the target cannot be written.
@@ -177,16 +178,16 @@ def move(source: str, target: str) -> None:
         filesystem.move(_open(source)[1], path)
 
 
-@_patient
+@_retried
 def remove(uri: str) -> None:
-    """Removes a file; one that is gone already is no error."""
+    """Removes a file; a missing file is no error."""
     filesystem, path = _open(uri)
     with explained("remove", uri), contextlib.suppress(FileNotFoundError):
         filesystem.delete_file(path)
 
 
 def remove_empty_folders(uri: str) -> None:
-    """Removes a folder and the folders below it if no file is left in any of them."""
+    """Removes a folder and all folders below it, unless one of them still holds a file."""
     filesystem, path = _open(uri)
     if exists(uri) and not files_below(uri):
         with explained("remove", uri):
@@ -194,28 +195,28 @@ def remove_empty_folders(uri: str) -> None:
 
 
 def read_bytes(uri: str) -> bytes:
-    """The content of a file.
+    """Content of a file.
 
     Raises:
-        StorageError: it does not exist or cannot be read.
+        StorageError: the file does not exist or cannot be read.
     """
     return _read(uri).to_pybytes()
 
 
-@_patient
+@_retried
 def _read(uri: str) -> pa.Buffer:
-    """The content of a file, by one request after that for its size."""
+    """Content of a file, in one request besides the request for its size."""
     filesystem, path = _open(uri)
     with explained("read", uri), filesystem.open_input_file(path) as file:
         return file.read_buffer()
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or folder is there."""
+    """Whether a file or folder exists."""
     return _info(uri).type != fs.FileType.NotFound
 
 
-@_patient
+@_retried
 def _info(uri: str) -> fs.FileInfo:
     filesystem, path = _open(uri)
     with explained("look for", uri):
@@ -223,15 +224,14 @@ def _info(uri: str) -> fs.FileInfo:
 
 
 def list_files(uri: str, suffix: str = "") -> list[fs.FileInfo]:
-    """The files directly inside a folder in name order; empty when the folder is missing.
+    """Files directly inside a folder in the order of their names; none if the folder is missing.
 
-    Names that begin with a dot, such as those of unfinished writes, are left out.
+    Names that begin with a dot, such as names of unfinished writes, are left out.
     """
-    found = _found_in(uri)
     return sorted(
         (
             info
-            for info in found
+            for info in _entries(uri)
             if info.type == fs.FileType.File
             and info.base_name.endswith(suffix)
             and not info.base_name.startswith(".")
@@ -241,12 +241,12 @@ def list_files(uri: str, suffix: str = "") -> list[fs.FileInfo]:
 
 
 def list_folders(uri: str) -> list[str]:
-    """The names of the folders directly inside a folder; empty when it is missing."""
-    return sorted(i.base_name for i in _found_in(uri) if i.type == fs.FileType.Directory)
+    """Names of the folders directly inside a folder; none if that folder is missing."""
+    return sorted(info.base_name for info in _entries(uri) if info.type == fs.FileType.Directory)
 
 
-@_patient
-def _found_in(uri: str, recursive: bool = False) -> list[fs.FileInfo]:
+@_retried
+def _entries(uri: str, recursive: bool = False) -> list[fs.FileInfo]:
     filesystem, path = _open(uri)
     with explained("list", uri):
         selector = fs.FileSelector(path, recursive=recursive, allow_not_found=True)
@@ -254,22 +254,25 @@ def _found_in(uri: str, recursive: bool = False) -> list[fs.FileInfo]:
 
 
 def file_states(uri: str) -> list[tuple[str, int, int]]:
-    """`(path, bytes, modification time in ns)` of a file or of all below a folder, if it exists."""
+    """Sorted `(path, bytes, modification time in ns)` of a file, or of all files below a folder.
+
+    A path that does not exist has no states.
+    """
     info = _info(uri)
-    infos = [info] if info.type == fs.FileType.File else _found_in(uri, recursive=True)
+    infos = [info] if info.type == fs.FileType.File else _entries(uri, recursive=True)
     return sorted((i.path, i.size, i.mtime_ns) for i in infos if i.type == fs.FileType.File)
 
 
 def files_below(uri: str) -> dict[str, fs.FileInfo]:
-    """Every file below a folder by its path relative to it, unfinished writes included."""
+    """All files below a folder by their relative paths, unfinished writes included."""
     _, path = _open(uri)
     prefix = path.rstrip("/") + "/"
-    found = (info for info in _found_in(uri, recursive=True) if info.type == fs.FileType.File)
-    return {info.path.removeprefix(prefix): info for info in sorted(found, key=lambda i: i.path)}
+    files = (info for info in _entries(uri, recursive=True) if info.type == fs.FileType.File)
+    return {info.path.removeprefix(prefix): info for info in sorted(files, key=lambda i: i.path)}
 
 
 def write_json(uri: str, value: Any) -> None:
-    """Writes a JSON value, indented, with its keys in the order given."""
+    """Writes a JSON value, indented, with its keys in the given order."""
     write_bytes(uri, (json.dumps(value, indent=2) + "\n").encode())
 
 
@@ -277,7 +280,7 @@ def read_json(uri: str) -> Any:
     """Reads a JSON file.
 
     Raises:
-        StorageError: it is missing or not JSON.
+        StorageError: the file is missing or is not JSON.
     """
     try:
         return json.loads(read_bytes(uri))
@@ -286,7 +289,7 @@ def read_json(uri: str) -> Any:
 
 
 def write_table(uri: str, table: pa.Table, **options: Any) -> int:
-    """Encodes a Parquet file in memory and writes it in one call; returns its bytes."""
+    """Encodes a table as Parquet in memory and writes it in one call; returns its size in bytes."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True, **options)
     buffer = sink.getvalue()
@@ -295,11 +298,11 @@ def write_table(uri: str, table: pa.Table, **options: Any) -> int:
 
 
 def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
-    """Reads a Parquet file, or some of its columns, checking page checksums.
+    """Reads a Parquet file, or some of its columns, and checks the page checksums.
 
     Raises:
-        CorruptFileError: it is truncated or fails its checksums.
-        StorageError: it is missing or cannot be read.
+        CorruptFileError: the file is truncated or fails its checksums.
+        StorageError: the file is missing or cannot be read.
     """
     source = pa.BufferReader(_read(uri))
     try:
@@ -311,12 +314,12 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
 
 
 def join(root: str, *parts: str) -> str:
-    """A path or URI below `root`."""
+    """Joins a path or URI and the parts below it."""
     return "/".join([root.rstrip("/"), *parts])
 
 
 def sync_folder(folder: Path) -> None:
-    """Has all below a local folder, and the folder itself, on disk when it returns."""
+    """Flushes a local folder and everything below it to disk."""
     for path in [*folder.rglob("*"), folder]:
         _sync(path)
 
