@@ -324,7 +324,7 @@ def _sequence(prompt: list[int], answer: list[int], prompt_id: str) -> TokenSequ
         loss_spans=((len(prompt), len(ids)),),
         prompt_id=prompt_id,
         domain="gsm8k",
-        generators=("dataset",),
+        authors=("dataset",),
         finish_reason="dataset",
     )
 

@@ -1,11 +1,11 @@
-"""The records that cross the boundaries between stages: frozen, of plain values and arrays.
+"""Records that cross the boundaries between stages: frozen, made of plain values and arrays.
 
 Legend of axis names: T tokens of a sequence, P positions (tokens inside the loss spans), N entries
-of all positions of a sequence, M teachers.
+of all positions of a sequence, M teachers, L layers, D width of a stored hidden state.
 
 Position `j` of a sequence stands for token index `i_j`, the j-th index of all loss spans in order.
-A teacher's row at position `j` is its distribution over the token at index `i_j` given everything
-before it, and `input_ids[i_j]` is the position's gold token.
+A teacher's row at position `j` is its distribution over the token at index `i_j` given all tokens
+before that index. `input_ids[i_j]` is the gold token of the position.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from pipeline.fingerprint import digest_json
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: either chat `messages` or raw `text`, never both."""
+    """One prompt: either chat `messages` or raw `text`, never both.
+
+    Attributes:
+        prompt_id: id from the source, or a hash of the content.
+        split: `train`, `validation` or `holdout`.
+        reference: correct answer, if the source has one.
+    """
 
     prompt_id: str
     domain: str
@@ -31,22 +37,22 @@ class Prompt:
 
     @property
     def digest(self) -> str:
-        """Hash of all that its answers depend on, which is everything but the split."""
+        """Hash of everything that answers depend on, which is all but the split."""
         return digest_json([self.prompt_id, self.domain, self.messages, self.text, self.reference])
 
     def under(self, system: str | None) -> Prompt:
-        """The prompt with a system message, where it is a chat without one of its own."""
+        """Puts a system message before the prompt if it is a chat without one of its own."""
         if system is None or self.messages is None or self.messages[0]["role"] == "system":
             return self
         return replace(self, messages=({"role": "system", "content": system}, *self.messages))
 
     @property
     def words(self) -> str:
-        """Its text without system messages, which many prompts share."""
+        """Text of the prompt without system messages, which many prompts share."""
         if self.text is not None:
             return self.text
-        spoken = (m for m in self.messages or () if m["role"] != "system")
-        return "\n".join(str(message["content"]) for message in spoken)
+        turns = (message for message in self.messages or () if message["role"] != "system")
+        return "\n".join(str(message["content"]) for message in turns)
 
 
 @dataclass(frozen=True)
@@ -54,12 +60,13 @@ class TokenSequence:
     """A prompt with one answer, tokenised once; nothing downstream tokenises again.
 
     Attributes:
-        sequence_id: hex of a 16-byte hash of token ids, tokenizer and loss spans.
+        sequence_id: hex of a 16-byte hash of token ids, loss spans and tokenizer.
         input_ids: int32[T].
         loss_spans: half-open index ranges `[start, stop)` with `start >= 1`, in order, not
             overlapping.
-        generators: names of the teachers that wrote the answer, or `dataset`.
-        finish_reason: `stop` or `length` as the engine reports it; `dataset` for given answers.
+        authors: names of the teachers that wrote the answer, `student`, or `dataset` for a given
+            reference. The files on disk call them generators.
+        finish_reason: `stop` or `length`, reported by the teacher; `dataset` for given references.
     """
 
     sequence_id: str
@@ -67,46 +74,48 @@ class TokenSequence:
     loss_spans: tuple[tuple[int, int], ...]
     prompt_id: str
     domain: str
-    generators: tuple[str, ...]
+    authors: tuple[str, ...]
     finish_reason: str
 
     @property
     def position_indices(self) -> np.ndarray:
-        """int64[P]: the token index `i_j` of every position."""
+        """int64[P]: token index `i_j` of every position."""
         return np.concatenate([np.arange(start, stop) for start, stop in self.loss_spans])
 
     @property
     def gold_ids(self) -> np.ndarray:
-        """int32[P]: the token at every position."""
+        """int32[P]: gold token of every position."""
         return self.input_ids[self.position_indices]
 
     @property
     def num_positions(self) -> int:
-        """P."""
+        """Number of positions, P."""
         return sum(stop - start for start, stop in self.loss_spans)
 
 
 @dataclass(frozen=True)
 class SparseLogprobs:
-    """What is kept of one teacher's distributions over one sequence.
+    """Row of a cache: the kept part of one teacher's distributions over one sequence.
 
     Log-probabilities are normalised over the full vocabulary at temperature 1. The entries of all
-    positions stand one after another: position `j` owns `num_entries[j]` of them, the head entries
-    first, both kinds in descending order of probability. A drawn entry stands for its share of the
-    draws in the mass that its position's head and tail leave.
+    positions stand one after another. Position `j` owns `num_entries[j]` entries: first its exact
+    entries, whose log-probabilities are stored, then its drawn entries; both kinds stand in
+    descending order of probability. The exact entries and the tail of a position leave a mass, and
+    each drawn entry stands for the share of that mass that it has among the draws.
 
     Attributes:
-        num_entries: uint8[P].
-        token_ids: uint32[N].
-        logprobs: float16, of the head entries.
-        counts: uint8, how often each other entry was drawn; empty for selections without draws.
+        num_entries: uint8[P], kept entries of each position.
+        token_ids: uint32[N], token of each entry.
+        logprobs: float16, log-probability of each exact entry.
+        counts: uint8, number of times that each drawn entry was drawn; empty for selections
+            without draws.
         gold_logprobs: float16[P], log-probability of the gold token.
-        tail_mass: float16[P], probability outside the kept entries; with draws, outside the
-            captured ones, which nothing stands for.
+        tail_mass: float16[P], probability outside the kept entries; for selections with draws,
+            probability outside the captured entries, which no draw stands for.
         entropies: float16[P], lower bound of the entropy in nats.
-        num_head: uint8[P], head entries of each position; empty for selections without draws,
-            whose entries are all of the head.
-        renormalised: whether the estimate that draws make is scaled to mass 1.
+        num_head: uint8[P], exact entries of each position; empty for selections without draws,
+            which keep exact entries only.
+        renormalised: whether the estimate made of draws is scaled to mass 1.
     """
 
     sequence_id: str
@@ -122,17 +131,17 @@ class SparseLogprobs:
 
     @property
     def num_positions(self) -> int:
-        """P."""
+        """Number of positions, P."""
         return len(self.num_entries)
 
     @property
     def is_drawn(self) -> bool:
-        """Whether the entries estimate the distribution by draws."""
+        """Whether the row holds draws, so that its entries estimate the distribution."""
         return len(self.num_head) > 0
 
     @property
-    def head_N(self) -> np.ndarray:
-        """bool[N]: which entries belong to the head; the others were drawn."""
+    def is_exact_N(self) -> np.ndarray:
+        """bool[N]: whether each entry is exact; the others were drawn."""
         if not self.is_drawn:
             return np.ones(len(self.token_ids), dtype=bool)
         num_entries = self.num_entries.astype(np.int64)
@@ -144,14 +153,14 @@ class SparseLogprobs:
 
 @dataclass(frozen=True, eq=False)
 class HiddenStates:
-    """What is kept of one teacher's hidden states over one sequence.
+    """Row of a cache: one teacher's hidden states over one sequence.
 
-    The states of position `j` are those at index `i_j - 1`, from which the distribution over the
-    token at index `i_j` is computed.
+    Position `j` holds the hidden states at index `i_j - 1`, from which the teacher computes the
+    distribution over the token at index `i_j`.
 
     Attributes:
-        states: uint16[P, L, D], the bits of bfloat16; L layers in the order of the recipe, D the
-            hidden size, or the dimensions of the projection.
+        states: uint16[P, L, D], the bits of bfloat16. L layers stand in the order of the cache's
+            identity; D is the hidden size, or the number of dimensions of the projection.
     """
 
     sequence_id: str
@@ -159,27 +168,27 @@ class HiddenStates:
 
     @property
     def num_positions(self) -> int:
-        """P."""
+        """Number of positions, P."""
         return len(self.states)
 
     @property
     def values(self) -> np.ndarray:
-        """float32[P, L, D]."""
+        """float32[P, L, D]: the hidden states as numbers."""
         return (self.states.astype("<u4") << 16).view("<f4")
 
 
 CacheRow = SparseLogprobs | HiddenStates
-"""A row of either kind of cache."""
+"""Row of a cache of either kind."""
 
 
 @dataclass(frozen=True)
 class CombinedTargets:
-    """The targets of one sequence: every teacher's kept entries and how much each teacher weighs.
+    """Targets of one sequence: every teacher's kept entries and the weight of each teacher.
 
     Attributes:
-        rows: one per teacher in the config's order; `None` where a teacher has not scored the
+        rows: one row per teacher in the config's order; None if a teacher has not scored the
             sequence.
-        teacher_weights: float32[M, P], sums to 1 over the teachers at every position.
+        teacher_weights: float32[M, P]; the weights at a position sum to 1 over the teachers.
     """
 
     sequence: TokenSequence
@@ -189,13 +198,18 @@ class CombinedTargets:
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """One sequence of a dataset. `shard` is the sequence shard, relative to the storage root."""
+    """One sequence of a dataset.
+
+    Attributes:
+        authors: as in `TokenSequence`, merged over all answers that are equal.
+        shard: path of the sequence shard, relative to the storage root.
+    """
 
     sequence_id: str
     prompt_id: str
     domain: str
     split: str
-    generators: tuple[str, ...]
+    authors: tuple[str, ...]
     shard: str
     num_tokens: int
     num_positions: int

@@ -1,14 +1,16 @@
 """Sequence shards, and the dataset: the ordered list of the sequences that a run trains on.
 
-A sequence shard is immutable and holds sequences of one domain, one Parquet row each, arrays as
-binary cells of little-endian numbers. A dataset names sequences and the shard that holds each;
-filters make a new dataset and never touch a shard.
+A sequence shard is immutable and holds sequences of one domain: one Parquet row for each sequence,
+arrays as binary cells of little-endian numbers. A dataset names sequences and the shard of each.
+Filters make a new dataset and never touch a shard. The columns called `generators` hold the authors
+of a sequence.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +21,7 @@ from pipeline.layout import Layout
 from pipeline.records import DatasetEntry, TokenSequence
 
 SHARDS_KEPT = 16
+"""Sequence shards that a `SequenceReader` keeps in memory."""
 SEQUENCE_SCHEMA = pa.schema(
     [
         ("sequence_id", pa.string()),
@@ -52,13 +55,13 @@ DATASET_SCHEMA = pa.schema(
 
 
 def write_sequences(layout: Layout, domain: str, sequences: Sequence[TokenSequence]) -> str:
-    """Writes a shard of one domain; returns its path relative to the storage root."""
+    """Writes a sequence shard of one domain; returns its path relative to the storage root."""
     table = pa.table(
         {
             "sequence_id": [s.sequence_id for s in sequences],
             "prompt_id": [s.prompt_id for s in sequences],
             "domain": [s.domain for s in sequences],
-            "generators": [list(s.generators) for s in sequences],
+            "generators": [list(s.authors) for s in sequences],
             "finish_reason": [s.finish_reason for s in sequences],
             "input_ids": [s.input_ids.astype("<i4").tobytes() for s in sequences],
             "loss_spans": [np.asarray(s.loss_spans, dtype="<i4").tobytes() for s in sequences],
@@ -66,7 +69,7 @@ def write_sequences(layout: Layout, domain: str, sequences: Sequence[TokenSequen
         schema=SEQUENCE_SCHEMA,
     )
     digest = digest_ids(
-        [s.sequence_id for s in sequences] + [g for s in sequences for g in s.generators]
+        [s.sequence_id for s in sequences] + [name for s in sequences for name in s.authors]
     )
     path = storage.join(layout.sequences_folder(domain), f"{digest}.parquet")
     storage.write_table(path, table)
@@ -74,7 +77,7 @@ def write_sequences(layout: Layout, domain: str, sequences: Sequence[TokenSequen
 
 
 def read_sequences(path: str) -> list[TokenSequence]:
-    """Reads a sequence shard.
+    """Reads all sequences of a shard.
 
     Raises:
         StorageError: the shard is missing or corrupt.
@@ -88,7 +91,7 @@ def read_sequences(path: str) -> list[TokenSequence]:
             ),
             prompt_id=row["prompt_id"],
             domain=row["domain"],
-            generators=tuple(row["generators"]),
+            authors=tuple(row["generators"]),
             finish_reason=row["finish_reason"],
         )
         for row in storage.read_table(path).to_pylist()
@@ -97,7 +100,7 @@ def read_sequences(path: str) -> list[TokenSequence]:
 
 def write_dataset(layout: Layout, entries: Iterable[DatasetEntry]) -> str:
     """Writes a dataset under the digest of its content; returns the digest."""
-    rows = [vars(entry) | {"generators": list(entry.generators)} for entry in entries]
+    rows = [_row(entry) for entry in entries]
     digest = digest_json(
         [
             [row["sequence_id"], row["domain"], row["split"], row["generators"], row["shard"]]
@@ -111,32 +114,41 @@ def write_dataset(layout: Layout, entries: Iterable[DatasetEntry]) -> str:
     return digest
 
 
+def _row(entry: DatasetEntry) -> dict[str, Any]:
+    values = {name: value for name, value in vars(entry).items() if name != "authors"}
+    return values | {"generators": list(entry.authors)}
+
+
 def read_dataset(layout: Layout, digest: str) -> list[DatasetEntry]:
     """Reads the dataset of a digest.
 
     Raises:
-        StorageError: it is missing or corrupt.
+        StorageError: the dataset is missing or corrupt.
     """
     rows = storage.read_table(layout.dataset(digest)).to_pylist()
-    return [DatasetEntry(**row | {"generators": tuple(row["generators"])}) for row in rows]
+    return [DatasetEntry(authors=tuple(row.pop("generators")), **row) for row in rows]
 
 
 class SequenceShards:
-    """Sequences by shard and id, in any order; the last shards read are kept."""
+    """Reader of sequences by shard and id, in any order; it keeps the shards read last.
+
+    Args:
+        shards_kept: number of shards to keep in memory.
+    """
 
     def __init__(self, layout: Layout, shards_kept: int) -> None:
         self._root, self._shards_kept = layout.root, shards_kept
         self._read: OrderedDict[str, dict[str, TokenSequence]] = OrderedDict()
 
     def get(self, shard: str, sequence_id: str) -> TokenSequence | None:
-        """A sequence; None when the shard does not hold it.
+        """Sequence of that id; None if the shard does not hold it.
 
         Raises:
             StorageError: the shard is missing or corrupt.
         """
         if shard not in self._read:
-            found = read_sequences(storage.join(self._root, shard))
-            self._read[shard] = {sequence.sequence_id: sequence for sequence in found}
+            sequences = read_sequences(storage.join(self._root, shard))
+            self._read[shard] = {sequence.sequence_id: sequence for sequence in sequences}
             if len(self._read) > self._shards_kept:
                 self._read.popitem(last=False)
         self._read.move_to_end(shard)
@@ -144,17 +156,17 @@ class SequenceShards:
 
 
 class SequenceReader:
-    """The sequences of dataset entries by id."""
+    """Reader of the sequences of dataset entries by id."""
 
     def __init__(self, layout: Layout, entries: Iterable[DatasetEntry]) -> None:
         self._shards = SequenceShards(layout, SHARDS_KEPT)
         self._shard_of = {entry.sequence_id: entry.shard for entry in entries}
 
     def get(self, sequence_id: str) -> TokenSequence | None:
-        """A sequence; None when no entry names it.
+        """Sequence of that id; None if no entry names it.
 
         Raises:
-            StorageError: its shard is missing or corrupt.
+            StorageError: the shard of the sequence is missing or corrupt.
         """
         shard = self._shard_of.get(sequence_id)
         return None if shard is None else self._shards.get(shard, sequence_id)

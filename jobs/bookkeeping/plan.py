@@ -113,7 +113,7 @@ def _unanswered(run: Run) -> dict[str, int]:
 def _room(config: Config, step: Step) -> int | None:
     """Tokens that a step's engine holds, if the step leaves out longer prompts; otherwise None."""
     is_writing = isinstance(step.recipe, Writing)
-    return config.teachers[step.generator].max_model_len if is_writing else None
+    return config.teachers[step.author].max_model_len if is_writing else None
 
 
 def plan_score(run: Run, entries: Sequence[DatasetEntry]) -> StagePlan:

@@ -40,7 +40,7 @@ from pipeline.run.identities import provenance_of
 from pipeline.run.preparation import read_prepared
 from pipeline.run.prepared_run import Run
 from pipeline.sequences import SequenceReader, read_dataset
-from pipeline.synthesis.index import forget_errors
+from pipeline.synthesis.answered_shards import forget_errors
 from teachers.preflight.model_layers import text_config
 from teachers.tasks.judge import forget_ungraded
 from teachers.tokenizing import load_tokenizer

@@ -15,7 +15,7 @@ import numpy as np
 from jobs.stages.teacher_pools import engine_seconds, teacher_work
 from pipeline import storage
 from pipeline.cache.index import load_index
-from pipeline.config.filters import Filter, Judge, scoring_teacher
+from pipeline.config.filters import Filter, Judge
 from pipeline.filters.answer_checkers import SafeChecker
 from pipeline.filters.candidates import Candidate, Evidence
 from pipeline.filters.run import run_filters
@@ -101,7 +101,7 @@ def _filtered(
     prompts = {prompt.prompt_id: prompt for prompt in all_prompts(steps, given)}
     samples = sample_counts(layout, [(work.digest, work.prompts) for work in steps])
     caches, ids = run.cache_layouts(), {entry.sequence_id for entry in entries}
-    teachers = {teacher for rule in rules if (teacher := scoring_teacher(rule)) is not None}
+    teachers = {teacher for rule in rules if (teacher := rule.scoring_teacher) is not None}
     name = run.config.prompts.checker
     checker = None if name is None else SafeChecker(name)
     seconds: Counter[str] = Counter()

@@ -16,7 +16,6 @@ from pipeline.config.synthesis import (
     Answering,
     Complete,
     GivenAnswers,
-    Paraphrase,
     Writing,
 )
 from pipeline.config.teachers import EndpointTeacherConfig
@@ -26,7 +25,7 @@ from pipeline.filters.run import filter_identity
 from pipeline.records import Prompt
 from pipeline.run.identities import judging_identity, sampling_of, synthesis_identity
 from pipeline.synthesis.rewriting import make_requests, rubric_of
-from pipeline.synthesis.steps import asked_of, handed_on, steps_of
+from pipeline.synthesis.steps import handed_on, prompts_to_answer, steps_of
 from teachers.engine.options import check_sampling_parameters
 from teachers.tasks.judge import grade_tokens
 from teachers.tokenizing import load_tokenizer
@@ -47,12 +46,10 @@ def check_step_sampling(config: Config) -> None:
         if isinstance(step.recipe, GivenAnswers):
             continue
         place = f"synthesis.recipes ({step.label})"
-        sampling = sampling_of(step.recipe, step.generator)
+        sampling = sampling_of(step.recipe, step.author)
         answering = isinstance(step.recipe, Answering)
-        samples = step.recipe.samples_per_prompt if isinstance(step.recipe, Answering) else 1
-        if isinstance(step.recipe, Paraphrase):
-            samples = step.recipe.versions
-        teacher = config.generator(step.generator)
+        samples = step.recipe.num_samples
+        teacher = config.author(step.author)
         apis = {teacher.endpoint.api} if isinstance(teacher, EndpointTeacherConfig) else set()
         try:
             check_sampling_parameters(sampling, samples, apis)
@@ -112,10 +109,10 @@ def check_lengths(config: Config, prompts: Sequence[Prompt], tokens: Mapping[str
             if isinstance(step.recipe, Writing):
                 pool = handed_on(step.recipe, pool)
             elif isinstance(step.recipe, Answering):
-                lengths = (tokens[p.digest] for p in asked_of(of_round, step, pool))
-                most = sampling_of(step.recipe, step.generator)["max_tokens"]
+                lengths = (tokens[p.digest] for p in prompts_to_answer(of_round, step, pool))
+                most = sampling_of(step.recipe, step.author)["max_tokens"]
                 place = f"synthesis.recipes ({step.label})"
-                _check_room(of_round, place, step.generator, max(lengths, default=0), most)
+                _check_room(of_round, place, step.author, max(lengths, default=0), most)
     sampling, system = config.evaluation.sampling, config.evaluation.system_prompt
     longest = max(tokens[p.under(system).digest] for p in prompts if p.split == "holdout")
     for name in [*config.scoring_teachers, STUDENT]:
@@ -127,7 +124,7 @@ def _check_room(config: Config, place: str, name: str, prompt: int, answer: int)
 
     A sequence above `synthesis.max_sequence_tokens` is dropped, so the engine need not hold it.
     """
-    teacher, bound = config.generator(name), config.synthesis.max_sequence_tokens
+    teacher, bound = config.author(name), config.synthesis.max_sequence_tokens
     need = min(prompt + answer, bound or prompt + answer)
     if not teacher.returns_text and need > (teacher.max_model_len or need):
         raise ConfigError(
@@ -175,7 +172,7 @@ def synthesis_identities(
     """
     return {
         step.label: synthesis_identity(
-            config, step.recipe, step.generator, identities.get(step.generator, {}), tokenizer_hash
+            config, step.recipe, step.author, identities.get(step.author, {}), tokenizer_hash
         )
         for step in steps_of(config)
     }

@@ -33,7 +33,7 @@ from pipeline.run.identities import cache_identities
 from pipeline.run.preparation import Prepared, preparation_key, save_prepared
 from pipeline.run.prepared_run import Run
 from pipeline.synthesis.prompts import read_prompts, write_prompts
-from pipeline.synthesis.steps import as_asked, steps_of
+from pipeline.synthesis.steps import steps_of, with_system_prompts
 from teachers.engine.options import check_engine_arguments, check_sampling_parameters
 from teachers.preflight.identity import check_model, check_weights, model_identity, student_identity
 from teachers.preflight.model_layers import check_layers, hidden_sizes, text_config
@@ -55,7 +55,7 @@ def prepare(config: Config) -> Run:
         if files is not None:
             check_model(files)
     _check_weights(config)
-    asked_prompts = as_asked(config, prompts)
+    asked_prompts = with_system_prompts(config, prompts)
     tokenizer_hash = check_vocabularies(config, asked_prompts)
     _check_vocabulary_sizes(config)
     check_layers(config)
@@ -91,9 +91,9 @@ def prepare(config: Config) -> Run:
 
 def _model_identities(config: Config, layout: Layout) -> dict[str, dict[str, str]]:
     """Identities of the teachers' models, and of the student's if it writes in this round."""
-    authors = {step.generator for step in steps_of(config)} & {STUDENT}
+    authors = {step.author for step in steps_of(config)} & {STUDENT}
     return {
-        name: model_identity(config.generator(name), layout)
+        name: model_identity(config.author(name), layout)
         for name in [*config.teachers, *sorted(authors)]
     }
 

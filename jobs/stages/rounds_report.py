@@ -65,7 +65,7 @@ def _row(number: int, layout: Layout, domains: Json) -> Json:
     return {
         "round": number,
         "sequences": len(trained),
-        "by_student": sum(STUDENT in entry.generators for entry in trained),
+        "by_student": sum(STUDENT in entry.authors for entry in trained),
         "steps": training["steps"],
         "tokens": training["tokens"],
         "seconds": sum(read_record(layout, stage).seconds for stage in MEASURED),

@@ -22,7 +22,7 @@ from pipeline.config.combine import CombineConfig, LearnedWeights
 from pipeline.config.losses import sequences_together
 from pipeline.config.run import Config
 from pipeline.config.teachers import TeacherConfig
-from pipeline.filters.run import summary
+from pipeline.filters.run import filter_summary
 from pipeline.layout import CacheLayout
 from pipeline.records import DatasetEntry
 from pipeline.run.identities import provenance_of
@@ -121,7 +121,7 @@ def _check_lengths(config: Config, entries: Sequence[DatasetEntry]) -> None:
 
 
 def _dropped(filtered: Filtered) -> list[str]:
-    return [f"dropped: {summary(filtered.counts)}"] if filtered.counts else []
+    return [f"dropped: {filter_summary(filtered.counts)}"] if filtered.counts else []
 
 
 def is_covered(

@@ -13,14 +13,14 @@ from jobs.stages.teacher_pools import engine_seconds, teacher_work
 from pipeline.config.run import Config
 from pipeline.config.synthesis import Answer, Answering, Complete, GivenAnswers, Recipe, Writing
 from pipeline.errors import TeacherError
-from pipeline.filters.run import summary
+from pipeline.filters.run import filter_summary
 from pipeline.records import Prompt
 from pipeline.run.identities import sampling_of
 from pipeline.run.prepared_run import Run
 from pipeline.sequences import write_dataset
 from pipeline.synthesis.index import answer_counts, build_dataset
 from pipeline.synthesis.prompts import load_prompts
-from pipeline.synthesis.steps import Work, all_prompts, walk
+from pipeline.synthesis.steps import StepWork, all_prompts, walk
 from teachers.pool.pool import run_pools
 from teachers.tasks.answer import SynthesisTask, plan_synthesis
 from teachers.tasks.rewrite import WritingTask, plan_writing
@@ -37,7 +37,7 @@ def synthesize(run: Run) -> StageRecord:
     layout = run.layout
     prompts = load_prompts(layout, run.prepared.prompts_digest)
     seconds: Counter[str] = Counter()
-    steps: list[Work] = []
+    steps: list[StepWork] = []
     for work in walk(run.config, layout, run.prepared.synthesis_digests, prompts):
         steps.append(work)
         if isinstance(work.step.recipe, Writing):
@@ -53,7 +53,7 @@ def synthesize(run: Run) -> StageRecord:
     )
     filtered = filter_answers(run, entries)
     seconds.update(filtered.engine_seconds)
-    dropped = f"; dropped by filters: {summary(filtered.counts)}" if filtered.counts else ""
+    dropped = f"; dropped by filters: {filter_summary(filtered.counts)}" if filtered.counts else ""
     return StageRecord(
         key=synthesis_key(run),
         dataset=write_dataset(layout, filtered.entries),
@@ -64,9 +64,9 @@ def synthesize(run: Run) -> StageRecord:
     )
 
 
-def _write_prompts(run: Run, work: Work) -> dict[str, float]:
+def _write_prompts(run: Run, work: StepWork) -> dict[str, float]:
     """Has one teacher write the prompts that it has not written yet; returns engine seconds."""
-    config, name, recipe = run.config, work.step.generator, work.step.recipe
+    config, name, recipe = run.config, work.step.author, work.step.recipe
     template = WritingTask(
         layout=run.layout,
         generator=name,
@@ -78,7 +78,7 @@ def _write_prompts(run: Run, work: Work) -> dict[str, float]:
         max_model_len=config.teachers[name].max_model_len,
     )
     tasks = plan_writing(template, work.requests, config.synthesis.prompts_per_shard)
-    asked = [request.asked for task in tasks for request in task.requests]
+    asked = [request.prompt for task in tasks for request in task.requests]
     need = _longest(config, asked) + template.sampling["max_tokens"]
     pool = teacher_work(
         run,
@@ -92,7 +92,7 @@ def _write_prompts(run: Run, work: Work) -> dict[str, float]:
     return engine_seconds(config, run_pools([pool]), time.monotonic() - started)
 
 
-def _write_answers(run: Run, steps: Sequence[Work]) -> dict[str, float]:
+def _write_answers(run: Run, steps: Sequence[StepWork]) -> dict[str, float]:
     """Has all authors answer at once what they have not answered yet; returns engine seconds."""
     config = run.config
     tasks: dict[str, list[SynthesisTask]] = {}
@@ -104,7 +104,7 @@ def _write_answers(run: Run, steps: Sequence[Work]) -> dict[str, float]:
             for task in new_tasks:
                 task.from_references()
         else:
-            tasks.setdefault(work.step.generator, []).extend(new_tasks)
+            tasks.setdefault(work.step.author, []).extend(new_tasks)
     started = time.monotonic()
     reports = run_pools(
         [
@@ -122,16 +122,16 @@ def _write_answers(run: Run, steps: Sequence[Work]) -> dict[str, float]:
     return engine_seconds(config, reports, time.monotonic() - started)
 
 
-def _template(run: Run, work: Work) -> SynthesisTask:
+def _template(run: Run, work: StepWork) -> SynthesisTask:
     """The task of a step, without prompts."""
     config, recipe = run.config, work.step.recipe
     return SynthesisTask(
         layout=run.layout,
-        generator=work.step.generator,
+        generator=work.step.author,
         recipe_digest=work.digest,
         prompts=(),
         student=config.student,
-        sampling=sampling_of(recipe, work.step.generator),
+        sampling=sampling_of(recipe, work.step.author),
         samples_per_prompt=recipe.samples_per_prompt if isinstance(recipe, Answering) else 1,
         max_sequence_tokens=config.synthesis.max_sequence_tokens,
         seed=config.seed,

@@ -41,7 +41,7 @@ def teacher_work(
         share_prefixes: whether several sequences to score begin with one prompt.
     """
     config = run.config
-    teacher = config.generator(name)
+    teacher = config.author(name)
     if isinstance(teacher, EndpointTeacherConfig):
         spec = endpoint_spec(run, name, min_model_len=min_model_len, num_logprobs=num_logprobs)
     else:
@@ -95,7 +95,7 @@ def engine_seconds(
     Each engine counts for the whole time, which is an upper bound.
     """
     return {
-        name: config.generator(name).replicas * seconds
+        name: config.author(name).replicas * seconds
         for name, report in reports.items()
         if report.engines
     }

@@ -217,7 +217,7 @@ def probabilities(row: SparseLogprobs) -> np.ndarray:
     An entry drawn `c` of `D` times stands for `c / D` of the mass that exact entries and tail
     leave. If the row is renormalised, all probabilities are divided by the captured mass.
     """
-    exact_N = row.head_N
+    exact_N = row.is_exact_N
     probabilities_N = np.empty(len(row.token_ids))
     probabilities_N[exact_N] = np.exp(row.logprobs.astype(np.float64))
     if row.is_drawn:
@@ -248,7 +248,7 @@ def draw_variance(row: SparseLogprobs) -> np.ndarray:
     stand for a mass R, estimated by `R^2 (1 - sum (c / D)^2) / (D - 1)` from the counts c.
     Systematic draws vary less, on text by half and more; the counts do not tell by how much.
     """
-    estimates_N, exact_N = probabilities(row), row.head_N
+    estimates_N, exact_N = probabilities(row), row.is_exact_N
     positions = np.repeat(np.arange(row.num_positions), row.num_entries)[~exact_N]
     drawn, num_positions = estimates_N[~exact_N], row.num_positions
     draws_P = np.bincount(positions, weights=row.counts, minlength=num_positions)

@@ -68,7 +68,7 @@ def _long_rows(sequence: TokenSequence, row: SparseLogprobs) -> pa.Table:
     counts = row.num_entries.astype(np.int64)
     positions = np.repeat(np.arange(row.num_positions), counts)
     starts = np.cumsum(counts) - counts
-    exact_N = row.head_N
+    exact_N = row.is_exact_N
     logprobs_N, counts_N = np.zeros(len(exact_N), np.float32), np.zeros(len(exact_N), np.int32)
     logprobs_N[exact_N], counts_N[~exact_N] = row.logprobs, row.counts
     columns = {

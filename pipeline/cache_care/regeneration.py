@@ -25,7 +25,7 @@ from pipeline.sequences import read_dataset
 WHERE: Mapping[str, Callable[[DatasetEntry], Collection[str]]] = {
     "domain": lambda entry: (entry.domain,),
     "split": lambda entry: (entry.split,),
-    "generator": lambda entry: entry.generators,
+    "generator": lambda entry: entry.authors,
     "prompt_id": lambda entry: (entry.prompt_id,),
     "sequence_id": lambda entry: (entry.sequence_id,),
 }

@@ -76,7 +76,7 @@ def token_table(
     header = ["position", "index", "token", "teacher", "p(token)", "tail", "entropy", "entries"]
     heading = [
         f"sequence {sequence.sequence_id}, domain {sequence.domain}, written by "
-        f"{', '.join(sequence.generators)}, ended by {sequence.finish_reason}",
+        f"{', '.join(sequence.authors)}, ended by {sequence.finish_reason}",
         f"before it: {quoted(before)}",
     ]
     heading += [f"{name} has no row for this sequence" for name in rows if name not in scored]
@@ -91,7 +91,7 @@ def quoted(text: str) -> str:
 def _entries(row: SparseLogprobs, text_of: Callable[[int], str]) -> list[str]:
     """Text of the first entries of every position."""
     starts = np.cumsum(row.num_entries, dtype=np.int64) - row.num_entries
-    exact_N, lines = row.head_N, []
+    exact_N, lines = row.is_exact_N, []
     figures = np.empty(len(exact_N), dtype=object)
     figures[exact_N] = [f"{p:.4f}" for p in np.exp(row.logprobs.astype(np.float64))]
     figures[~exact_N] = [f"drawn {count}x" for count in row.counts]

@@ -172,7 +172,7 @@ def row_problems(row: CacheRow, vocabulary: int, sequence: TokenSequence | None)
 
 def _mass_problem(row: SparseLogprobs) -> str | None:
     """Problem of a row whose exact entries and tail do not have mass 1, or more with draws."""
-    positions_H = np.repeat(np.arange(row.num_positions), row.num_entries)[row.head_N]
+    positions_H = np.repeat(np.arange(row.num_positions), row.num_entries)[row.is_exact_N]
     exact_P = np.bincount(
         positions_H, weights=np.exp(row.logprobs.astype(np.float64)), minlength=row.num_positions
     )
@@ -199,8 +199,8 @@ def _gold_problems(
     """
     gold_P = row.gold_logprobs.astype(np.float64)
     kept_H = row.logprobs.astype(np.float64)
-    positions_H = positions[row.head_N]
-    is_gold_H = row.token_ids[row.head_N] == sequence.gold_ids[positions_H].astype(np.uint32)
+    positions_H = positions[row.is_exact_N]
+    is_gold_H = row.token_ids[row.is_exact_N] == sequence.gold_ids[positions_H].astype(np.uint32)
     slack_H = HALF_STEP * np.maximum(np.abs(kept_H), 1.0)
     wrong_H = is_gold_H & (np.abs(kept_H - gold_P[positions_H]) > slack_H)
     problems = []

@@ -1,6 +1,6 @@
 """Combination of several teachers into the targets of one sequence.
 
-weights  how much each teacher weighs at each position
-product  normalised weighted geometric mean of the teachers
-learned  weights learned on the validation split
+weights  weight of each teacher at each position
+product  normalised weighted geometric mean of the teachers' distributions
+learned  weights learned from the validation split
 """

@@ -1,9 +1,9 @@
-"""Learned weights: for each domain the mixture under which the validation split is likeliest.
+"""Learned weights: for each domain, the mixture under which the validation split is likeliest.
 
     caches, validation split -> gold log-probabilities -> weights -> <run>/learned_weights.json
 
-Only cached numbers are read, and nothing of the hold-out. The score stage fits, when every row is
-there; whatever combines afterwards takes the result as weights by domain.
+Only cached numbers are read, and nothing of the hold-out split. The score stage fits the weights
+once every row is there; later stages take the result as weights by domain.
 
 Legend: M teachers, P positions.
 """
@@ -27,12 +27,15 @@ logger = logging.getLogger(__name__)
 
 SPLIT = "validation"
 POSITIONS_OF_A_DOMAIN = 2**17
-"""Enough to know a weight to a few thousandths; whole sequences are taken up to here."""
+"""Number of positions up to which whole sequences are taken: enough to know a weight to a few
+thousandths."""
 GAP_NATS = 1e-5
+"""Distance from the best mean log-likelihood at which the fit stops."""
 MOST_STEPS = 10_000
 DECIMALS = 6
-"""Of the stored weights: what an order of summation may change lies below."""
-Table = dict[str, dict[str, float]]
+"""Decimals of the stored weights; another order of summation changes only later decimals."""
+WeightsByDomain = dict[str, dict[str, float]]
+"""Weight of each teacher, by domain and teacher."""
 
 
 def learn_weights(
@@ -41,12 +44,12 @@ def learn_weights(
     fingerprints: Mapping[str, str],
     dataset: str,
     entries: Sequence[DatasetEntry],
-) -> Table:
-    """Fits the weights of every domain of a dataset and keeps them in the run with what they come
-    from.
+) -> WeightsByDomain:
+    """Fits the weights of every domain of a dataset, and stores them in the run with their origin.
 
     Args:
-        fingerprints: by teacher, of the recipe that filled its cache.
+        caches: caches of distributions by teacher.
+        fingerprints: fingerprint of each cache by teacher.
         dataset: digest of the dataset of `entries`.
 
     Raises:
@@ -59,8 +62,8 @@ def learn_weights(
         chosen, fits[domain] = _chosen(members, readers)
         if not chosen:
             raise ConfigError(
-                f"combine.weights learned: domain {domain!r} has {len(members)} sequences in the "
-                f"{SPLIT} split, and none that {sorted(readers)} have all scored: raise "
+                f"combine.weights of type learned: domain {domain!r} has {len(members)} sequences "
+                f"in the {SPLIT} split, and none that {sorted(readers)} have all scored: raise "
                 "prompts.validation_fraction, or choose other weights"
             )
         gold_MP = np.stack([_gold_logprobs(chosen, reader) for reader in readers.values()])
@@ -71,7 +74,7 @@ def learn_weights(
         stored = [round(float(weight), DECIMALS) for weight in weights_M]
         weights[domain] = dict(zip(readers, stored, strict=True))
         fits[domain] |= _likelihoods(gold_MP, np.array(stored), list(readers)) | {"gap_nats": gap}
-        logger.info("learned weights of %s: %s", domain, weights[domain])
+        logger.info("learned weights of domain %s: %s", domain, weights[domain])
     provenance = {
         "dataset": dataset,
         "split": SPLIT,
@@ -85,49 +88,50 @@ def learn_weights(
     return weights
 
 
-def learned_weights(config: CombineConfig, layout: Layout) -> Table:
-    """What was learned for a run; empty where weights are not learned.
+def learned_weights(config: CombineConfig, layout: Layout) -> WeightsByDomain:
+    """Learned weights of a run; empty if its weights are not learned.
 
     Raises:
-        ConfigError: nothing was learned so far.
+        ConfigError: the weights have not been learned yet.
     """
     if not isinstance(config.weights, LearnedWeights):
         return {}
     if not storage.exists(layout.learned_weights):
         raise ConfigError(
-            f"{layout.learned_weights} is missing: the score stage learns combine.weights, submit "
-            "it first"
+            f"{layout.learned_weights} is missing: the score stage learns combine.weights, so run "
+            "that stage first"
         )
     return storage.read_json(layout.learned_weights)["weights"]
 
 
 def learned_provenance(config: CombineConfig, layout: Layout) -> dict[str, Any] | None:
-    """What a run's weights were learned from; None where they are not learned."""
+    """Origin of a run's learned weights; None if its weights are not learned."""
     if not isinstance(config.weights, LearnedWeights):
         return None
     return storage.read_json(layout.learned_weights)["provenance"]
 
 
-def with_learned(config: CombineConfig, weights: Table) -> CombineConfig:
-    """The combination with what was learned as its weights by domain."""
+def with_learned(config: CombineConfig, weights: WeightsByDomain) -> CombineConfig:
+    """Combination in which learned weights have become weights by domain."""
     if not isinstance(config.weights, LearnedWeights):
         return config
-    found = ByDomainWeights(type="by_domain", domains=weights)
-    # a route between teachers that came out equal is decided by name, as for all fitted figures
-    return config.model_copy(update={"weights": found})
+    by_domain = ByDomainWeights(type="by_domain", domains=weights)
+    # A copy is not validated: a route between equal learned weights is decided by name, like all
+    # fitted figures, and not refused.
+    return config.model_copy(update={"weights": by_domain})
 
 
 def likeliest_mixture(gold_logprobs_MP: np.ndarray) -> tuple[np.ndarray, float]:
     """Weights w that maximise the mean of log sum_m w_m p_m(gold), by expectation maximisation.
 
-    The problem is concave, and at any w the best mean is at most `max_m mean(p_m / mixture) - 1`
-    nats higher (the gradient's bound on the simplex), which is when to stop.
+    The problem is concave. At any w the best mean is at most `max_m mean(p_m / mixture) - 1` nats
+    higher (the bound that the gradient gives on the simplex); the fit stops when that is small.
 
     Args:
-        gold_logprobs_MP: at each position finite of some teacher.
+        gold_logprobs_MP: gold log-probabilities, at each position finite for at least one teacher.
 
     Returns:
-        float64[M], which sum to 1, and that bound.
+        Weights that sum to 1, float64[M], and the bound in nats.
     """
     likelihoods_MP = np.exp(gold_logprobs_MP - gold_logprobs_MP.max(axis=0))
     weights_M = np.full(len(likelihoods_MP), 1 / len(likelihoods_MP))
@@ -142,8 +146,12 @@ def likeliest_mixture(gold_logprobs_MP: np.ndarray) -> tuple[np.ndarray, float]:
 def _chosen(
     members: Sequence[DatasetEntry], readers: Mapping[str, CacheReader]
 ) -> tuple[list[DatasetEntry], dict[str, Any]]:
-    """Sequences that every teacher has scored, in the order of their ids up to the bound; and how
-    many there were.
+    """Chooses the sequences to fit to: those that every teacher has scored, up to the bound.
+
+    The order of the ids decides which sequences are chosen.
+
+    Returns:
+        The chosen sequences, and counts of sequences and positions.
     """
     scored = [e for e in members if all(e.sequence_id in reader for reader in readers.values())]
     by_id = sorted({entry.sequence_id: entry for entry in scored}.items())
@@ -158,12 +166,13 @@ def _chosen(
 
 
 def _gold_logprobs(entries: Sequence[DatasetEntry], reader: CacheReader) -> np.ndarray:
+    """Gold log-probabilities of all positions of the sequences, one after another: float64[P]."""
     rows = [reader.row(entry.sequence_id) for entry in entries]
     return np.concatenate([row.gold_logprobs for row in rows if row is not None]).astype(np.float64)
 
 
 def _likelihoods(gold_MP: np.ndarray, weights_M: np.ndarray, teachers: list[str]) -> dict[str, Any]:
-    """Mean log-likelihood of the gold tokens, of the mixture and of each teacher alone, in nats."""
+    """Mean log-likelihood of the gold tokens in nats, under the mixture and each teacher alone."""
     highest_P = gold_MP.max(axis=0)
     mixture_P = highest_P + np.log(weights_M @ np.exp(gold_MP - highest_P))
     return {

@@ -1,10 +1,10 @@
-"""The product of teachers: their normalised weighted geometric mean, from the caches' entries.
+"""Product of the teachers: their normalised weighted geometric mean, from the caches' entries.
 
     p(i) = prod_m p_m(i)^w_m / Z
 
-A teacher's row says nothing about how its tail lies on the ids that it has not kept. Here it is
-spread evenly over them, which is what is known of it and no more. With every id kept by every
-teacher nothing is assumed and the product is exact.
+A teacher's row does not say how its tail is spread over the ids that it has not kept. This module
+spreads the tail evenly, which assumes nothing beyond what is known. If every teacher keeps every
+id, nothing is assumed and the product is exact.
 
 Legend: M teachers, P positions, N entries of one teacher, U ids of the union of all positions.
 """
@@ -25,13 +25,14 @@ class ProductTargets:
     """One distribution for each position of a sequence, on the union of the teachers' kept ids.
 
     Attributes:
-        num_entries: int64[P], at least 1.
+        num_entries: int64[P], size of the union at each position, at least 1.
         token_ids: int64[U], ascending within a position.
-        logprobs: float64[U].
-        tail_mass: float64[P], of all ids outside the union; with the entries it sums to 1.
-        assumed_mass: float64[P], of ids that some teacher of positive weight has not kept, and of
-            the tail: what rests on spreading tails evenly.
-        is_floored: bool[P], whether a teacher's tail was raised to the least one.
+        logprobs: float64[U], log-probability of each id of the union.
+        tail_mass: float64[P], probability of all ids outside the union; entries and tail of a
+            position sum to 1.
+        assumed_mass: float64[P], probability that rests on the even spreading of tails: that of
+            ids which some teacher with a weight above 0 has not kept, and of the tail.
+        is_floored: bool[P], whether a teacher's tail was raised to the smallest allowed one.
     """
 
     num_entries: np.ndarray
@@ -43,11 +44,12 @@ class ProductTargets:
 
 
 def product_of(combined: CombinedTargets, vocabulary: int, min_tail: float) -> ProductTargets:
-    """The product of the rows of a sequence. A teacher of weight 0 at a position has no part in it.
+    """Product of the rows of a sequence; a teacher with weight 0 at a position has no part there.
 
     Args:
-        vocabulary: ids over which the tails are spread; kept ids beyond it make the tail 0.
-        min_tail: least mass of a tail that lies on any id.
+        vocabulary: number of ids over which tails are spread; if a teacher keeps that many or more,
+            it has no tail.
+        min_tail: smallest probability of a tail that covers any id.
     """
     num_positions = combined.sequence.num_positions
     weights_MP = combined.teacher_weights.astype(np.float64)
@@ -81,18 +83,25 @@ def product_of(combined: CombinedTargets, vocabulary: int, min_tail: float) -> P
             of_teacher_U = even_P[place_U]
             of_teacher_U[slots[start:stop]] = logprobs
             keepers_U[slots[start:stop]] += 1
-            # a stored -inf stays one; a weight of 0 must not meet it
+            # A stored -inf stays -inf, but 0 times -inf must not become not-a-number.
             w_U = w_P[place_U]
             log_p_U += np.where(w_U > 0, w_U * np.where(w_U > 0, of_teacher_U, 0.0), 0.0)
             log_rest_P += w_P * even_P
         log_rest_P += np.log(np.maximum(vocabulary - num_union_P, 0))
-    starts_P = np.cumsum(num_union_P) - num_union_P
-    highest_P = np.maximum(np.maximum.reduceat(log_p_U, starts_P), log_rest_P)
-    sums_P = np.add.reduceat(np.exp(log_p_U - highest_P[place_U]), starts_P)
-    log_z_P = highest_P + np.log(sums_P + np.exp(log_rest_P - highest_P))
+    log_z_P = _log_normaliser(log_p_U, log_rest_P, place_U, num_union_P)
     log_p_U -= log_z_P[place_U]
     tail_P = np.exp(log_rest_P - log_z_P)
     num_used_P = (weights_MP > 0).sum(axis=0)
     assumed_U = np.where(keepers_U < num_used_P[place_U], np.exp(log_p_U), 0.0)
     assumed_P = tail_P + np.bincount(place_U, weights=assumed_U, minlength=num_positions)
     return ProductTargets(num_union_P, ids_U, log_p_U, tail_P, assumed_P, is_floored_P)
+
+
+def _log_normaliser(
+    log_p_U: np.ndarray, log_rest_P: np.ndarray, place_U: np.ndarray, num_union_P: np.ndarray
+) -> np.ndarray:
+    """Logarithm of the sum of all entries and the rest at each position: float64[P]."""
+    starts_P = np.cumsum(num_union_P) - num_union_P
+    highest_P = np.maximum(np.maximum.reduceat(log_p_U, starts_P), log_rest_P)
+    sums_P = np.add.reduceat(np.exp(log_p_U - highest_P[place_U]), starts_P)
+    return highest_P + np.log(sums_P + np.exp(log_rest_P - highest_P))

@@ -1,4 +1,4 @@
-"""What all sections of the configuration are made of."""
+"""Building blocks of all sections of the configuration."""
 
 from __future__ import annotations
 
@@ -15,30 +15,33 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys are errors, docstrings are the help."""
+    """Base of all sections: frozen, without unknown keys; docstrings of fields are their help."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Resources(Section):
-    """What one Ray actor, worker or job asks the cluster for."""
+    """Resources that Ray reserves for one actor, worker or stage driver."""
 
     num_cpus: Annotated[float, Field(ge=0)] = 1
-    """Logical CPUs."""
+    """Logical CPUs that Ray reserves; fractions are allowed. Ray places work by this number and
+    does not limit the threads."""
     num_gpus: Annotated[float, Field(ge=0)] = 0
-    """GPUs."""
+    """GPUs that Ray reserves and makes visible. Set it to 1 or more for engines and workers that
+    run on GPUs; the default 0 runs on CPUs."""
     custom: dict[str, float] = {}
-    """Custom Ray resources; they place work on a node group, see cluster.yaml."""
+    """Custom Ray resources, by name, that a node must offer. Use them to place work on a group of
+    nodes, as `cluster.yaml` defines them, such as `{teacher_node: 1}`."""
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where the files of a Hugging Face model are read from.
+    """Source of the files of a Hugging Face model.
 
     Attributes:
         model: folder or hub id.
-        revision: hub revision.
-        trust_remote_code: run code that comes with the model.
+        revision: branch, tag or commit on the hub; None for the default branch.
+        trust_remote_code: whether Python code that comes with the model may run.
     """
 
     model: str

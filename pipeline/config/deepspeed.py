@@ -1,8 +1,9 @@
-"""The `deepspeed:` block, as far as it can be checked without DeepSpeed.
+"""Names of the `training.deepspeed` block, checked without importing DeepSpeed.
 
-DeepSpeed ignores top-level keys that it does not know, and refuses others only when the workers
-start, after all teachers were asked. The names here are those of the locked version, which the
-tests compare with the installed one; values are checked by `students/deepspeed_options.py`.
+DeepSpeed ignores top-level keys that it does not know. It refuses other wrong keys only when the
+workers start, after all teachers were asked. The names in this module are the names of the locked
+version, and a test compares them with the installed one. `students/deepspeed_options.py` checks the
+values.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ OWNED_DEEPSPEED_KEYS = {
     "train_batch_size": "training.sequences_per_step sets the batch",
     "train_micro_batch_size_per_gpu": "training.tokens_per_micro_batch sets the micro-batch",
     "gradient_accumulation_steps": (
-        "micro-batches are formed by a token budget, so accumulation is done here"
+        "training.tokens_per_micro_batch sets the micro-batches, so polystill accumulates gradients"
     ),
     "managed_gradient_accumulation": (
-        "micro-batches are formed by a token budget, so accumulation is done here"
+        "training.tokens_per_micro_batch sets the micro-batches, so polystill accumulates gradients"
     ),
     "scheduler": "training.warmup_steps and training.min_learning_rate_ratio set the schedule",
     "optimizer": "training.learning_rate, betas and weight_decay set AdamW",
     "gradient_clipping": "training.gradient_clipping sets it",
     "bf16": "student.dtype sets it",
     "bfloat16": "student.dtype sets it",
-    "fp16": "student.dtype is float32 or bfloat16",
+    "fp16": "student.dtype sets the number format, float32 or bfloat16",
 }
 
 
@@ -71,10 +72,11 @@ OFFLOAD_OPTIMIZER = _names("""
 
 
 def check_deepspeed(block: dict[str, Any]) -> None:
-    """Checks the names of a `deepspeed:` block, those of ZeRO inside it, and ZeRO's stage.
+    """Checks the names of a `deepspeed` block and of its ZeRO options, and the stage of ZeRO.
 
     Raises:
-        ValueError: a key is ours or unknown (the closest one is named), or a value is no mapping.
+        ValueError: another field of the config sets a key, a key is unknown (the closest known key
+            is named), or a value is no mapping.
     """
     for key, reason in OWNED_DEEPSPEED_KEYS.items():
         if key in block:
@@ -82,8 +84,8 @@ def check_deepspeed(block: dict[str, Any]) -> None:
     _check_names("deepspeed", block, TOP_LEVEL)
     if "load_universal" in _mapping("deepspeed", block, "checkpoint"):
         raise ValueError(
-            "deepspeed.checkpoint.load_universal is not accepted: a checkpoint is loaded in "
-            "universal form where workers or stage ask for it"
+            "deepspeed.checkpoint.load_universal is not accepted: a resumed training sets it "
+            "itself if the number of workers or ZeRO's stage has changed; leave it out"
         )
     zero = _mapping("deepspeed", block, "zero_optimization")
     place = "deepspeed.zero_optimization"
@@ -100,10 +102,10 @@ def check_deepspeed(block: dict[str, Any]) -> None:
 
 
 def _mapping(place: str, block: dict[str, Any], key: str) -> dict[str, Any]:
-    found = block.get(key, {})
-    if not isinstance(found, dict):
-        raise ValueError(f"{place}.{key} must be a mapping, found {found!r}")
-    return found
+    value = block.get(key, {})
+    if not isinstance(value, dict):
+        raise ValueError(f"{place}.{key} must be a mapping, found {value!r}")
+    return value
 
 
 def _check_names(place: str, block: dict[str, Any], known: frozenset[str]) -> None:

@@ -1,4 +1,8 @@
-"""`synthesis.filters`: one model for each filter that decides which answers are trained on."""
+"""`synthesis.filters`: one model for each filter that chooses the answers to train on.
+
+A new filter needs its model here, in the union `Filter`, its function, and its entry in the
+dictionary of `pipeline/filters/run.py`.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,22 @@ Compared = Literal["prompt", "answer", "both"]
 
 
 class FilterSection(Section):
-    """What all filters share."""
+    """Fields that all filters share."""
 
+    type: str
     spares: list[Name] = Field(default_factory=list)
-    """Generators whose answers pass unseen: a student on its own policy trains on its mistakes."""
+    """Authors whose answers the filter neither looks at nor drops: names of teachers, `student` or
+    `dataset`. Use `[student]` for a student on its own policy, which learns from its mistakes."""
+
+    @property
+    def scoring_teacher(self) -> str | None:
+        """Teacher whose cached rows the filter reads; None if it reads none."""
+        return None
+
+    @property
+    def named_teacher(self) -> str | None:
+        """Teacher that the filter names, to read its rows or to ask it; None if it names none."""
+        return self.scoring_teacher
 
 
 class Length(FilterSection):
@@ -28,9 +44,10 @@ class Length(FilterSection):
 
     type: Literal["length"]
     min_tokens: Count | None = None
-    """Fewest tokens of an answer, its end of sequence among them."""
+    """Fewest tokens of a kept answer, its end of sequence included. Give this, `max_tokens`, or
+    both."""
     max_tokens: Count | None = None
-    """Most tokens of an answer."""
+    """Most tokens of a kept answer, its end of sequence included."""
 
     @model_validator(mode="after")
     def _bounds_leave_something(self) -> Length:
@@ -39,98 +56,125 @@ class Length(FilterSection):
 
 
 class Alphabet(FilterSection):
-    """Drops answers in another alphabet than the expected ones."""
+    """Drops answers that are written in other scripts than the expected ones."""
 
     type: Literal["alphabet"]
     scripts: Annotated[list[Script], Field(min_length=1)]
-    """Alphabets that an answer may use; digits, marks and spaces belong to every one."""
+    """Scripts that an answer may be written in. Digits, punctuation and spaces belong to all
+    scripts, and an answer without letters passes."""
     min_share: Annotated[float, Field(gt=0, le=1)]
-    """Smallest share of an answer's letters that belong to them."""
+    """Smallest share, from 0 to 1, of a kept answer's letters that belong to `scripts`. Choose it
+    below 1, such as 0.9, to allow single foreign words."""
 
 
 class Repetition(FilterSection):
-    """Drops answers that go round in a loop."""
+    """Drops answers that repeat themselves in a loop."""
 
     type: Literal["repetition"]
     ngram: Annotated[int, Field(ge=1)]
-    """Tokens of the n-grams that are looked at."""
+    """Length in tokens of the n-grams whose repetition is counted. Longer n-grams find only longer
+    repeated passages; answers with fewer tokens pass."""
     max_share: Annotated[float, Field(ge=0, lt=1)]
-    """Largest share of an answer's n-grams that stood in it before."""
+    """Largest share, from 0 to 1, of a kept answer's n-grams that occurred in it before. An answer
+    that says one sentence over and over has a share near 1."""
 
 
 class ExactDuplicate(FilterSection):
-    """Drops sequences of the train split that repeat an earlier one but for case and spaces."""
+    """Drops train sequences that repeat an earlier one, apart from case and spaces."""
 
     type: Literal["exact_duplicate"]
     of: Compared
-    """What is compared; answers to one prompt are no duplicates in their `prompt`."""
+    """Text that is compared: the `prompt`, the `answer`, or `both` together. With `prompt`, several
+    answers to one prompt are no duplicates of each other."""
 
 
 class NearDuplicate(FilterSection):
-    """Drops sequences of the train split that are nearly an earlier one (MinHash, exact check).
+    """Drops train sequences that are nearly the same as an earlier one.
 
-    Broder, On the resemblance and containment of documents, 1997.
+    MinHash finds candidate pairs, the exact Jaccard similarity decides (Broder, On the resemblance
+    and containment of documents, 1997).
     """
 
     type: Literal["near_duplicate"]
     of: Compared
-    """What is compared; answers to one prompt are no duplicates in their `prompt`."""
+    """Text that is compared: the `prompt`, the `answer`, or `both` together. With `prompt`, several
+    answers to one prompt are no duplicates of each other."""
     min_similarity: Annotated[float, Field(gt=0, le=0.99)]
-    """Jaccard similarity of the sets of shingles from which on a sequence is dropped."""
+    """Jaccard similarity of two texts' sets of shingles, from 0 to 0.99, from which on the later
+    one is dropped. Lower values drop more; 0.8 drops texts that differ in a few words."""
     shingle: Count
-    """Characters of a shingle; 5 suits short texts, 9 or more long ones."""
+    """Number of characters of a shingle, the unit in which texts are compared. Take about 5 for
+    short texts and 9 or more for long ones, where short shingles are common to all texts."""
 
 
 class EvaluationFile(Section):
     """Texts that must not be trained on."""
 
     path: str
-    """JSONL or Parquet file, or a Hugging Face dataset folder."""
+    """JSONL or Parquet file, or folder of a Hugging Face dataset (`save_to_disk`)."""
     fields: Annotated[list[str], Field(min_length=1)]
-    """Columns whose texts are compared."""
+    """Columns whose texts must not be trained on, such as `[question, answer]`."""
 
 
 class Contamination(FilterSection):
-    """Drops what shares n-grams with the hold-out prompts or with evaluation files.
+    """Drops train and validation sequences that share n-grams with what is evaluated.
 
-    Hold-out sequences are left alone. Words are compared without case and marks (n-grams of 13
-    words as in Brown et al., arXiv 2005.14165), in scripts without spaces by character; a shorter
-    text is met only as a whole prompt.
+    Compared are the run's hold-out prompts and evaluation files, without case and punctuation. An
+    n-gram counts words (13 in Brown et al., arXiv 2005.14165), or characters in scripts without
+    spaces. An evaluated text with fewer words counts as found only if it is a whole prompt.
     """
 
     type: Literal["contamination"]
     ngram: Annotated[int, Field(ge=2)]
-    """Words in a row that must agree."""
+    """Number of consecutive words that a sequence must share with an evaluated text to be dropped.
+    Small values drop sequences for common phrases; 13 is usual for prose, 6 to 8 for short
+    questions."""
     files: list[EvaluationFile] = Field(default_factory=list)
-    """Beside the run's own hold-out prompts."""
+    """Evaluation files whose texts are compared besides the run's own hold-out prompts."""
 
 
 class Checker(FilterSection):
-    """Drops answers that `prompts.checker` finds wrong; those without a reference pass."""
+    """Drops answers that `prompts.checker` finds wrong, or at which it raises an error.
+
+    Answers to prompts without a reference pass.
+    """
 
     type: Literal["checker"]
 
 
 class Judge(FilterSection):
-    """Drops answers that a teacher grades low by a rubric; it can write nothing but a grade."""
+    """Drops answers that a teacher grades low by a rubric.
+
+    The teacher's engine can write nothing but a grade from 1 to 5. An endpoint that exchanges text
+    cannot be bound so; answers whose grade it does not say clearly are dropped.
+    """
 
     type: Literal["judge"]
     teacher: Name
-    """Who grades; answers that are too long for it are dropped."""
+    """Teacher that grades the answers. An answer that does not fit into the teacher's
+    `max_model_len` together with the rubric is dropped."""
     min_grade: Annotated[int, Field(ge=2, le=5)]
-    """Lowest grade that is kept, of 1 to 5."""
+    """Lowest grade, from 2 to 5, of a kept answer; 5 is best. Grades are stored, so another value
+    asks the teacher nothing again."""
     rubric: str | None = None
-    """Text file with `{prompt}` and `{answer}` in it; without one, the shipped judge.txt."""
+    """Text file of yours with `{prompt}` and `{answer}` in it, shown to the teacher in place of the
+    shipped `judge.txt`. It must ask for one digit from 1 to 5."""
+
+    @property
+    def named_teacher(self) -> str | None:
+        return self.teacher
 
 
 class Agreement(FilterSection):
-    """Keeps the answers to a prompt that most samples of all generators agree on."""
+    """Keeps the answer on which most samples for a prompt agree, and drops the others."""
 
     type: Literal["agreement"]
     by: Literal["exact", "number"]
-    """Answers are the same by their text, or by their final number."""
+    """Meaning of agreement: answers have the same text (`exact`) or the same final `number`, which
+    stands after the last `####` or is the last number of the text."""
     min_share: Annotated[float, Field(gt=0, le=1)]
-    """Smallest share of a prompt's samples that the winner needs; a tie has no winner."""
+    """Smallest share, from 0 to 1, of a prompt's samples that must agree on the winning answer.
+    Without such a winner, and in a tie, all answers to the prompt are dropped."""
 
 
 class BestOf(FilterSection):
@@ -138,40 +182,60 @@ class BestOf(FilterSection):
 
     type: Literal["best_of"]
     keep: Count
-    """Answers kept of each prompt."""
+    """Number of answers that are kept of each prompt."""
     by: Literal["shortest", "longest", "samples", "likelihood"]
-    """Tokens; how often the answer was sampled; mean log-likelihood under `teacher`."""
+    """Order of the answers to a prompt, best first: fewest tokens (`shortest`), most tokens
+    (`longest`), written most often (`samples`), or highest mean log-likelihood under `teacher`
+    (`likelihood`). With `likelihood` this filter, and all behind it, run after scoring."""
     teacher: Name | None = None
-    """Whose likelihood."""
+    """Teacher under which the likelihood is taken; needed with `by: likelihood`, and only then."""
+
+    @property
+    def scoring_teacher(self) -> str | None:
+        return self.teacher
 
     @model_validator(mode="after")
-    def _likelihood_is_some_teachers(self) -> BestOf:
-        if (self.teacher is None) == (self.by == "likelihood"):
-            raise ValueError(f"`teacher` goes with by: likelihood, got by: {self.by}")
+    def _teacher_goes_with_likelihood(self) -> BestOf:
+        if self.by == "likelihood" and self.teacher is None:
+            raise ValueError(
+                "by: likelihood needs `teacher`, the teacher under which the likelihood is taken"
+            )
+        if self.by != "likelihood" and self.teacher is not None:
+            raise ValueError(
+                f"`teacher` has no effect with by: {self.by}: leave it out, or set by: likelihood"
+            )
         return self
 
 
 class Balance(FilterSection):
-    """Drops sequences of the train split by chance until the domains have the given shares."""
+    """Drops train sequences at random until the domains have the given shares."""
 
     type: Literal["balance"]
     shares: Annotated[dict[Name, Positive], Field(min_length=1)]
-    """Relative size of every domain with train prompts; as much is kept as the scarcest allows."""
+    """Relative number of train sequences of every domain that has train prompts, such as
+    `{code: 2, words: 1}`. The scarcest domain is kept whole, and the others are cut to their
+    shares relative to it."""
 
 
 class Perplexity(FilterSection):
-    """Drops answers that a teacher finds too likely or too unlikely, from its cached rows.
+    """Drops answers that a teacher finds too likely or too unlikely, by its cached rows.
 
-    Runs after scoring, and so do all filters behind it.
+    This filter, and all filters behind it, run after scoring.
     """
 
     type: Literal["perplexity"]
     teacher: Name
-    """Whose log-likelihood of the answer's tokens; answers it could not score are dropped."""
+    """Teacher under which the perplexity of an answer is taken: exp(-mean log-likelihood of the
+    answer's tokens). Answers that the teacher could not score are dropped."""
     min: Positive | None = None
-    """Lowest exp(-mean log-likelihood)."""
+    """Lowest perplexity of a kept answer; it drops text that the teacher knows by heart. Give this,
+    `max`, or both."""
     max: Positive | None = None
-    """Highest exp(-mean log-likelihood)."""
+    """Highest perplexity of a kept answer; it drops text that the teacher finds implausible."""
+
+    @property
+    def scoring_teacher(self) -> str | None:
+        return self.teacher
 
     @model_validator(mode="after")
     def _bounds_leave_something(self) -> Perplexity:
@@ -196,13 +260,11 @@ Filter = Annotated[
 ]
 
 
-def scoring_teacher(rule: Filter) -> str | None:
-    """The teacher whose cached rows a filter needs."""
-    return rule.teacher if isinstance(rule, Perplexity | BestOf) else None
-
-
 def _check_bounds(low: str, minimum: float | None, high: str, maximum: float | None) -> None:
     if minimum is None and maximum is None:
-        raise ValueError(f"a bound is missing: {low}, {high}, or both")
+        raise ValueError(f"neither {low} nor {high} is given: give one of them, or both")
     if minimum is not None and maximum is not None and minimum > maximum:
-        raise ValueError(f"{low} ({minimum}) exceeds {high} ({maximum}): nothing would be kept")
+        raise ValueError(
+            f"{low} ({minimum}) is above {high} ({maximum}), so no answer would be kept: lower "
+            f"{low}, or raise {high}"
+        )

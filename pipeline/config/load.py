@@ -1,4 +1,4 @@
-"""From a YAML file, overrides and a folder to a checked `Config` whose paths are absolute."""
+"""Reader of config files: YAML and overrides to a checked `Config` with absolute paths."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pipeline.config.filters import Contamination, EvaluationFile, Judge
 from pipeline.config.rounds import of_round
 from pipeline.config.run import Config
-from pipeline.config.synthesis import Evolve, Paraphrase, SelfInstruct
+from pipeline.config.synthesis import Writing
 from pipeline.config.teachers import TeacherConfig
 from pipeline.errors import ConfigError
 
@@ -22,7 +22,7 @@ from pipeline.errors import ConfigError
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Reads a config file with dotted `key=value` overrides, checks it, makes its paths absolute.
 
-    The student of a later round starts from that of the round before.
+    In a later round the student starts from the student of the round before.
 
     Raises:
         ConfigError: the file is missing, unreadable or not YAML, an override is malformed, a key is
@@ -31,15 +31,17 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     path = Path(path)
     try:
         if not path.is_file():
-            raise ConfigError(f"config file {path} does not exist")
+            raise ConfigError(f"the config file {path} does not exist")
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        raise ConfigError(f"the config file {path} is not valid YAML: {error}") from error
     except OSError as error:
-        raise ConfigError(f"config file {path} cannot be read: {error}") from error
+        raise ConfigError(f"the config file {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a mapping, found {type(values).__name__}")
-    values = _unshared(values)
+        raise ConfigError(
+            f"the config file {path} must hold a mapping of sections, found {type(values).__name__}"
+        )
+    values = _without_aliases(values)
     for override in overrides or []:
         _apply_override(values, override)
     try:
@@ -52,32 +54,21 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML; `load_config` reads it back to an equal value."""
+    """Resolved config as YAML; `load_config` reads it back to an equal value."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def absolute_paths(config: Config, folder: Path) -> Config:
-    """The config with every relative path made absolute against `folder`."""
+    """Config with every relative path made absolute against `folder`.
+
+    Raises:
+        ConfigError: a model may be a hub id as well as a folder.
+    """
     values = config.model_dump(mode="json")
-    values["storage"]["root"] = _absolute(values["storage"]["root"], folder)
-    if config.storage.models_root is not None:
-        values["storage"]["models_root"] = _absolute(config.storage.models_root, folder)
-    values["storage"]["shared_roots"] = [
-        _absolute(root, folder) for root in values["storage"]["shared_roots"]
-    ]
-    rules, recipes = values["synthesis"]["filters"], values["synthesis"]["recipes"]
-    files = [file for rule in rules for file in rule.get("files", [])]
-    for source in [*values["prompts"]["sources"], *files]:
-        source["path"] = _absolute(source["path"], folder)
-    for holder, key in [*((r, "rubric") for r in rules), *((r, "template") for r in recipes)]:
-        if holder.get(key) is not None:
-            holder[key] = _absolute(holder[key], folder)
-    for recipe in recipes:
-        for way, path in recipe.get("templates", {}).items():
-            recipe["templates"][way] = _absolute(path, folder)
-    initial_weights = config.student.initial_weights
-    if initial_weights is not None:
-        values["student"]["initial_weights"] = _absolute(initial_weights, folder)
+    for i, root in enumerate(config.storage.shared_roots):
+        values["storage"]["shared_roots"][i] = _absolute(root, folder)
+    for key, path in _file_paths(config).items():
+        _set(values, key, _absolute(path, folder))
     holders = [(teacher, "model") for teacher in values["teachers"].values() if "model" in teacher]
     endpoints = [t["endpoint"] for t in values["teachers"].values() if "endpoint" in t]
     holders += [(endpoint, "tokenizer") for endpoint in endpoints if endpoint["tokenizer"]]
@@ -94,42 +85,26 @@ def absolute_paths(config: Config, folder: Path) -> Config:
 
 
 def is_folder(model: str) -> bool:
-    """Whether a model of a loaded config names a folder and not a hub id."""
+    """Whether a model of a loaded config is a folder and no hub id."""
     return model.startswith("/")
 
 
 def check_model_folders(config: Config) -> None:
-    """Checks that the model folders are there; hub ids are asked for by the prepare stage.
+    """Checks that model folders exist; the prepare stage looks up hub ids.
 
     Raises:
-        ConfigError: one is missing.
+        ConfigError: a folder is missing.
     """
     for key, model in {**_teacher_models(config), "student.model": config.student.model}.items():
         if is_folder(model) and not Path(model).is_dir():
             raise ConfigError(f"{key}: the model folder {model} does not exist")
 
 
-def _teacher_models(config: Config) -> dict[str, str]:
-    """Folders or hub ids of what is read of the teachers, by the key that holds them."""
-    found = {}
-    for name, teacher in config.teachers.items():
-        key = "model" if isinstance(teacher, TeacherConfig) else "endpoint.tokenizer"
-        if teacher.files is not None:
-            found[f"teachers.{name}.{key}"] = teacher.files.model
-    return found
-
-
 def local_paths(config: Config) -> dict[str, str]:
-    """Every local path of a config by the key that holds it."""
+    """Every local path of a loaded config by the key that holds it."""
     paths = {"storage.root": config.storage.root, "student.model": config.student.model}
     paths["storage.models_root"] = config.storage.models_root or config.storage.root
-    paths["student.initial_weights"] = config.student.initial_weights or ""
-    paths |= _teacher_models(config)
-    paths |= {
-        f"prompts.sources.{i}.path": source.path for i, source in enumerate(config.prompts.sources)
-    }
-    paths |= {key: file.path for key, file in evaluation_files(config).items()}
-    paths |= own_templates(config)
+    paths |= _teacher_models(config) | _file_paths(config)
     return {key: path for key, path in paths.items() if path.startswith("/")}
 
 
@@ -143,14 +118,14 @@ def check_shared_paths(config: Config) -> None:
     for key, path in local_paths(config).items():
         if not any(f"{path}/".startswith(root) for root in roots):
             raise ConfigError(
-                f"{key} is the local path {path}, which a cluster's nodes may not see; use a URI "
-                "such as s3://…, or name a folder above it that every node mounts in "
+                f"{key} is the local path {path}, which the nodes of a cluster may not see: use a "
+                "URI such as s3://…, or add a folder above the path that every node mounts to "
                 "storage.shared_roots"
             )
 
 
 def evaluation_files(config: Config) -> dict[str, EvaluationFile]:
-    """The evaluation files of all contamination filters by the key that holds their path."""
+    """Evaluation files of all contamination filters by the key that holds their path."""
     return {
         f"synthesis.filters.{i}.files.{k}.path": file
         for i, rule in enumerate(config.synthesis.filters)
@@ -159,19 +134,35 @@ def evaluation_files(config: Config) -> dict[str, EvaluationFile]:
     }
 
 
-def own_templates(config: Config) -> dict[str, str]:
-    """The user's templates and rubrics by the key that holds their path."""
-    paths: dict[str, str | None] = {}
+def _file_paths(config: Config) -> dict[str, str]:
+    """Paths of all files and folders but models, by the key that holds each."""
+    paths: dict[str, str | None] = {
+        "storage.root": config.storage.root,
+        "storage.models_root": config.storage.models_root,
+        "student.initial_weights": config.student.initial_weights,
+    }
+    for i, source in enumerate(config.prompts.sources):
+        paths[f"prompts.sources.{i}.path"] = source.path
+    for key, file in evaluation_files(config).items():
+        paths[key] = file.path
     for i, recipe in enumerate(config.synthesis.recipes):
-        if isinstance(recipe, Evolve):
-            found = recipe.templates.items()
-            paths |= {f"synthesis.recipes.{i}.templates.{way}": path for way, path in found}
-        elif isinstance(recipe, Paraphrase | SelfInstruct):
-            paths[f"synthesis.recipes.{i}.template"] = recipe.template
+        if isinstance(recipe, Writing):
+            for file in recipe.template_files:
+                paths[f"synthesis.recipes.{i}.{file.key}"] = file.own
     for i, rule in enumerate(config.synthesis.filters):
         if isinstance(rule, Judge):
             paths[f"synthesis.filters.{i}.rubric"] = rule.rubric
     return {key: path for key, path in paths.items() if path is not None}
+
+
+def _teacher_models(config: Config) -> dict[str, str]:
+    """Folders or hub ids that are read of the teachers, by the key that holds each."""
+    models = {}
+    for name, teacher in config.teachers.items():
+        key = "model" if isinstance(teacher, TeacherConfig) else "endpoint.tokenizer"
+        if teacher.files is not None:
+            models[f"teachers.{name}.{key}"] = teacher.files.model
+    return models
 
 
 def _absolute(path: str, folder: Path) -> str:
@@ -180,14 +171,24 @@ def _absolute(path: str, folder: Path) -> str:
     return os.path.normpath(folder / os.path.expanduser(path))
 
 
-def _unshared(value: Any) -> Any:
-    """A copy in which each place has an object of its own; YAML gives one to an anchor and all its
-    aliases, and an override must change only the place that it names.
+def _set(values: Any, key: str, value: str) -> None:
+    """Sets the value of an existing dotted key; numbers are places in lists."""
+    *parents, last = key.split(".")
+    for name in parents:
+        values = values[int(name)] if isinstance(values, list) else values[name]
+    values[last] = value
+
+
+def _without_aliases(value: Any) -> Any:
+    """Copy of a YAML value in which every place has an object of its own.
+
+    YAML gives one object to an anchor and all its aliases, but an override must change only the
+    place that it names.
     """
     if isinstance(value, dict):
-        return {key: _unshared(item) for key, item in value.items()}
+        return {key: _without_aliases(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_unshared(item) for item in value]
+        return [_without_aliases(item) for item in value]
     return value
 
 
@@ -209,7 +210,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         target[last] = value
     else:
         raise ConfigError(
-            f"override {override!r}: {'.'.join(parents)} is a plain value, it has no keys"
+            f"override {override!r}: {'.'.join(parents)} is a plain value and has no keys"
         )
 
 
@@ -218,27 +219,31 @@ def _step(target: Any, name: str, place: str) -> Any:
         return target[_index(target, name, place)]
     if isinstance(target, dict):
         return target.setdefault(name, {})
-    raise ConfigError(f"override: {place} does not exist")
+    raise ConfigError(f"override {place}: the key above {name!r} is a plain value and has no keys")
 
 
 def _index(target: list[Any], name: str, place: str) -> int:
     if not name.isdigit() or int(name) >= len(target):
-        raise ConfigError(f"override {place}: {name!r} is not an index below {len(target)}")
+        raise ConfigError(
+            f"override {place}: {name!r} is not an index of the list, which has {len(target)} "
+            "entries counted from 0"
+        )
     return int(name)
 
 
 def _explain(item: Any) -> str:
+    """Message for one of pydantic's errors."""
     place = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         *parents, key = item["loc"]
         known = sorted(_known_keys(parents))
-        close = difflib.get_close_matches(str(key), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        similar = difflib.get_close_matches(str(key), known, n=1)
+        hint = f"did you mean {similar[0]!r}?" if similar else f"known keys: {', '.join(known)}"
         return f"unknown key {place!r}; {hint}"
     if item["type"] == "missing":
         return f"{place!r} is required"
     message = item["msg"].removeprefix("Value error, ")
-    if item["type"] != "value_error":  # our own messages name what they found
+    if item["type"] != "value_error":  # our own messages name the value themselves
         message += f", found {_short(item['input'])}"
     return f"{place}: {message}" if place else message
 
@@ -249,7 +254,7 @@ def _short(value: Any) -> str:
 
 
 def _known_keys(location: list[Any]) -> set[str]:
-    """The field names of every model that can stand at a location of the config."""
+    """Field names of every model that can stand at a location of the config."""
     models: list[Any] = [Config]
     for part in location:
         following = []

@@ -1,4 +1,4 @@
-"""Configuration of the prompts."""
+"""`prompts`: the sources of the prompts, their splits, and the check of their answers."""
 
 from __future__ import annotations
 
@@ -13,47 +13,61 @@ class PromptSource(Section):
     """One file or folder of prompts."""
 
     path: str
-    """JSONL or Parquet file, or a Hugging Face dataset folder (`save_to_disk`)."""
+    """JSONL file, Parquet file, or folder of a Hugging Face dataset (`save_to_disk`); a local path
+    or a URI such as `s3://…`. Each row holds one prompt: chat `messages` or raw `text`, and
+    optionally `id`, `domain` and `reference`, the correct answer."""
     domain: Name | None = None
-    """Domain of rows without a `domain` field."""
+    """Domain of rows that have no `domain` field. Domains connect prompts with teachers
+    (`by: domain_teacher`), weights (`by_domain`) and the tables of the report."""
     split: Literal["train", "validation", "holdout"] | None = None
-    """Split of all its rows; without it rows are split by the hash of their id."""
+    """Split of all rows of the source: `train`, `validation` (for learned weights), or `holdout`
+    (for the report). Without it, each row is put into a split by the hash of its id, in the shares
+    `prompts.validation_fraction` and `prompts.holdout_fraction`."""
     fields: dict[Literal["messages", "text", "id", "domain", "reference"], str] = Field(
         default_factory=dict
     )
-    """Names of the columns, where they differ from ours, e.g. `{text: question}`."""
+    """Names of the source's columns where they differ from the expected ones, such as
+    `{text: question, reference: solution}`."""
     template: str | None = None
-    """A text with `{text}` in it that wraps the prompt, e.g. `"Question: {text}\\nAnswer:"`."""
+    """Text with `{text}` in it that is wrapped around the `text` of every row, such as
+    `"Question: {text}\\nAnswer:"`."""
     limit: Count | None = None
-    """Only the first rows."""
+    """Largest number of rows that are read, from the beginning; without it all are read. Use it for
+    a quick trial."""
 
     @model_validator(mode="after")
     def _template_names_text(self) -> PromptSource:
         if self.template is not None and "{text}" not in self.template:
-            raise ValueError(f"template must hold {{text}}, got {self.template!r}")
+            raise ValueError(
+                f"template must hold {{text}}, the place of the row's text, found {self.template!r}"
+            )
         return self
 
 
 class PromptsConfig(Section):
-    """The prompts and how their answers are judged."""
+    """The prompts, their splits, and the check of their answers."""
 
     sources: Annotated[list[PromptSource], Field(min_length=1)]
-    """Read in order; exact duplicates are dropped and counted."""
+    """Sources, read in this order. Exact duplicates are dropped and counted; the first stays."""
     validation_fraction: Fraction = 0.0
-    """Share of the prompts, by id hash, put into the validation split (sources without a split)."""
+    """Share of the prompts, from 0 to 1, that goes into the validation split; the hash of a
+    prompt's id decides, so a prompt never changes its split. It concerns sources without a
+    `split`. `combine.weights: {type: learned}` needs a validation split."""
     holdout_fraction: Fraction = 0.0
-    """Share of the prompts, by id hash, kept for the final report (sources without a split)."""
+    """Share of the prompts, from 0 to 1, that is kept out of training for the report; the hash of a
+    prompt's id decides. It concerns sources without a `split`."""
     checker: str | None = None
-    """How an answer is compared with its reference: `exact` text, final `number`, or the dotted
-    path of a function `(answer, reference) -> bool` of an installed package.
-    """
+    """Function that says whether an answer is right, given the prompt's reference: `exact` (the
+    same text), `number` (the same final number), or the dotted path of your own function
+    `(answer, reference) -> bool` in a package that is installed on every node. The filter `checker`
+    and the report's accuracy need it."""
 
     @model_validator(mode="after")
-    def _fractions_are_of_something(self) -> PromptsConfig:
+    def _fractions_have_an_effect(self) -> PromptsConfig:
         is_split = all(source.split is not None for source in self.sources)
         if is_split and (self.validation_fraction or self.holdout_fraction):
             raise ValueError(
-                "every source has a `split`, so validation_fraction and holdout_fraction would do "
-                "nothing: leave them out, or take the `split` from a source"
+                "every source has a `split`, so validation_fraction and holdout_fraction have no "
+                "effect: leave both out, or remove the `split` of a source"
             )
         return self

@@ -1,10 +1,10 @@
-"""Rounds: the same stages again, each time from the student that the round before has exported.
+"""Rounds: the same stages again, each time starting from the exported student of the last round.
 
     runs/<name>/   round 1        runs/<name>/rounds/2/   round 2        …
 
-A round is a run like any other: its folder holds what a run's folder holds, and its config is the
-run's with another start of the student. Caches, answers and prompts are shared, so that a round
-asks only what no other has asked.
+A round is like a run of its own: its folder holds the same files, and its config is the config of
+the run with another start of the student. Caches, answers and prompts are shared by all rounds, so
+a round asks only for what no other round has asked.
 """
 
 from __future__ import annotations
@@ -19,27 +19,30 @@ if TYPE_CHECKING:
 
 
 def layout_of(config: Config) -> Layout:
-    """The paths of a run, in its round."""
+    """Paths of a run in the config's round."""
     return round_layouts(config)[-1]
 
 
 def round_layouts(config: Config) -> list[Layout]:
-    """The paths of every round up to the config's own."""
+    """Paths of every round up to the config's own."""
     first = Layout(config.storage.root, config.name, config.storage.models_root)
     return [first.of_round(number) for number in range(1, config.round + 1)]
 
 
 def rounds_of(config: Config) -> list[Config]:
-    """The config of each round, from the one that the config is about to the last."""
+    """Configs of all rounds from the config's own to the last."""
     return [of_round(config, number) for number in range(config.round, config.rounds + 1)]
 
 
 def of_round(config: Config, number: int) -> Config:
-    """The config of one round, with absolute paths; not of one before the config's own.
+    """Config of one round, which must not lie before the config's own round.
 
-    Beyond the first, the student starts from the one that the round before has exported.
+    In every round but the first, the student starts from the exported student of the round before.
+
+    Args:
+        config: config with absolute paths.
     """
-    assert number >= config.round, "the start of a former round is not known any more"
+    assert number >= config.round, "the config no longer holds the start of an earlier round"
     if number == 1:
         return config
     first, *_ = round_layouts(config)

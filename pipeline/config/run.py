@@ -1,8 +1,8 @@
-"""The configuration: YAML in, frozen pydantic models out, checked before hardware is asked for.
+"""The whole configuration: YAML in, frozen pydantic models out, checked before hardware is used.
 
-The docstring under each field is its help. What changes results has no hidden default. Paths are
-relative to the config file and become absolute when it is loaded; a model that begins with `.`, `~`
-or `/` is a folder, anything else a Hugging Face hub id.
+The docstring under each field is its help. Nothing that changes results has a hidden default. Paths
+are relative to the config file and become absolute when it is loaded. A model that begins with `.`,
+`~` or `/` is a folder; any other model is a Hugging Face hub id.
 """
 
 from __future__ import annotations
@@ -12,112 +12,161 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from pipeline.config.base import Count, Name, Resources, Section
-from pipeline.config.checks import check_rounds
-from pipeline.config.combine import ByDomainWeights, CombineConfig, StaticWeights
-from pipeline.config.filters import BestOf, Checker, Judge, scoring_teacher
-from pipeline.config.losses import StateLoss
-from pipeline.config.prompts import PromptsConfig
-from pipeline.config.scoring import HeadAndSampled, HiddenStatesStorage, Sampled, ScoringConfig
-from pipeline.config.student import StudentConfig
-from pipeline.config.synthesis import (
-    DATASET_GENERATOR,
-    STUDENT,
-    Answer,
-    Answering,
-    Complete,
-    SynthesisConfig,
-    Writing,
+from pipeline.config.checks import (
+    check_draws,
+    check_endpoints,
+    check_filter_needs,
+    check_hidden_states,
+    check_recipe_authors,
+    check_rounds,
+    check_sequence_length,
+    check_system_prompts,
+    check_teacher_names,
+    check_weights,
 )
+from pipeline.config.combine import CombineConfig
+from pipeline.config.prompts import PromptsConfig
+from pipeline.config.scoring import ScoringConfig
+from pipeline.config.student import StudentConfig
+from pipeline.config.synthesis import STUDENT, SynthesisConfig
 from pipeline.config.teachers import (
     AnyTeacher,
     EndpointTeacherConfig,
     TeacherConfig,
-    check_endpoints,
+    scoring_teachers,
 )
 from pipeline.config.training import TrainingConfig
-from pipeline.messages import closest
-
-LINEAR_LOSSES = frozenset({"forward_kl", "cross_entropy"})
-LINEAR_COMBINATIONS = frozenset({"mixture", "route"})
-"""What takes targets that are drawn; everything else, also what is added later, is refused."""
 
 
 class StorageConfig(Section):
-    """Where everything is kept."""
+    """Places where outputs are kept."""
 
     root: str
-    """Folder or URI (`s3://`, `gs://`) of all outputs; its runs share the caches."""
+    """Folder or URI (`s3://…`, `gs://…`) of all outputs: prompts, answers, caches and runs. Runs
+    with the same root share answers and caches, so nothing is written or scored twice."""
     models_root: str | None = None
-    """Folder that all nodes mount, for checkpoints and exports; needed if root is a URI."""
+    """Folder for checkpoints and exported models that all nodes mount. It is required if `root` is
+    a URI, since DeepSpeed and vLLM read and write models on a file system; otherwise `root`
+    serves."""
     shared_roots: list[str] = Field(default_factory=list)
-    """Local folders that every node of a remote cluster mounts; it sees no other local path."""
+    """Local folders that every node of a remote cluster mounts under the same path. Needed with
+    `--address`: any local path of the config outside these folders is refused there, since nodes
+    may not see it."""
 
     @model_validator(mode="after")
     def _models_need_a_file_system(self) -> StorageConfig:
         if "://" in (self.models_root or self.root):
             raise ValueError(
-                f"models_root must be a folder that all nodes mount, got {self.models_root!r} "
-                f"(root {self.root!r}): DeepSpeed and vLLM read and write models on a file system"
+                f"models_root must be a folder that all nodes mount, found {self.models_root!r} "
+                f"with root {self.root!r}: DeepSpeed and vLLM read and write models on a file "
+                "system"
             )
         return self
 
 
 class EvaluationConfig(Section):
-    """What the report measures on the hold-out prompts."""
+    """Measurements of the report on the hold-out prompts."""
 
     sampling: dict[str, Any]
-    """vLLM SamplingParams of the answers that are checked, verbatim."""
+    """Sampling parameters of the answers to hold-out prompts, passed to vLLM's `SamplingParams` as
+    they are, such as `{temperature: 0, max_tokens: 512}`. `max_tokens` is required."""
     system_prompt: str | None = None
-    """Put before chat prompts without one; to be given, `null` if so, where recipes have one."""
+    """System message put before hold-out chat prompts that have none. It must be given, `null` if
+    there shall be none, when a recipe has a `system_prompt`."""
     max_prompts_per_domain: Count | None = None
-    """Bound on the hold-out prompts answered by each model."""
+    """Largest number of hold-out prompts of a domain that each model answers; without it, all.
+    Lower it to shorten the evaluation. The hold-out losses use all prompts in any case."""
     twin: bool = True
-    """Also train a twin on the same sequences by cross-entropy alone, to show the difference."""
+    """Also train a twin: a second student on the same sequences by cross-entropy alone. The report
+    compares both, to show what the teachers' distributions add. It doubles the training time, and
+    must be `false` in runs with several `rounds`."""
     resources: Resources = Resources()
-    """Of an engine that serves the student, and of the tasks that export it and compute its
-    hold-out losses."""
+    """Resources of each engine that serves the student, and of the tasks that export the student
+    and compute its hold-out losses. For GPUs set `{num_gpus: 1}`."""
 
 
 class ClusterConfig(Section):
-    """Ray: the local head, and how stage jobs run."""
+    """Size of the local Ray head, and environment and resources of the stages."""
 
     local_num_cpus: Count = 4
-    """Logical CPUs of the head started without an address; may exceed the cores."""
+    """Logical CPUs of the local Ray head, which is started if no address is given. All engines,
+    workers and tasks of a stage must fit into them; the number may exceed the machine's cores."""
     local_num_gpus: Annotated[int, Field(ge=0)] | None = None
-    """GPUs of that head; found by Ray when not given."""
+    """GPUs of the local Ray head; without it Ray uses all GPUs that it finds."""
     autoscaling: bool = False
-    """The cluster adds nodes on demand: what no present node can hold waits instead of failing."""
+    """Whether the cluster adds nodes on demand. With `true`, work that no present node can hold
+    waits for a new node; with `false` it is refused at once."""
     job_resources: Resources = Resources(num_cpus=0)
-    """Of the driver of each stage."""
+    """Resources of the driver of each stage, which only plans and waits. Set a custom resource to
+    keep drivers on certain nodes."""
     env_vars: dict[str, str] = Field(default_factory=dict)
-    """Environment of all stages, for what upstream reads from nowhere else."""
+    """Environment variables of all stages and their actors, for settings that libraries read from
+    nowhere else, such as `{NCCL_SOCKET_IFNAME: eth0}`. Ray's dashboard shows them, so put no keys
+    here."""
 
 
 class Config(Section):
     """A whole run."""
 
     name: Name
-    """Name of the run; its outputs lie in `<storage.root>/runs/<name>`."""
+    """Name of the run; its outputs lie in `<storage.root>/runs/<name>`. Letters, digits, `_`, `.`
+    and `-` are allowed."""
     seed: int
-    """Of sampling, initialisation and data order."""
+    """Seed of sampling, of random initialisation and of the order of the data. Another seed writes
+    and trains everything anew."""
     rounds: Count = 1
-    """How often answers are written, scored and trained on, each time from the student before."""
+    """Number of rounds. In each round answers are written, scored and trained on, and training
+    starts from the student of the round before. Use more than 1 to let the student learn from its
+    own text (`by: student`)."""
     round: Count = 1
-    """The round that a stage or a command about caches is about; a run begins with it."""
+    """Round that a single stage or a cache command concerns, from 1 to `rounds`; a run begins with
+    it. It is usually given on the command line, as `round=2`."""
     storage: StorageConfig
+    """Places where outputs are kept."""
     prompts: PromptsConfig
+    """Sources and splits of the prompts, and the check of their answers."""
     teachers: Annotated[dict[Name, AnyTeacher], Field(min_length=1)]
+    """Teachers by name. Each is either a `model` that engines of this run serve, or an `endpoint`,
+    a server that runs elsewhere. The names `student`, `twin` and `dataset` are taken."""
     synthesis: SynthesisConfig
+    """Recipes that write prompts and answers, and filters that choose the answers to train on."""
     scoring: ScoringConfig
+    """Part of the teachers' distributions and hidden states that is captured and stored."""
     combine: CombineConfig
+    """Combination of the teachers' distributions into one target."""
     student: StudentConfig
+    """Model that is trained."""
     training: TrainingConfig
+    """Losses, schedule, batches and workers of the training."""
     evaluation: EvaluationConfig
+    """Measurements of the report on the hold-out prompts."""
     cluster: ClusterConfig = ClusterConfig()
+    """Size of the local Ray head, and environment and resources of the stages."""
 
-    def generator(self, name: str) -> TeacherConfig | EndpointTeacherConfig:
-        """Who writes under a name, as it is served: a teacher, or the student that the round's
-        training starts from.
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Config:
+        teachers, synthesis, training = self.teachers, self.synthesis, self.training
+        check_teacher_names(teachers)
+        check_rounds(self.round, self.rounds, self.evaluation.twin, synthesis, self.student)
+        check_weights(self.combine, teachers)
+        check_hidden_states(self.scoring, training, teachers)
+        check_draws(self.scoring, training, self.combine)
+        check_recipe_authors(synthesis, teachers)
+        check_sequence_length(synthesis, training)
+        check_system_prompts(synthesis, "system_prompt" in self.evaluation.model_fields_set)
+        check_filter_needs(synthesis, self.prompts, teachers)
+        check_endpoints(teachers, self.scoring.num_logprobs, self.cluster.env_vars)
+        return self
+
+    @property
+    def scoring_teachers(self) -> list[str]:
+        """Teachers that score and so have a cache, in the config's order; others only write."""
+        return scoring_teachers(self.teachers)
+
+    def author(self, name: str) -> TeacherConfig | EndpointTeacherConfig:
+        """Model that writes under a name, as it is served.
+
+        For `student` it is the model that the round's training starts from.
         """
         if name != STUDENT:
             return self.teachers[name]
@@ -131,201 +180,3 @@ class Config(Section):
             resources=self.evaluation.resources,
             cost_per_hour=student.cost_per_hour,
         )
-
-    @model_validator(mode="after")
-    def _names_are_free(self) -> Config:
-        for name in (STUDENT, "twin", DATASET_GENERATOR):
-            if name in self.teachers:
-                raise ValueError(f"a teacher cannot be named {name!r}, which means another model")
-        return self
-
-    @model_validator(mode="after")
-    def _rounds_differ(self) -> Config:
-        twin = self.evaluation.twin
-        check_rounds(self.round, self.rounds, twin, self.synthesis, self.student)
-        return self
-
-    @model_validator(mode="after")
-    def _weights_name_teachers(self) -> Config:
-        weights = self.combine.weights
-        named: dict[str, dict[str, float]] = {}
-        if isinstance(weights, StaticWeights):
-            named = {"combine.weights.teachers": weights.teachers}
-        elif isinstance(weights, ByDomainWeights):
-            named = {
-                f"combine.weights.domains.{domain}": table
-                for domain, table in weights.domains.items()
-            }
-        for place, table in named.items():
-            unknown = sorted(table.keys() - self.teachers.keys())
-            if unknown:
-                raise ValueError(
-                    f"{place} names {unknown}; the teachers are {sorted(self.teachers)}"
-                )
-            if silent := sorted(table.keys() - set(self.scoring_teachers)):
-                raise ValueError(f"{place} weighs {silent}, which do not score and have no cache")
-            if sum(table.values()) <= 0:
-                raise ValueError(f"{place} must give at least one teacher a weight above 0")
-        return self
-
-    @model_validator(mode="after")
-    def _stored_states_are_used(self) -> Config:
-        if not self.training.teacher_layers and self.scoring.features != HiddenStatesStorage():
-            raise ValueError(
-                "scoring.features says how hidden states are stored, and no loss needs any: leave "
-                "it out, or add one to training.losses"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _losses_name_teachers(self) -> Config:
-        for teacher in self.training.teacher_layers:
-            if teacher not in self.teachers:
-                raise ValueError(
-                    f"training.losses names teacher {teacher!r}; the teachers are "
-                    f"{sorted(self.teachers)}"
-                )
-            if isinstance(self.teachers[teacher], EndpointTeacherConfig):
-                raise ValueError(
-                    f"training.losses needs hidden states of teacher {teacher!r}, which an "
-                    "endpoint does not give: serve it by `model`, or leave that loss out"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def draws_are_used_linearly(self) -> Config:
-        selection = self.scoring.selection
-        if not isinstance(selection, Sampled | HeadAndSampled):
-            return self
-        beginning = f"scoring.selection {selection.type!r} keeps draws, which are"
-        for loss in self.training.losses:
-            if isinstance(loss, StateLoss):
-                continue  # of hidden states, which nothing is drawn from
-            if loss.type not in LINEAR_LOSSES:
-                raise ValueError(
-                    f"{beginning} unbiased only in losses linear in the teacher's probabilities "
-                    f"({', '.join(sorted(LINEAR_LOSSES))}); {loss.type!r} needs the probabilities "
-                    "themselves: select top_k or top_p"
-                )
-            if (temperature := loss.model_dump().get("temperature", 1)) != 1:
-                raise ValueError(
-                    f"{beginning} of the distribution at temperature 1; {loss.type!r} at "
-                    f"temperature {temperature} would temper single draws: select top_k or top_p"
-                )
-        if self.combine.method not in LINEAR_COMBINATIONS:
-            raise ValueError(
-                f"{beginning} unbiased only in sums of the teachers' probabilities "
-                f"({', '.join(sorted(LINEAR_COMBINATIONS))}); combine.method "
-                f"{self.combine.method!r} is none: select top_k or top_p"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _domain_teachers_are_unique(self) -> Config:
-        if not any(r.by == "domain_teacher" for r in self._answering):
-            return self
-        owner: dict[str, str] = {}
-        for name, teacher in self.teachers.items():
-            for domain in teacher.domains:
-                if domain in owner:
-                    raise ValueError(
-                        f"domain {domain!r} is claimed by teachers {owner[domain]!r} and {name!r}; "
-                        "a recipe by domain_teacher needs one teacher per domain"
-                    )
-                owner[domain] = name
-        return self
-
-    @property
-    def _answering(self) -> list[Answer | Complete]:
-        return [recipe for recipe in self.synthesis.recipes if isinstance(recipe, Answering)]
-
-    def generators_of(self, recipe: Answer | Complete) -> list[str]:
-        """Who answers in a recipe."""
-        if recipe.by == "every_teacher":
-            return list(self.teachers)
-        if recipe.by == "domain_teacher":
-            return [name for name, teacher in self.teachers.items() if teacher.domains]
-        return [recipe.by]
-
-    @model_validator(mode="after")
-    def _recipes_name_teachers(self) -> Config:
-        choices = {*self.teachers, "domain_teacher", "every_teacher", STUDENT}
-        for i, recipe in enumerate(self.synthesis.recipes):
-            place = f"synthesis.recipes.{i} ({recipe.type})"
-            named = [recipe.teacher] if isinstance(recipe, Writing) else []
-            if isinstance(recipe, Answering):
-                named = list(recipe.sampling_of)
-                if recipe.by not in choices:
-                    hint = closest(recipe.by, choices)
-                    raise ValueError(f"{place} is by {recipe.by!r}, who is nobody; {hint}")
-            for name in named:
-                if name not in self.teachers:
-                    hint = closest(name, self.teachers)
-                    raise ValueError(f"{place} names the teacher {name!r}; {hint}")
-                if isinstance(recipe, Answering) and name not in self.generators_of(recipe):
-                    raise ValueError(
-                        f"{place} has a sampling_of {name!r}, who does not write in it: it is by "
-                        f"{recipe.by}"
-                    )
-        return self
-
-    @model_validator(mode="after")
-    def _sequences_fit_a_micro_batch(self) -> Config:
-        most, budget = self.synthesis.max_sequence_tokens, self.training.tokens_per_micro_batch
-        if most is not None and most > budget:
-            raise ValueError(
-                f"synthesis.max_sequence_tokens ({most}) exceeds training.tokens_per_micro_batch "
-                f"({budget}), and training cuts no sequence: lower the one or raise the other"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _evaluation_asks_as_trained(self) -> Config:
-        given = {r.system_prompt for r in self.synthesis.recipes if isinstance(r, Answer)} - {None}
-        if given and "system_prompt" not in self.evaluation.model_fields_set:
-            raise ValueError(
-                f"synthesis.recipes answer under a system_prompt ({', '.join(map(repr, given))}), "
-                "which the student learns to have before it: give evaluation.system_prompt, the "
-                "same or `null`, to say how the hold-out prompts are asked"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _filters_have_what_they_need(self) -> Config:
-        for i, rule in enumerate(self.synthesis.filters):
-            place = f"synthesis.filters.{i} ({rule.type})"
-            if isinstance(rule, Checker) and self.prompts.checker is None:
-                raise ValueError(f"{place} needs prompts.checker, which says how to compare")
-            teacher = rule.teacher if isinstance(rule, Judge) else scoring_teacher(rule)
-            if teacher is not None and teacher not in self.teachers:
-                raise ValueError(
-                    f"{place} names the teacher {teacher!r}; {closest(teacher, self.teachers)}"
-                )
-            if scoring_teacher(rule) not in (None, *self.scoring_teachers):
-                raise ValueError(
-                    f"{place} needs cached rows of {teacher!r}, which does not score; it can be "
-                    f"of {self.scoring_teachers}"
-                )
-            most = self.synthesis.most_answers(len(self.teachers))
-            if isinstance(rule, BestOf) and rule.keep >= most:
-                raise ValueError(
-                    f"{place} keeps {rule.keep} answers to a prompt, and there are at most {most}: "
-                    "lower keep, or leave the filter out"
-                )
-            generators = {*self.teachers, STUDENT, DATASET_GENERATOR}
-            for name in rule.spares:
-                if name not in generators:
-                    raise ValueError(f"{place} spares {name!r}; {closest(name, generators)}")
-        return self
-
-    @property
-    def scoring_teachers(self) -> list[str]:
-        """The teachers that have a cache, in the config's order; the others only write."""
-        return [name for name, teacher in self.teachers.items() if teacher.scores]
-
-    @model_validator(mode="after")
-    def _endpoints_can_do_it(self) -> Config:
-        if not self.scoring_teachers:
-            raise ValueError("no teacher scores, so there is nothing to distil: add one that does")
-        check_endpoints(self.teachers, self.scoring.num_logprobs, self.cluster.env_vars)
-        return self

@@ -1,4 +1,4 @@
-"""`student`: the model that is trained, and how it is served."""
+"""`student`: the model that is trained, and its serving."""
 
 from __future__ import annotations
 
@@ -10,33 +10,43 @@ from pipeline.config.base import Count, ModelFiles, Section
 
 
 class StudentConfig(Section):
-    """The student: a Hugging Face causal language model, trained with DeepSpeed."""
+    """The student: a Hugging Face causal language model that DeepSpeed trains and vLLM serves."""
 
     model: str
-    """Folder or hub id; its tokenizer and chat template are those of the whole run."""
+    """Folder or hub id of the student. Its tokenizer and chat template are used for the whole run,
+    and the vocabularies of all teachers must equal its own. A value that begins with `.`, `~` or
+    `/` is a folder."""
     initialization: Literal["pretrained", "random"]
-    """Load weights, or start from the config alone."""
+    """Weights that training starts from: the model's own (`pretrained`), or `random` ones, for
+    which only the model's config and tokenizer are read."""
     initial_weights: str | None = None
-    """Complete training checkpoint or exported folder whose weights a new training starts from, in
-    place of those of `initialization`; `polystill train CONFIG --from-checkpoint` sets it."""
+    """Training checkpoint or exported model folder whose weights training starts from, in place of
+    those that `initialization` names. `polystill train CONFIG --from-checkpoint PATH` sets it, and
+    later rounds start from the student of the round before by it."""
     revision: str | None = None
-    """Hub revision."""
+    """Branch, tag or commit of the model on the hub; the default branch without it."""
     trust_remote_code: bool = False
-    """Run code that comes with the model."""
+    """Run Python code that comes with the model. Set it only for models whose code you trust."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights while training; `bfloat16` turns on DeepSpeed's bf16."""
+    """Number format of the weights in training. `bfloat16` turns on DeepSpeed's bf16 mode, which
+    takes half the memory and is faster on GPUs; its master weights stay float32."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass."""
+    """Compute activations again in the backward pass and do not keep them. It saves memory and
+    costs about a third more time; set it if a micro-batch does not fit."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
-    """Attention of transformers."""
+    """Attention implementation of transformers in training. The flash variants need their package
+    and a GPU."""
     cost_per_hour: Annotated[float, Field(ge=0)] = 0.0
-    """Price of the hardware of one serving engine."""
+    """Price per hour of the hardware of one engine that serves the student, in any currency. The
+    report adds it up; it changes nothing else."""
     vllm: dict[str, Any] = Field(default_factory=dict)
-    """Engine arguments of vLLM when the student writes or is evaluated, verbatim."""
+    """Engine arguments of vLLM for the student when it writes answers or is evaluated, passed as
+    they are, such as `{max_model_len: 4096, gpu_memory_utilization: 0.8}`."""
     replicas: Count = 1
-    """Number of engines when it writes."""
+    """Number of engines that serve the student when it writes answers (`by: student`). Each takes
+    `evaluation.resources`."""
 
     @property
     def files(self) -> ModelFiles:
-        """Where its tokenizer and config are read."""
+        """Source of the student's tokenizer and config."""
         return ModelFiles(self.model, self.revision, self.trust_remote_code)

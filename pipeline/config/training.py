@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pipeline.config.base import Count, Fraction, Positive, Resources, Section
 from pipeline.config.deepspeed import check_deepspeed
-from pipeline.config.losses import Loss, Relation, StateLoss
+from pipeline.config.losses import Loss, StateLoss
 
 IDENTITY = (
     "seed",
@@ -21,111 +21,130 @@ IDENTITY = (
     "losses",
     "training",
 )
-"""What decides the trained weights: the keys of a training's identity."""
+"""Keys of a training's identity: everything that decides the trained weights."""
 
 
-def _named_exception(name: str) -> str:
+def _identity_key(name: str) -> str:
     if name.partition(".")[0] not in IDENTITY:
-        raise ValueError(f"{name!r} is no part of a training's identity: {', '.join(IDENTITY)}")
+        raise ValueError(
+            f"{name!r} is no part of a training's identity; its parts are {', '.join(IDENTITY)}"
+        )
     if "student.dtype".startswith(name):
-        raise ValueError(f"{name!r}: the optimizer's state depends on student.dtype")
+        raise ValueError(
+            f"{name!r} is not accepted, since the optimizer's state depends on student.dtype: name "
+            "narrower keys, or start a new training with --from-checkpoint"
+        )
     return name
 
 
 class TrainingConfig(Section):
-    """How the student is trained."""
+    """Training of the student."""
 
     losses: Annotated[list[Loss], Field(min_length=1)]
-    """Summed with their weights; each is logged apart, under its name."""
+    """Losses, summed with their weights. Each is also logged by itself, under a name made of its
+    type and parameters."""
     steps: Count
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     sequences_per_step: Count
-    """Global batch; the order of data does not depend on the number of workers."""
+    """Number of sequences of one optimizer step, over all workers. The order of the sequences
+    depends on `seed` and not on the number of workers."""
     tokens_per_micro_batch: Count
-    """Token budget of one micro-batch on one worker; a longer sequence is refused."""
+    """Largest number of tokens that one worker processes at once; a step runs as many micro-batches
+    as it needs. It changes memory and speed, not the results. Raise it until memory is full. It
+    must hold the longest sequence, so set `synthesis.max_sequence_tokens` if it cannot."""
     packing: bool = True
-    """Pack a micro-batch into one row, apart by position ids; else pad rows of one sequence each,
-    for architectures that cannot keep packed sequences apart. The numbers are the same."""
+    """Pack the sequences of a micro-batch into one row, kept apart by position ids. With `false`
+    each sequence is a padded row of its own, which wastes work; set it for architectures that
+    cannot keep packed sequences apart, which a check at the start detects. The results are the
+    same."""
     learning_rate: Positive
-    """Peak of the schedule."""
+    """Peak of the learning rate, reached after the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)]
-    """Linear warm-up, then cosine."""
+    """Number of steps in which the learning rate rises linearly from 0 to its peak; after them it
+    falls on a cosine curve until the last step. Must be less than `steps`."""
     min_learning_rate_ratio: Fraction = 0.1
-    """Last learning rate as a fraction of the peak."""
+    """Learning rate at the last step, as a fraction of the peak."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Of AdamW."""
+    """Decay rates of AdamW's running means of the gradient and of its square."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Of AdamW, on matrices only."""
+    """Weight decay of AdamW; it applies to matrices only, not to biases and norms."""
     gradient_clipping: Positive = 1.0
-    """Bound on the global gradient norm."""
+    """Largest norm of the gradient over all parameters; a larger gradient is scaled down to it."""
     workers: Count = 1
-    """Ray Train workers, one per GPU or CPU slot."""
+    """Number of Ray Train workers that share each step. The results stay the same up to the order
+    of summation."""
     resources: Resources = Resources()
-    """Of one worker."""
+    """Resources of one worker. For training on GPUs set `{num_gpus: 1}`."""
     loader_processes: Annotated[int, Field(ge=0)] = 1
-    """Processes beside each worker that read, combine and pack its next batches; 0 leaves it to the
-    worker. They change no number; count them in `resources` where a worker needs its CPUs."""
+    """Number of processes beside each worker that read, combine and pack its next batches; with 0
+    the worker does it itself. They change no number. Raise it if workers wait for their batches,
+    and count these processes in the CPUs of `resources`."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """DeepSpeed's own configuration, verbatim; keys that it would ignore are refused."""
+    """DeepSpeed's own configuration, passed as it is, such as `{zero_optimization: {stage: 2}}`.
+    Keys that DeepSpeed would ignore, or that other fields set, are refused."""
     log_every_steps: Count = 10
-    """Metrics to JSON lines and TensorBoard."""
+    """Steps from one line of metrics to the next, in `metrics.jsonl` and TensorBoard."""
     evaluate_every_steps: Count
-    """Losses on the hold-out sequences."""
+    """Steps from one measurement of the losses on the hold-out sequences to the next."""
     checkpoint_every_steps: Count
-    """Complete checkpoints for resume."""
+    """Steps from one complete checkpoint to the next. An interrupted training resumes from the last
+    one, so this many steps can be lost at most."""
     keep_checkpoints: Count = 2
-    """Newest complete checkpoints kept."""
+    """Number of newest complete checkpoints that are kept; older ones are deleted."""
     max_failures: Annotated[int, Field(ge=-1)] = 2
-    """Restarts by Ray Train from the newest checkpoint after a worker died; -1 for no limit."""
+    """Number of times that Ray Train restarts the training from the newest checkpoint after a
+    worker died; -1 for no limit."""
     cost_per_hour: Annotated[float, Field(ge=0)] = 0.0
-    """Price of the hardware of one worker."""
-    allow_resume_with: list[Annotated[str, AfterValidator(_named_exception)]] = Field(
+    """Price per hour of the hardware of one worker, in any currency. The report adds it up; it
+    changes nothing else."""
+    allow_resume_with: list[Annotated[str, AfterValidator(_identity_key)]] = Field(
         default_factory=list
     )
-    """What may differ from the checkpoint that training resumes from, as a refusal names it:
-    `caches`, `losses`, `training.learning_rate`; recorded in the summary and the model card."""
+    """Differences from the checkpoint that are accepted when training resumes, by the names that a
+    refused resume lists, such as `caches`, `losses` or `training.learning_rate`. The command-line
+    option `--allow` sets it. Accepted differences are recorded in the training's summary and in the
+    model card."""
 
     @field_validator("losses")
     @classmethod
-    def _each_once(cls, losses: list[Loss]) -> list[Loss]:
+    def _each_stands_once(cls, losses: list[Loss]) -> list[Loss]:
         known: dict[str, dict[str, Any]] = {}
         for loss in losses:
             fields = loss.model_dump(exclude={"weight"})
-            before = known.setdefault(loss.name, fields)
-            if before is fields:
+            first = known.setdefault(loss.name, fields)
+            if first is fields:
                 continue
-            other = sorted(key for key in fields if fields[key] != before[key])
+            other = sorted(key for key in fields if fields[key] != first[key])
             raise ValueError(
                 f"{loss.name} stands twice in the list, with another {' and '.join(other)}, which "
-                "its name does not say: keep one of them"
+                "its name does not tell apart: keep one of them"
                 if other
-                else f"{loss.name} stands twice in the list: add up their weights"
+                else f"{loss.name} stands twice in the list: add up the weights in one entry"
             )
         return losses
 
     @property
     def teacher_layers(self) -> dict[str, tuple[int, ...]]:
-        """By teacher, the layers whose hidden states the losses need, in ascending order."""
+        """Layers whose hidden states the losses need, in ascending order, by teacher."""
         layers: dict[str, set[int]] = {}
         for loss in self.losses:
             if isinstance(loss, StateLoss):
                 layers.setdefault(loss.teacher, set()).update(loss.layers)
-        return {teacher: tuple(sorted(found)) for teacher, found in layers.items()}
+        return {teacher: tuple(sorted(numbers)) for teacher, numbers in layers.items()}
 
     @model_validator(mode="after")
     def _groups_fill_the_batch(self) -> TrainingConfig:
-        groups = (loss.sequences for loss in self.losses if isinstance(loss, Relation))
-        sizes = {size for size in groups if size is not None}
+        sizes = {loss.sequences_together for loss in self.losses} - {1}
         if len(sizes) > 1:
             raise ValueError(
-                f"relation losses with groups of {sorted(sizes)} sequences: groups stay in one "
-                "micro-batch, so all need the same size"
+                f"losses of type relation have groups of {sorted(sizes)} sequences, but a group "
+                "stays in one micro-batch: give all of them the same `sequences`"
             )
         for size in sizes:
-            if size and self.sequences_per_step % size:
+            if self.sequences_per_step % size:
                 raise ValueError(
-                    f"sequences_per_step ({self.sequences_per_step}) is no multiple of a relation "
-                    f"loss's `sequences` ({size})"
+                    f"sequences_per_step ({self.sequences_per_step}) is no multiple of the "
+                    f"`sequences` of a relation loss ({size}): change one of them"
                 )
         return self
 

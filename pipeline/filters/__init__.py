@@ -1,9 +1,9 @@
-"""Filters: which of the written answers are trained on.
+"""Filters: the choice of the written answers to train on.
 
-run              runs a config's filters in order, with counts
-candidates       a sequence as filters see it, and the evidence beside it
-text             filters that judge each answer alone
+run              the filters of a config in their order, with counts
+candidates       a sequence as filters see it, and what they know besides
+text             filters that look at each answer alone
 likeness         duplicates and contamination
 groups           votes, best of n, shares of domains
-answer_checkers  whether an answer is right, given its reference
+answer_checkers  functions that compare an answer with its reference
 """

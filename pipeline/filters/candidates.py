@@ -1,4 +1,4 @@
-"""A sequence as filters see it, and the evidence that they have beside it."""
+"""Input of filters: sequences as filters see them, and the evidence besides."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A sequence as filters see it.
+    """Sequence as filters see it.
 
     Attributes:
-        prompt: its words, without system messages.
-        answer: without special tokens.
-        answer_ids: int32[P].
-        samples: how often its generators wrote exactly this answer.
+        prompt: text of the prompt, without system messages.
+        answer: text of the answer, without special tokens.
+        answer_ids: int32[P], tokens of the answer.
+        reference: correct answer, if the prompt has one.
+        samples: number of times that its authors wrote exactly this answer.
     """
 
     entry: DatasetEntry
@@ -33,15 +34,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What filters know beside the candidates.
+    """Knowledge of filters besides the candidates.
 
     Attributes:
-        checker: of answer and reference; None when the run has none.
-        holdout_prompts: the words of the hold-out prompts, by a name for people.
-        grade: asks a judge; returns grades of 1 to 5 by sequence id, None or nothing where it
-            cannot grade.
-        gold_logprobs: by teacher, the mean log-probability in nats of each scored sequence's gold
-            tokens; of the teachers that a filter names.
+        checker: function of answer and reference; None if the run has no checker.
+        holdout_prompts: texts of the hold-out prompts, by a name for people.
+        gold_logprobs: for each teacher that a filter names, the mean log-probability in nats of the
+            gold tokens of each scored sequence, by sequence id.
+        grade: function that asks a judge for grades from 1 to 5 by sequence id; the grade is None
+            or missing if the judge cannot grade.
     """
 
     checker: Callable[[str, str], bool] | None = None

@@ -1,4 +1,4 @@
-"""Filters that weigh answers against each other: votes, the best of a prompt, shares of domains."""
+"""Filters that compare answers with each other: votes, best answers, shares of domains."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pipeline.fingerprint import unit_interval
 def agreement(
     rule: Agreement, candidates: Sequence[Candidate], evidence: Evidence
 ) -> dict[int, str]:
-    """Answers that lose the vote of their prompt's samples, or win it too narrowly.
+    """Drops answers that lose the vote of their prompt's samples, or win it too narrowly.
 
-    Every sample of every generator has a vote, also where equal samples became one sequence.
-    Answers without a number vote for none, which cannot win.
+    Every sample of every author has a vote, even if equal samples became one sequence. Answers
+    without a number count as samples but vote for no answer.
     """
     dropped = {}
     for members in _by_prompt(candidates):
@@ -41,7 +41,7 @@ def agreement(
 
 
 def best_of(rule: BestOf, candidates: Sequence[Candidate], evidence: Evidence) -> dict[int, str]:
-    """All but the best answers to each prompt; of equals the first is better."""
+    """Drops all but the best answers to each prompt; among equals the first is better."""
     means = evidence.gold_logprobs[rule.teacher] if rule.teacher is not None else {}
     figures: dict[str, Callable[[Candidate], float]] = {
         "shortest": lambda c: -len(c.answer_ids),
@@ -59,31 +59,34 @@ def best_of(rule: BestOf, candidates: Sequence[Candidate], evidence: Evidence) -
 
 
 def balance(rule: Balance, candidates: Sequence[Candidate], evidence: Evidence) -> dict[int, str]:
-    """Train sequences beyond their domain's share, chosen by the hash of their id.
+    """Drops train sequences beyond their domain's share, chosen by the hash of their id.
 
     Raises:
-        FilterError: a domain has no sequence, so that the share of every other is none.
+        FilterError: a domain has no sequence, so that no other domain could keep any.
     """
     members: dict[str, list[int]] = {domain: [] for domain in rule.shares}
     for i, candidate in enumerate(candidates):
         if candidate.entry.split == "train":
             members[candidate.entry.domain].append(i)
-    if empty := [domain for domain, found in members.items() if not found]:
+    if empty := [domain for domain, places in members.items() if not places]:
         raise FilterError(
-            f"the filter balance finds no sequence of {empty} in the train split, and keeps of the "
-            "other domains as little"
+            f"the filter balance finds no sequence of {empty} in the train split, so it would keep "
+            "none of any other domain: add prompts of these domains, or loosen the filters before "
+            "it"
         )
-    unit = min(len(found) / rule.shares[domain] for domain, found in members.items())
+    unit = min(len(places) / rule.shares[domain] for domain, places in members.items())
     dropped = {}
-    for domain, found in members.items():
+    for domain, places in members.items():
+        # The small term keeps a share that rounding put just below a whole number.
         keep = math.floor(unit * rule.shares[domain] + 1e-9)
-        found.sort(key=lambda i: unit_interval(candidates[i].entry.sequence_id))
-        detail = f"{keep} of {len(found)} sequences are {domain}'s share"
-        dropped |= dict.fromkeys(found[keep:], detail)
+        places.sort(key=lambda i: unit_interval(candidates[i].entry.sequence_id))
+        detail = f"{keep} of {len(places)} sequences are {domain}'s share"
+        dropped |= dict.fromkeys(places[keep:], detail)
     return dropped
 
 
 def _by_prompt(candidates: Sequence[Candidate]) -> list[list[int]]:
+    """Groups the places of candidates by prompt."""
     groups: dict[str, list[int]] = {}
     for i, candidate in enumerate(candidates):
         groups.setdefault(candidate.entry.prompt_id, []).append(i)
@@ -91,6 +94,7 @@ def _by_prompt(candidates: Sequence[Candidate]) -> list[list[int]]:
 
 
 def _vote(rule: Agreement, candidate: Candidate) -> str | float | None:
+    """Answer that a candidate votes for; None if it votes for none."""
     if rule.by == "number":
         return final_number(candidate.answer)
     return candidate.answer.strip() or None

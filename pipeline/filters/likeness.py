@@ -1,7 +1,7 @@
 """Filters that look for the same text twice: duplicates in the train split, contamination.
 
-Duplicates keep the first of their kind. Hold-out sequences are never dropped here: they are what
-the training data is kept apart from.
+The first of several duplicates stays. Hold-out sequences are never dropped here, since the training
+data is kept apart from them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from pipeline.filters.candidates import Candidate, Evidence
 from pipeline.synthesis.prompts import numbered_rows
 
 NUM_PERMUTATIONS = 128
-# Thai, Lao, Burmese, Khmer, kana and ideographs: written without spaces, a character is a word.
+# Thai, Lao, Burmese, Khmer, kana and ideographs are written without spaces: each character counts
+# as a word.
 _UNSPACED = (
     r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30fa\u30fc-\u30ff\u3400-\u9fff"
     r"\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
@@ -35,7 +36,7 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 def exact_duplicate(
     rule: ExactDuplicate, candidates: Sequence[Candidate], evidence: Evidence
 ) -> dict[int, str]:
-    """Train sequences whose text, but for case and spaces, an earlier one has."""
+    """Drops train sequences whose text repeats an earlier one, apart from case and spaces."""
     first: dict[str, Candidate] = {}
     dropped = {}
     for i, candidate in _of_train(candidates):
@@ -48,13 +49,14 @@ def exact_duplicate(
 def near_duplicate(
     rule: NearDuplicate, candidates: Sequence[Candidate], evidence: Evidence
 ) -> dict[int, str]:
-    """Train sequences that are nearly an earlier kept one.
+    """Drops train sequences that are nearly the same as an earlier kept one.
 
-    MinHash finds the pairs to look at; the similarity that decides is that of the shingles.
+    MinHash finds candidate pairs; the exact similarity of their sets of shingles decides.
     """
     from datasketch import MinHash, MinHashLSH  # brings scipy, which is slow to import
 
-    # A pair too many costs a comparison, one too few stays in: few are missed by these weights.
+    # A wrong candidate pair costs one comparison, but a missed pair leaves a duplicate in the data:
+    # these weights of false positives and negatives miss few pairs.
     weights = (0.1, 0.9)
     index = MinHashLSH(rule.min_similarity, num_perm=NUM_PERMUTATIONS, weights=weights)
     blank = MinHash(num_perm=NUM_PERMUTATIONS, seed=1, hashfunc=xxhash.xxh32_intdigest)
@@ -63,15 +65,15 @@ def near_duplicate(
         shingles = shingles_of(compared_text(candidate, rule.of), rule.shingle)
         sketch = blank.copy()
         sketch.update_batch([shingle.encode() for shingle in shingles])
-        alike: list[Any] = index.query(sketch)
-        likeness = {
+        similar: list[Any] = index.query(sketch)
+        similarity = {
             j: jaccard(shingles, shingles_of(compared_text(candidates[j], rule.of), rule.shingle))
-            for j in alike
+            for j in similar
             if _counts_as_other(candidate, candidates[j], rule.of)
         }
-        nearest = max(likeness, key=lambda j: likeness[j], default=None)
-        if nearest is not None and likeness[nearest] >= rule.min_similarity:
-            dropped[i] = f"similarity {likeness[nearest]:.2f} to {_name(candidates[nearest])}"
+        nearest = max(similarity, key=lambda j: similarity[j], default=None)
+        if nearest is not None and similarity[nearest] >= rule.min_similarity:
+            dropped[i] = f"similarity {similarity[nearest]:.2f} to {_name(candidates[nearest])}"
         else:
             index.insert(i, sketch)
     return dropped
@@ -80,7 +82,7 @@ def near_duplicate(
 def contamination(
     rule: Contamination, candidates: Sequence[Candidate], evidence: Evidence
 ) -> dict[int, str]:
-    """Train and validation sequences that share an n-gram with what is evaluated.
+    """Drops train and validation sequences that share an n-gram with an evaluated text.
 
     Raises:
         ConfigError: an evaluation file lacks a column.
@@ -110,7 +112,7 @@ def contamination(
 
 
 def compared_text(candidate: Candidate, of: Compared) -> str:
-    """What duplicates are compared by: lower case, single spaces."""
+    """Text by which duplicates are compared: in lower case, with single spaces."""
     parts = {
         "prompt": candidate.prompt,
         "answer": candidate.answer,
@@ -120,26 +122,28 @@ def compared_text(candidate: Candidate, of: Compared) -> str:
 
 
 def shingles_of(text: str, width: int) -> set[str]:
-    """All runs of `width` characters; a shorter text is its own only one."""
+    """All substrings of `width` characters; a shorter text is its own only shingle."""
     return {text[i : i + width] for i in range(max(len(text) - width + 1, 1))}
 
 
 def jaccard(one: set[str], two: set[str]) -> float:
-    """The share of two sets' elements that are in both."""
+    """Share of the elements of two sets that are in both sets."""
     return len(one & two) / len(one | two)
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text, without case and marks; where a script has no spaces, its characters."""
+    """Words of a text without case and punctuation; characters in scripts without spaces."""
     return _WORD.findall(text.lower())
 
 
 def _of_train(candidates: Sequence[Candidate]) -> Iterator[tuple[int, Candidate]]:
-    return ((i, each) for i, each in enumerate(candidates) if each.entry.split == "train")
+    return (
+        (i, candidate) for i, candidate in enumerate(candidates) if candidate.entry.split == "train"
+    )
 
 
 def _counts_as_other(candidate: Candidate, other: Candidate, of: Compared) -> bool:
-    """Whether two alike sequences are duplicates: answers to one prompt share it by nature."""
+    """Whether similar sequences are duplicates; answers to one prompt always share the prompt."""
     if other is candidate:
         return False
     return of != "prompt" or candidate.entry.prompt_id != other.entry.prompt_id
@@ -150,14 +154,15 @@ def _ngrams(words: list[str], width: int) -> Iterator[tuple[str, ...]]:
 
 
 def _evaluation_texts(files: Sequence[EvaluationFile]) -> Iterator[tuple[str, str]]:
+    """Yields the place and text of every compared column of evaluation files."""
     for file in files:
         for place, row in numbered_rows(file.path):
             for field in file.fields:
                 if not isinstance(row, dict) or not isinstance(row.get(field), str):
                     found = ", ".join(map(str, row)) if isinstance(row, dict) else row
                     raise ConfigError(
-                        f"{place}: the contamination filter looks for a text {field!r}; the row "
-                        f"has {found}"
+                        f"{place}: the filter contamination needs a text {field!r}, but the row "
+                        f"has {found}: correct `fields` of this file"
                     )
                 yield place, row[field]
 

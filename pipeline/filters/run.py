@@ -1,8 +1,8 @@
-"""Filters: which of the written answers are trained on. A filter is a plain function on records.
+"""Filters of a config, run in their order; each is a plain function on records.
 
-Answers stay in their shards: filters choose what a dataset names, so another filter asks no teacher
-again. Those that need cached rows run after scoring, all others before. What a filter drops is
-written with its reason before the next one runs.
+Answers stay in their shards: filters choose the sequences of a dataset, so another filter asks no
+teacher again. The first filter that needs cached rows, and all filters behind it, run after
+scoring. Dropped answers are written with their reasons before the next filter runs.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from pipeline.records import DatasetEntry
 from pipeline.storage import files_below, join, read_bytes
 from pipeline.synthesis.rejected import Rejected, write_rejected
 
-# Each takes its settings, the candidates left so far and what is known beside them, and returns the
-# index of every candidate that it drops, with the detail that a person wants to see.
 FILTERS: dict[str, Callable[[Any, Sequence[Candidate], Evidence], dict[int, str]]] = {
     "length": length,
     "alphabet": alphabet,
@@ -42,12 +40,16 @@ FILTERS: dict[str, Callable[[Any, Sequence[Candidate], Evidence], dict[int, str]
     "balance": balance,
     "perplexity": perplexity,
 }
-VERSION = 2
-"""Of what the filters drop; raised where one of them, or a shipped checker, judges otherwise."""
+"""Functions by the type of a filter. Each takes the filter's settings, the candidates that are
+left, and the evidence besides. It returns the places of the candidates that it drops, each with a
+detail for people."""
+FILTERS_VERSION = 2
+"""Version of the filters' decisions, raised when a filter or checker decides differently."""
 EXAMPLES_SHOWN = 5
 NEEDED_SPLITS = ("train", "holdout")
 
-Counts = dict[str, Any]
+FilterCounts = dict[str, Any]
+"""Counts of one filter, as stage records and the report hold them."""
 
 
 def run_filters(
@@ -56,19 +58,20 @@ def run_filters(
     rules: Sequence[Filter],
     candidates: Sequence[Candidate],
     evidence: Evidence,
-) -> tuple[list[Candidate], list[Counts]]:
-    """Runs filters one after another; each looks at what it does not spare.
+) -> tuple[list[Candidate], list[FilterCounts]]:
+    """Runs filters one after another; each looks at the candidates that it does not spare.
 
     Args:
-        digest: of the candidates' dataset and of the filters; names the folder of what is dropped.
+        digest: digest of the candidates' dataset and of the filters; names the folder of dropped
+            answers.
 
     Returns:
-        What is left, in its order, and for each filter: its name, the number `seen` and `dropped`,
-        the latter also by domain, and some examples of details.
+        The candidates that are left, in their order, and for each filter its name, the numbers
+        `seen` and `dropped`, the latter also by domain, and some examples of details.
 
     Raises:
-        FilterError: nothing of the train or hold-out split is left, or too little for a filter;
-            says what each filter dropped.
+        FilterError: nothing of the train or hold-out split is left, or too little for a filter; the
+            message says what each filter dropped.
         ConfigError: a filter cannot be honoured.
     """
     left, done = list(candidates), []
@@ -76,16 +79,16 @@ def run_filters(
         seen = [
             i
             for i, candidate in enumerate(left)
-            if not set(rule.spares) & set(candidate.entry.generators)
+            if not set(rule.spares) & set(candidate.entry.authors)
         ]
         try:
-            found = FILTERS[rule.type](rule, [left[i] for i in seen], evidence)
+            details = FILTERS[rule.type](rule, [left[i] for i in seen], evidence)
         except FilterError as error:
             raise FilterError(
-                f"{error}; dropped so far: {summary(done) or 'nothing'}. Every answer lies in its "
-                "shard; no teacher will be asked again"
+                f"{error}; dropped so far: {filter_summary(done) or 'nothing'}. All answers are "
+                "kept, and no teacher is asked again"
             ) from error
-        dropped = {seen[i]: detail for i, detail in found.items()}
+        dropped = {seen[i]: detail for i, detail in details.items()}
         path = layout.rejected(digest, f"{position}-{rule.type}")
         if dropped:
             write_rejected(path, [_rejected(left[i], rule, why) for i, why in dropped.items()])
@@ -102,17 +105,19 @@ def filter_identity(
     judge_identity: Mapping[str, Any] | None = None,
     judge_room: int | None = None,
 ) -> dict[str, Any]:
-    """What decides which answers a filter keeps, as a JSON value: contents instead of paths.
+    """Everything that decides which answers a filter keeps, as a JSON value.
+
+    It holds the contents of files in place of their paths.
 
     Args:
-        judge_identity: of a judge.
-        judge_room: tokens that a judge's engine holds; it grades nothing that is longer.
+        judge_identity: identity of a judge's grades, for a filter of type `judge`.
+        judge_room: tokens that the judge's engine holds; longer answers get no grade.
 
     Raises:
         ConfigError: the checker does not exist.
         StorageError: an evaluation file does not exist.
     """
-    identity = rule.model_dump(mode="json") | {"version": VERSION}
+    identity = rule.model_dump(mode="json") | {"version": FILTERS_VERSION}
     if isinstance(rule, CheckerFilter):
         assert checker_name is not None, "the config refuses the filter without a checker"
         identity["checker"] = checker_identity(checker_name)
@@ -126,13 +131,13 @@ def filter_identity(
     return identity
 
 
-def summary(counts: Sequence[Counts]) -> str:
-    """What the filters dropped, for people."""
+def filter_summary(counts: Sequence[FilterCounts]) -> str:
+    """Numbers of dropped and seen answers of each filter, for people."""
     return ", ".join(f"{each['filter']} {each['dropped']}/{each['seen']}" for each in counts)
 
 
 def _files_of(path: str) -> list[str]:
-    """A file, or all files of a dataset folder."""
+    """Path of a file itself, or paths of all files in a dataset folder."""
     names = [] if path.endswith((".jsonl", ".parquet")) else files_below(path)
     return [join(path, name) for name in names] or [path]
 
@@ -145,7 +150,7 @@ def _rejected(candidate: Candidate, rule: Filter, detail: str) -> Rejected:
         prompt_id=entry.prompt_id,
         domain=entry.domain,
         split=entry.split,
-        generators=entry.generators,
+        authors=entry.authors,
         prompt=candidate.prompt,
         answer=candidate.answer,
         sequence_id=entry.sequence_id,
@@ -154,7 +159,7 @@ def _rejected(candidate: Candidate, rule: Filter, detail: str) -> Rejected:
 
 def _counts(
     rule: Filter, num_seen: int, dropped: Sequence[DatasetEntry], details: Iterable[str]
-) -> Counts:
+) -> FilterCounts:
     return {
         "filter": rule.type,
         "seen": num_seen,
@@ -165,13 +170,14 @@ def _counts(
 
 
 def _check_left(
-    splits: set[str], left: Sequence[Candidate], rule: Filter, done: list[Counts], path: str
+    splits: set[str], left: Sequence[Candidate], rule: Filter, done: list[FilterCounts], path: str
 ) -> None:
+    """Refuses to go on if a split that had candidates has none left."""
     for split in sorted(splits - {candidate.entry.split for candidate in left}):
         last = json.dumps(done[-1]["examples"][:2], ensure_ascii=False)
         raise FilterError(
             f"the filter {rule.type} leaves no sequence of the {split} split; dropped so far: "
-            f"{summary(done)}; by {rule.type}, for example: {last}. What it dropped lies in {path},"
-            " and every answer in its shard. Loosen it, take it out, or give other prompts; no "
-            "teacher will be asked again"
+            f"{filter_summary(done)}; by {rule.type}, for example: {last}. The dropped answers lie "
+            f"in {path}. Loosen the filter, remove it, or give other prompts; all answers are "
+            "kept, and no teacher is asked again"
         )

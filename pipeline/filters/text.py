@@ -1,4 +1,4 @@
-"""Filters that judge each answer alone; they judge every split alike."""
+"""Filters that look at each answer alone, in the same way in every split."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pipeline.config.filters import Alphabet, Checker, Judge, Length, Perplexity
 from pipeline.filters.candidates import Candidate, Evidence
 
 SHOWN_CHARACTERS = 120
+"""Characters of a text that details show, counted from its end."""
 
 
 def length(rule: Length, candidates: Sequence[Candidate], evidence: Evidence) -> dict[int, str]:
-    """Answers outside the bounds."""
+    """Drops answers outside the bounds of their length."""
     low, high = rule.min_tokens or 0, rule.max_tokens or math.inf
     return {
         i: f"{len(candidate.answer_ids)} tokens"
@@ -24,20 +25,20 @@ def length(rule: Length, candidates: Sequence[Candidate], evidence: Evidence) ->
 
 
 def alphabet(rule: Alphabet, candidates: Sequence[Candidate], evidence: Evidence) -> dict[int, str]:
-    """Answers with too few letters of the expected alphabets; those without letters pass."""
+    """Drops answers with too few letters of the expected scripts; answers without letters pass."""
     dropped = {}
     for i, candidate in enumerate(candidates):
-        found = [script_of(character) for character in candidate.answer if character.isalpha()]
-        share = sum(script in rule.scripts for script in found) / max(len(found), 1)
-        if found and share < rule.min_share:
-            others = sorted({script for script in found if script not in rule.scripts})
-            dropped[i] = f"{share:.0%} of {len(found)} letters; others are {', '.join(others)}"
+        scripts = [script_of(character) for character in candidate.answer if character.isalpha()]
+        share = sum(script in rule.scripts for script in scripts) / max(len(scripts), 1)
+        if scripts and share < rule.min_share:
+            others = sorted({script for script in scripts if script not in rule.scripts})
+            dropped[i] = f"{share:.0%} of {len(scripts)} letters; others are {', '.join(others)}"
     return dropped
 
 
 @lru_cache(maxsize=1 << 16)
 def script_of(letter: str) -> str:
-    """The alphabet of a letter, from its name in the Unicode database."""
+    """Script of a letter, from the letter's name in the Unicode database."""
     words = unicodedata.name(letter, "unknown").lower().split()
     wide = words[0] in ("fullwidth", "halfwidth")
     first = words[1 if wide else 0].partition("-")[0]
@@ -47,7 +48,7 @@ def script_of(letter: str) -> str:
 def repetition(
     rule: Repetition, candidates: Sequence[Candidate], evidence: Evidence
 ) -> dict[int, str]:
-    """Answers with too many token n-grams that stood in them before; shorter ones pass."""
+    """Drops answers in which too many token n-grams occurred before; shorter answers pass."""
     dropped = {}
     for i, candidate in enumerate(candidates):
         ids = candidate.answer_ids.tolist()
@@ -59,7 +60,7 @@ def repetition(
 
 
 def checker(rule: Checker, candidates: Sequence[Candidate], evidence: Evidence) -> dict[int, str]:
-    """Answers that the run's checker finds wrong; without a reference nothing is judged."""
+    """Drops answers that the run's checker finds wrong; answers without a reference pass."""
     check = evidence.checker
     assert check is not None, "the config refuses the filter without a checker"
     return {
@@ -70,8 +71,8 @@ def checker(rule: Checker, candidates: Sequence[Candidate], evidence: Evidence) 
 
 
 def judge(rule: Judge, candidates: Sequence[Candidate], evidence: Evidence) -> dict[int, str]:
-    """Answers that the judge grades too low, or cannot grade."""
-    assert evidence.grade is not None, "the stages can ask a judge"
+    """Drops answers that the judge grades too low or cannot grade."""
+    assert evidence.grade is not None, "every stage with filters can ask a judge"
     grades = evidence.grade(rule, candidates)
     dropped = {}
     for i, candidate in enumerate(candidates):
@@ -86,7 +87,7 @@ def judge(rule: Judge, candidates: Sequence[Candidate], evidence: Evidence) -> d
 def perplexity(
     rule: Perplexity, candidates: Sequence[Candidate], evidence: Evidence
 ) -> dict[int, str]:
-    """Answers outside the bounds of a teacher's perplexity, exp(-mean gold log-probability)."""
+    """Drops answers outside the bounds of their perplexity, exp(-mean gold log-probability)."""
     means = evidence.gold_logprobs[rule.teacher]
     least = -math.log(rule.max) if rule.max else -math.inf
     most = -math.log(rule.min) if rule.min else math.inf

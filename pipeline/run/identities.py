@@ -158,7 +158,7 @@ def synthesis_identity(
     common |= {
         "model": identity,
         "sampling": sampling_of(recipe, author),
-        "vllm": _engine_identity(config.generator(author)),
+        "vllm": _engine_identity(config.author(author)),
         "seed": config.seed,
     }
     if isinstance(recipe, Answer) and recipe.keep_truncated:

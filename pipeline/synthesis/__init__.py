@@ -1,9 +1,10 @@
-"""Synthesis: prompts, the steps that write and answer them, and what is finished.
+"""Synthesis: prompts, the steps that write and answer them, and the records of finished work.
 
-prompts     prompt files to one checked, split, deduplicated table
-rewriting   requests for new prompts, and new prompts from replies
-steps       the recipes as steps: which teacher is asked what
-index       finished prompt shards, and the dataset that follows
-rejected    dropped answers and replies, as Parquet for people
-templates/  the shipped prompt templates
+prompts          prompt files to one checked, split, deduplicated table
+rewriting        requests for new prompts, and new prompts from replies
+steps            the recipes as steps: which author is asked which prompts
+answered_shards  records of finished prompt shards
+index            new prompts, counts and the dataset, from the answered shards
+rejected         rejected answers and replies, as Parquet for people
+templates/       the shipped prompt templates
 """

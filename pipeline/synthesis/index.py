@@ -1,264 +1,147 @@
-"""What synthesis has finished, and the dataset that follows from it.
+"""Questions to the answered shards: which prompts are new, what was written, what the dataset is.
 
-`synthesis/<recipe>/<prompt shard digest>.json` maps a finished prompt shard to its sequence shard,
-or holds the prompts that were written for it. New prompts are those that no record of the recipe
-knows, by id and content: a prompt whose text or reference has changed is asked again, and its old
-answers are left out.
+A prompt is new to a step when no answered shard of the step knows its id and content. A prompt
+whose text or reference has changed is therefore asked again, and its old answers are left out.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 from pipeline import storage
-from pipeline.fingerprint import digest_ids
 from pipeline.layout import Layout
 from pipeline.records import DatasetEntry, Prompt, TokenSequence
-from pipeline.sequences import read_sequences, write_sequences
-from pipeline.synthesis.rejected import Rejected, write_rejected
+from pipeline.sequences import read_sequences
+from pipeline.synthesis.answered_shards import AnsweredShard, read_answered_shards
 
-
-@dataclass
-class Outcome:
-    """What has become of the replies to a prompt shard.
-
-    Attributes:
-        kept: sequences by id.
-        samples: how often each of them was written.
-        written: new prompts by the id of the prompt that asked for them.
-        counts: by the id of the prompt that was asked, its replies by what became of them, and the
-            tokens generated for it.
-        errors: of prompts that could not be asked, by id.
-        needs: of prompts that no engine so far could hold, by id: tokens of the prompt and its
-            reply.
-    """
-
-    kept: dict[str, TokenSequence] = field(default_factory=dict)
-    samples: Counter[str] = field(default_factory=Counter)
-    written: dict[str, list[Prompt]] = field(default_factory=dict)
-    counts: dict[str, Counter[str]] = field(default_factory=dict)
-    rejected: list[Rejected] = field(default_factory=list)
-    errors: dict[str, str] = field(default_factory=dict)
-    needs: dict[str, int] = field(default_factory=dict)
-
-    def count(self, asked: str, **numbers: int) -> None:
-        """Adds to the counts of the prompt of that id."""
-        self.counts.setdefault(asked, Counter()).update(numbers)
-
-    def keep(self, sequence: TokenSequence) -> None:
-        """Counts an answer; equal ones are one sequence."""
-        known = sequence.sequence_id in self.kept
-        self.count(sequence.prompt_id, answers=1, **{"duplicate" if known else "kept": 1})
-        self.samples[sequence.sequence_id] += 1
-        self.kept.setdefault(sequence.sequence_id, sequence)
-
-    def reject(
-        self,
-        prompt: Prompt,
-        generator: str,
-        reason: str,
-        detail: str,
-        answer: str | None = None,
-        num_answers: int = 1,
-        asked: str | None = None,
-    ) -> None:
-        """Counts a reply of no use, and keeps it for people to look at.
-
-        Args:
-            asked: id of the prompt that was asked, where that is not `prompt` itself.
-        """
-        self.count(asked or prompt.prompt_id, answers=num_answers, **{reason: num_answers})
-        self.rejected.append(
-            Rejected(
-                reason=reason,
-                detail=detail,
-                prompt_id=prompt.prompt_id,
-                domain=prompt.domain,
-                split=prompt.split,
-                generators=(generator,),
-                prompt=prompt.words,
-                answer=answer,
-            )
-        )
-
-
-def shard_digest(prompts: Iterable[Prompt]) -> str:
-    """Names the record of a prompt shard."""
-    return digest_ids(prompt.digest for prompt in prompts)
-
-
-def write_record(
-    layout: Layout, recipe_digest: str, generator: str, prompts: Sequence[Prompt], outcome: Outcome
-) -> dict[str, Any]:
-    """Writes sequences and rejected replies of a prompt shard, then the record that names them."""
-    name, domain = shard_digest(prompts), prompts[0].domain
-    if outcome.rejected:
-        write_rejected(layout.rejected(recipe_digest, name), outcome.rejected)
-    kept = list(outcome.kept.values())
-    record = {
-        "generator": generator,
-        "domain": domain,
-        "prompts": {prompt.prompt_id: prompt.digest for prompt in prompts},
-        "shard": write_sequences(layout, domain, kept) if kept else None,
-        "samples": {name: count for name, count in outcome.samples.items() if count > 1},
-        "written": {name: [asdict(p) for p in found] for name, found in outcome.written.items()},
-        "counts": outcome.counts,
-        "errors": outcome.errors,
-        "needs": outcome.needs,
-    }
-    folder = layout.synthesis_folder(recipe_digest)
-    storage.write_json(storage.join(folder, f"{name}.json"), record)
-    return record
-
-
-def written_prompts(layout: Layout, recipe_digest: str, asked: Iterable[Prompt]) -> list[Prompt]:
-    """What a recipe wrote for the prompts that asked for it, in their order."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for record in read_records(layout, recipe_digest):
-        for name, prompts in record["written"].items():
-            found.setdefault(record["prompts"][name], prompts)
-    return [_prompt(values) for prompt in asked for values in found.get(prompt.digest, [])]
-
-
-def _prompt(values: dict[str, Any]) -> Prompt:
-    found = Prompt(**values)
-    return found if found.messages is None else replace(found, messages=tuple(found.messages))
-
-
-def read_records(layout: Layout, recipe_digest: str) -> list[dict[str, Any]]:
-    """The finished prompt shards of a recipe, without those whose sequence shard is gone."""
-    folder = layout.synthesis_folder(recipe_digest)
-    records = [
-        storage.read_json(storage.join(folder, info.base_name))
-        for info in storage.list_files(folder, ".json")
-    ]
-    return [
-        record
-        for record in records
-        if record["shard"] is None or storage.exists(storage.join(layout.root, record["shard"]))
-    ]
+StepPrompts = Iterable[tuple[str, Sequence[Prompt]]]
+"""Identity digest of each step that answers, with the prompts in the form in which it asks them."""
 
 
 def new_prompts(
-    layout: Layout, recipe_digest: str, prompts: Iterable[Prompt], room: int | None = None
+    layout: Layout,
+    identity_digest: str,
+    prompts: Iterable[Prompt],
+    max_model_len: int | None = None,
 ) -> list[Prompt]:
-    """The prompts that no finished shard of a recipe knows, and those that only now have room.
+    """Prompts that no answered shard of a step knows, or that fit into an engine only now.
 
     Args:
-        room: tokens that the engine holds; None where it holds whatever it is asked.
+        max_model_len: tokens that the engine holds; None if it is not limited by the config.
     """
     known = {
         digest
-        for record in read_records(layout, recipe_digest)
-        for name, digest in record["prompts"].items()
-        if name not in record["needs"] or (room is not None and room < record["needs"][name])
+        for answered in read_answered_shards(layout, identity_digest)
+        for name, digest in answered.prompts.items()
+        if name not in answered.needs
+        or (max_model_len is not None and max_model_len < answered.needs[name])
     }
     return [prompt for prompt in prompts if prompt.digest not in known]
 
 
-def forget_errors(layout: Layout, recipe_digest: str) -> int:
-    """Makes the prompts new again that could not be asked; returns how many they are."""
-    found = 0
-    folder = layout.synthesis_folder(recipe_digest)
-    for info in storage.list_files(folder, ".json"):
-        path = storage.join(folder, info.base_name)
-        if errors := storage.read_json(path)["errors"]:  # a record of them alone
-            found += len(errors)
-            storage.remove(path)
-    return found
+def written_prompts(
+    layout: Layout, identity_digest: str, requests: Iterable[Prompt]
+) -> list[Prompt]:
+    """Prompts that a step wrote in reply to these requests, in their order."""
+    by_request: dict[str, list[Prompt]] = {}
+    for answered in read_answered_shards(layout, identity_digest):
+        for name, prompts in answered.written.items():
+            by_request.setdefault(answered.prompts[name], prompts)
+    return [prompt for request in requests for prompt in by_request.get(request.digest, [])]
 
 
-def answer_counts(layout: Layout, recipe_digest: str, prompts: Iterable[Prompt]) -> dict[str, int]:
-    """What became of a recipe's answers to these prompts, and the tokens generated for them."""
+def answer_counts(
+    layout: Layout, identity_digest: str, prompts: Iterable[Prompt]
+) -> dict[str, int]:
+    """Number of answers of each outcome that a step has for these prompts, and their tokens."""
     counts = Counter(answers=0, kept=0, generated_tokens=0)
-    for record, answered in _finished(layout, recipe_digest, prompts):
-        for name in answered:
-            counts.update(record["counts"].get(name, {}))
+    for answered, prompt_ids in _answered(layout, identity_digest, prompts):
+        for name in prompt_ids:
+            counts.update(answered.counts.get(name, {}))
     return dict(counts)
 
 
-def sample_counts(
-    layout: Layout, asked: Iterable[tuple[str, Sequence[Prompt]]]
-) -> Counter[tuple[str, str]]:
-    """By prompt and sequence, how often it was written: by all generators, in all recipes.
+def sample_counts(layout: Layout, steps: StepPrompts) -> Counter[tuple[str, str]]:
+    """Number of times that each sequence was written, by all authors in all steps.
 
-    Args:
-        asked: as in `build_dataset`.
+    Returns:
+        Counts by `(prompt_id, sequence_id)`.
     """
-    questions: dict[str, list[Prompt]] = {}
-    for digest, prompts in asked:
-        questions.setdefault(digest, []).extend(prompts)
+    prompts_of: dict[str, list[Prompt]] = {}  # two steps of one identity share their answers
+    for digest, prompts in steps:
+        prompts_of.setdefault(digest, []).extend(prompts)
     counts: Counter[tuple[str, str]] = Counter()
-    for digest, prompts in questions.items():
-        for record, answered in _finished(layout, digest, prompts):
-            if record["shard"] is None:
+    for digest, prompts in prompts_of.items():
+        for answered, prompt_ids in _answered(layout, digest, prompts):
+            if answered.shard is None:
                 continue
-            path = storage.join(layout.root, record["shard"])
+            path = storage.join(layout.root, answered.shard)
             for row in storage.read_table(path, ["prompt_id", "sequence_id"]).to_pylist():
-                if (name := row["prompt_id"]) in answered:
+                if (name := row["prompt_id"]) in prompt_ids:
                     identifier = row["sequence_id"]
-                    counts[name, identifier] += record["samples"].get(identifier, 1)
+                    counts[name, identifier] += answered.samples.get(identifier, 1)
     return counts
 
 
 def build_dataset(
-    layout: Layout, prompts: Sequence[Prompt], asked: Iterable[tuple[str, Sequence[Prompt]]]
+    layout: Layout, prompts: Sequence[Prompt], steps: StepPrompts
 ) -> list[DatasetEntry]:
-    """The sequences of a run's prompts in prompt order; equal answers are one entry.
+    """Dataset of a run: the sequences of its prompts in their order; equal answers are one entry.
 
     Args:
-        prompts: all of the run.
-        asked: the digest of each recipe that answers, and its prompts as it asked them.
+        prompts: all prompts of the run, given and written.
     """
     by_prompt: dict[str, dict[str, DatasetEntry]] = {prompt.prompt_id: {} for prompt in prompts}
     splits = {prompt.prompt_id: prompt.split for prompt in prompts}
-    for digest, questions in asked:
-        for record, answered in _finished(layout, digest, questions):
-            if record["shard"] is None:
+    for digest, asked_prompts in steps:
+        for answered, prompt_ids in _answered(layout, digest, asked_prompts):
+            if answered.shard is None:
                 continue
-            for sequence in read_sequences(storage.join(layout.root, record["shard"])):
+            for sequence in read_sequences(storage.join(layout.root, answered.shard)):
                 name = sequence.prompt_id
-                if name in answered:
-                    _merge(by_prompt[name], sequence, record["shard"], splits[name])
+                if name in prompt_ids:
+                    _add_entry(by_prompt[name], sequence, answered.shard, splits[name])
     return [entry for entries in by_prompt.values() for entry in entries.values()]
 
 
-def _finished(
-    layout: Layout, recipe_digest: str, prompts: Iterable[Prompt]
-) -> Iterator[tuple[dict[str, Any], set[str]]]:
-    """The records of a recipe that hold some of the prompts, with the ids of these.
+def _answered(
+    layout: Layout, identity_digest: str, prompts: Iterable[Prompt]
+) -> Iterator[tuple[AnsweredShard, set[str]]]:
+    """Yields the answered shards that hold some of the prompts, with the ids of these prompts.
 
-    Where two runs at once answered a prompt under one recipe, one shard's answers count; a prompt
-    that had no room before it was asked counts where it was asked.
+    Each prompt is yielded once. If two runs answered it at the same time, one shard's answers
+    count. If it once did not fit into an engine and was asked later, the later shard counts.
     """
-    wanted = {(prompt.prompt_id, prompt.digest) for prompt in prompts}
-    records = read_records(layout, recipe_digest)
-    for asked in (True, False):
-        for record in records:
-            found = wanted & record["prompts"].items()
-            found = {each for each in found if (each[0] not in record["needs"]) is asked}
-            wanted -= found
+    missing = {(prompt.prompt_id, prompt.digest) for prompt in prompts}
+    shards = read_answered_shards(layout, identity_digest)
+    for was_asked in (True, False):
+        for answered in shards:
+            found = {
+                (name, digest)
+                for name, digest in missing & answered.prompts.items()
+                if (name not in answered.needs) is was_asked
+            }
+            missing -= found
             if found:
-                yield record, {name for name, _ in found}
+                yield answered, {name for name, _ in found}
 
 
-def _merge(
+def _add_entry(
     entries: dict[str, DatasetEntry], sequence: TokenSequence, shard: str, split: str
 ) -> None:
     known = entries.get(sequence.sequence_id)
     if known is not None:
-        generators = tuple(dict.fromkeys(known.generators + sequence.generators))
-        entries[sequence.sequence_id] = replace(known, generators=generators)
+        authors = tuple(dict.fromkeys(known.authors + sequence.authors))
+        entries[sequence.sequence_id] = replace(known, authors=authors)
         return
     entries[sequence.sequence_id] = DatasetEntry(
         sequence_id=sequence.sequence_id,
         prompt_id=sequence.prompt_id,
         domain=sequence.domain,
         split=split,
-        generators=sequence.generators,
+        authors=sequence.authors,
         shard=shard,
         num_tokens=len(sequence.input_ids),
         num_positions=sequence.num_positions,

@@ -1,7 +1,7 @@
-"""Prompts: from JSONL, Parquet or a dataset folder to one checked, split, deduplicated table.
+"""Prompt sources: JSONL, Parquet or dataset folders to one checked, split, deduplicated table.
 
 A row has `messages` (chat) or `text` (raw), and optionally `id`, `domain` and `reference`. A bad
-row stops the reading with file, line and reason; nothing is partly read.
+row ends the reading with an error that names file, line and reason; nothing is read in part.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ PROMPT_SCHEMA = pa.schema(
 
 
 def read_prompts(config: PromptsConfig) -> tuple[list[Prompt], dict[str, int]]:
-    """Reads all sources in order; exact duplicates are dropped, the first one stays.
+    """Reads all sources in order and drops exact duplicates; the first of equal prompts stays.
 
     Returns:
-        The prompts, and counts: `read`, `duplicates`, and the number kept of each split.
+        The prompts, and counts: `read`, `duplicates`, and the number of prompts in each split.
 
     Raises:
         PromptError: a file is missing or empty, a row is malformed, or one id names two different
@@ -62,14 +62,14 @@ def read_prompts(config: PromptsConfig) -> tuple[list[Prompt], dict[str, int]]:
             if prompt.prompt_id in kept:
                 raise PromptError(
                     f"{place}: id {prompt.prompt_id!r} already names another prompt at "
-                    f"{places[prompt.prompt_id]}"
+                    f"{places[prompt.prompt_id]}; give each prompt an id of its own"
                 )
             contents[content] = prompt.prompt_id
             kept[prompt.prompt_id], places[prompt.prompt_id] = prompt, place
         if absent := sorted(set(source.fields.values()) - columns):
             raise PromptError(
-                f"{source.path}: `fields` names {absent}, which no row has; the columns are "
-                f"{sorted(columns)}"
+                f"{source.path}: `fields` names {absent}, but no row has such a column; the "
+                f"columns are {sorted(columns)}"
             )
     counts.update(prompt.split for prompt in kept.values())
     return list(kept.values()), dict(counts)
@@ -84,10 +84,10 @@ def write_prompts(layout: Layout, prompts: list[Prompt]) -> str:
 
 
 def load_prompts(layout: Layout, digest: str) -> list[Prompt]:
-    """Reads a prompt table.
+    """Reads the prompt table of a digest.
 
     Raises:
-        StorageError: it is missing or corrupt.
+        StorageError: the table is missing or corrupt.
     """
     return [
         Prompt(
@@ -98,19 +98,19 @@ def load_prompts(layout: Layout, digest: str) -> list[Prompt]:
 
 
 def numbered_rows(path: str, limit: int | None = None) -> Iterator[tuple[str, Any]]:
-    """Yields `(place, row)` of a JSONL or Parquet file or a dataset folder.
+    """Reads the rows of a JSONL or Parquet file or a dataset folder.
 
     Args:
-        limit: only so many rows.
+        limit: largest number of rows to read.
 
     Yields:
-        A place, `file:line` or `file row N`, and the row as it stands there.
+        Place of the row, `file:line` or `file row N`, and the row itself.
 
     Raises:
-        PromptError: it is missing, empty or malformed.
+        PromptError: the source is missing, empty or malformed.
     """
     if not storage.exists(path):
-        raise PromptError(f"prompt source {path} does not exist")
+        raise PromptError(f"the prompt source {path} does not exist")
     rows: Iterator[tuple[str, Any]]
     if path.endswith(".jsonl"):
         rows = _jsonl_rows(path)
@@ -120,14 +120,14 @@ def numbered_rows(path: str, limit: int | None = None) -> Iterator[tuple[str, An
         )
     else:
         rows = _dataset_rows(path)
-    found = 0
+    num_rows = 0
     for place, row in rows:
-        if limit is not None and found >= limit:
+        if limit is not None and num_rows >= limit:
             break
-        found += 1
+        num_rows += 1
         yield place, row
-    if found == 0:
-        raise PromptError(f"prompt source {path} holds no rows")
+    if num_rows == 0:
+        raise PromptError(f"the prompt source {path} has no rows")
 
 
 def _jsonl_rows(path: str) -> Iterator[tuple[str, Any]]:
@@ -152,9 +152,9 @@ def _dataset_rows(path: str) -> Iterator[tuple[str, Any]]:
     if not storage.exists(storage.join(path, "dataset_info.json")):
         raise PromptError(
             f"{path} is not a .jsonl or .parquet file, nor a dataset folder written by "
-            "save_to_disk (of a dataset with several splits name one split's folder)"
+            "save_to_disk; if the dataset has several splits, name the folder of one split"
         )
-    import datasets  # slow to import, and needed by this kind of source alone
+    import datasets  # slow to import, and only this kind of source needs it
 
     for i, row in enumerate(datasets.load_from_disk(path)):
         yield f"{path} row {i}", row
@@ -172,16 +172,21 @@ def _parse(place: str, row: Any, source: PromptSource, config: PromptsConfig) ->
             if messages is not None
             else f"neither (fields: {', '.join(map(str, row)) or 'none'})"
         )
-        raise PromptError(f"{place}: exactly one of `messages` and `text` is needed, found {found}")
+        raise PromptError(
+            f"{place}: a row must have exactly one of `messages` and `text`, found {found}"
+        )
     if text is not None:
         text = _text(place, "text", text)
         text = source.template.replace("{text}", text) if source.template else text
     domain = values["domain"] if values["domain"] is not None else source.domain
     if domain is None:
-        raise PromptError(f"{place}: no `domain` in the row and none given for the source")
+        raise PromptError(
+            f"{place}: the row has no `domain`; add one, or give the source a `domain`"
+        )
     if not isinstance(domain, str) or not _is_name(domain):
         raise PromptError(
-            f"{place}: domain {domain!r} must be a name of letters, digits, '_', '.' and '-'"
+            f"{place}: domain {domain!r} must consist of letters, digits, '_', '.' and '-' and "
+            "begin with a letter or digit"
         )
     checked = _messages(place, messages, source) if messages is not None else None
     identifier = str(values["id"]) if values["id"] is not None else digest_json([checked, text])
@@ -197,33 +202,32 @@ def _parse(place: str, row: Any, source: PromptSource, config: PromptsConfig) ->
 
 
 def _refuse_misspelt_columns(place: str, row: dict[str, Any], source: PromptSource) -> None:
-    """Other columns are no error: data from elsewhere has many."""
+    """Refuses a row whose column is nearly one of ours; other columns are common and no error."""
     columns = {name: source.fields.get(name, name) for name in FIELDS}
     unused = [column for column in row if column not in columns.values()]
     for name, column in columns.items():
         close = difflib.get_close_matches(column, unused, n=1, cutoff=0.8)
         if column not in row and close and len(column) > len("id"):
             raise PromptError(
-                f"{place}: there is no {column!r}, but {close[0]!r}: rename it, or give the source "
-                f"`fields: {{{name}: {close[0]}}}`"
+                f"{place}: the row has no {column!r}, but {close[0]!r}: rename the column, or give "
+                f"the source `fields: {{{name}: {close[0]}}}`"
             )
 
 
 def _text(place: str, name: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise PromptError(f"{place}: `{name}` must be a text that is not empty, found {value!r}")
+        raise PromptError(f"{place}: `{name}` must be a non-empty text, found {value!r}")
     return value
 
 
 def _messages(place: str, messages: Any, source: PromptSource) -> tuple[dict[str, str], ...]:
     if source.template:
         raise PromptError(
-            f"{place}: the source has a `template`, which wraps `text`, but the row has `messages`"
+            f"{place}: the source has a `template`, which wraps `text`, but the row has "
+            "`messages`: remove the template, or give rows with `text`"
         )
     if not isinstance(messages, list) or not messages:
-        raise PromptError(
-            f"{place}: `messages` must be a list that is not empty, found {messages!r}"
-        )
+        raise PromptError(f"{place}: `messages` must be a non-empty list, found {messages!r}")
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or message.keys() != {"role", "content"}:
             raise PromptError(
@@ -237,7 +241,8 @@ def _messages(place: str, messages: Any, source: PromptSource) -> tuple[dict[str
         _text(place, f"messages[{i}].content", message["content"])
     if messages[-1]["role"] == "assistant":
         raise PromptError(
-            f"{place}: the last message is the assistant's; a prompt ends before the answer"
+            f"{place}: the last message has the role `assistant`, but a prompt ends before the "
+            "answer: remove that message"
         )
     return tuple(messages)
 

@@ -1,4 +1,4 @@
-"""What was dropped, and why: Parquet files for people to look at; nothing else reads them."""
+"""Rejected answers with the reason of each: Parquet files that only people read."""
 
 from __future__ import annotations
 
@@ -30,9 +30,12 @@ class Rejected:
     """One answer that is not trained on.
 
     Attributes:
-        reason: the filter; or `too_long`, `truncated`, `empty` before an answer becomes a sequence.
-        answer: None where none was asked for.
-        sequence_id: None where there is none.
+        reason: name of the filter that dropped the answer, or `too_long`, `truncated`, `empty` and
+            so on for a reply that never became a sequence.
+        detail: explanation for people.
+        authors: authors of the answer; the file calls them `generators`.
+        answer: text of the answer; None if no answer was asked for.
+        sequence_id: id of the sequence; None if the answer never became a sequence.
     """
 
     reason: str
@@ -40,7 +43,7 @@ class Rejected:
     prompt_id: str
     domain: str
     split: str
-    generators: tuple[str, ...]
+    authors: tuple[str, ...]
     prompt: str
     answer: str | None = None
     sequence_id: str | None = None
@@ -48,5 +51,5 @@ class Rejected:
 
 def write_rejected(path: str, rows: Sequence[Rejected]) -> None:
     """Writes one file of rejected answers."""
-    values = [asdict(row) | {"generators": list(row.generators)} for row in rows]
+    values = [asdict(row) | {"generators": list(row.authors)} for row in rows]
     storage.write_table(path, pa.Table.from_pylist(values, schema=REJECTED_SCHEMA))

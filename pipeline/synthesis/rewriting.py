@@ -1,16 +1,19 @@
-"""New prompts from old ones: what a teacher is asked, and what is made of its reply.
+"""New prompts from old ones: the requests to a teacher, and the prompts in its replies.
 
-Only train prompts of a single turn are rewritten. A template is a text file whose placeholders are
-replaced; the new prompt stands in the reply between `<prompt>` and `</prompt>`.
+Only train prompts with a single turn are rewritten. A request is a template, a text file, with its
+placeholders filled. The new prompt stands in the reply between `<prompt>` and `</prompt>`.
+
+A new recipe needs its model in `pipeline/config/synthesis.py` and a function in `REQUEST_MAKERS`.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline import storage
 from pipeline.config.filters import Judge
@@ -30,44 +33,40 @@ _REFUSAL = re.compile(
 
 
 @dataclass(frozen=True)
-class Request:
-    """One question to a teacher that writes prompts.
+class PromptRequest:
+    """One request to a teacher that writes prompts.
 
     Attributes:
-        asked: the filled template, in the source's form (chat or text).
-        source: the prompt that is rewritten, or the first of the seeds.
-        many: the reply may hold several prompts.
+        prompt: the filled template, as chat or raw text like `source`.
+        source: the prompt that is rewritten, or the first of the examples.
+        many: whether the reply may hold several new prompts.
     """
 
-    asked: Prompt
+    prompt: Prompt
     source: Prompt
     many: bool = False
 
 
 @dataclass(frozen=True)
-class Reply:
-    """What a reply is worth: new prompts, or the reason and detail why there are none."""
+class PromptReply:
+    """Content of a reply: new prompts, or the reason why it holds none.
+
+    Attributes:
+        texts: texts of the new prompts.
+        reason: name under which a useless reply is counted; None if there are new prompts.
+        detail: explanation of the reason for people.
+    """
 
     texts: tuple[str, ...] = ()
     reason: str | None = None
     detail: str = ""
 
 
-def template_paths(recipe: Writing) -> dict[str, str]:
-    """The template files of a recipe: those of the config, else the shipped ones."""
-    if isinstance(recipe, Evolve):
-        return {
-            way: recipe.templates.get(way) or str(SHIPPED / f"evolve_{way}.txt")
-            for way in recipe.ways
-        }
-    return {recipe.type: recipe.template or str(SHIPPED / f"{recipe.type}.txt")}
-
-
 def read_template(path: str, *placeholders: str) -> str:
-    """The text of a template.
+    """Text of a template.
 
     Raises:
-        ConfigError: it is missing, is no text, or lacks a placeholder.
+        ConfigError: the file is missing, is not UTF-8 text, or lacks a placeholder.
     """
     if not storage.exists(path):
         raise ConfigError(f"the template {path} does not exist")
@@ -82,96 +81,72 @@ def read_template(path: str, *placeholders: str) -> str:
 
 
 def fill(template: str, **values: str) -> str:
-    """A template with its placeholders replaced, all at once, so that values stay as they are."""
+    """Replaces all placeholders of a template at once, so that braces in values are left alone."""
     names = "|".join(map(re.escape, values))
     return re.sub(rf"\{{({names})\}}", lambda match: values[match[1]], template).strip()
 
 
 def templates_of(recipe: Writing) -> dict[str, str]:
-    """The texts of a recipe's templates.
+    """Texts of a recipe's templates by name.
 
     Raises:
         ConfigError: a template is missing or lacks its placeholder.
     """
-    needed = "examples" if isinstance(recipe, SelfInstruct) else "prompt"
-    return {name: read_template(path, needed) for name, path in template_paths(recipe).items()}
+    return {
+        file.name: read_template(file.own or str(SHIPPED / file.shipped), recipe.placeholder)
+        for file in recipe.template_files
+    }
 
 
 def rubric_of(rule: Judge) -> str:
-    """The text of a judge's rubric.
+    """Text of a judge's rubric.
 
     Raises:
-        ConfigError: it is missing or lacks a placeholder.
+        ConfigError: the rubric is missing or lacks a placeholder.
     """
     return read_template(rule.rubric or str(SHIPPED / "judge.txt"), "prompt", "answer")
 
 
-def make_requests(recipe: Writing, pool: Sequence[Prompt], seed: int) -> list[Request]:
-    """What a teacher is asked; the same pool and seed give the same requests.
+def make_requests(recipe: Writing, pool: Sequence[Prompt], seed: int) -> list[PromptRequest]:
+    """Requests of a recipe; the same pool and seed give the same requests.
 
     Args:
-        pool: prompts of all splits; those of the train split with one turn are used.
+        pool: prompts of all splits; only train prompts with one turn are used.
 
     Raises:
         ConfigError: a template is missing or lacks its placeholder, or a domain has too few prompts
-            to draw seeds from.
+            to draw examples from.
     """
     templates = templates_of(recipe)
     sources = [prompt for prompt in pool if prompt.split == "train" and _is_single_turn(prompt)]
-    if isinstance(recipe, SelfInstruct):
-        return _seeded(recipe, sources, templates[recipe.type], seed)
-    versions = recipe.versions if isinstance(recipe, Paraphrase) else 1
+    return REQUEST_MAKERS[recipe.type](recipe, sources, templates, seed)
+
+
+def _paraphrase(
+    recipe: Paraphrase, sources: Sequence[Prompt], templates: Mapping[str, str], seed: int
+) -> list[PromptRequest]:
     return [
-        Request(_asked(source, f"{name}-{k}", fill(template, prompt=source.words)), source)
+        _rewrite(source, f"{name}-{version}", template)
         for source in sources
         for name, template in templates.items()
-        for k in range(versions)
+        for version in range(recipe.versions)
     ]
 
 
-def read_reply(request: Request, text: str, finish_reason: str) -> Reply:
-    """Takes the new prompts out of a reply.
-
-    The reasons why there are none: `over_long` (the reply was cut), `empty`, `refusal`,
-    `malformed` (no tags, several prompts instead of one, nothing between them), `unchanged`.
-    """
-    if finish_reason == "content_filter":
-        return Reply(reason="refusal", detail="withheld by the endpoint's content filter")
-    if finish_reason != "stop":
-        return Reply(reason="over_long", detail=f"the reply ended by {finish_reason!r}")
-    said = text.rpartition("</think>")[2].strip()
-    if not said:
-        return Reply(reason="empty", detail="nothing but thoughts" if text.strip() else "")
-    found = [part.strip() for part in _TAGGED.findall(said)]
-    if _REFUSAL.match((found[0] if found else said).replace("\u2019", "'")):
-        return Reply(reason="refusal", detail=said)
-    if not found:
-        return Reply(reason="malformed", detail="no <prompt>…</prompt>")
-    if not all(found) or (len(found) > 1 and not request.many):
-        return Reply(reason="malformed", detail=f"{len(found)} prompts, {found.count('')} empty")
-    old = _plain(request.source.words)
-    new: dict[str, str] = {}
-    for part in found:
-        if _plain(part) != old:
-            new.setdefault(_plain(part), part)
-    if not new:
-        return Reply(reason="unchanged", detail="the prompt as it was")
-    return Reply(tuple(new.values()))
+def _evolve(
+    recipe: Evolve, sources: Sequence[Prompt], templates: Mapping[str, str], seed: int
+) -> list[PromptRequest]:
+    return [
+        _rewrite(source, f"{way}-0", template)
+        for source in sources
+        for way, template in templates.items()
+    ]
 
 
-def new_prompt(source: Prompt, text: str) -> Prompt:
-    """A written prompt: form, domain and system messages of its source; nobody knows its answer."""
-    messages = None
-    if source.messages is not None:
-        kept = tuple(m for m in source.messages if m["role"] == "system")
-        messages = (*kept, {"role": "user", "content": text})
-    raw = text if messages is None else None
-    return Prompt(digest_json([messages, raw]), source.domain, "train", messages, raw)
-
-
-def _seeded(
-    recipe: SelfInstruct, sources: Sequence[Prompt], template: str, seed: int
-) -> list[Request]:
+def _self_instruct(
+    recipe: SelfInstruct, sources: Sequence[Prompt], templates: Mapping[str, str], seed: int
+) -> list[PromptRequest]:
+    (template,) = templates.values()
     by_domain: dict[str, list[Prompt]] = {}
     for source in sources:
         by_domain.setdefault(source.domain, []).append(source)
@@ -179,19 +154,78 @@ def _seeded(
     for domain, members in by_domain.items():
         if len(members) < recipe.seeds_per_request:
             raise ConfigError(
-                f"self_instruct shows {recipe.seeds_per_request} seeds in each request, and domain "
-                f"{domain!r} has {len(members)} train prompts of one turn: lower seeds_per_request"
+                f"self_instruct shows {recipe.seeds_per_request} train prompts in each request, "
+                f"but domain {domain!r} has {len(members)} train prompts of one turn: lower "
+                "seeds_per_request"
             )
         for k in range(recipe.requests_per_domain):
             drawn = random.Random(f"{seed}/{domain}/{k}").sample(members, recipe.seeds_per_request)
-            shown = "\n\n".join(f"<prompt>{source.words}</prompt>" for source in drawn)
-            asked = _asked(drawn[0], f"{domain}-{k}", fill(template, examples=shown))
-            requests.append(Request(asked, drawn[0], many=True))
+            examples = "\n\n".join(f"<prompt>{source.words}</prompt>" for source in drawn)
+            prompt = _request_prompt(drawn[0], f"{domain}-{k}", fill(template, examples=examples))
+            requests.append(PromptRequest(prompt, drawn[0], many=True))
     return requests
 
 
-def _asked(source: Prompt, name: str, text: str) -> Prompt:
-    """The request to a teacher, in chat form where the source has it."""
+REQUEST_MAKERS: dict[
+    str, Callable[[Any, Sequence[Prompt], Mapping[str, str], int], list[PromptRequest]]
+] = {"paraphrase": _paraphrase, "evolve": _evolve, "self_instruct": _self_instruct}
+"""Functions by the type of a recipe. Each takes the recipe, the train prompts with one turn, the
+texts of its templates by name, and the config's seed."""
+
+
+def read_reply(request: PromptRequest, text: str, finish_reason: str) -> PromptReply:
+    """Takes the new prompts out of a reply.
+
+    A reply without new prompts has one of these reasons: `over_long` (the reply was cut), `empty`,
+    `refusal`, `malformed` (no tags, several prompts in place of one, or an empty prompt) or
+    `unchanged` (the source itself).
+    """
+    if finish_reason == "content_filter":
+        return PromptReply(reason="refusal", detail="withheld by the endpoint's content filter")
+    if finish_reason != "stop":
+        return PromptReply(reason="over_long", detail=f"the reply ended by {finish_reason!r}")
+    reply = text.rpartition("</think>")[2].strip()
+    if not reply:
+        detail = "the reply holds only thoughts" if text.strip() else ""
+        return PromptReply(reason="empty", detail=detail)
+    prompts = [part.strip() for part in _TAGGED.findall(reply)]
+    if _REFUSAL.match((prompts[0] if prompts else reply).replace("\u2019", "'")):
+        return PromptReply(reason="refusal", detail=reply)
+    if not prompts:
+        return PromptReply(reason="malformed", detail="no <prompt>…</prompt>")
+    if not all(prompts) or (len(prompts) > 1 and not request.many):
+        detail = f"{len(prompts)} prompts, {prompts.count('')} empty"
+        return PromptReply(reason="malformed", detail=detail)
+    source = _plain(request.source.words)
+    new: dict[str, str] = {}
+    for prompt in prompts:
+        if _plain(prompt) != source:
+            new.setdefault(_plain(prompt), prompt)
+    if not new:
+        return PromptReply(reason="unchanged", detail="the prompt is the same as before")
+    return PromptReply(tuple(new.values()))
+
+
+def new_prompt(source: Prompt, text: str) -> Prompt:
+    """Prompt with a new text, and the form, domain and system messages of its source.
+
+    It has no reference, since nobody knows the answer.
+    """
+    messages = None
+    if source.messages is not None:
+        system = tuple(message for message in source.messages if message["role"] == "system")
+        messages = (*system, {"role": "user", "content": text})
+    raw = text if messages is None else None
+    return Prompt(digest_json([messages, raw]), source.domain, "train", messages, raw)
+
+
+def _rewrite(source: Prompt, name: str, template: str) -> PromptRequest:
+    """Request to rewrite one prompt; `name` tells the requests about one source apart."""
+    return PromptRequest(_request_prompt(source, name, fill(template, prompt=source.words)), source)
+
+
+def _request_prompt(source: Prompt, name: str, text: str) -> Prompt:
+    """Prompt that holds a request: a chat message if the source is a chat, else raw text."""
     is_chat = source.messages is not None
     identifier = digest_bytes(source.digest.encode(), name.encode())
     messages = ({"role": "user", "content": text},) if is_chat else None

@@ -1,7 +1,8 @@
-"""The recipes of a config as steps: who does what with which prompts, from what is recorded so far.
+"""Recipes of a config as steps: one author's part in one recipe, with the prompts that it is asked.
 
-Recipes run in the config's order. Those that write prompts hand on a larger pool; those that answer
-read the pool as it is at their place. Nothing here asks a teacher.
+Recipes run in the config's order. A recipe that writes prompts hands on a larger pool of prompts; a
+recipe that answers reads the pool at its place. Everything follows from the answered shards written
+so far; nothing here asks a teacher.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from dataclasses import dataclass
 
 from pipeline.config.run import Config
 from pipeline.config.synthesis import (
-    DATASET_GENERATOR,
     Answer,
     Answering,
     Complete,
     GivenAnswers,
     Recipe,
     Writing,
+    authors_of,
     is_asked,
     is_by_student,
 )
@@ -25,77 +26,69 @@ from pipeline.fingerprint import digest_json
 from pipeline.layout import Layout
 from pipeline.records import Prompt
 from pipeline.synthesis.index import written_prompts
-from pipeline.synthesis.rewriting import Request, make_requests
+from pipeline.synthesis.rewriting import PromptRequest, make_requests
 
 
 @dataclass(frozen=True)
 class Step:
-    """One recipe for one generator.
+    """One recipe for one author.
 
     Attributes:
-        label: names its recipe and its counts; the generator's name where that is unique.
-        generator: a teacher, `student`, or `dataset`.
+        label: name of the step in counts and messages; the author's name if that is unique.
+        author: name of a teacher, `student`, or `dataset`.
     """
 
     label: str
     recipe: Recipe
-    generator: str
+    author: str
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a step asks.
+class StepWork:
+    """Prompts of one step.
 
     Attributes:
-        digest: of the step's recipe.
-        prompts: as they are asked.
-        pool: all prompts that stand at the step's place.
-        requests: of a step that writes prompts, one for each of `prompts`.
+        digest: digest of the step's identity, which names its folder of answered shards.
+        prompts: prompts in the form in which the step asks them.
+        pool: all prompts that have reached the step's place.
+        requests: the requests of a step that writes prompts, one for each of `prompts`.
     """
 
     step: Step
     digest: str
     prompts: list[Prompt]
     pool: list[Prompt]
-    requests: list[Request]
+    requests: list[PromptRequest]
 
 
 def steps_of(config: Config) -> list[Step]:
-    """The steps of the config's round, in the order of the recipes and of the teachers."""
+    """Steps of the config's round, in the order of the recipes and of the teachers."""
     steps: list[Step] = []
     for recipe in config.synthesis.recipes:
         if not isinstance(recipe, Writing) and not _is_in_round(config, recipe):
             continue
-        for generator in generators_of(config, recipe):
+        for author in authors_of(recipe, config.teachers):
             kind = "" if isinstance(recipe, Answer | GivenAnswers) else f"{recipe.type} by "
-            label = base = f"{kind}{generator}"
+            label = base = f"{kind}{author}"
             others, number = {step.label for step in steps}, 1
             while label in others:
                 number += 1
                 label = f"{base} ({number})"
-            steps.append(Step(label, recipe, generator))
+            steps.append(Step(label, recipe, author))
     return steps
-
-
-def generators_of(config: Config, recipe: Recipe) -> list[str]:
-    """Who works on a recipe."""
-    if isinstance(recipe, GivenAnswers):
-        return [DATASET_GENERATOR]
-    if isinstance(recipe, Writing):
-        return [recipe.teacher]
-    return config.generators_of(recipe)
 
 
 def walk(
     config: Config, layout: Layout, digests: Mapping[str, str], prompts: Sequence[Prompt]
-) -> Iterator[Work]:
-    """The work of each step, in order.
+) -> Iterator[StepWork]:
+    """Yields the work of each step in order.
 
-    The prompts that a step writes exist once its work has been done: run it before asking for the
-    next one.
+    The prompts that a step writes exist once its work is done: do it before taking the next step
+    from the iterator.
 
     Args:
-        digests: by the label of a step, the digest that names its folder of records.
+        digests: digest of each step's identity by the step's label.
+        prompts: the given prompts.
 
     Raises:
         ConfigError: a template cannot be used.
@@ -104,59 +97,62 @@ def walk(
     for step in steps_of(config):
         digest = digests[step.label]
         if not isinstance(step.recipe, Writing):
-            yield Work(step, digest, asked_of(config, step, pool), pool, [])
+            yield StepWork(step, digest, prompts_to_answer(config, step, pool), pool, [])
             continue
         requests = make_requests(step.recipe, pool, config.seed)
-        yield Work(step, digest, [request.asked for request in requests], pool, requests)
-        written = written_prompts(layout, digest, [request.asked for request in requests])
-        kept = handed_on(step.recipe, pool)
+        request_prompts = [request.prompt for request in requests]
+        yield StepWork(step, digest, request_prompts, pool, requests)
+        written = written_prompts(layout, digest, request_prompts)
         known = {digest_json([prompt.messages, prompt.text]) for prompt in pool}
         new = {p.prompt_id: p for p in written if p.prompt_id not in known}
-        pool = [*kept, *new.values()]
+        pool = [*handed_on(step.recipe, pool), *new.values()]
 
 
-def asked_of(config: Config, step: Step, pool: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts that a step has answered, as they are asked."""
+def prompts_to_answer(config: Config, step: Step, pool: Sequence[Prompt]) -> list[Prompt]:
+    """Prompts of a pool that a step answers, with the step's system prompt."""
     system = _system_prompt(step.recipe)
     return [prompt.under(system) for prompt in pool if _answers(config, step, prompt)]
 
 
 def handed_on(recipe: Writing, pool: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts that a recipe read and that stand at the next one's place, too."""
+    """Prompts that a recipe reads and hands on to the recipes behind it."""
     return [prompt for prompt in pool if recipe.keep_input or prompt.split != "train"]
 
 
-def all_prompts(work: Sequence[Work], prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Those given and those written, each once."""
-    found = {prompt.prompt_id: prompt for prompt in prompts}
-    for each in work:
-        for prompt in each.pool:
-            found.setdefault(prompt.prompt_id, prompt)
-    return list(found.values())
+def all_prompts(steps: Sequence[StepWork], prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Given and written prompts, each once."""
+    by_id = {prompt.prompt_id: prompt for prompt in prompts}
+    for work in steps:
+        for prompt in work.pool:
+            by_id.setdefault(prompt.prompt_id, prompt)
+    return list(by_id.values())
+
+
+def with_system_prompts(config: Config, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Prompts in every form that recipes or the evaluation ask: one for each system prompt."""
+    recipes = [recipe for recipe in config.synthesis.recipes if not isinstance(recipe, Writing)]
+    systems = dict.fromkeys([*map(_system_prompt, recipes), config.evaluation.system_prompt])
+    return [prompt.under(system) for system in systems for prompt in prompts]
 
 
 def _is_in_round(config: Config, recipe: Answering | GivenAnswers) -> bool:
-    """A student that writes nothing in a round may have no weights yet that could be served."""
+    """Whether a recipe has a step in the config's round.
+
+    A student that writes nothing in a round has none: it may not have weights yet to serve.
+    """
     return not is_by_student(recipe) or is_asked(recipe, "train", config.round)
 
 
 def _answers(config: Config, step: Step, prompt: Prompt) -> bool:
     recipe = step.recipe
-    assert not isinstance(recipe, Writing), "prompts are written from requests"
+    assert not isinstance(recipe, Writing), "prompts are written in reply to requests"
     if not is_asked(recipe, prompt.split, config.round):
         return False
     if isinstance(recipe, GivenAnswers):
         return prompt.reference is not None
     if isinstance(recipe, Complete) and prompt.text is None:
         return False
-    return recipe.by != "domain_teacher" or prompt.domain in config.teachers[step.generator].domains
-
-
-def as_asked(config: Config, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The given prompts in every form in which recipes or the evaluation have them answered."""
-    recipes = [r for r in config.synthesis.recipes if not isinstance(r, Writing)]
-    systems = dict.fromkeys([*map(_system_prompt, recipes), config.evaluation.system_prompt])
-    return [prompt.under(system) for system in systems for prompt in prompts]
+    return recipe.by != "domain_teacher" or prompt.domain in config.teachers[step.author].domains
 
 
 def _system_prompt(recipe: Recipe) -> str | None:

@@ -19,7 +19,13 @@ from pipeline.config.student import StudentConfig
 from pipeline.fingerprint import digest_bytes, sequence_id
 from pipeline.layout import Layout
 from pipeline.records import Prompt, TokenSequence
-from pipeline.synthesis.index import Outcome, new_prompts, shard_digest, write_record
+from pipeline.synthesis.answered_shards import (
+    AnsweredShard,
+    ShardReplies,
+    shard_digest,
+    write_answered_shard,
+)
+from pipeline.synthesis.index import new_prompts
 from teachers.pool.dispatch import ask_each
 from teachers.protocol import GeneratedAnswer, ItemsFailedError, Teacher
 from teachers.tokenizing import answer_text, prompt_ids, student_tokenizer
@@ -62,13 +68,13 @@ class SynthesisTask:
     def quarantine(self, error: str) -> None:
         """Records that the prompts cannot be answered, so that they are not asked again."""
         self._record(
-            Outcome(
+            ShardReplies(
                 counts={prompt.prompt_id: Counter(quarantined=1) for prompt in self.prompts},
                 errors={prompt.prompt_id: error for prompt in self.prompts},
             )
         )
 
-    async def run(self, teacher: Teacher) -> dict[str, Any]:
+    async def run(self, teacher: Teacher) -> AnsweredShard:
         """Asks the teacher for all answers and writes the shard.
 
         Returns:
@@ -82,7 +88,7 @@ class SynthesisTask:
         room = self._most_tokens - self.sampling["max_tokens"]
         fitting = [(prompt, ids) for prompt, ids in rendered if len(ids) <= room]
         answered, failed = await ask_each(fitting, lambda each: self._ask(teacher, *each))
-        outcome, who = Outcome(), self.generator
+        outcome, who = ShardReplies(), self.generator
         for prompt, ids in rendered:
             if len(ids) > room:
                 detail = f"a prompt of {len(ids)} tokens leaves no room for an answer"
@@ -117,10 +123,10 @@ class SynthesisTask:
         sampling = self.sampling | {"seed": self._seed(prompt)}
         return await teacher.generate(ids, sampling, self.samples_per_prompt, prompt)
 
-    def from_references(self) -> dict[str, Any]:
+    def from_references(self) -> AnsweredShard:
         """Takes the given references as answers; needs no engine."""
         tokenizer, tokenizer_digest = student_tokenizer(self.student.files)
-        outcome = Outcome()
+        outcome = ShardReplies()
         for prompt in self.prompts:
             assert prompt.reference is not None, "prompts without one are not asked"
             answer = tokenizer(_separated(prompt), add_special_tokens=False)["input_ids"] + [
@@ -135,8 +141,10 @@ class SynthesisTask:
                 outcome.keep(sequence)
         return self._record(outcome)
 
-    def _record(self, outcome: Outcome) -> dict[str, Any]:
-        return write_record(self.layout, self.recipe_digest, self.generator, self.prompts, outcome)
+    def _record(self, outcome: ShardReplies) -> AnsweredShard:
+        return write_answered_shard(
+            self.layout, self.recipe_digest, self.generator, self.prompts, outcome
+        )
 
     def _sequence(
         self,
@@ -154,7 +162,7 @@ class SynthesisTask:
             loss_spans=spans,
             prompt_id=prompt.prompt_id,
             domain=prompt.domain,
-            generators=(self.generator,),
+            authors=(self.generator,),
             finish_reason=finish_reason,
         )
 

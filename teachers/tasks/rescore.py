@@ -127,7 +127,7 @@ def row_difference(
     position_N = np.repeat(np.arange(stored.num_positions), stored.num_entries)
     is_same_NK = ids_PK[position_N] == stored.token_ids[:, None].astype(np.int64)
     column_N = np.where(is_same_NK.any(axis=1), is_same_NK.argmax(axis=1), -1)
-    head_N = stored.head_N
+    head_N = stored.is_exact_N
     kept_H = stored.logprobs.astype(np.float64)
     difference_H = kept_H - logprobs_PK[position_N[head_N], column_N[head_N]]
     difference_H = np.where(column_N[head_N] >= 0, np.abs(difference_H), difference_H.clip(0.0))

@@ -103,7 +103,7 @@ def test_full_kd_is_the_forward_kl_of_the_product_with_every_entry_kept() -> Non
             loss_spans=((start, length),),
             prompt_id="",
             domain="code",
-            generators=("dataset",),
+            authors=("dataset",),
             finish_reason="dataset",
         )
         for length, start in ((12, 5), (7, 1))

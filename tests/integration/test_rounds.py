@@ -66,7 +66,7 @@ def test_a_student_trains_on_what_it_writes(command: tuple[list[str], Path]) -> 
     rounds = [layout, layout.of_round(2)]
 
     first, second = map(entries_of, rounds)
-    written = [{e.generators for e in each if e.split == "train"} for each in (first, second)]
+    written = [{e.authors for e in each if e.split == "train"} for each in (first, second)]
     assert written == [{("words",)}, {("student",)}]
     held = [[e for e in each if e.split == "holdout"] for each in (first, second)]
     assert held[0] == held[1] and held[0]

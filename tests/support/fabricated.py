@@ -174,7 +174,7 @@ class FabricatedRun:
                     s.prompt_id,
                     domain,
                     "train",
-                    s.generators,
+                    s.authors,
                     shard,
                     len(s.input_ids),
                     s.num_positions,

@@ -115,7 +115,7 @@ def add_poison(material: Material) -> Material:
         loss_spans=spans,
         prompt_id="poison",
         domain=TEACHER,
-        generators=("dataset",),
+        authors=("dataset",),
         finish_reason="stop",
     )
     healthy = read_sequences(str(material.template / first[0].shard))

@@ -7,6 +7,7 @@ standard errors once in 1.7 million; the seeds are fixed, so a test that passes 
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ from pipeline.cache.manifest import publish
 from pipeline.cache.row_checks import check_row
 from pipeline.cache.selection import draw, draw_variance, probabilities, select
 from pipeline.cache.shard import read_shard, write_shard
+from pipeline.config.checks import check_draws
 from pipeline.config.load import load_config
-from pipeline.config.run import Config
+from pipeline.config.losses import ForwardKL, Loss, LossSection, ReverseKL, TeacherLoss
 from pipeline.config.scoring import HeadAndSampled, Sampled, ScoringConfig, Selection, TopP
 from pipeline.errors import CacheError, ConfigError
 from pipeline.fingerprint import digest_ids
@@ -395,37 +397,49 @@ def test_draws_are_accepted_where_they_are_unbiased() -> None:
     assert isinstance(config.scoring, ScoringConfig) and config.scoring.selection.max_entries == 8
 
 
-def _with_loss(**changes) -> Config:
-    """A config that has passed the checks of its parts with a loss that does not exist yet."""
+class InventedLater(TeacherLoss):
+    """A loss that does not exist yet and does not say whether it takes draws."""
+
+    type: Literal["invented_later"] = "invented_later"
+
+
+def _check_loss(loss: LossSection) -> None:
+    """Checks a config whose sections are valid and whose only loss is the given one."""
     config = load_config(QUICKSTART, [SAMPLED])
-    loss = config.training.losses[0]
-    changed = type("Later", (type(loss),), {"__annotations__": {"type": str, "temperature": float}})
-    losses = [changed.model_construct(**(loss.model_dump() | {"temperature": 1.0} | changes))]
-    training = config.training.model_copy(update={"losses": losses})
-    return config.model_copy(update={"training": training})
+    training = config.training.model_copy(update={"losses": [loss]})
+    check_draws(config.scoring, training, config.combine)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("loss", "message"),
     [
-        ({"type": "reverse_kl"}, r"only in losses linear .* 'reverse_kl' needs"),
-        ({"type": "invented_later"}, r"'invented_later' needs"),
-        ({"temperature": 2.0}, r"at temperature 1; 'forward_kl' at temperature 2"),
+        (ReverseKL(type="reverse_kl", weight=1), r"only in losses .* linear .* 'reverse_kl' needs"),
+        (InventedLater(weight=1), r"'invented_later' needs"),
+        (
+            ForwardKL(type="forward_kl", weight=1, temperature=2),
+            r"at temperature 1; 'forward_kl' at temperature 2",
+        ),
     ],
+    ids=["not linear", "invented later", "tempered"],
 )
-def test_losses_that_are_not_linear_are_refused(changes: dict, message: str) -> None:
-    assert _with_loss().draws_are_used_linearly()
+def test_losses_that_are_not_linear_are_refused(loss: LossSection, message: str) -> None:
+    _check_loss(ForwardKL(type="forward_kl", weight=1))
     with pytest.raises(ValueError, match=message):
-        _with_loss(**changes).draws_are_used_linearly()
+        _check_loss(loss)
+
+
+def test_every_loss_but_the_linear_ones_is_refused() -> None:
+    """The losses on hidden states take draws, since they do not use distributions at all."""
+    takes_draws = {kind.__name__ for kind in get_args(get_args(Loss)[0]) if kind.takes_draws}
+    assert takes_draws == {"ForwardKL", "CrossEntropy", "HiddenState", "Relation"}
 
 
 def test_combinations_that_are_not_sums_are_refused() -> None:
     config = load_config(QUICKSTART, [SAMPLED])
     product = config.combine.model_copy(update={"method": "product"})
-    with pytest.raises(ValueError, match=r"combine.method 'product' is none"):
-        config.model_copy(update={"combine": product}).draws_are_used_linearly()
-    kept = load_config(QUICKSTART).model_copy(update={"combine": product})
-    assert kept.draws_are_used_linearly() is kept
+    with pytest.raises(ValueError, match=r"combine.method 'product' is no sum"):
+        check_draws(config.scoring, config.training, product)
+    check_draws(load_config(QUICKSTART).scoring, config.training, product)
 
 
 def test_a_recipe_without_draws_is_refused_by_name() -> None:

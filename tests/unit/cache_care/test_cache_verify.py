@@ -314,7 +314,7 @@ def test_a_drawn_row_is_judged_by_gold_head_and_draws(rule: Selection) -> None:
         moved = row_difference(changed(row, "logprobs", 0, row.logprobs[0] + 0.25), captured, rows)
         assert moved.head_max == pytest.approx(0.25, abs=0.01)
     least = captured.token_ids[np.repeat(rows, row.num_entries), -1]
-    wrong = np.where(row.head_N, row.token_ids, least).astype(np.uint32)
+    wrong = np.where(row.is_exact_N, row.token_ids, least).astype(np.uint32)
     false = row_difference(replace(row, token_ids=wrong), captured, rows)
     assert false.excess <= 0 and false.surprise > SURPRISE and false.is_beyond(1.0)
 

@@ -61,7 +61,7 @@ def test_a_mixture_that_is_known_is_found():
 
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> FabricatedRun:
-    """Scored by stand-ins; every third sequence is of the validation split."""
+    """Run scored by stand-ins, in which every third sequence is in the validation split."""
     monkeypatch.setattr(score_module, "run_pools", FakePools())
     run = FabricatedRun(tmp_path, overrides=["combine={method: mixture, weights: {type: learned}}"])
     split_off(run, run.write_answers(0, 9))

@@ -38,7 +38,7 @@ def row_of(logs: np.ndarray, rule: TopK | TopP) -> SparseLogprobs:
 
 
 def weights_of(seed: int, num_teachers: int) -> np.ndarray:
-    """Some of them 0, but never all of a position."""
+    """Weights of which some are 0, but never all at one position."""
     generator = np.random.default_rng(seed)
     weights = generator.dirichlet(np.ones(num_teachers), POSITIONS).T
     weights[:, 0] = np.eye(num_teachers)[0]
@@ -46,7 +46,7 @@ def weights_of(seed: int, num_teachers: int) -> np.ndarray:
 
 
 def by_definition(combined: CombinedTargets) -> tuple[np.ndarray, list[set[int]]]:
-    """float64[P, V] of all ids, and the union of each position."""
+    """Product over all ids, float64[P, V], and the union of each position."""
     found, unions = np.zeros((POSITIONS, VOCABULARY)), []
     for j in range(POSITIONS):
         logs, union = np.zeros(VOCABULARY), set()
@@ -67,7 +67,7 @@ def by_definition(combined: CombinedTargets) -> tuple[np.ndarray, list[set[int]]
 
 
 def spread_out(product: ProductTargets) -> np.ndarray:
-    """float64[P, V], the tail evenly on the ids outside the union."""
+    """Product over all ids, float64[P, V], with tails spread evenly outside the union."""
     found = np.zeros((POSITIONS, VOCABULARY))
     start = 0
     for j, count in enumerate(product.num_entries):
@@ -134,7 +134,7 @@ def test_one_teacher_of_weight_1_is_the_identity():
 
 
 def test_teachers_that_are_sure_of_different_ids_have_a_product():
-    """Each gives the other's id a tail that float16 stores as 0: their product is even."""
+    """Each teacher's tail holds the other's id, and float16 stores it as 0: the product is even."""
     logs = np.full((2, POSITIONS, VOCABULARY), -40.0)
     logs[0, :, 3] = logs[1, :, 7] = 0.0
     rule = TopP(type="top_p", mass=0.5, max_entries=4)
@@ -148,7 +148,7 @@ def test_teachers_that_are_sure_of_different_ids_have_a_product():
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_losses_against_a_product_follow_the_reference(temperature):
-    """Beside a mixture in one batch, whose numbers are float16."""
+    """The product stands beside a mixture, whose numbers are float16, in one batch."""
     rule = TopP(type="top_p", mass=0.9, max_entries=6)
     weights = np.array([[0.75] * POSITIONS, [0.25] * POSITIONS], np.float32)
     combined = CombinedTargets(SEQUENCE, (row_of(dense(6), rule), row_of(dense(7), rule)), weights)

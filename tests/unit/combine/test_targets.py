@@ -3,20 +3,23 @@ order.
 """
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.combine.weights import combine_targets, required_teachers
+from pipeline.combine.weights import ROW_FIGURES, combine_targets, required_teachers
 from pipeline.config.combine import (
     ByDomainWeights,
     CombineConfig,
     ConfidenceWeights,
     GoldLikelihoodWeights,
     LearnedWeights,
+    SoftmaxWeights,
     StaticWeights,
+    Weights,
 )
 from pipeline.errors import CacheError, ConfigError
 from pipeline.records import SparseLogprobs, TokenSequence
@@ -79,6 +82,11 @@ def test_by_domain_uses_the_domain_and_refuses_an_unknown_one() -> None:
     assert required_teachers(config, ["a", "b"], "words") == {"b"}
     with pytest.raises(ConfigError, match="no weights for domain 'other'"):
         combine_targets(sequence("other"), (A, B), ["a", "b"], config)
+
+
+def test_every_weighting_by_softmax_has_a_figure() -> None:
+    kinds = [kind for kind in get_args(get_args(Weights)[0]) if issubclass(kind, SoftmaxWeights)]
+    assert {get_args(kind.model_fields["type"].annotation)[0] for kind in kinds} == set(ROW_FIGURES)
 
 
 def test_gold_likelihood_per_token_is_the_softmax() -> None:
@@ -146,15 +154,15 @@ def test_weights_sum_to_one_and_follow_the_teachers_order(
     np.testing.assert_allclose(again, weights[shuffled], rtol=1e-5, atol=1e-7)
 
 
-def test_route_takes_the_teacher_of_the_greatest_weight_by_token_or_by_sequence() -> None:
+def test_route_takes_the_teacher_with_the_largest_weight_by_token_or_by_sequence() -> None:
     by_token = combine_targets(sequence(), (A, B), ["a", "b"], routed(gold(1.0, "token")))
     np.testing.assert_array_equal(by_token.teacher_weights, [[1, 1, 0, 1], [0, 0, 1, 0]])
     by_sequence = combine_targets(sequence(), (A, B), ["a", "b"], routed(gold(1.0, "sequence")))
     np.testing.assert_array_equal(by_sequence.teacher_weights, [[1] * 4, [0] * 4])
-    # the greatest of those that have scored the sequence
+    # the largest weight among teachers that have scored the sequence
     alone = combine_targets(sequence(), (None, B), ["a", "b"], routed(static(a=3, b=1)))
     np.testing.assert_array_equal(alone.teacher_weights, [[0] * 4, [1] * 4])
-    # of equals the first by name, wherever it stands
+    # among equals the first by name, wherever it stands
     equal = combine_targets(sequence(), (A, A), ["z", "b"], routed(gold(1.0, "token")))
     np.testing.assert_array_equal(equal.teacher_weights, [[0] * 4, [1] * 4])
 
@@ -180,7 +188,7 @@ def test_a_teacher_that_lacks_the_sequence_weighs_nothing(config: CombineConfig)
 @pytest.mark.parametrize("config", [static(a=0, b=1), gold(1.0, "sequence")])
 def test_a_sequence_that_nobody_covers_is_an_error(config: CombineConfig) -> None:
     rows = (A, None) if isinstance(config.weights, StaticWeights) else (None, None)
-    with pytest.raises(CacheError, match="no teacher of positive weight has scored sequence s"):
+    with pytest.raises(CacheError, match="no teacher with a weight above 0 has scored sequence s"):
         combine_targets(sequence(), rows, ["a", "b"], config)
 
 

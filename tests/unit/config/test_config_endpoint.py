@@ -1,4 +1,4 @@
-"""Teachers behind endpoints in a config: what is read, what is refused and with which words."""
+"""Teachers behind endpoints in a config: settings that are read, and messages of refusals."""
 
 import json
 import re
@@ -98,7 +98,7 @@ def test_a_key_that_stands_in_the_config_is_not_repeated(wrong: str) -> None:
         ),
         (
             [WRITING, "combine.weights={type: static, teachers: {words: 1, third: 1}}"],
-            r"combine.weights.teachers weighs \['third'\], which do not score",
+            r"combine.weights.teachers gives a weight to \['third'\], which do not score",
         ),
         (
             [WRITING, "synthesis.filters=[{type: perplexity, teacher: third, max: 9}]"],
@@ -153,7 +153,7 @@ def test_a_teacher_that_only_writes_has_no_cache_and_no_weight() -> None:
         assert hidden_states_of("third") not in recipes
 
 
-def test_the_recipe_of_an_endpoint_is_its_identity_and_not_its_address() -> None:
+def test_the_cache_of_an_endpoint_depends_on_the_model_identity_and_not_on_the_address() -> None:
     identities = {"third": {"endpoint": "m at 1", "api": "vllm"}}
     recipe = cache_identities(load(SCORING), identities, "hash")["third"]
     assert recipe["model"] == identities["third"] and recipe["vllm"] == {}

@@ -1,4 +1,4 @@
-"""The list of losses in the config: names, and what is refused."""
+"""List of losses in the config: names, and settings that are refused."""
 
 import pytest
 from pydantic import ValidationError
@@ -75,7 +75,7 @@ def test_parameters_that_make_no_sense_are_refused(loss, said):
 
 def test_the_same_loss_twice_is_refused():
     twice = {"type": "jensen_shannon", "beta": 0.5}
-    with pytest.raises(ValidationError, match=r"jensen_shannon_beta_0\.5.*add up their weights"):
+    with pytest.raises(ValidationError, match=r"jensen_shannon_beta_0\.5.*add up the weights"):
         losses(twice, {"type": "cross_entropy"}, {**twice, "weight": 3.0})
 
 

@@ -8,7 +8,6 @@ import pytest
 
 from pipeline.config.base import Section
 from pipeline.config.load import dump_config, load_config
-from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -109,7 +108,7 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
 def test_a_file_that_may_not_be_read_is_told(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As root may read everything, the refusal is made here; `stat` fails in a closed folder."""
+    """The refusal is made here, since root may read everything; `stat` fails in a closed folder."""
 
     def refuse(self: Path, **_: object) -> None:
         raise PermissionError(13, "Permission denied", str(self))
@@ -122,11 +121,18 @@ def test_a_file_that_may_not_be_read_is_told(
     assert str(path) in str(e.value)
 
 
+def sections(base: type[Section]) -> list[type[Section]]:
+    """All sections of the config, at any depth of inheritance."""
+    direct = base.__subclasses__()
+    return [*direct, *(deeper for section in direct for deeper in sections(section))]
+
+
 def test_every_field_has_help() -> None:
+    assert len(sections(Section)) > 50
     without = [
         f"{section.__name__}.{name}"
-        for section in Section.__subclasses__()
+        for section in sections(Section)
         for name, field in section.model_fields.items()
-        if not field.description and name != "type" and section is not Config
+        if not field.description and name != "type"
     ]
     assert without == []

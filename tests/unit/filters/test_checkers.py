@@ -1,4 +1,4 @@
-"""Checkers: built in, and functions of the user."""
+"""Checkers: shipped ones, and functions of the user."""
 
 import logging
 from pathlib import Path

@@ -15,7 +15,7 @@ from pipeline.cache.reader import open_cache
 from pipeline.config.load import load_config
 from pipeline.config.rounds import layout_of
 from pipeline.config.run import Config
-from pipeline.config.synthesis import DATASET_GENERATOR
+from pipeline.config.synthesis import DATASET_AUTHOR
 from pipeline.errors import FilterError
 from pipeline.filters.run import filter_identity
 from pipeline.run.identities import scoring_identity, synthesis_identity
@@ -57,7 +57,7 @@ def prepared(config: Config) -> Run:
         [filter_identity(rule, config.prompts.checker) for rule in rules]
         for rules in (synthesis.filters_before_scoring, synthesis.filters_after_scoring)
     )
-    answers = synthesis_identity(config, synthesis.recipes[0], DATASET_GENERATOR, {}, "hash")
+    answers = synthesis_identity(config, synthesis.recipes[0], DATASET_AUTHOR, {}, "hash")
     found = Prepared(
         key="key",
         prompts_digest=write_prompts(layout, prompts),
@@ -66,7 +66,7 @@ def prepared(config: Config) -> Run:
         tokenizer_hash="hash",
         eos_token_id=1,
         cache_identities=recipes,
-        synthesis_identities={DATASET_GENERATOR: answers},
+        synthesis_identities={DATASET_AUTHOR: answers},
         student_identity={},
         filters_before_scoring=before,
         filters_after_scoring=after,
@@ -111,7 +111,7 @@ def test_another_filter_makes_another_dataset_and_asks_nobody_again(arguments: l
 def test_the_filters_of_the_quickstart_find_bad_answers(
     arguments: list[str], tmp_path: Path
 ) -> None:
-    """Given answers are their own references, and one prompt is the hold-out's but for a space."""
+    """Given answers equal their references; one prompt is a hold-out prompt with a space more."""
     holdout = (tmp_path / "holdout.jsonl").read_text().splitlines()
     with (tmp_path / "prompts.jsonl").open("a") as file:
         file.write(holdout[0].replace('"content": "', '"content": " ') + "\n")

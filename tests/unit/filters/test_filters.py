@@ -1,10 +1,10 @@
-"""Filters on good and bad answers, their counts, what they leave behind, and what is refused."""
+"""Filters on good and bad answers, their counts and files, and settings that are refused."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,7 +21,7 @@ from pipeline.errors import ConfigError, FilterError
 from pipeline.filters.answer_checkers import exact
 from pipeline.filters.candidates import Candidate, Evidence
 from pipeline.filters.likeness import jaccard, shingles_of
-from pipeline.filters.run import FILTERS, filter_identity, run_filters, summary
+from pipeline.filters.run import FILTERS, filter_identity, filter_summary, run_filters
 from pipeline.filters.text import script_of
 from pipeline.layout import Layout
 from pipeline.records import DatasetEntry, Prompt
@@ -60,6 +60,11 @@ def dropped(
     found = FILTERS[settings["type"]](rule(**settings), candidates, evidence or Evidence())
     assert all(found.values()), "every drop has a detail"
     return sorted(found)
+
+
+def test_every_filter_has_a_function() -> None:
+    kinds = get_args(get_args(Filter)[0])
+    assert {get_args(kind.model_fields["type"].annotation)[0] for kind in kinds} == set(FILTERS)
 
 
 def test_length_keeps_its_bounds() -> None:
@@ -119,7 +124,7 @@ def test_near_duplicates_are_found_and_others_stay() -> None:
 
 @given(st.lists(st.text("ab ", min_size=1, max_size=12), min_size=1, max_size=12))
 def test_no_two_kept_sequences_are_known_to_be_alike(answers: list[str]) -> None:
-    """MinHash may miss a pair, never drop without one: each drop is like a kept earlier one."""
+    """MinHash may miss a pair, but each dropped sequence is similar to an earlier kept one."""
     rows = [candidate(answer, of=str(i)) for i, answer in enumerate(answers)]
     settings = {"type": "near_duplicate", "of": "answer", "min_similarity": 0.7, "shingle": 2}
     gone = dropped(settings, rows)
@@ -184,7 +189,7 @@ def test_contamination_needs_the_columns_that_it_is_given(tmp_path: Path) -> Non
         "ngram": 6,
         "files": [{"path": str(path), "fields": ["q"]}],
     }
-    with pytest.raises(ConfigError, match=rf"{path}:1: .* looks for a text 'q'.*has question"):
+    with pytest.raises(ConfigError, match=rf"{path}:1: .* needs a text 'q'.*has question"):
         dropped(settings, [candidate("a")])
 
 
@@ -262,7 +267,7 @@ def test_balance_without_a_sequence_of_a_domain_says_what_was_dropped(tmp_path: 
     """The answers that it spares would be all that is trained on."""
     rows = [candidate("1"), candidate("far too long", domain="e"), candidate("1", split="holdout")]
     spared = candidate("2", of="b", number=1)
-    entry = replace(spared.entry, generators=("student",))
+    entry = replace(spared.entry, authors=("student",))
     rows.append(replace(spared, entry=entry))
     shares = rule(type="balance", shares={"d": 1.0, "e": 1.0}, spares=["student"])
     rules = [rule(type="length", max_tokens=3), shares]
@@ -308,7 +313,7 @@ def test_filters_run_in_order_and_keep_what_they_drop(tmp_path: Path) -> None:
             "examples": ["'2' against '1'"],
         },
     ]
-    assert summary(counts) == "length 1/4, checker 1/3"
+    assert filter_summary(counts) == "length 1/4, checker 1/3"
     (wrong,) = pq.read_table(layout.rejected("digest", "1-checker")).to_pylist()
     assert (wrong["reason"], wrong["prompt"], wrong["answer"], wrong["sequence_id"]) == (
         "checker",
@@ -356,14 +361,15 @@ def test_identity_follows_contents_and_not_paths(tmp_path: Path) -> None:
     [
         ("[{type: lenght, max_tokens: 3}]", "lenght"),
         ("[{type: length, max_token: 3}]", "did you mean 'max_tokens'"),
-        ("[{type: length}]", "a bound is missing"),
-        ("[{type: length, min_tokens: 9, max_tokens: 3}]", "nothing would be kept"),
-        ("[{type: perplexity, teacher: words, min: 9, max: 3}]", "nothing would be kept"),
+        ("[{type: length}]", "neither min_tokens nor max_tokens is given"),
+        ("[{type: length, min_tokens: 9, max_tokens: 3}]", "no answer would be kept"),
+        ("[{type: perplexity, teacher: words, min: 9, max: 3}]", "no answer would be kept"),
         ("[{type: perplexity, teacher: wrods, max: 3}]", "did you mean 'words'"),
         ("[{type: alphabet, scripts: [latn], min_share: 1}]", "latin"),
-        ("[{type: checker}, {type: checker}]", "stands there twice"),
-        ("[{type: agreement, by: number, min_share: 0.5}]", "there is one each"),
-        ("[{type: best_of, keep: 1, by: longest, teacher: words}]", "goes with by: likelihood"),
+        ("[{type: checker}, {type: checker}]", "stands twice in the list"),
+        ("[{type: agreement, by: number, min_share: 0.5}]", "every prompt has only one"),
+        ("[{type: best_of, keep: 1, by: longest, teacher: words}]", "set by: likelihood"),
+        ("[{type: best_of, keep: 1, by: likelihood}]", "by: likelihood needs `teacher`"),
         ("[{type: alphabet, scripts: [latin], min_share: 0}]", "greater than 0"),
         ("[{type: repetition, ngram: 2, max_share: 1}]", "less than 1"),
     ],
@@ -379,7 +385,7 @@ def test_a_choice_among_answers_needs_some() -> None:
     load_config(QUICKSTART, [f"synthesis.recipes=[{{type: dataset}}, {answer % 1}]", vote])
     best = "synthesis.filters=[{type: best_of, keep: 2, by: longest}]"
     load_config(QUICKSTART, [f"synthesis.recipes=[{answer % 3}]", best])
-    with pytest.raises(ConfigError, match="keeps 2 answers to a prompt, and there are at most 2"):
+    with pytest.raises(ConfigError, match="keeps 2 answers to a prompt, but there are at most 2"):
         load_config(QUICKSTART, [f"synthesis.recipes=[{answer % 2}]", best])
 
 

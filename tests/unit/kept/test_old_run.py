@@ -160,7 +160,7 @@ def contents_of(old: OldRun) -> dict[str, Any]:
     for entry in entries:
         sequence = reader.get(entry.sequence_id)
         assert sequence is not None
-        told = [entry.prompt_id, entry.domain, entry.split, list(entry.generators), entry.shard]
+        told = [entry.prompt_id, entry.domain, entry.split, list(entry.authors), entry.shard]
         ids = [sequence.input_ids.tolist(), [list(span) for span in sequence.loss_spans]]
         sequences[entry.sequence_id] = [*told, *ids, sequence.finish_reason]
     rows = {}

@@ -48,7 +48,7 @@ from pipeline.run.preparation import preparation_key
 from pipeline.run.prepared_run import Run
 from pipeline.run.training_spec import training_specs
 from pipeline.sequences import write_dataset, write_sequences
-from pipeline.synthesis.index import shard_digest
+from pipeline.synthesis.answered_shards import shard_digest
 from pipeline.synthesis.prompts import load_prompts
 from pipeline.synthesis.steps import walk
 from students.data.batches import DataOrder
@@ -113,9 +113,7 @@ def write_hand_made_dataset(layout: Layout) -> tuple[str, list[DatasetEntry]]:
             split = "holdout" if s.prompt_id == "p2" else "train"
             size = len(s.input_ids), s.num_positions
             entries.append(
-                DatasetEntry(
-                    s.sequence_id, s.prompt_id, s.domain, split, s.generators, shard, *size
-                )
+                DatasetEntry(s.sequence_id, s.prompt_id, s.domain, split, s.authors, shard, *size)
             )
     return write_dataset(layout, entries), entries
 

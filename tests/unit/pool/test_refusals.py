@@ -16,8 +16,8 @@ from pipeline.config.teachers import EndpointConfig
 from pipeline.errors import ConfigError, TeacherError
 from pipeline.layout import Layout
 from pipeline.records import Prompt
-from pipeline.synthesis.index import read_records
-from pipeline.synthesis.rewriting import Request
+from pipeline.synthesis.answered_shards import read_answered_shards
+from pipeline.synthesis.rewriting import PromptRequest
 from teachers.canary import CONTROL_MESSAGE
 from teachers.endpoint.teacher import EndpointTeacher
 from teachers.pool.dispatch import Dispatcher, PoolReport, ReplicaDied, Task
@@ -60,7 +60,7 @@ class EndpointReplica:
         await asyncio.sleep(0)
 
 
-def asked_of(server: Loopback) -> Counter[str]:
+def prompts_to_answer(server: Loopback) -> Counter[str]:
     """How often each prompt was asked."""
     return Counter(body["messages"][-1]["content"] for _, body, _ in server.requests)
 
@@ -82,7 +82,7 @@ class Tasks:
 
     def writing(self, names: Sequence[str]) -> list[WritingTask]:
         template = WritingTask(self.layout, "t", "recipe", (), self.student, self.sampling, 1)
-        requests = [Request(chat(name), chat(f"source of {name}")) for name in names]
+        requests = [PromptRequest(chat(name), chat(f"source of {name}")) for name in names]
         return plan_writing(template, requests, COUNT)
 
     def judging(self, names: Sequence[str]) -> list[JudgingTask]:
@@ -91,14 +91,14 @@ class Tasks:
 
     def finished(self) -> set[str]:
         """The prompts that have a record without an error."""
-        records = read_records(self.layout, "recipe")
-        found = [name for r in records for name in r["prompts"] if name not in r["errors"]]
+        shards = read_answered_shards(self.layout, "recipe")
+        found = [name for s in shards for name in s.prompts if name not in s.errors]
         assert len(found) == len(set(found)), "each is done once"
         return set(found)
 
     def errors(self) -> dict[str, str]:
-        records = read_records(self.layout, "recipe")
-        return {name: error for r in records for name, error in r["errors"].items()}
+        shards = read_answered_shards(self.layout, "recipe")
+        return {name: error for s in shards for name, error in s.errors.items()}
 
 
 def chat(name: str) -> Prompt:
@@ -135,7 +135,7 @@ def test_one_refused_prompt_costs_no_other_a_second_request(tasks: Tasks, kind: 
         tasks, todo, lambda text: REFUSED if text == NAMES[40] else chat_reply("4")
     )
     assert isinstance(report, PoolReport)
-    asked = asked_of(server)
+    asked = prompts_to_answer(server)
     assert {asked[name] for name in NAMES if name != NAMES[40]} == {1}
     assert asked[NAMES[40]] == 2 and asked[CONTROL] == 1 and asked.total() == COUNT + 2
     ((label, error),) = report.quarantined
@@ -158,7 +158,7 @@ def test_many_refusals_in_many_shards_are_no_sign_of_a_sick_server(tasks: Tasks)
         lambda text: REFUSED if text in refused else chat_reply("yes"),
     )
     assert isinstance(report, PoolReport)
-    asked = asked_of(server)
+    asked = prompts_to_answer(server)
     assert {asked[name] for name in refused} == {2}
     assert {asked[name] for name in NAMES if name not in refused} == {1}
     assert len(report.quarantined) == len(refused) and tasks.errors().keys() == refused
@@ -200,7 +200,7 @@ def test_when_all_prompts_of_a_shard_are_refused_they_are_told_apart_by_halves(
         tasks, tasks.synthesis(NAMES[:3]), lambda text: known.get(text, REFUSED)
     )
     assert isinstance(report, PoolReport) and tasks.errors().keys() == set(NAMES[:3])
-    assert max(asked_of(server).values()) <= 6
+    assert max(prompts_to_answer(server).values()) <= 6
 
 
 def test_the_error_that_says_which_items_failed_travels(tasks: Tasks) -> None:

@@ -75,10 +75,10 @@ def entries_of(config: Config, outcome: dict[str, Any]) -> list[DatasetEntry]:
 def test_teachers_answer_first_and_the_student_later(run: Run) -> None:
     first = in_round(run, 1, TEACHERS, STUDENT)
     assert first["asked"] == [("words", t) for t in ("first", "kept apart", "second")]
-    assert {entry.generators for entry in first["entries"]} == {("words",)}
+    assert {entry.authors for entry in first["entries"]} == {("words",)}
     second = in_round(run, 2, TEACHERS, STUDENT)
     assert second["asked"] == [("student", "first"), ("student", "second")]
-    written = {(entry.prompt_id, entry.split): entry.generators for entry in second["entries"]}
+    written = {(entry.prompt_id, entry.split): entry.authors for entry in second["entries"]}
     assert written == {
         ("first", "train"): ("student",),
         ("second", "train"): ("student",),
@@ -95,7 +95,7 @@ def test_teachers_and_student_may_both_be_trained_on(run: Run) -> None:
     run.engines.reply = lambda text, sample: (f"another {sample}", "stop")
     second = in_round(run, 2, *both)
     assert {who for who, _ in second["asked"]} == {"student"}
-    trained = [entry.generators for entry in second["entries"] if entry.split == "train"]
+    trained = [entry.authors for entry in second["entries"] if entry.split == "train"]
     assert trained.count(("words",)) == 2 and trained.count(("student",)) == 6
 
 
@@ -146,7 +146,7 @@ def test_filters_spare_whom_they_are_told_to(run: Run) -> None:
     assert outcome["filters"][0]["seen"] == 1, "an equal answer of the student is the student's"
     assert outcome["filters"][0]["dropped"] == 0
     (both_wrote,) = [e for e in outcome["entries"] if e.prompt_id == "second"]
-    assert both_wrote.generators == ("words", "student")
+    assert both_wrote.authors == ("words", "student")
     strict = in_round(run, 2, *both, filters=[length])
     assert strict["filters"][0]["dropped"] == 1 and strict["asked"] == []
 
@@ -159,8 +159,8 @@ def test_a_round_is_a_run_below_the_run_that_starts_from_the_one_before(tmp_path
     assert layout_of(third).run_folder == f"{tmp_path}/runs/quickstart/rounds/3"
     assert second.student.initial_weights == f"{tmp_path}/runs/quickstart/export/student"
     assert third.student.initial_weights == layout_of(second).export_folder("student")
-    assert third.generator("student").model == third.student.initial_weights
-    assert third.generator("words") == third.teachers["words"]
+    assert third.author("student").model == third.student.initial_weights
+    assert third.author("words") == third.teachers["words"]
     path = tmp_path / "third.yaml"
     path.write_text(dump_config(third))
     assert load_config(path) == third, "what a job gets is the same round"
@@ -191,7 +191,7 @@ def test_rounds_change_nothing_of_the_first_one(tmp_path: Path) -> None:
         ([*TWO_ROUNDS, "synthesis.recipes.1.train_rounds=none"], "in round 2 of 2"),
         ([*TWO_ROUNDS, "synthesis.recipes.1.train_rounds=all"], "random weights"),
         ([*TWO_ROUNDS, "synthesis.recipes.0.train_rounds=later"], "in round 1 of 2"),
-        ([*TWO_ROUNDS, "synthesis.recipes.0.by=student"], "nobody answers those of the hold-out"),
+        ([*TWO_ROUNDS, "synthesis.recipes.0.by=student"], "nobody answers the hold-out prompts"),
         ([*TWO_ROUNDS, "synthesis.recipes.1.by=studnt"], "did you mean 'student'"),
         ([*TWO_ROUNDS, "synthesis.filters.0.spares=[studnt]"], "did you mean 'student'"),
         ([*TWO_ROUNDS, "synthesis.recipes.1.train_rounds=second"], "'all', 'first', 'later'"),
@@ -209,7 +209,7 @@ def test_a_pretrained_student_may_write_from_the_first_round() -> None:
     always = "synthesis.recipes.1.train_rounds=all"
     teachers_never = "synthesis.recipes.0.train_rounds=none"
     config = quickstart(RECIPES, "student.replicas=3", pretrained, always, teachers_never)
-    served = config.generator("student")
+    served = config.author("student")
     assert served.model == str(QUICKSTART / "student") and served.replicas == 3
     assert preparation_key(config) == preparation_key(
         quickstart(RECIPES, pretrained, always, teachers_never)
@@ -311,7 +311,7 @@ def test_the_report_has_a_row_for_each_round(fabricated: list[FabricatedRun]) ->
     for number, each in enumerate(fabricated, start=1):
         entries = each.entries()
         for i in range(by_student * (number - 1)):
-            entries[i] = replace(entries[i], generators=("words", "student"))
+            entries[i] = replace(entries[i], authors=("words", "student"))
         dataset = write_dataset(each.layout, entries)
         storage.write_json(each.layout.stage_record("score"), {"dataset": dataset, "seconds": 2.5})
         trained = {"steps": 10 * number, "tokens": 100, "seconds": 1.0, "final": {}}

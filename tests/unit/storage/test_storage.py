@@ -1,4 +1,4 @@
-"""Storage: an object store is used like a folder, and what goes wrong is one message for a user."""
+"""Storage: an object store is used like a folder, and each failure is one message for users."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from pipeline.errors import StorageError
 
 @pytest.fixture
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A root behind pyarrow's interface that is no local file system to us."""
+    """Storage root behind pyarrow's interface that this project does not treat as a local disk."""
     (tmp_path / "bucket/run").mkdir(parents=True)
     filesystem = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
     monkeypatch.setattr(
@@ -51,7 +51,7 @@ def test_a_store_that_refuses_is_named(bucket: str, monkeypatch: pytest.MonkeyPa
 
 
 class Failing:
-    """A file system that breaks off, so many times, and remembers what was done to its streams."""
+    """File system that fails a given number of times and remembers what was done to its streams."""
 
     def __init__(self, failures: int, message: str) -> None:
         self.failures, self.message = failures, message

@@ -1,5 +1,7 @@
-"""Recipes and a judge by a text API on loopback that replays what instruction-tuned models say:
-which prompts are sent, what is made of good, bad and withheld replies, and that the key is nowhere.
+"""Recipes and a judge with a text API on loopback that replays replies of instruction-tuned models.
+
+The tests check the prompts that are sent, the use of good, bad and withheld replies, and that the
+key is written nowhere.
 """
 
 import json
@@ -110,7 +112,7 @@ class Run:
         return sorted(found)
 
     def asked(self) -> list[str]:
-        """The user's words of every request."""
+        """Text of the user message in every request."""
         return [body["messages"][-1]["content"] for _, body, _ in self.server.requests]
 
     def rejected(self) -> list[Block]:

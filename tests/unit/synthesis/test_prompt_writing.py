@@ -1,15 +1,23 @@
-"""What teachers are asked for new prompts, and what is made of good, bad and useless replies."""
+"""Requests for new prompts, and the use of good, bad and useless replies."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import TypeAdapter
 
-from pipeline.config.synthesis import Recipe
+from pipeline.config.synthesis import Recipe, Writing
 from pipeline.errors import ConfigError
 from pipeline.records import Prompt
-from pipeline.synthesis.rewriting import Request, fill, make_requests, new_prompt, read_reply
+from pipeline.synthesis.rewriting import (
+    REQUEST_MAKERS,
+    PromptRequest,
+    fill,
+    make_requests,
+    new_prompt,
+    read_reply,
+    templates_of,
+)
 from tests.support.replies import BAD_REPLIES, GOOD_REPLIES
 
 PARSER: TypeAdapter[Any] = TypeAdapter(Recipe)
@@ -26,24 +34,24 @@ def chat(text: str, **others: Any) -> Prompt:
     return Prompt(messages=({"role": "user", "content": text},), **values)
 
 
-def request(many: bool = False) -> Request:
-    return Request(chat("asked"), chat(OLD), many)
+def request(many: bool = False) -> PromptRequest:
+    return PromptRequest(chat("asked"), chat(OLD), many)
 
 
 def test_requests_show_the_prompt_and_forbid_the_answer() -> None:
     pool = [chat(OLD), chat("hidden", split="holdout"), chat("unseen", split="validation")]
     (first, second) = make_requests(recipe(type="paraphrase", versions=2), pool, 1)
     assert first.source == second.source == pool[0]
-    assert first.asked.prompt_id != second.asked.prompt_id, "two versions are two requests"
-    assert first.asked.messages == second.asked.messages and first.asked.split == "train"
-    asked = first.asked.words
+    assert first.prompt.prompt_id != second.prompt.prompt_id, "two versions are two requests"
+    assert first.prompt.messages == second.prompt.messages and first.prompt.split == "train"
+    asked = first.prompt.words
     assert OLD in asked and "{prompt}" not in asked and "Do not answer it" in asked
     assert "<prompt>" in asked
 
 
 def test_each_way_of_evolving_asks_for_something_else() -> None:
     evolve = recipe(type="evolve", ways=["deeper", "broader", "constraints"])
-    texts = [each.asked.words for each in make_requests(evolve, [chat(OLD)], 1)]
+    texts = [each.prompt.words for each in make_requests(evolve, [chat(OLD)], 1)]
     assert "harder" in texts[0] and "rarer" in texts[1] and "demands" in texts[2]
     assert all(OLD in text for text in texts)
 
@@ -54,8 +62,8 @@ def test_self_instruct_draws_seeds_of_one_domain_by_the_seed() -> None:
     requests = make_requests(settings, pool, 1)
     assert len(requests) == 6 and all(each.many for each in requests)
     for each in requests:
-        shown = [p for p in pool if f"<prompt>{p.words}</prompt>" in each.asked.words]
-        assert len(shown) == 4 and {p.domain for p in shown} == {each.asked.domain}
+        shown = [p for p in pool if f"<prompt>{p.words}</prompt>" in each.prompt.words]
+        assert len(shown) == 4 and {p.domain for p in shown} == {each.prompt.domain}
     assert make_requests(settings, pool, 1) == requests != make_requests(settings, pool, 2)
     with pytest.raises(ConfigError, match="domain 'd' has 3 train prompts"):
         make_requests(settings, pool[:6], 1)
@@ -66,7 +74,7 @@ def test_a_template_is_a_file_of_the_user(tmp_path: Path) -> None:
     path.write_text("Anders bitte: {prompt}\n")
     settings = recipe(type="paraphrase", template=str(path))
     (only,) = make_requests(settings, [chat("{prompt} and {examples}")], 1)
-    assert only.asked.words == "Anders bitte: {prompt} and {examples}"
+    assert only.prompt.words == "Anders bitte: {prompt} and {examples}"
     path.write_text("no place for it")
     with pytest.raises(ConfigError, match=rf"{path} must hold {{prompt}}"):
         make_requests(settings, [chat(OLD)], 1)
@@ -75,6 +83,21 @@ def test_a_template_is_a_file_of_the_user(tmp_path: Path) -> None:
     path.write_bytes(b"caf\xe9 {prompt}")  # as Latin-1
     with pytest.raises(ConfigError, match=rf"{path} is not UTF-8"):
         make_requests(recipe(type="paraphrase", template=str(path)), [chat(OLD)], 1)
+
+
+def test_every_recipe_that_writes_has_a_function_and_shipped_templates() -> None:
+    kinds = [kind for kind in get_args(get_args(Recipe)[0]) if issubclass(kind, Writing)]
+    assert {get_args(kind.model_fields["type"].annotation)[0] for kind in kinds} == set(
+        REQUEST_MAKERS
+    )
+    settings = {
+        "paraphrase": {},
+        "evolve": {"ways": ["deeper", "broader", "constraints"]},
+        "self_instruct": {"requests_per_domain": 1, "seeds_per_request": 1},
+    }
+    for name in REQUEST_MAKERS:
+        templates = templates_of(recipe(type=name, **settings[name]))
+        assert templates and all("<prompt>" in text for text in templates.values())
 
 
 def test_values_are_never_read_as_templates() -> None:

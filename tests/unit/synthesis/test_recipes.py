@@ -1,5 +1,6 @@
-"""Recipes through the synthesize stage, with a teacher that replays replies: what is asked, what is
-made of the replies, and what a second run still asks.
+"""Recipes through the synthesize stage, with a teacher that replays replies.
+
+The tests check what is asked, what becomes of the replies, and what a second run still asks.
 """
 
 import asyncio
@@ -30,7 +31,7 @@ from pipeline.run.preparation import Prepared, preparation_key, save_prepared
 from pipeline.sequences import SequenceReader, read_dataset
 from pipeline.synthesis.index import new_prompts
 from pipeline.synthesis.prompts import write_prompts
-from pipeline.synthesis.steps import as_asked, steps_of, walk
+from pipeline.synthesis.steps import steps_of, walk, with_system_prompts
 from teachers.pool.dispatch import PoolReport
 from teachers.protocol import GeneratedAnswer
 from teachers.tasks.answer import SynthesisTask
@@ -51,7 +52,7 @@ EVOLVE = {
 
 @dataclass
 class Engines:
-    """Stands for `run_pools`: every request goes to a function of its text, and is kept.
+    """Stand-in for `run_pools` that passes every request to a function of its text and keeps it.
 
     Attributes:
         reply: of the request's text and the sample's number: text and finish reason.
@@ -62,13 +63,13 @@ class Engines:
     reply: Callable[[str, int], Reply]
     asked: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
 
-    def __call__(self, jobs: Sequence[Any]) -> dict[str, PoolReport]:
+    def __call__(self, works: Sequence[Any]) -> dict[str, PoolReport]:
         reports = {}
-        for job in jobs:
-            report = PoolReport()
-            report.results = [asyncio.run(task.run(_Engine(self, job.name))) for task in job.tasks]
-            report.engines = [{}] if job.tasks else []
-            reports[job.name] = report
+        for work in works:
+            report, engine = PoolReport(), _Engine(self, work.name)
+            report.results = [asyncio.run(task.run(engine)) for task in work.tasks]
+            report.engines = [{}] if work.tasks else []
+            reports[work.name] = report
         return reports
 
 
@@ -94,7 +95,7 @@ class _Engine:
 
 @dataclass
 class Run:
-    """A root with prompts of its own, whose engines are replayed."""
+    """Storage root with prompts of its own, whose engines are replayed."""
 
     root: Path
     prompts: list[Prompt]
@@ -146,7 +147,7 @@ class Run:
         return synthesize(self.prepared(config)).model_dump()
 
     def texts(self, outcome: dict[str, Any]) -> dict[str, list[str]]:
-        """Of each prompt, the texts of the sequences that were kept."""
+        """Texts of the kept sequences of each prompt."""
         layout = layout_of(self.config([ANSWER]))
         entries = read_dataset(layout, outcome["dataset"])
         reader, found = SequenceReader(layout, entries), {}
@@ -168,7 +169,7 @@ def chat(text: str, **others: Any) -> Prompt:
 
 
 def scripted(table: dict[str, Reply]) -> Callable[[str, int], Reply]:
-    """The reply to the longest key that stands in the request; else an answer of its own."""
+    """Replies with the entry of the longest key that stands in the request, else with an answer."""
 
     def reply(text: str, sample: int) -> Reply:
         found = [key for key in table if key in text]
@@ -246,7 +247,7 @@ def test_the_output_of_one_recipe_is_the_input_of_the_next(run: Run) -> None:
 
 
 def test_recipes_in_another_order_reuse_what_is_written(run: Run) -> None:
-    """An answer belongs to its prompt and its recipe, and to no place in a list."""
+    """An answer belongs to its prompt and its recipe; the place in the list does not matter."""
     run.engines.reply = scripted({"Request:\n": ("<prompt>harder</prompt>", "stop")})
     run.synthesize([ANSWER])
     run.synthesize([EVOLVE, ANSWER])
@@ -362,7 +363,7 @@ def test_an_answer_that_is_too_long_for_the_judge_is_graded_once_it_fits(run: Ru
 
 
 def with_engine(config: Config, max_model_len: int) -> Config:
-    """The config with an engine of the teacher of words that holds so much."""
+    """Config in which the engine of the teacher `words` holds that many tokens."""
     engine = {"max_model_len": max_model_len}
     words = config.teachers["words"].model_copy(update={"vllm": engine})
     return config.model_copy(update={"teachers": {**config.teachers, "words": words}})
@@ -373,15 +374,15 @@ def test_what_was_quarantined_is_asked_again_when_that_is_wanted(
 ) -> None:
     judge = {"type": "judge", "teacher": "arithmetic", "min_grade": 4}
 
-    def failing(jobs: Sequence[Any]) -> dict[str, PoolReport]:
-        """Sets aside what is asked about the second prompt, but for its answer."""
-        for job in jobs:
-            for task in job.tasks:
+    def failing(works: Sequence[Any]) -> dict[str, PoolReport]:
+        """Quarantines everything that is asked about the second prompt, except its answer."""
+        for work in works:
+            for task in work.tasks:
                 if "second" in str(task) and not isinstance(task, SynthesisTask):
                     task.quarantine("the engine died")
                 else:
-                    asyncio.run(task.run(_Engine(run.engines, job.name)))
-        return {job.name: PoolReport() for job in jobs}
+                    asyncio.run(task.run(_Engine(run.engines, work.name)))
+        return {work.name: PoolReport() for work in works}
 
     run.engines.reply = lambda text, sample: (
         ("5", "length")
@@ -418,7 +419,7 @@ def test_what_was_quarantined_is_asked_again_when_that_is_wanted(
 
 
 def test_a_vote_counts_the_samples_of_one_teacher_in_two_recipes(run: Run) -> None:
-    """Four of its seven samples say 7; in the warmer recipe alone 8 would win."""
+    """Four of the seven samples say 7; in the warmer recipe alone 8 would win."""
     said = {0.1: ["7", "7"], 1.0: ["7", "8", "8", "8", "7"]}
     cold = ANSWER | {"samples_per_prompt": 2, "sampling": {"max_tokens": 50, "temperature": 0.1}}
     warm = cold | {"samples_per_prompt": 5, "sampling": {"max_tokens": 50, "temperature": 1.0}}
@@ -441,7 +442,7 @@ def test_steps_have_names_of_their_own(run: Run) -> None:
 
 
 def test_what_was_written_is_asked_in_the_same_words_after_a_restart(run: Run) -> None:
-    """The pool is read back from the records: nothing but the prompts' order may decide."""
+    """The pool is read back from the answered shards, and only the order of prompts may decide."""
     run.engines.reply = scripted({"Request:\n": ("<prompt>häßlich \n zwei</prompt>", "stop")})
     run.synthesize([EVOLVE, ANSWER])
     config = run.config([EVOLVE, ANSWER])
@@ -452,8 +453,8 @@ def test_what_was_written_is_asked_in_the_same_words_after_a_restart(run: Run) -
     assert isinstance(last.prompts[-1].messages, tuple)
 
 
-def test_records_name_what_they_need(run: Run) -> None:
-    """Every shard that a record names exists, and every rejected reply has a record."""
+def test_answered_shards_name_what_they_need(run: Run) -> None:
+    """Every named sequence shard exists, and every rejected reply has an answered shard."""
     run.engines.reply = scripted({"Request:\n": ("no tags", "stop")})
     run.synthesize([EVOLVE, ANSWER])
     root = run.root / "out"
@@ -468,13 +469,13 @@ def test_records_name_what_they_need(run: Run) -> None:
     ("recipes", "message"),
     [
         ([EVOLVE], "the last recipe, evolve, writes prompts that nobody answers"),
-        ([ANSWER, ANSWER], "stands there twice"),
+        ([ANSWER, ANSWER], "stands twice in the list"),
         ([ANSWER | {"by": "wrods"}], "did you mean 'words'"),
         ([EVOLVE | {"teacher": "wrods"}, ANSWER], "did you mean 'words'"),
         ([ANSWER | {"sampling_of": {"wrods": {}}}], "did you mean 'words'"),
         (
             [ANSWER | {"sampling_of": {"arithmetic": {}}}],
-            "who does not write in it: it is by words",
+            r"does not write there, since the recipe is by words",
         ),
         ([EVOLVE | {"templates": {"broader": "/none.txt"}}, ANSWER], "not among its ways"),
         ([{"type": "anwser"}], "anwser"),
@@ -522,9 +523,9 @@ def test_where_answers_have_a_system_prompt_the_evaluation_says_whether_it_has_o
         {"role": "system", "content": "Be brief. "},
         {"role": "user", "content": "kept apart"},
     )
-    forms = as_asked(plain, run.prompts)
+    forms = with_system_prompts(plain, run.prompts)
     assert len(forms) == 8 and forms[3] == asked, "each is looked at before an engine sees it"
-    assert as_asked(alike, run.prompts) == forms[:4]
+    assert with_system_prompts(alike, run.prompts) == forms[:4]
     raw = [*run.prompts, Prompt("raw", "words", "train", text="Once")]
     only_evaluated = {"evaluation": sampling | {"system_prompt": "Be brief."}}
     with pytest.raises(ConfigError, match=r"evaluation.system_prompt, and 1 prompts are raw"):

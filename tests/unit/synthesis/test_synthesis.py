@@ -1,6 +1,4 @@
-"""Synthesis with a scripted teacher: what is kept, dropped and counted; what a second run still has
-to do.
-"""
+"""Synthesis with a scripted teacher: kept and dropped answers, counts, work of later runs."""
 
 import asyncio
 from dataclasses import replace
@@ -15,14 +13,15 @@ from pipeline.config.student import StudentConfig
 from pipeline.layout import Layout
 from pipeline.records import Prompt
 from pipeline.sequences import read_sequences
-from pipeline.synthesis.index import answer_counts, build_dataset, read_records, sample_counts
+from pipeline.synthesis.answered_shards import AnsweredShard, read_answered_shards
+from pipeline.synthesis.index import answer_counts, build_dataset, sample_counts
 from teachers.protocol import GeneratedAnswer
 from teachers.tasks.answer import SynthesisTask, plan_synthesis
 from tests.support.tokenizers_for_tests import save_tokenizer
 
 
 class ScriptedTeacher:
-    """Answers from a table by prompt text; `…` at the end means that the answer was cut."""
+    """Teacher that answers from a table by prompt text; a final `…` means a cut answer."""
 
     def __init__(self, tokenizer: Any, answers: dict[str, list[str]]) -> None:
         self._tokenizer, self._answers = tokenizer, answers
@@ -64,7 +63,7 @@ def prompts(*rows: tuple[str, str, str | None]) -> list[Prompt]:
     ]
 
 
-def run(task: SynthesisTask, answers: dict[str, list[str]]) -> dict[str, Any]:
+def run(task: SynthesisTask, answers: dict[str, list[str]]) -> AnsweredShard:
     tokenizer = save_tokenizer(Path(task.student.model))
     return asyncio.run(task.run(ScriptedTeacher(tokenizer, answers)))
 
@@ -81,9 +80,9 @@ def test_what_is_empty_cut_or_double_is_dropped_and_counted(template: SynthesisT
         "truncated": 1,
         "generated_tokens": 3 * 2 + 1 + 3 + 2,
     }
-    first, wrong, third = read_sequences(storage.join(template.layout.root, record["shard"]))
+    first, wrong, third = read_sequences(storage.join(template.layout.root, record.shard))
     assert first.loss_spans == ((4, 6),) and first.gold_ids[-1] == 1
-    assert third.generators == ("t",) and third.num_positions == 2
+    assert third.authors == ("t",) and third.num_positions == 2
     assert sample_counts(template.layout, [("recipe", rows)]) == {
         ("id-1+1=", first.sequence_id): 2,
         ("id-1+1=", wrong.sequence_id): 1,
@@ -122,7 +121,7 @@ def test_only_new_prompts_are_planned_and_grouped_by_domain(template: SynthesisT
 def test_a_lost_sequence_shard_is_asked_again(template: SynthesisTask) -> None:
     rows = prompts(("a", "x", "1"))
     record = run(plan_synthesis(template, rows, 9)[0], {"a": ["1"] * 3})
-    Path(template.layout.root, record["shard"]).unlink()
+    Path(template.layout.root, record.shard).unlink()
     assert len(plan_synthesis(template, rows, 9)) == 1
 
 
@@ -130,7 +129,36 @@ def test_a_quarantined_prompt_is_recorded_and_not_asked_again(template: Synthesi
     rows = prompts(("a", "x", "1"))
     plan_synthesis(template, rows, 9)[0].quarantine("the engine died")
     assert plan_synthesis(template, rows, 9) == []
-    assert read_records(template.layout, "recipe")[0]["errors"] == {"id-a": "the engine died"}
+    assert read_answered_shards(template.layout, "recipe")[0].errors == {"id-a": "the engine died"}
+
+
+def test_an_answered_shard_reads_back_from_its_file_with_its_keys(template: SynthesisTask) -> None:
+    chat = Prompt("new", "x", "train", messages=({"role": "user", "content": "é"},))
+    answered = AnsweredShard(
+        author="t",
+        domain="x",
+        prompts={"id-a": "digest"},
+        shard=None,
+        samples={"sequence": 2},
+        written={"id-a": [chat]},
+        counts={"id-a": {"answers": 1}},
+        errors={"id-b": "the engine died"},
+        needs={"id-c": 99},
+    )
+    path = storage.join(template.layout.synthesis_folder("recipe"), "shard.json")
+    storage.write_json(path, answered.as_json())
+    assert list(storage.read_json(path)) == [
+        "generator",
+        "domain",
+        "prompts",
+        "shard",
+        "samples",
+        "written",
+        "counts",
+        "errors",
+        "needs",
+    ]
+    assert read_answered_shards(template.layout, "recipe") == [answered]
 
 
 def test_halves_hold_the_same_prompts(template: SynthesisTask) -> None:
@@ -145,7 +173,7 @@ def test_the_dataset_follows_the_prompts_and_merges_equal_answers(template: Synt
     other = replace(template, generator="u", recipe_digest="other")
     run_all(other, rows, {"a": ["1"] * 3, "b": ["3"] * 3, "c": ["r", "s", "s"]})
     entries = build_dataset(template.layout, rows, [("recipe", rows), ("other", rows)])
-    assert [(e.prompt_id, e.generators) for e in entries] == [
+    assert [(e.prompt_id, e.authors) for e in entries] == [
         ("id-a", ("t", "u")),
         ("id-b", ("t",)),
         ("id-b", ("u",)),
@@ -167,7 +195,7 @@ def run_all(template: SynthesisTask, rows: list[Prompt], answers: dict[str, list
 def test_given_references_become_sequences(template: SynthesisTask) -> None:
     rows = prompts(("q:", "x", "a1"), ("r:", "x", "b"))
     record = plan_synthesis(replace(template, generator="dataset"), rows, 10)[0].from_references()
-    first, _ = read_sequences(storage.join(template.layout.root, record["shard"]))
+    first, _ = read_sequences(storage.join(template.layout.root, record.shard))
     assert (
         first.finish_reason == "dataset" and first.num_positions == 4
     )  # space, two characters, end of sequence
@@ -207,7 +235,7 @@ def test_another_split_of_a_prompt_needs_no_new_answer(template: SynthesisTask) 
     assert entry.split == "holdout"
 
 
-def test_a_prompt_that_two_jobs_answered_at_once_counts_once(template: SynthesisTask) -> None:
+def test_a_prompt_that_two_runs_answered_at_once_counts_once(template: SynthesisTask) -> None:
     rows = prompts(("a", "x", None), ("b", "x", None))
     both = plan_synthesis(template, rows, 10)
     alone = plan_synthesis(template, rows[:1], 10)
