@@ -9,8 +9,9 @@ filter         the filters inside stages 2 and 3
 score          stage 3: every teacher's rows
 train          stage 4: student and twin
 export         stage 5: Hugging Face folders
-evaluate       stage 6: serves all models, writes the report
-holdout        hold-out numbers of all models
-rounds_report  the report's row for each round
+evaluate       stage 6: measures all models, writes the report
+serving        answers of one served model to the hold-out prompts
+holdout        hold-out likelihoods of all models
+rounds_report  the report's rows for stages and rounds
 teacher_pools  engines, progress and price that stages share
 """

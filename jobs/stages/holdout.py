@@ -1,9 +1,11 @@
-"""Hold-out numbers of all models: students by a forward pass, teachers from their caches."""
+"""Hold-out likelihoods of all models: students by a forward pass, teachers from their caches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import ray
@@ -17,13 +19,34 @@ from pipeline.config.run import Config
 from pipeline.errors import DistillationError
 from pipeline.layout import Layout
 from pipeline.records import DatasetEntry, TokenSequence
+from pipeline.report.models import DomainFigures, ProductFigures
 from pipeline.run.prepared_run import Run
 from teachers.pool.placement import check_placement
 
 if TYPE_CHECKING:
     from students.data.examples import Examples
 
-Json = dict[str, Any]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class HoldoutFigures:
+    """Likelihoods of all models on the hold-out split.
+
+    Attributes:
+        models: likelihoods of each model, by domain.
+        gold_logprobs: log-probabilities that each trained student gives the gold tokens of the
+            compared sequences, by sequence id.
+        former: likelihoods of each former round's student, by domain.
+        weights: mean weight of each teacher, by domain.
+        product: figures of each domain where teachers combine as a product; otherwise empty.
+    """
+
+    models: dict[str, dict[str, DomainFigures]]
+    gold_logprobs: dict[str, dict[str, list[float]]]
+    former: list[dict[str, DomainFigures]]
+    weights: dict[str, dict[str, float]]
+    product: dict[str, ProductFigures]
 
 
 def holdout_figures(
@@ -32,19 +55,14 @@ def holdout_figures(
     compared: Sequence[TokenSequence],
     students: Sequence[str],
     former: Sequence[Layout] = (),
-) -> Json:
-    """Runs on the resources of the evaluation.
+) -> HoldoutFigures:
+    """Measures the likelihoods of all models, on the resources of the evaluation.
 
     Args:
+        entries: sequences of the hold-out split.
         compared: sequences whose log-probabilities the serving engine must reproduce.
+        students: `student`, and `twin` where there is one.
         former: rounds whose students are measured on the same sequences.
-
-    Returns:
-        `models`, of each `domains`: by domain `holdout_tokens`, `holdout_loss`, `kl_to_mixture`,
-        `kl_bounded_mass` and `top1_agreement`, and of each student also `gold_logprobs`; `former`,
-        the `domains` of each former round's student; `weights`, the mean weight of each teacher by
-        domain; `product`, of a product of teachers by domain the mean `assumed_mass` and the share
-        of positions `floored`.
     """
     return run_on_evaluation_resources(
         run.config, _figures, run, entries, compared, students, former
@@ -52,15 +70,15 @@ def holdout_figures(
 
 
 def run_on_evaluation_resources(
-    config: Config, function: Callable[..., Json], *arguments: object
-) -> Json:
-    """Runs a function that holds a student in memory where the student is served, for the job's own
-    process may be on a small head. The worker ends with the function: an idle one would keep the
-    device memory that the next engine needs.
+    config: Config, function: Callable[..., Result], *arguments: object
+) -> Result:
+    """Runs a function that holds a student in memory on the node type that serves the student,
+    since the job's own process may be on a small head node. The worker ends with the function: an
+    idle worker would keep the device memory that the next engine needs.
 
     Raises:
-        ClusterError: the cluster has no node for it.
-        DistillationError: what the function raises.
+        ClusterError: no node of the cluster has these resources.
+        DistillationError: the function has raised it.
     """
     resources = config.evaluation.resources
     if not config.cluster.autoscaling:
@@ -78,7 +96,9 @@ def run_on_evaluation_resources(
 
 
 def renormalised_sequences(run: Run, entries: Sequence[DatasetEntry]) -> int:
-    """Sequences that a teacher of positive weight lacks: the others' weights are scaled up."""
+    """Number of sequences without a row of a teacher that has weight in their domain; there the
+    weights of the other teachers are scaled up.
+    """
     readers = {name: open_cache(cache) for name, cache in run.distribution_layouts().items()}
     combine = run.combine()
     return sum(
@@ -96,7 +116,7 @@ def _figures(
     compared: Sequence[TokenSequence],
     students: Sequence[str],
     former: Sequence[Layout],
-) -> Json:
+) -> HoldoutFigures:
     from students.data.examples import open_examples
     from students.evaluation import holdout_numbers, teacher_holdout_numbers
     from students.reference import gold_logprobs, vocabulary_size
@@ -107,28 +127,31 @@ def _figures(
     teachers, combine = config.scoring_teachers, run.combine()
     examples = open_examples(layout, caches, teachers, combine, entries, vocabulary)
     readers = {name: open_cache(cache) for name, cache in caches.items()}
-    models: Json = {
-        name: {"domains": _renamed(numbers)}
+    models = {
+        name: _domain_figures(numbers)
         for name, numbers in teacher_holdout_numbers(entries, examples, readers).items()
     }
     device = "cuda" if config.evaluation.resources.num_gpus else "cpu"
     budget, packing = config.training.tokens_per_micro_batch, config.training.packing
 
-    def domains(folder: str) -> Json:
-        return _renamed(holdout_numbers(folder, entries, examples, budget, device, trust, packing))
+    def domains(folder: str) -> dict[str, DomainFigures]:
+        numbers = holdout_numbers(folder, entries, examples, budget, device, trust, packing)
+        return _domain_figures(numbers)
 
+    golds = {}
     for label in students:
         folder = layout.export_folder(label)
-        models[label] = {
-            "domains": domains(folder),
-            "gold_logprobs": gold_logprobs(folder, compared, trust, device),
-        }
+        models[label] = domains(folder)
+        golds[label] = gold_logprobs(folder, compared, trust, device)
     ordered = {name: readers[name] for name in teachers}
-    return {
-        "models": models,
-        "former": [domains(each.export_folder(students[0])) for each in former],
-        **combination_figures(combine, entries, examples, ordered, vocabulary),
-    }
+    weights, product = combination_figures(combine, entries, examples, ordered, vocabulary)
+    return HoldoutFigures(
+        models=models,
+        gold_logprobs=golds,
+        former=[domains(earlier.export_folder(students[0])) for earlier in former],
+        weights=weights,
+        product=product,
+    )
 
 
 def combination_figures(
@@ -137,9 +160,10 @@ def combination_figures(
     examples: Examples,
     readers: dict[str, CacheReader],
     vocabulary: int,
-) -> Json:
-    """`weights` and `product` of `holdout_figures`: means over the positions of each domain."""
-    sums: dict[str, Any] = {}
+) -> tuple[dict[str, dict[str, float]], dict[str, ProductFigures]]:
+    """`weights` and `product` of `HoldoutFigures`: means over the positions of each domain."""
+    sums: dict[str, np.ndarray] = {}
+    num_positions: Counter[str] = Counter()
     for entry in entries:
         rows = tuple(reader.row(entry.sequence_id) for reader in readers.values())
         combined = combine_targets(examples.sequence(entry), rows, list(readers), combine)
@@ -147,30 +171,33 @@ def combination_figures(
         if combine.method == "product":
             product = product_of(combined, vocabulary, combine.min_tail)
             figures.append([product.assumed_mass.sum(), product.is_floored.sum()])
-        total, count = sums.get(entry.domain, (0.0, 0))
-        total = total + np.concatenate(figures)
-        sums[entry.domain] = (total, count + combined.teacher_weights.shape[1])
-    means = {domain: (total / count).tolist() for domain, (total, count) in sums.items()}
-    return {
-        "weights": {
-            domain: dict(zip(readers, found, strict=False)) for domain, found in means.items()
-        },
-        "product": {
-            domain: dict(zip(("assumed_mass", "floored"), found[len(readers) :], strict=True))
-            for domain, found in means.items()
-            if combine.method == "product"
-        },
-    }
+        total = np.concatenate(figures)
+        sums[entry.domain] = sums[entry.domain] + total if entry.domain in sums else total
+        num_positions[entry.domain] += combined.teacher_weights.shape[1]
+    means = {domain: (total / num_positions[domain]).tolist() for domain, total in sums.items()}
+    weights = {domain: dict(zip(readers, mean, strict=False)) for domain, mean in means.items()}
+    if combine.method != "product":
+        return weights, {}
+    product = {}
+    for domain, mean in means.items():
+        assumed_mass, floored = mean[len(readers) :]
+        product[domain] = ProductFigures(assumed_mass=assumed_mass, floored=floored)
+    return weights, product
 
 
-def _renamed(numbers: dict[str, dict[str, float | None]]) -> dict[str, dict[str, float | None]]:
+def _domain_figures(
+    numbers: Mapping[str, Mapping[str, float | None]],
+) -> dict[str, DomainFigures]:
+    """The likelihoods of one model; its answers are added once it has been served."""
     return {
-        domain: {
-            "holdout_tokens": values["tokens"],
-            "holdout_loss": values["loss"],
-            "kl_to_mixture": values["kl_to_mixture"],
-            "kl_bounded_mass": values.get("bounded_mass", 0.0),
-            "top1_agreement": values["agreement"],
-        }
-        for domain, values in numbers.items()
+        domain: DomainFigures.model_validate(
+            {
+                "holdout_tokens": means["tokens"],
+                "holdout_loss": means["loss"],
+                "kl_to_mixture": means["kl_to_mixture"],
+                "kl_bounded_mass": means.get("bounded_mass", 0.0),
+                "top1_agreement": means["agreement"],
+            }
+        )
+        for domain, means in numbers.items()
     }

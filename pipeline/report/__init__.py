@@ -1,9 +1,10 @@
-"""The report of a run: what the student gained and lost against each teacher.
+"""The report of a run: the student's gains and losses against each teacher.
 
+models          all figures of a report, the content of report.json
 statistics      intervals and pooled figures
 headlines       sentences that compare the student with each model
 tables          tables for a terminal
-figures         numbers, percentages and prices as text
+numbers         numbers and percentages as text
 curves          the training curves as SVG
 colours         one colour for each model
 page            the HTML page, complete in itself

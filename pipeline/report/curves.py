@@ -11,6 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
 from pipeline.report.colours import ROLE_COLOURS
+from pipeline.report.models import Report
 
 CURVE_POINTS = 300
 PLOT_STYLE: dict[RcKeyType, Any] = {
@@ -25,15 +26,17 @@ CURVES = {
     "Own objective: training (line), hold-out (dots)": {"train/loss": "-", "holdout/loss": "o"},
     "Hold-out cross-entropy, nats/token": {"holdout/cross_entropy": "o-"},
 }
-"""Titles of the first panels; each model's own objective differs, cross-entropy compares."""
+"""Titles and series of the first panels. The objectives of student and twin differ; cross-entropy
+compares them.
+"""
 LOSS_FORMS = ("o-", "s--", "^:", "D-.", "v-")
 OWN_UNITS = ("holdout/hidden_state", "holdout/relation")
 NO_LOSSES = re.compile(r"holdout/(loss|cross_entropy|union_error_bound|.*_floored)")
 
 
-def _loss_panel(report: dict[str, Any]) -> dict[str, dict[str, str]]:
+def _loss_panel(report: Report) -> dict[str, dict[str, str]]:
     """Title and series of the hold-out losses against the teachers."""
-    lines = (line for curve in report["curves"].values() for line in curve)
+    lines = (line for curve in report.curves.values() for line in curve)
     keys = dict.fromkeys(key for line in lines for key in line if key.startswith("holdout/"))
     shown = [key for key in keys if not NO_LOSSES.fullmatch(key)]
     title = f"Hold-out {shown[0].partition('/')[2]}" if len(shown) == 1 else "Hold-out losses"
@@ -43,8 +46,8 @@ def _loss_panel(report: dict[str, Any]) -> dict[str, dict[str, str]]:
     return {f"{title}, {unit}": dict(zip(shown, forms, strict=True))}
 
 
-def curves_svg(report: dict[str, Any]) -> str:
-    """The training curves as one SVG element without namespaces; long ones are thinned to means."""
+def curves_svg(report: Report) -> str:
+    """The training curves as one SVG element without namespaces; long curves become means."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -52,7 +55,7 @@ def curves_svg(report: dict[str, Any]) -> str:
         figure, file = Figure(figsize=(11, 2.9), layout="constrained"), io.StringIO()
         panels = CURVES | _loss_panel(report)
         for panel, (title, series) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-            for role, lines in report["curves"].items():
+            for role, lines in report.curves.items():
                 for key, form in series.items():
                     points = np.array([(line["step"], line[key]) for line in lines if key in line])
                     if len(points):

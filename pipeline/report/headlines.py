@@ -2,90 +2,119 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from pipeline.report.figures import device, number, percent, price, scaled, significant
+from pipeline.report.models import DomainFigures, ExportCheck, ModelFigures, Report
+from pipeline.report.numbers import number, percent, scaled, significant
 from pipeline.report.statistics import pooled, within_chance
 
 SMALL_NATS = 0.01
+Range = tuple[float, float]
+Bounded = tuple[float, bool]
+"""A figure, and whether it is a mere lower bound."""
 
 
-def headlines(report: dict[str, Any]) -> list[str]:
-    """What the student gained and lost against each teacher and the twin, whoever wins."""
-    student = next(model for model in report["models"] if model["role"] == "student")
-    others = [model for model in report["models"] if model is not student]
-    ours = pooled(student)
-    exact = f"{percent(ours['exact_match'])} of {ours['prompts']:,}"
-    rates = ", ".join(f"{m['name']} {percent(pooled(m)['exact_match'])}" for m in others)
-    unasked = report["prompts"].get("holdout_too_long_to_ask", 0)
-    beside = f" ({unasked:,} more were too long to ask)" if unasked else ""
-    lines = [f"The student answers {exact} hold-out prompts exactly{beside}; {rates}."]
-    if ours["exact_match"] is None:
-        lines = [f"{why_unchecked(report)}: likelihood compares the models."]
+def headlines(report: Report) -> list[str]:
+    """The student's gains and losses against each teacher and the twin, whoever wins."""
+    student = report.student
+    others = [model for model in report.models if model is not student]
+    lines = [_answers(report, student, others)]
     for model in others:
-        name, quality = model["name"], _quality(student, model)
-        if model["role"] == "teacher":
-            lines.append(f"Against {name}, in quality: {quality}.")
-            lines.append(f"Against {name}, in resources: {_resources(student, model)}.")
+        quality = _quality(student, model)
+        if model.role == "teacher":
+            lines.append(f"Against {model.name}, in quality: {quality}.")
+            lines.append(f"Against {model.name}, in resources: {_resources(student, model)}.")
         else:
-            figures = dict.fromkeys((quality, _likelihood(student, model)))
-            lines.append(f"Against the twin (cross-entropy alone): {'; '.join(figures)}.")
-    check = report["export_check"]
-    worst = max(check["max_logit_difference"], check["max_engine_logprob_difference"])
-    if not worst <= check["tolerance"]:
-        allowed = significant(check["tolerance"])
-        lines.append(f"Caution: the export is off by {significant(worst)}, tolerance {allowed}.")
-    return lines
+            findings = dict.fromkeys((quality, _likelihood(student, model)))
+            lines.append(f"Against the twin (cross-entropy alone): {'; '.join(findings)}.")
+    return lines + _cautions(report.export_check)
 
 
-def why_unchecked(report: dict[str, Any]) -> str:
-    """Why there is no exact match, where there is none."""
-    if report["run"]["checker"] is None:
+def why_unchecked(report: Report) -> str:
+    """Reason for a report without exact match."""
+    if report.run.checker is None:
         return "prompts.checker is not set, so no answer is checked"
     return "No hold-out prompt has a reference answer"
 
 
-def _quality(student: dict[str, Any], other: dict[str, Any]) -> str:
+def _answers(report: Report, student: ModelFigures, others: Sequence[ModelFigures]) -> str:
+    ours = pooled(student.domains)
+    if ours.exact_match is None:
+        return f"{why_unchecked(report)}: likelihood compares the models."
+    rates = [f"{m.name} {percent(pooled(m.domains).exact_match)}" for m in others]
+    unasked = report.prompts.get("holdout_too_long_to_ask", 0)
+    beside = f" ({unasked:,} more were too long to ask)" if unasked else ""
+    exact = f"{percent(ours.exact_match)} of {ours.prompts:,}"
+    return f"The student answers {exact} hold-out prompts exactly{beside}; {', '.join(rates)}."
+
+
+def _cautions(check: ExportCheck) -> list[str]:
+    worst = max(check.max_logit_difference, check.max_engine_logprob_difference)
+    if worst <= check.tolerance:
+        return []
+    return [
+        f"Caution: an exported model differs from its trained weights by {significant(worst)} "
+        f"nats; the tolerance is {significant(check.tolerance)}."
+    ]
+
+
+def _quality(student: ModelFigures, other: ModelFigures) -> str:
     """Gains and losses in exact match by domain; likelihood where nothing has a reference."""
     parts = []
-    for domain, ours in student["domains"].items():
-        theirs = other["domains"].get(domain, {"exact_match": None})
-        if ours["exact_match"] is None or theirs["exact_match"] is None:
+    for domain, ours in student.domains.items():
+        theirs = other.domains.get(domain, DomainFigures())
+        if ours.exact_match is None or theirs.exact_match is None:
             continue
-        points = round(100 * (ours["exact_match"] - theirs["exact_match"]), 1)
+        points = round(100 * (ours.exact_match - theirs.exact_match), 1)
         change = f"{'gains' if points > 0 else 'loses'} {abs(points):.1f} points"
-        chance = ", within chance" if points and within_chance(ours, theirs) else ""
-        figures = f"{percent(ours['exact_match'])} against {percent(theirs['exact_match'])}"
-        parts.append(f"{change if points else 'is level'} in {domain} ({figures}{chance})")
+        one, two = (ours.exact_match, ours.prompts), (theirs.exact_match, theirs.prompts)
+        chance = ", within chance" if points and within_chance(one, two) else ""
+        rates = f"{percent(ours.exact_match)} against {percent(theirs.exact_match)}"
+        parts.append(f"{change if points else 'is level'} in {domain} ({rates}{chance})")
     return f"the student {', '.join(parts)}" if parts else _likelihood(student, other)
 
 
-def _likelihood(student: dict[str, Any], other: dict[str, Any]) -> str:
-    """Loss and KL over the same tokens; what is known as a lower bound has no verdict of its own.
+def _likelihood(student: ModelFigures, other: ModelFigures) -> str:
+    """Comparison of loss and KL divergence over the same tokens."""
+    loss = _compared("hold-out loss", student, other, lambda f: f.holdout_loss, lambda f: False)
+    kl = _compared(
+        "KL to the mixture",
+        student,
+        other,
+        lambda f: f.kl_to_mixture,
+        lambda f: bool(f.kl_bounded_mass),
+    )
+    return ", ".join(filter(None, (loss, kl))) or "nothing measured on the same tokens"
 
-    A KL that is above a bound may be above or below the divergence that it bounds.
+
+def _compared(
+    label: str,
+    student: ModelFigures,
+    other: ModelFigures,
+    figure: Callable[[DomainFigures], float | None],
+    is_bound: Callable[[DomainFigures], bool],
+) -> str:
+    """Comparison of one figure in the domains where both models have it; empty without any."""
+    shared = _shared_domains(student, other, figure)
+    pools = [pooled({name: model.domains[name] for name in shared}) for model in (student, other)]
+    ours, theirs = (figure(pool) for pool in pools)
+    if ours is None or theirs is None:
+        return ""
+    bounds = [is_bound(pool) for pool in pools]
+    show = number if max(ours, theirs) >= SMALL_NATS else significant
+    words = " against ".join(
+        f"{'at least ' if bound else ''}{show(value)}"
+        for bound, value in zip(bounds, (ours, theirs), strict=True)
+    )
+    places = "" if len(shared) == len(student.domains) else f" in {', '.join(shared)}"
+    return f"{label} {words} nats/token{places}{_verdict((ours, bounds[0]), (theirs, bounds[1]))}"
+
+
+def _verdict(ours: Bounded, theirs: Bounded) -> str:
+    """Comparison of two lower-is-better figures; a mere lower bound never wins.
+
+    A figure above a lower bound may be above or below the quantity that the bound is about.
     """
-    parts = []
-    for label, key in (("hold-out loss", "holdout_loss"), ("KL to the mixture", "kl_to_mixture")):
-        shared = _shared_domains(student, other, key)
-        if not shared:
-            continue
-        both = [_over(model, shared) for model in (student, other)]
-        ours, theirs = (figures[key] for figures in both)
-        bounds = [key == "kl_to_mixture" and figures["kl_bounded_mass"] > 0 for figures in both]
-        show = number if max(ours, theirs) >= SMALL_NATS else significant
-        words = " against ".join(
-            f"{'at least ' if is_bound else ''}{show(figure)}"
-            for is_bound, figure in zip(bounds, (ours, theirs), strict=True)
-        )
-        places = "" if len(shared) == len(student["domains"]) else f" in {', '.join(shared)}"
-        verdict = _verdict((ours, bounds[0]), (theirs, bounds[1]))
-        parts.append(f"{label} {words} nats/token{places}{verdict}")
-    return ", ".join(parts) or "nothing measured on the same tokens"
-
-
-def _verdict(ours: tuple[float, bool], theirs: tuple[float, bool]) -> str:
-    """Of two figures of which less is better, each with whether it is a lower bound."""
     (our_figure, ours_is_bound), (their_figure, theirs_is_bound) = ours, theirs
     if number(our_figure) == number(their_figure):
         return "" if ours_is_bound or theirs_is_bound else " (level)"
@@ -94,59 +123,77 @@ def _verdict(ours: tuple[float, bool], theirs: tuple[float, bool]) -> str:
     return "" if theirs_is_bound else " (worse)"
 
 
-def _shared_domains(one: dict[str, Any], two: dict[str, Any], key: str) -> list[str]:
+def _shared_domains(
+    one: ModelFigures, two: ModelFigures, figure: Callable[[DomainFigures], float | None]
+) -> list[str]:
     """Domains in which both models have a figure over as many hold-out tokens."""
-    pairs = ((name, part, two["domains"].get(name)) for name, part in one["domains"].items())
+    pairs = ((name, part, two.domains.get(name)) for name, part in one.domains.items())
     return [
         name
         for name, ours, theirs in pairs
         if theirs is not None
-        and None not in (ours[key], theirs[key])
-        and ours["holdout_tokens"] == theirs["holdout_tokens"]
+        and None not in (figure(ours), figure(theirs))
+        and ours.holdout_tokens == theirs.holdout_tokens
     ]
 
 
-def _over(model: dict[str, Any], domains: list[str]) -> dict[str, Any]:
-    """Pooled figures over some domains."""
-    return pooled(model | {"domains": {name: model["domains"][name] for name in domains}})
+def _resources(student: ModelFigures, other: ModelFigures) -> str:
+    parts = [
+        _ratio("parameters", student.parameters, other.parameters, "smaller", "larger"),
+        _ratio(
+            "tokens/s",
+            student.tokens_per_second,
+            other.tokens_per_second,
+            "slower",
+            "faster",
+            [student.tokens_per_second_range, other.tokens_per_second_range],
+        ),
+    ]
+    if student.price and other.price:
+        ranges = [_price_range(student), _price_range(other)]
+        label = "price per million tokens"
+        parts.append(_ratio(label, student.price, other.price, "cheaper", "dearer", ranges))
+    if student.device != other.device:
+        places = ", ".join(f"{model.name} {_place(model)}" for model in (student, other))
+        parts.append(f"measured on different hardware: {places}")
+    return "; ".join(filter(None, parts))
 
 
-def _resources(student: dict[str, Any], other: dict[str, Any]) -> str:
-    parts = []
-    for label, figure, spread, less, more in (
-        ("parameters", lambda model: model["parameters"], None, "smaller", "larger"),
-        ("tokens/s", lambda model: model["tokens_per_second"], _speeds, "slower", "faster"),
-        ("price per million tokens", price, _prices, "cheaper", "dearer"),
-    ):
-        if (ours := figure(student)) and (theirs := figure(other)):
-            word = less if ours < theirs else more if ours > theirs else "equal"
-            if spread and _overlap(spread(student), spread(other)):
-                word = "level within the spread of the rounds"
-            figures = f"{scaled(ours)} against {scaled(theirs)}"
-            parts.append(f"{word}, {significant(ours / theirs)} times the {label} ({figures})")
-    if device(student) != device(other):
-        places = (f"{model['name']} {_place(model)}" for model in (student, other))
-        parts.append(f"measured apart: {', '.join(places)}")
-    return "; ".join(parts)
+def _ratio(
+    label: str,
+    ours: float | None,
+    theirs: float | None,
+    less: str,
+    more: str,
+    ranges: Sequence[Range] = (),
+) -> str:
+    """Ratio of the student's figure to another model's, in words; empty if one is unknown.
+
+    Args:
+        less: word for a smaller figure of the student.
+        more: word for a larger figure of the student.
+        ranges: both figures' ranges over the rounds of measurement, if there were several.
+    """
+    if not ours or not theirs:
+        return ""
+    word = less if ours < theirs else more if ours > theirs else "equal"
+    if ranges and _overlap(*ranges):
+        word = "level within the spread of the rounds"
+    ratio = significant(ours / theirs)
+    return f"{word}, {ratio} times the {label} ({scaled(ours)} against {scaled(theirs)})"
 
 
-def _place(model: dict[str, Any]) -> str:
-    found = device(model)
-    return found if model["engine"]["engine"] == "endpoint" else f"on {found}"
+def _place(model: ModelFigures) -> str:
+    return model.device if model.is_remote else f"on {model.device}"
 
 
-def _speeds(model: dict[str, Any]) -> tuple[float, float]:
-    """Tokens per second of the slowest and the fastest round."""
-    low, high = model["tokens_per_second_range"]
+def _price_range(model: ModelFigures) -> Range:
+    """Prices per million tokens at the speeds of the fastest and the slowest round."""
+    slowest, fastest = model.tokens_per_second_range
+    low, high = (model.cost_per_hour / (speed * 3600) * 1e6 for speed in (fastest, slowest))
     return low, high
 
 
-def _prices(model: dict[str, Any]) -> tuple[float, float]:
-    """Per million tokens at the speeds of the fastest and the slowest round."""
-    low, high = (model["cost_per_hour"] / (speed * 3600) * 1e6 for speed in _speeds(model)[::-1])
-    return low, high
-
-
-def _overlap(one: tuple[float, float], two: tuple[float, float]) -> bool:
+def _overlap(one: Range, two: Range) -> bool:
     """Whether two ranges have a value in common."""
     return one[0] <= two[1] and two[0] <= one[1]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable, Mapping
+
+from pipeline.report.models import DomainFigures
 
 Z_95 = 1.959963984540054
+Proportion = tuple[float, int]
+"""A share of successes and the number of trials."""
 
 
 def wilson_interval(rate: float, trials: int) -> tuple[float, float]:
@@ -18,36 +22,45 @@ def wilson_interval(rate: float, trials: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def within_chance(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
-    """Whether the 95 % interval of a difference in exact match holds zero (Newcombe, 1998).
+def within_chance(one: Proportion, other: Proportion) -> bool:
+    """Whether the 95 % interval of the difference of two proportions holds zero (Newcombe, 1998).
 
-    Takes the two models' answers as independent; the same prompts make that cautious.
+    It takes the answers of two models as independent; they answer the same prompts, which makes
+    this cautious.
     """
-    low, high = sorted((ours, theirs), key=lambda figures: figures["exact_match"])
-    down = high["exact_match"] - wilson_interval(high["exact_match"], high["prompts"])[0]
-    up = wilson_interval(low["exact_match"], low["prompts"])[1] - low["exact_match"]
-    return high["exact_match"] - low["exact_match"] <= math.hypot(down, up)
+    (low, low_trials), (high, high_trials) = sorted((one, other))
+    down = high - wilson_interval(high, high_trials)[0]
+    up = wilson_interval(low, low_trials)[1] - low
+    return high - low <= math.hypot(down, up)
 
 
-def pooled(model: dict[str, Any]) -> dict[str, Any]:
-    """Figures over all domains: exact match by prompts with a reference, others by tokens.
+def pooled(domains: Mapping[str, DomainFigures]) -> DomainFigures:
+    """Figures over all domains: exact match weighted by checked prompts, the others by tokens.
 
-    A figure that lacks some of the tokens is None: it would stand for others than its neighbours.
+    A figure that is not known for all tokens is None: it would be about other tokens than the
+    figures beside it.
     """
-    parts = list(model["domains"].values())
+    parts = list(domains.values())
 
-    def mean(key: str, weight: str) -> float | None:
-        known = [(part[key], part[weight]) for part in parts if part[key] is not None]
-        total = sum(weight for _, weight in known)
-        return sum(value * weight for value, weight in known) / total if total else None
+    def over_all_tokens(values: list[float | None]) -> float | None:
+        weighted = [(v, p.holdout_tokens) for v, p in zip(values, parts, strict=True)]
+        if any(value is None and tokens for value, tokens in weighted):
+            return None
+        return _mean((value, tokens) for value, tokens in weighted if value is not None)
 
-    def over_all_tokens(key: str) -> float | None:
-        is_whole = all(part[key] is not None for part in parts if part["holdout_tokens"])
-        return mean(key, "holdout_tokens") if is_whole else None
+    checked = [(p.exact_match, p.prompts) for p in parts if p.exact_match is not None]
+    return DomainFigures(
+        prompts=sum(prompts for _, prompts in checked),
+        exact_match=_mean(checked),
+        holdout_tokens=sum(part.holdout_tokens for part in parts),
+        holdout_loss=over_all_tokens([part.holdout_loss for part in parts]),
+        kl_to_mixture=over_all_tokens([part.kl_to_mixture for part in parts]),
+        kl_bounded_mass=over_all_tokens([part.kl_bounded_mass for part in parts]),
+        top1_agreement=over_all_tokens([part.top1_agreement for part in parts]),
+    )
 
-    by_tokens = ("holdout_loss", "kl_to_mixture", "kl_bounded_mass", "top1_agreement")
-    return {key: over_all_tokens(key) for key in by_tokens} | {
-        "exact_match": mean("exact_match", "prompts"),
-        "prompts": sum(part["prompts"] for part in parts if part["exact_match"] is not None),
-        "holdout_tokens": sum(part["holdout_tokens"] for part in parts),
-    }
+
+def _mean(weighted: Iterable[tuple[float, int]]) -> float | None:
+    values = list(weighted)
+    total = sum(weight for _, weight in values)
+    return sum(value * weight for value, weight in values) / total if total else None

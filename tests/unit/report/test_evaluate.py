@@ -1,5 +1,6 @@
 """What the evaluate stage makes of measurements, without any engine."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,18 +12,20 @@ import pytest
 from ray.exceptions import RayTaskError
 from ray.remote_function import RemoteFunction
 
-from jobs.bookkeeping.stage_records import StageRecord
-from jobs.stages import evaluate, holdout
+from jobs.stages import evaluate, holdout, serving
 from jobs.stages import export as export_stage
-from jobs.stages.evaluate import _difference, _model
+from jobs.stages.evaluate import largest_difference, model_figures, run_provenance
+from jobs.stages.holdout import HoldoutFigures
 from pipeline.config.load import load_config
 from pipeline.config.rounds import layout_of
 from pipeline.config.run import Config
 from pipeline.errors import ClusterError, TrainingError
+from pipeline.report.models import DomainFigures, ModelFigures, Report
 from pipeline.report.statistics import pooled
 from pipeline.run.prepared_run import Run
 from teachers.pool.pool import TeacherWork
 from teachers.tasks.holdout import AnsweredPrompts
+from tests.support.old_run import copy_old_run
 
 QUICKSTART = Path(__file__).resolve().parents[3] / "examples/quickstart/config.yaml"
 ENGINE = {"num_parameters": 1, "weight_bytes": 4, "peak_memory_bytes": None}
@@ -39,43 +42,42 @@ def test_a_domain_without_kept_holdout_answers_is_still_reported() -> None:
         latency_seconds=0.1,
         gold_logprobs={},
     )
-    measured = {
-        "holdout_tokens": 9,
-        "holdout_loss": 0.5,
-        "kl_to_mixture": 0.1,
-        "kl_bounded_mass": 0.0,
-        "top1_agreement": 0.9,
-    }
-    numbers = {"arithmetic": measured}
-    model = _model(load_config(QUICKSTART), "student", answered, ENGINE, numbers)
-    assert model["domains"]["words"]["exact_match"] == 0.0
-    overall = pooled(model)
-    assert overall["exact_match"] == 0.25 and overall["holdout_loss"] == 0.5
+    measured = DomainFigures(
+        holdout_tokens=9,
+        holdout_loss=0.5,
+        kl_to_mixture=0.1,
+        kl_bounded_mass=0.0,
+        top1_agreement=0.9,
+    )
+    likelihoods = {"arithmetic": measured}
+    model = model_figures(load_config(QUICKSTART), "student", answered, ENGINE, likelihoods)
+    assert model.domains["words"] == DomainFigures(prompts=4, exact_match=0.0)
+    assert model.domains["arithmetic"].prompts == 4
+    overall = pooled(model.domains)
+    assert overall.exact_match == 0.25 and overall.holdout_loss == 0.5
 
 
 def test_every_engine_of_ours_is_started_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an engine does at its start is part of its peak memory."""
-    jobs: list[TeacherWork] = []
+    """The memory that an engine takes at its start is part of its peak memory."""
+    started: list[TeacherWork] = []
 
-    def run_pools(asked: list[TeacherWork]) -> dict[str, Any]:
-        jobs.extend(asked)
-        return {asked[0].name: SimpleNamespace(results=[None], engines=[{}])}
+    def run_pools(work: list[TeacherWork]) -> dict[str, Any]:
+        started.extend(work)
+        return {work[0].name: SimpleNamespace(results=[None], engines=[{}])}
 
-    monkeypatch.setattr(evaluate, "run_pools", run_pools)
-    monkeypatch.setattr(evaluate, "_longest_request", lambda *_: 40)
+    monkeypatch.setattr(serving, "run_pools", run_pools)
+    monkeypatch.setattr(serving, "_longest_request", lambda *_: 40)
     config = load_config(QUICKSTART)
     prepared: Any = SimpleNamespace(eos_token_id=1)
     run = Run(config, layout_of(config), prepared)
     for name in ("arithmetic", "words", "student", "twin"):
-        evaluate._serve(run, name, (), ())
-    specs = [job.spec for job in jobs]
+        serving.serve_model(run, name, (), ())
+    specs = [work.spec for work in started]
     assert [replace(spec, model="") for spec in specs] == [replace(specs[0], model="")] * 4
     assert specs[0].num_logprobs == 1
 
 
-def test_the_report_says_which_checker_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "read_record", lambda *_: StageRecord())
-    monkeypatch.setattr(evaluate, "_curve", lambda *_: [])
+def test_the_report_says_which_checker_judged() -> None:
     for checker in ("exact", None):
         config = load_config(
             QUICKSTART, [f"prompts.checker={checker or 'null'}", "synthesis.filters=[]"]
@@ -83,19 +85,75 @@ def test_the_report_says_which_checker_judged(monkeypatch: pytest.MonkeyPatch) -
         prepared: Any = SimpleNamespace(
             cache_identities={}, identities={name: {} for name in config.teachers}
         )
-        models, figures = [{"engine": {"device": "Xeon 6"}}], {"weights": {}, "product": {}}
-        found = evaluate._report(Run(config, layout_of(config), prepared), "d", models, figures)
-        assert found["run"]["checker"] == checker
+        run = run_provenance(Run(config, layout_of(config), prepared), "d", "Xeon 6")
+        assert run.checker == checker and run.hardware.startswith("Xeon 6 (")
+
+
+def answers_of(model: ModelFigures, difference: float) -> AnsweredPrompts:
+    """Answers of a model as an earlier run measured them."""
+    return AnsweredPrompts(
+        correct={domain: figures.exact_match for domain, figures in model.domains.items()},
+        num_checked={domain: figures.prompts for domain, figures in model.domains.items()},
+        checker_errors=0,
+        num_too_long=0,
+        tokens_per_second=model.tokens_per_second,
+        tokens_per_second_range=model.tokens_per_second_range,
+        latency_seconds=model.latency_seconds,
+        gold_logprobs={"s": [-1.0 + difference]},
+    )
+
+
+def test_the_same_measurements_make_the_same_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report of an earlier version is written again, byte by byte, from what it measured."""
+    old = copy_old_run(tmp_path / "old")
+    run, layout = old.prepare(), old.layout
+    expected = json.loads(Path(layout.report_json).read_text())
+    written = Report.model_validate(expected)
+    models = {model.name: model for model in written.models}
+    difference = written.export_check.max_engine_logprob_difference
+
+    def serve(run: Run, name: str, *_: Any) -> Any:
+        return answers_of(models[name], difference), models[name].engine
+
+    likelihoods = {
+        name: {
+            domain: figures.model_copy(update={"prompts": 0, "exact_match": None})
+            for domain, figures in model.domains.items()
+        }
+        for name, model in models.items()
+    }
+    figures = HoldoutFigures(
+        likelihoods, {"student": {"s": [-1.0]}}, [], written.weights, written.product
+    )
+    monkeypatch.setattr(evaluate, "serve_model", serve)
+    monkeypatch.setattr(evaluate, "holdout_figures", lambda *_: figures)
+    outcome = evaluate.evaluate(run, old.dataset())
+    found = json.loads(Path(layout.report_json).read_text())
+    assert outcome.engine_seconds == found["stages"][-1]["engine_seconds"]
+    # Time and place of the evaluation are others.
+    for key in ("finished_at", "versions", "hardware", "caches"):
+        expected["run"][key] = found["run"][key]
+    for key in ("seconds", "cost", "unended"):
+        expected["stages"][-1][key] = found["stages"][-1][key]
+    expected["stages"][-1]["engine_seconds"] = outcome.engine_seconds
+    assert expected["export_check"].pop("max_engine_logprob_difference") == pytest.approx(
+        found["export_check"].pop("max_engine_logprob_difference"), rel=1e-6
+    )
+    assert json.dumps(found) == json.dumps(expected)
+    assert Path(layout.report_html).read_text().lstrip().startswith("<!DOCTYPE html>")
+    assert outcome.summary.endswith(layout.report_html)
 
 
 def test_the_largest_difference_is_over_all_tokens() -> None:
     trained, served = {"a": [-1.0, -2.0], "b": [-3.0]}, {"a": [-1.0, -2.5], "b": [-2.0]}
-    assert _difference(trained, served) == pytest.approx(1.0)
+    assert largest_difference(trained, served) == pytest.approx(1.0)
 
 
 def test_a_difference_that_is_no_number_is_not_overlooked() -> None:
     trained, served = {"a": [-1.0, -2.0]}, {"a": [-1.5, math.nan]}
-    assert math.isnan(_difference(trained, served))
+    assert math.isnan(largest_difference(trained, served))
 
 
 class Cluster:

@@ -1,6 +1,7 @@
 """The report's words, table and page, from a made-up run with numbers checked by hand."""
 
 import copy
+import json
 import math
 import re
 import subprocess
@@ -8,12 +9,14 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+from pydantic import ValidationError
 
-from pipeline.report.figures import scaled, significant
-from pipeline.report.headlines import headlines
-from pipeline.report.page import render_html
+from pipeline.report import headlines as headlines_module
+from pipeline.report import page, tables
+from pipeline.report.models import DomainFigures, Report
+from pipeline.report.numbers import scaled, significant
 from pipeline.report.statistics import pooled, wilson_interval, within_chance
-from pipeline.report.tables import rounds_summary, text_summary
+from tests.support.old_run import WRITTEN
 
 VOID_ELEMENTS = {"meta", "br", "link", "img", "hr", "input"}
 DOMAINS = ("algebra", "logic", "words")
@@ -95,8 +98,25 @@ def make_counts(answers, wrong):
     }
 
 
+def headlines(report):
+    return headlines_module.headlines(Report.model_validate(report))
+
+
+def render_html(report):
+    return page.render_html(Report.model_validate(report))
+
+
+def text_summary(report):
+    return tables.text_summary(Report.model_validate(report))
+
+
+def rounds_summary(report):
+    return tables.rounds_summary(Report.model_validate(report))
+
+
 @pytest.fixture
 def report():
+    """A report as its JSON file holds it."""
     return {
         "run": {
             "name": "three-teachers",
@@ -239,16 +259,12 @@ def test_wilson_interval_without_trials_knows_nothing():
 
 def test_chance_follows_the_published_interval():
     """Newcombe (1998), method 10: 56/70 - 48/80 has the 95 % interval 0.0524 to 0.3339."""
-    first, second = {"exact_match": 56 / 70, "prompts": 70}, {"exact_match": 48 / 80, "prompts": 80}
+    first, second = (56 / 70, 70), (48 / 80, 80)
     assert not within_chance(first, second)
     assert not within_chance(second, first)
     # His other examples: 6/7 - 2/7 is 0.0582 to 0.8062, 5/56 - 0/29 is -0.0381 to 0.1926.
-    assert not within_chance(
-        {"exact_match": 6 / 7, "prompts": 7}, {"exact_match": 2 / 7, "prompts": 7}
-    )
-    assert within_chance(
-        {"exact_match": 5 / 56, "prompts": 56}, {"exact_match": 0.0, "prompts": 29}
-    )
+    assert not within_chance((6 / 7, 7), (2 / 7, 7))
+    assert within_chance((5 / 56, 56), (0.0, 29))
 
 
 def test_student_gains_and_losses_against_each_teacher(report):
@@ -309,13 +325,14 @@ def test_a_price_is_level_where_its_ranges_meet(report):
 
 
 def test_every_model_names_what_it_was_measured_on(report):
-    assert "measured apart" not in " ".join(headlines(report))
+    assert "measured on different hardware" not in " ".join(headlines(report))
     model_of(report, "algebraist")["engine"] |= {"device": "NVIDIA H100", "num_devices": 2}
     model_of(report, "logician")["engine"] = {"engine": "endpoint", "device": "endpoint a.b:8000"}
     line = line_about(report, "Against algebraist, in resources")
-    assert line.endswith("; measured apart: student on Xeon 6, algebraist on 2 x NVIDIA H100.")
+    apart = "; measured on different hardware: student on Xeon 6, "
+    assert line.endswith(f"{apart}algebraist on 2 x NVIDIA H100.")
     line = line_about(report, "Against logician, in resources")
-    assert line.endswith("; measured apart: student on Xeon 6, logician over the network.")
+    assert line.endswith(f"{apart}logician over the network.")
     words = Page(render_html(report)).words
     assert "Measured on" not in words
     assert "algebraist 2 x NVIDIA H100 8.12 M" in words
@@ -457,7 +474,7 @@ def test_an_export_beyond_its_tolerance_is_a_headline(report):
     assert not any(line.startswith("Caution") for line in headlines(report))
     for wrong in (0.25, math.nan):
         report["export_check"]["max_logit_difference"] = wrong
-        assert headlines(report)[-1].startswith("Caution: the export is off by")
+        assert headlines(report)[-1].startswith("Caution: an exported model differs")
 
 
 def test_pooled_weighs_by_prompts_and_tokens():
@@ -465,9 +482,10 @@ def test_pooled_weighs_by_prompts_and_tokens():
     one = figures | {"prompts": 100, "exact_match": 0.5, "holdout_loss": 1.0, "holdout_tokens": 10}
     two = figures | {"prompts": 300, "exact_match": 0.9, "holdout_loss": 2.0, "holdout_tokens": 30}
     three = two | {"exact_match": None, "holdout_tokens": 0}
-    found = pooled({"domains": {"a": one, "b": two, "c": three}})
-    assert (found["exact_match"], found["holdout_loss"]) == pytest.approx((0.8, 1.75))
-    assert (found["prompts"], found["holdout_tokens"]) == (400, 40)
+    parts = {"a": one, "b": two, "c": three}
+    found = pooled({name: DomainFigures(**part) for name, part in parts.items()})
+    assert (found.exact_match, found.holdout_loss) == pytest.approx((0.8, 1.75))
+    assert (found.prompts, found.holdout_tokens) == (400, 40)
 
 
 def test_page_holds_every_model_and_number(report):
@@ -487,7 +505,7 @@ def test_page_holds_every_model_and_number(report):
 
 
 def test_peak_memory_says_what_it_is_on_a_gpu(report):
-    assert "mostly what vLLM reserves there" in Page(render_html(report)).words
+    assert "mostly memory that vLLM reserves" in Page(render_html(report)).words
 
 
 def test_bounds_are_marked_and_explained(report):
@@ -648,7 +666,7 @@ def test_a_domain_without_holdout_sequences_has_a_page(report):
     for model in report["models"]:
         model["domains"]["words"] |= {**empty, "holdout_tokens": 0}
     assert Page(render_html(report)).words.count("words") and text_summary(report)
-    assert pooled(report["models"][0])["holdout_tokens"] == 2 * 4321
+    assert pooled(Report.model_validate(report).models[0].domains).holdout_tokens == 2 * 4321
 
 
 def test_what_draws_cannot_tell_is_said_and_not_shown(report):
@@ -693,28 +711,39 @@ def test_attempts_that_are_not_counted_are_named(report):
     report["stages"][0]["unended"] = 2
     words = Page(render_html(report)).words
     assert "5,600 answers (and 2 attempts that did not end)" in words
-    assert "112,340 positions Total" in words and "of the others are lower bounds. Cost" in words
+    assert (
+        "112,340 positions Total" in words and "of the other stages are lower bounds. Cost" in words
+    )
     report["stages"][0]["unended"] = 1
     assert "(and 1 attempt that did not end)" in Page(render_html(report)).words
 
 
+def round_of(number, exact, loss, kl):
+    return {
+        "round": number,
+        "sequences": 1_369,
+        "by_student": 1_200 * (number - 1),
+        "steps": 500,
+        "tokens": 90_000 + number,
+        "seconds": 61.5,
+        "domains": {
+            "algebra": {
+                "prompts": 60,
+                "exact_match": exact,
+                "holdout_tokens": 100,
+                "holdout_loss": loss,
+                "kl_to_mixture": kl,
+                "kl_bounded_mass": 0.0,
+                "top1_agreement": 0.5,
+            }
+        },
+    }
+
+
 def test_every_round_is_shown_where_there_are_several(report):
     assert "Rounds" not in Page(render_html(report)).words and rounds_summary(report) == ""
-    figures = {"holdout_tokens": 100, "kl_bounded_mass": 0.0, "prompts": 60}
     report["rounds"] = [
-        {
-            "round": number,
-            "sequences": 1_369,
-            "by_student": 1_200 * (number - 1),
-            "steps": 500,
-            "tokens": 90_000 + number,
-            "seconds": 61.5,
-            "domains": {
-                "algebra": figures
-                | {"holdout_loss": loss, "kl_to_mixture": kl, "top1_agreement": 0.5}
-                | {"exact_match": exact}
-            },
-        }
+        round_of(number, exact, loss, kl)
         for number, exact, loss, kl in ((1, None, 0.7112, 0.2), (2, 0.25, 0.6334, None))
     ]
     words = Page(render_html(report)).words
@@ -724,3 +753,20 @@ def test_every_round_is_shown_where_there_are_several(report):
     assert header.split()[:2] == ["round", "sequences"]
     assert first.split()[-4:] == ["—", "0.711", "0.200", "62"]
     assert second.split()[-5:] == ["25.0", "%", "0.633", "—", "62"]
+
+
+def test_a_report_that_was_written_is_read_and_written_alike(report):
+    """Key by key and byte by byte: other programs read the file."""
+    path = WRITTEN / "output/runs/old/report.json"
+    written = path.read_text()
+    read = Report.model_validate(json.loads(written))
+    assert json.dumps(read.model_dump(), indent=2) + "\n" == written
+    assert "second" in Page(page.render_html(read)).words
+    for change in ({}, {"rounds": [round_of(1, None, 0.7112, 0.2)]}):
+        made_up = json.loads(json.dumps(report | change))
+        assert json.loads(json.dumps(Report.model_validate(made_up).model_dump())) == made_up
+
+
+def test_a_report_with_an_unknown_key_is_refused(report):
+    with pytest.raises(ValidationError, match=r"weigths"):
+        Report.model_validate(report | {"weigths": {}})

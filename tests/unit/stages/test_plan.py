@@ -282,9 +282,9 @@ def test_attempts_that_did_not_end_are_counted(
         STAGE_FUNCTIONS, "prepare", lambda _: StageRecord(key="key", summary="done")
     )
     run_stage("prepare", config)
-    assert stage_rows(config)[0]["unended"] == 2
+    assert stage_rows(config)[0].unended == 2
     run_stage("prepare", config)
-    assert stage_rows(config)[0]["unended"] == 2, "the record adds up its attempts"
+    assert stage_rows(config)[0].unended == 2, "the record adds up its attempts"
 
 
 @pytest.mark.parametrize(

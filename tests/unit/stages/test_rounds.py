@@ -25,6 +25,7 @@ from pipeline.config.rounds import layout_of, rounds_of
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 from pipeline.records import DatasetEntry
+from pipeline.report.models import DomainFigures
 from pipeline.run.preparation import preparation_key
 from pipeline.run.prepared_run import Run as PreparedRun
 from pipeline.run.training_spec import training_specs
@@ -317,17 +318,18 @@ def test_the_report_has_a_row_for_each_round(fabricated: list[FabricatedRun]) ->
         trained = {"steps": 10 * number, "tokens": 100, "seconds": 1.0, "final": {}}
         record = {"figures": {"student": trained}, "seconds": 4.0, "summary": "trained"}
         storage.write_json(each.layout.stage_record("train"), record)
-    numbers = {"holdout_tokens": 7, "holdout_loss": 1.0}
-    students = [{"words": numbers}, {"words": numbers | {"holdout_loss": 0.5}}]
+    students = [
+        {"words": DomainFigures(holdout_tokens=7, holdout_loss=loss)} for loss in (1.0, 0.5)
+    ]
     one, two = round_rows(second.config, students)
-    assert (one["round"], one["sequences"], one["by_student"], one["steps"]) == (1, 8, 0, 10)
-    assert (two["round"], two["sequences"], two["by_student"], two["steps"]) == (2, 8, 3, 20)
-    assert (one["seconds"], two["seconds"]) == (6.5, 6.5)
-    assert one["domains"]["words"]["holdout_loss"] == 1.0
-    assert two["domains"]["words"]["holdout_loss"] == 0.5
-    stages = {row["stage"]: row for row in stage_rows(second.config)}
-    assert stages["round 1, train"]["seconds"] == stages["round 2, train"]["seconds"] == 4.0
-    assert stages["round 2, export"]["detail"] == "no record" and len(stages) == 10
-    assert [row["stage"] for row in stage_rows(first.config)] == [
+    assert (one.round, one.sequences, one.by_student, one.steps) == (1, 8, 0, 10)
+    assert (two.round, two.sequences, two.by_student, two.steps) == (2, 8, 3, 20)
+    assert (one.seconds, two.seconds) == (6.5, 6.5)
+    assert one.domains["words"].holdout_loss == 1.0
+    assert two.domains["words"].holdout_loss == 0.5
+    stages = {row.stage: row for row in stage_rows(second.config)}
+    assert stages["round 1, train"].seconds == stages["round 2, train"].seconds == 4.0
+    assert stages["round 2, export"].detail == "no record" and len(stages) == 10
+    assert [row.stage for row in stage_rows(first.config)] == [
         "prepare", "synthesize", "score", "train", "export"
     ]  # fmt: skip

@@ -15,8 +15,8 @@ import yaml
 
 from jobs.bookkeeping.stage_records import synthesized_dataset, write_record
 from jobs.caches.actions import retry
-from jobs.stages.evaluate import _holdout_prompts
 from jobs.stages.preflight import check_recipes, filter_identities, synthesis_identities
+from jobs.stages.serving import holdout_prompts
 from jobs.stages.synthesize import synthesize
 from pipeline import storage
 from pipeline.cache.index import quarantined
@@ -517,8 +517,8 @@ def test_where_answers_have_a_system_prompt_the_evaluation_says_whether_it_has_o
     plain = run.config([answer], others={"evaluation": sampling | {"system_prompt": None}})
     alike = run.config([answer], others={"evaluation": sampling | {"system_prompt": "Be brief. "}})
     assert preparation_key(plain) != preparation_key(alike)
-    assert [p.words for p in _holdout_prompts(plain, run.prompts)] == ["kept apart"]
-    (asked,) = _holdout_prompts(alike, run.prompts)
+    assert [p.words for p in holdout_prompts(plain, run.prompts)] == ["kept apart"]
+    (asked,) = holdout_prompts(alike, run.prompts)
     assert asked.messages == (
         {"role": "system", "content": "Be brief. "},
         {"role": "user", "content": "kept apart"},

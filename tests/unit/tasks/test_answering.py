@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from jobs.stages.evaluate import _line
+from jobs.stages.serving import answers_line
 from pipeline.config.student import StudentConfig
 from pipeline.errors import ConfigError
 from pipeline.records import Prompt
@@ -58,7 +58,6 @@ def test_prompts_that_are_too_long_are_counted_beside_the_others(
     assert answered.num_checked == {"d": 2} and answered.correct == {"d": 0.5}
 
 
-MODEL: dict[str, Any] = {"domains": {}, "tokens_per_second": 1.0}
 RULES = """import numpy as np
 
 
@@ -103,5 +102,6 @@ def test_every_verdict_counts_as_yes_or_no(
     said = [record.message for record in caplog.records]
     assert len(said) == (1 if problem else 0) and all("odd_rules.raising" in each for each in said)
     assert answered.checker_errors == (2 if problem else 0)
-    said_to_people = _line(MODEL, answered, "a.jsonl")
-    assert ("raised at 2 answers, which count as wrong: a.jsonl" in said_to_people) == bool(problem)
+    line = answers_line({}, answered, "a.jsonl")
+    said = "raised an error at 2 answers, which count as wrong: a.jsonl"
+    assert (said in line) == bool(problem)

@@ -1,0 +1,160 @@
+"""Serves each model alone on its hardware and asks it the hold-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jobs.stages.teacher_pools import endpoint_spec
+from pipeline import storage
+from pipeline.config.base import Resources
+from pipeline.config.run import Config
+from pipeline.config.teachers import EndpointTeacherConfig
+from pipeline.layout import Layout
+from pipeline.records import DatasetEntry, Prompt, TokenSequence
+from pipeline.report.models import DomainFigures
+from pipeline.run.prepared_run import Run
+from pipeline.sequences import read_sequences
+from teachers.pool.pool import TeacherWork, run_pools
+from teachers.protocol import EndpointSpec, EngineSpec
+from teachers.tasks.holdout import AnsweredPrompts, AnsweringTask
+from teachers.tokenizing import prompt_ids, student_tokenizer
+
+SEQUENCES_COMPARED = 16
+
+
+def serve_model(
+    run: Run, name: str, prompts: tuple[Prompt, ...], compared: tuple[TokenSequence, ...]
+) -> tuple[AnsweredPrompts, dict[str, Any]]:
+    """Answers of one model, alone on its hardware, and the description of its engine.
+
+    Args:
+        name: name of a teacher, or `student` or `twin`.
+        compared: sequences whose log-probabilities an exported student must give.
+
+    Raises:
+        TeacherError: the model cannot be served.
+    """
+    config = run.config
+    teacher = config.teachers.get(name)
+    resources: Resources = teacher.resources if teacher else config.evaluation.resources
+    need = max([_longest_request(config, prompts), *(len(s.input_ids) + 1 for s in compared)])
+    task = AnsweringTask(
+        model=name,
+        prompts=prompts,
+        student=config.student,
+        sampling=config.evaluation.sampling,
+        max_sequence_tokens=config.synthesis.max_sequence_tokens,
+        checker=config.prompts.checker,
+        answers_path=run.layout.answers(name),
+        compared=() if teacher else compared,
+        seed=config.seed,
+    )
+    work = TeacherWork(
+        name,
+        _spec(run, name, need),
+        resources,
+        replicas=1,
+        tasks=[task],
+        env_vars=config.cluster.env_vars,
+        autoscaling=config.cluster.autoscaling,
+    )
+    report = run_pools([work])[name]
+    return report.results[0], report.engines[-1]
+
+
+def _spec(run: Run, name: str, min_model_len: int) -> EngineSpec | EndpointSpec:
+    """Specification of the engine, or of the endpoint, that serves a model."""
+    config = run.config
+    teacher = config.teachers.get(name)
+    if isinstance(teacher, EndpointTeacherConfig):
+        return endpoint_spec(run, name, min_model_len=min_model_len, num_logprobs=0)
+    return EngineSpec(
+        model=teacher.model if teacher else run.layout.export_folder(name),
+        revision=teacher.revision if teacher else None,
+        trust_remote_code=(teacher or config.student).trust_remote_code,
+        # Prompts are asked more than once; a cached prefix would flatter the speed.
+        vllm={"enable_prefix_caching": False, **(teacher or config.student).vllm},
+        # Equal for all models: the first step with log-probabilities is part of peak memory.
+        num_logprobs=1,
+        min_model_len=min_model_len,
+        seed=config.seed,
+        eos_token_ids=(run.prepared.eos_token_id,),
+    )
+
+
+def holdout_prompts(config: Config, prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
+    """The hold-out prompts that every model is asked, under the evaluation's system prompt."""
+    most = config.evaluation.max_prompts_per_domain
+    by_domain: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        if prompt.split == "holdout":
+            by_domain.setdefault(prompt.domain, []).append(prompt)
+    system = config.evaluation.system_prompt
+    return tuple(prompt.under(system) for group in by_domain.values() for prompt in group[:most])
+
+
+def compared_sequences(
+    layout: Layout, entries: Sequence[DatasetEntry]
+) -> tuple[TokenSequence, ...]:
+    """Some hold-out sequences, spread evenly, whose log-probabilities an exported student gives."""
+    wanted = {
+        entry.sequence_id: entry for entry in entries[:: max(1, len(entries) // SEQUENCES_COMPARED)]
+    }
+    shards = {storage.join(layout.root, entry.shard) for entry in wanted.values()}
+    sequences = {
+        sequence.sequence_id: sequence
+        for shard in sorted(shards)
+        for sequence in read_sequences(shard)
+        if sequence.sequence_id in wanted
+    }
+    return tuple(sequences.values())[:SEQUENCES_COMPARED]
+
+
+def domain_figures(
+    answered: AnsweredPrompts, likelihoods: Mapping[str, DomainFigures]
+) -> dict[str, DomainFigures]:
+    """Figures of a model by domain: its answers added to its likelihoods.
+
+    A domain without hold-out answers in the dataset has prompts, but no likelihoods.
+    """
+    unmeasured = dict.fromkeys(answered.num_checked, DomainFigures())
+    return {
+        domain: figures.model_copy(
+            update={
+                "prompts": answered.num_checked.get(domain, 0),
+                "exact_match": answered.correct.get(domain),
+            }
+        )
+        for domain, figures in {**unmeasured, **likelihoods}.items()
+    }
+
+
+def answers_line(
+    domains: Mapping[str, DomainFigures], answered: AnsweredPrompts, answers_path: str
+) -> str:
+    """Exact match of a model in each domain, its speed, and errors of the checker, for people."""
+    parts = [*exact_match_words(domains), f"{answered.tokens_per_second:.0f} tokens/s"]
+    if answered.checker_errors:
+        parts.append(
+            f"the checker raised an error at {answered.checker_errors} answers, which count as "
+            f"wrong: {answers_path}"
+        )
+    return ", ".join(parts)
+
+
+def exact_match_words(domains: Mapping[str, DomainFigures]) -> list[str]:
+    """Each domain with a model's exact match there, where it was measured."""
+    return [
+        f"{domain} {figures.exact_match:.1%}"
+        for domain, figures in domains.items()
+        if figures.exact_match is not None
+    ]
+
+
+def _longest_request(config: Config, prompts: Sequence[Prompt]) -> int:
+    """Tokens that an engine must hold to answer every prompt that is not too long."""
+    tokenizer, _ = student_tokenizer(config.student.files)
+    longest = max(len(prompt_ids(tokenizer, prompt)) for prompt in prompts)
+    need = longest + config.evaluation.sampling["max_tokens"]
+    return min(need, config.synthesis.max_sequence_tokens or need)
