@@ -182,7 +182,8 @@ class BestOf(FilterSection):
 
     type: Literal["best_of"]
     keep: Count
-    """Number of answers that are kept of each prompt."""
+    """Number of answers that are kept of each prompt. It must be below the largest number of
+    answers that a prompt can have."""
     by: Literal["shortest", "longest", "samples", "likelihood"]
     """Order of the answers to a prompt, best first: fewest tokens (`shortest`), most tokens
     (`longest`), written most often (`samples`), or highest mean log-likelihood under `teacher`

@@ -107,7 +107,7 @@ class Writing(Section):
 
     type: str
     teacher: Name
-    """Teacher that writes the new prompts."""
+    """Name of the teacher that writes the new prompts."""
     sampling: dict[str, Any]
     """Sampling parameters, passed to vLLM's `SamplingParams` as they are, such as
     `{temperature: 0.8, max_tokens: 1024}`. `max_tokens` is required; a reply that reaches it is
@@ -133,7 +133,7 @@ class Paraphrase(Writing):
 
     type: Literal["paraphrase"]
     versions: Count = 1
-    """Number of new prompts that are asked for each prompt."""
+    """Number of requests for a new prompt that are made for each prompt."""
     template: str | None = None
     """Text file of yours with `{prompt}` in it, shown to the teacher in place of the shipped
     `paraphrase.txt`. The teacher must put the new prompt between `<prompt>` and `</prompt>`."""

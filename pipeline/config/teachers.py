@@ -163,7 +163,7 @@ class EndpointTeacherConfig(Section):
     """One teacher that runs elsewhere and is asked over HTTP."""
 
     endpoint: EndpointConfig
-    """Server that is asked."""
+    """Address and abilities of the server that is asked."""
     model_identity: str | None = None
     """Label of your choice for exactly the model that is served, such as name, commit and
     quantisation; required if the endpoint scores. It takes the place of the weight hash in the
@@ -172,7 +172,7 @@ class EndpointTeacherConfig(Section):
     """Domains whose prompts this teacher answers in recipes with `by: domain_teacher`. Two teachers
     may not name the same domain there."""
     resources: Resources = Resources(num_cpus=0.5)
-    """Resources of the one actor that sends the requests."""
+    """Resources of the one actor that sends all requests and waits for the replies."""
     allow_chat_template_difference: bool = False
     """Accept that the teacher's own chat template renders prompts differently from the student's.
     With `api: vllm` the teacher then sees prompts in the student's format, which may be new to

@@ -44,7 +44,8 @@ class TrainingConfig(Section):
     """Losses, summed with their weights. Each is also logged by itself, under a name made of its
     type and parameters."""
     steps: Count
-    """Number of optimizer steps."""
+    """Number of optimizer steps. The train sequences are gone through (`steps` times
+    `sequences_per_step`) / (number of train sequences) times, in another order each time."""
     sequences_per_step: Count
     """Number of sequences of one optimizer step, over all workers. The order of the sequences
     depends on `seed` and not on the number of workers."""
@@ -58,12 +59,14 @@ class TrainingConfig(Section):
     cannot keep packed sequences apart, which a check at the start detects. The results are the
     same."""
     learning_rate: Positive
-    """Peak of the learning rate, reached after the warm-up."""
+    """Peak of AdamW's learning rate, which is reached after the warm-up. Lower it if the loss
+    rises or becomes not-a-number."""
     warmup_steps: Annotated[int, Field(ge=0)]
     """Number of steps in which the learning rate rises linearly from 0 to its peak; after them it
     falls on a cosine curve until the last step. Must be less than `steps`."""
     min_learning_rate_ratio: Fraction = 0.1
-    """Learning rate at the last step, as a fraction of the peak."""
+    """Learning rate at the last step, as a fraction of the peak, from 0 to 1; with 1 it stays at
+    the peak after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of AdamW's running means of the gradient and of its square."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
