@@ -54,7 +54,7 @@ from pipeline.records import CombinedTargets, SparseLogprobs
 from students.data.examples import example_of
 from students.data.packing import pack
 from students.losses.distillation import distillation_loss
-from students.losses.divergences import LossTerm
+from students.losses.divergences import ForwardKL
 from students.losses.inputs import Targets
 from students.micro_batch import MicroBatch
 
@@ -63,7 +63,7 @@ TIMED = "top_p 0.99, 64"
 NESTED, FLATTENED = "nested lists", "nested lists, flattened"
 BYTES_TO_REACH = 20
 FEWEST_DRAWS = 8
-FORWARD_KL = (LossTerm(name="forward_kl", type="forward_kl", weight=1.0),)
+FORWARD_KL = (ForwardKL(name="forward_kl", weight=1.0),)
 
 
 def _top_k(most: int) -> TopK:

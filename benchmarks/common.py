@@ -66,7 +66,7 @@ def write_json(path: Path, rows: Sequence[Mapping[str, Any]], ratios: Mapping[st
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def made_up_job(
+def made_up_spec(
     root: Path, teachers: Sequence[str], dataset: str, student: Mapping[str, Any], **training: Any
 ) -> TrainingSpec:
     """A training whose models, prompts and recipes exist in name only; its teachers weigh by

@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerF
 from examples.gsm8k import make_teachers as gsm8k
 from pipeline.fingerprint import digest_bytes
 from pipeline.records import TokenSequence
-from students.model import body_hidden_states, load_model, output_head
+from students.model import body_hidden_states, lm_head_of, load_model
 
 VOCABULARY = 4096
 CAPTURED = 4096
@@ -122,7 +122,7 @@ def real_batches(models: Path, data: Path, count: int) -> Iterator[Batch]:
             members,
             dense[:TOKENS],
             _student_hidden(student, sequences)[:TOKENS],
-            output_head(student).weight,
+            lm_head_of(student).weight,
             list(student.parameters()),
         )
 

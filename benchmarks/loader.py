@@ -1,12 +1,12 @@
-"""How fast a training's data is made: reading shards, combining the teachers' rows, packing.
+"""Speed of making a training's data: reading shards, combining the teachers' rows, packing.
 
     python benchmarks/loader.py [--quick] [--json PATH]
 
 Sequences and caches are made up: a prompt of 64 tokens and an answer of 448, and for each teacher a
 ragged number of entries, about 16 on average, from a vocabulary of 151,936. Every round reads all
 of it anew, in the order of a training, in one process; its processor time counts, so that the
-figure is that of one core. Then the same through a loader process, by the clock. Tokens are those
-with targets.
+figure is the speed of one core. The same is then measured through a loader process, by the clock.
+Only tokens with targets count.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import MADE_UP, machine, made_up_job, print_table, write_json
+from benchmarks.common import MADE_UP, machine, made_up_spec, print_table, write_json
 from pipeline.cache.shard import write_shard
 from pipeline.fingerprint import digest_ids, sequence_id
 from pipeline.layout import CacheLayout, Layout
@@ -41,7 +41,7 @@ SEQUENCES_PER_STEP, TOKENS_PER_MICRO_BATCH = 64, 8_192
 
 @dataclass(frozen=True)
 class Size:
-    """How much is made up, and how often it is read."""
+    """Amount of made-up data, and number of times that it is read."""
 
     shards: int
     sequences_per_shard: int
@@ -108,8 +108,8 @@ def make_row(generator: np.random.Generator, name: str) -> SparseLogprobs:
 
 
 def share_of(material: Material) -> Share:
-    """All of a training of one worker."""
-    job = made_up_job(
+    """The share of the only worker of a training."""
+    spec = made_up_spec(
         Path(material.layout.root),
         list(material.caches),
         write_dataset(material.layout, material.entries),
@@ -118,21 +118,21 @@ def share_of(material: Material) -> Share:
         sequences_per_step=SEQUENCES_PER_STEP,
         tokens_per_micro_batch=TOKENS_PER_MICRO_BATCH,
     )
-    return Share(job, VOCABULARY, rank=0, world_size=1)
+    return Share(spec, VOCABULARY, rank=0, world_size=1)
 
 
 def seconds_of_a_core(share: Share) -> float:
     """Processor seconds of all steps, in this process, with everything read anew."""
     started = time.process_time()
     source = BatchSource(share)
-    for step in range(share.job.config.training.steps):
+    for step in range(share.spec.config.training.steps):
         source.step(step)
     return time.process_time() - started
 
 
 def seconds_between_steps(share: Share, num_processes: int) -> float:
-    """By the clock, for each step after the first, when nothing else is done with the batches."""
-    steps = range(share.job.config.training.steps)
+    """Seconds by the clock for each step after the first, with no other use of the batches."""
+    steps = range(share.spec.config.training.steps)
     with Loader(share, steps, num_processes) as loader:
         loader.receive()
         started = time.perf_counter()
@@ -142,19 +142,19 @@ def seconds_between_steps(share: Share, num_processes: int) -> float:
 
 
 def measure(size: Size, folder: Path) -> list[dict[str, Any]]:
-    """In alternating rounds; the first of each is dropped."""
+    """Rows for each number of teachers, measured in alternating rounds; the first is dropped."""
     shares = {m: share_of(make_material(folder / str(m), size, m)) for m in TEACHERS}
     positions = size.shards * size.sequences_per_shard * ANSWER
     positions_of_a_step = SEQUENCES_PER_STEP * ANSWER
-    found: dict[int, list[tuple[float, float]]] = {m: [] for m in TEACHERS}
+    speeds: dict[int, list[tuple[float, float]]] = {m: [] for m in TEACHERS}
     for turn in range(size.rounds + 1):
         for m in TEACHERS if turn % 2 else reversed(TEACHERS):
             core = positions / seconds_of_a_core(shares[m])
             clock = positions_of_a_step / seconds_between_steps(shares[m], 1)
             if turn:
-                found[m].append((core, clock))
+                speeds[m].append((core, clock))
     rows = []
-    for m, rounds in found.items():
+    for m, rounds in speeds.items():
         core, clock = zip(*rounds, strict=True)
         rows.append(
             {

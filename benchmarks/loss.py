@@ -1,12 +1,12 @@
-"""How fast a student's loss step is and what memory it takes: sparse targets against dense ones and
-against cross-entropy.
+"""Speed and memory of a student's loss step: sparse targets against dense targets and against
+cross-entropy.
 
     python benchmarks/loss.py [--quick] [--json PATH]
 
-A step is values and gradients of hidden states and LM head. Times are taken in alternating rounds
-in one process; on a CPU the peak memory of each step in a process of its own, from /proc. Needs
-torch and `students/` alone, and runs unchanged on a GPU; Liger's kernels are measured where both
-are there.
+A step computes values, and gradients of hidden states and LM head. Times are taken in alternating
+rounds in one process; on a CPU the peak memory of each step is taken from /proc in a process of its
+own. The benchmark needs torch and `students/losses/` alone, and runs unchanged on a GPU; Liger's
+kernels are measured if both a GPU and Liger are there.
 """
 
 from __future__ import annotations
@@ -30,7 +30,15 @@ from torch.nn.functional import cross_entropy, kl_div, linear
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from students.losses.distillation import LossTerm, Targets, distillation_loss
+from students.losses.distillation import distillation_loss
+from students.losses.divergences import (
+    CrossEntropy,
+    DistributionLoss,
+    ForwardKL,
+    JensenShannon,
+    ReverseKL,
+)
+from students.losses.inputs import Targets
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
@@ -57,13 +65,13 @@ TINY = Case(8, 512, 1)
 QUICK = (Case(512, 16_384, 3),)
 FULL = (Case(4_096, 4_096, 7), Case(4_096, 32_768, 7), Case(4_096, 151_936, 5))
 
-FORWARD_KL = LossTerm("forward_kl", "forward_kl", 1.0)
-CROSS_ENTROPY = LossTerm("cross_entropy", "cross_entropy", 1.0)
+FORWARD_KL = ForwardKL(name="forward_kl", weight=1.0)
+CROSS_ENTROPY = CrossEntropy(name="cross_entropy", weight=1.0)
 LIST = (
     FORWARD_KL,
     CROSS_ENTROPY,
-    LossTerm("reverse_kl", "reverse_kl", 1.0, temperature=2.0, min_tail=1e-4),
-    LossTerm("jensen_shannon", "jensen_shannon", 1.0, beta=0.5),
+    ReverseKL(name="reverse_kl", weight=1.0, temperature=2.0, min_tail=1e-4),
+    JensenShannon(name="jensen_shannon", weight=1.0, beta=0.5),
 )
 Step = Callable[[], torch.Tensor]
 
@@ -74,7 +82,7 @@ class Inputs:
     def __init__(self, case: Case, *, dense: bool) -> None:
         torch.manual_seed(0)
         self.hidden = self._normal(case.positions, HIDDEN).requires_grad_()
-        self.head = self._normal(case.vocabulary, HIDDEN).requires_grad_()
+        self.lm_head = self._normal(case.vocabulary, HIDDEN).requires_grad_()
         self.gold = torch.randint(0, case.vocabulary, (case.positions,), device=DEVICE)
         self.teacher_hidden = self._normal(case.positions, HIDDEN)
         self.teacher_logprobs = None
@@ -85,7 +93,7 @@ class Inputs:
         self._case = case
 
     def targets(self, num_teachers: int) -> Targets:
-        """`ENTRIES` different ids a position and teacher, half of them shared by neighbours."""
+        """`ENTRIES` different ids per position and teacher, half of them shared by neighbours."""
         case, shape = self._case, (num_teachers, self._case.positions, ENTRIES)
         first = torch.randint(0, case.vocabulary, (1, case.positions, 1), device=DEVICE)
         offset = torch.arange(num_teachers, device=DEVICE)[:, None, None] * (ENTRIES // 2)
@@ -99,41 +107,43 @@ class Inputs:
         return torch.empty(rows, columns, dtype=DTYPE, device=DEVICE).normal_(0, HIDDEN**-0.25)
 
 
-def ours(*terms: LossTerm, num_teachers: int = 1) -> Callable[[Inputs], Step]:
+def ours(*losses: DistributionLoss, num_teachers: int = 1) -> Callable[[Inputs], Step]:
     def prepare(x: Inputs) -> Step:
         targets = x.targets(num_teachers)
-        return lambda: distillation_loss(x.hidden, x.head, None, targets, terms).total
+        return lambda: distillation_loss(x.hidden, x.lm_head, None, targets, losses).total
 
     return prepare
 
 
 def dense_kl(x: Inputs) -> Step:
-    """From full logits, given the teacher's full log-probabilities, which are not counted."""
+    """KL from full logits, given the teacher's full log-probabilities, which are not counted."""
 
     def step() -> torch.Tensor:
-        logprobs = torch.log_softmax(linear(x.hidden, x.head).float(), -1)
+        logprobs = torch.log_softmax(linear(x.hidden, x.lm_head).float(), -1)
         return kl_div(logprobs, x.teacher_logprobs, log_target=True, reduction="sum")
 
     return step
 
 
 def dense_cross_entropy(x: Inputs) -> Step:
-    return lambda: cross_entropy(linear(x.hidden, x.head).float(), x.gold, reduction="sum")
+    return lambda: cross_entropy(linear(x.hidden, x.lm_head).float(), x.gold, reduction="sum")
 
 
 def liger_cross_entropy(x: Inputs) -> Step:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     function = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-    return lambda: function(x.head, x.hidden, x.gold)
+    return lambda: function(x.lm_head, x.hidden, x.gold)
 
 
 def liger_jsd(x: Inputs) -> Step:
-    """Its distillation loss, which runs the teacher's head too; 0.5 is plain Jensen-Shannon."""
+    """Liger's distillation loss, which runs the teacher's LM head too; a beta of 0.5 is plain
+    Jensen-Shannon.
+    """
     from liger_kernel.transformers import LigerFusedLinearJSD
 
-    function, teacher_head = LigerFusedLinearJSD(jsd_beta=0.5), x.head.detach().clone()
-    return lambda: function(x.hidden, x.head, x.teacher_hidden, teacher_head, x.gold)
+    function, teacher_lm_head = LigerFusedLinearJSD(jsd_beta=0.5), x.lm_head.detach().clone()
+    return lambda: function(x.hidden, x.lm_head, x.teacher_hidden, teacher_lm_head, x.gold)
 
 
 METHODS: dict[str, Callable[[Inputs], Step]] = {
@@ -158,7 +168,7 @@ def available() -> tuple[dict[str, Callable[[Inputs], Step]], list[str]]:
 
 def run_step(step: Step, x: Inputs) -> float:
     """Seconds of values and gradients."""
-    x.hidden.grad = x.head.grad = None
+    x.hidden.grad = x.lm_head.grad = None
     synchronise()
     started = time.perf_counter()
     step().backward()
@@ -186,7 +196,7 @@ def measure_times(case: Case, methods: dict[str, Callable[[Inputs], Step]]) -> d
 
 
 def peak_of_step(case: Case, method: str) -> float:
-    """Peak memory in bytes that a step adds to its inputs, in this process, which ran nothing."""
+    """Peak memory in bytes that a step adds to its inputs, in this fresh process."""
     prepare = {**METHODS, **LIGER}[method]
     warm = Inputs(TINY, dense=True)
     run_step(prepare(warm), warm)
@@ -233,7 +243,7 @@ def rows_of(case: Case, methods: dict[str, Callable[[Inputs], Step]]) -> list[di
 
 
 def ratios_of(rows: list[dict]) -> dict[str, float]:
-    """Of the last, largest case; times as the median of the rounds' ratios."""
+    """Ratios of the last, largest case; times as the median of the rounds' ratios."""
     last = {row["method"]: row for row in rows if row["case"] == rows[-1]["case"]}
     ce, sparse, dense = (last[name] for name in ("cross_entropy", "sparse_kl", "dense_kl"))
     rounds = zip(ce["seconds"], sparse["seconds"], strict=True)
@@ -286,7 +296,7 @@ def machine() -> dict:
 
 
 def commit() -> str | None:
-    """Of the code measured, with `-dirty` if it was changed; None outside a repository."""
+    """Commit of the measured code, with `-dirty` if it was changed; None outside a repository."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

@@ -1,11 +1,11 @@
-"""What distillation adds to a training step: forward, loss, backward and update of a student under
-DeepSpeed, against the same with cross-entropy alone.
+"""Cost that distillation adds to a training step: forward, loss, backward and update of a student
+under DeepSpeed, against the same with cross-entropy alone.
 
     python benchmarks/train.py [--quick] [--json PATH]
 
-Students, targets and texts are made up: packed rows of 512-token sequences, 50 kept ids a position
-and teacher. Both students are steps of the real training code in one process, in alternating
-rounds. Runs unchanged on a GPU, with a larger student in bfloat16.
+Students, targets and texts are made up: packed rows of 512-token sequences, 50 kept ids per
+position and teacher. The steps are those of the real training code, in one process, in alternating
+rounds. The benchmark runs unchanged on a GPU, with a larger student in bfloat16.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import machine, made_up_job, print_table, write_json
+from benchmarks.common import machine, made_up_spec, print_table, write_json
 
 CUDA = torch.cuda.is_available()
 SEQUENCE, PROMPT, ENTRIES = 512, 64, 50
@@ -61,11 +61,11 @@ METHODS: dict[str, tuple[list[dict[str, Any]], int]] = {
         2,
     ),
 }
-"""Losses, and teachers."""
+"""Losses, and number of teachers."""
 
 
 def initialise_process_group(folder: Path) -> None:
-    """Of one rank; DeepSpeed takes it as it is."""
+    """Makes the process group of one rank, which DeepSpeed takes over."""
     if not CUDA:
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
@@ -84,10 +84,10 @@ class Training:
         from students.deepspeed_engine import DeepSpeedStudent
         from students.micro_batch import MicroBatch
         from students.model import StudentModule
-        from students.trainer import loss_terms
+        from students.trainer import distribution_losses
 
         dtype = "bfloat16" if CUDA else "float32"
-        job = made_up_job(
+        spec = made_up_spec(
             Path("made-up"),
             [f"t{m}" for m in range(max(1, num_teachers))],
             "made-up",
@@ -111,10 +111,11 @@ class Training:
             ),
             dtype=getattr(torch, dtype),
         )
-        self.engine = DeepSpeedStudent(StudentModule(model, loss_terms(job)), job)
+        module = StudentModule(model, distribution_losses(spec))
+        self.student = DeepSpeedStudent(module, spec)
         generator = np.random.default_rng(0)
         examples = [make_example(generator, size, num_teachers) for _ in range(size.sequences)]
-        batch = MicroBatch.of(pack(examples), self.engine.device)
+        batch = MicroBatch.of(pack(examples), self.student.device)
         positions = sum(len(example.gold_ids) for example in examples)
         self.batch = StepBatch(0, [batch], positions, size.sequences * SEQUENCE)
 
@@ -123,7 +124,7 @@ class Training:
 
         synchronise()
         started = time.perf_counter()
-        train_step(self.engine, self.batch, RATE)
+        train_step(self.student, self.batch, RATE)
         synchronise()
         return time.perf_counter() - started
 
@@ -155,7 +156,9 @@ def synchronise() -> None:
 
 
 def measure(size: Size) -> list[dict[str, Any]]:
-    """In alternating rounds, whose order turns; the first two are dropped."""
+    """Rows of all methods, measured in alternating rounds whose order turns; the first two rounds
+    are dropped.
+    """
     trainings = {name: Training(size, *method) for name, method in METHODS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in trainings}
     for turn in range(size.rounds + 2):
@@ -179,7 +182,7 @@ def measure(size: Size) -> list[dict[str, Any]]:
 
 
 def ratio(of_cross_entropy: list[float], seconds: list[float]) -> float:
-    """Of tokens per second: the median of the rounds' ratios."""
+    """Ratio of tokens per second: the median of the rounds' ratios."""
     return statistics.median(a / b for a, b in zip(of_cross_entropy, seconds, strict=True))
 
 
@@ -196,8 +199,8 @@ def main() -> None:
         rows = measure(size)
         dist.destroy_process_group()
     print_table([{k: v for k, v in row.items() if k != "seconds"} for row in rows])
-    found = {row["losses"]: row["over_cross_entropy"] for row in rows}
-    ratios = {"kd_over_ce_tokens_per_second": found["forward_kl"]}
+    over_cross_entropy = {row["losses"]: row["over_cross_entropy"] for row in rows}
+    ratios = {"kd_over_ce_tokens_per_second": over_cross_entropy["forward_kl"]}
     for name, value in ratios.items():
         print(f"{name}: {value:.3f}")
     if options.json:

@@ -8,12 +8,12 @@ deepspeed_options  checks of the `deepspeed` block by DeepSpeed itself
 progress           metrics, TensorBoard, progress lines
 micro_batch        a packed micro-batch as tensors
 training_data      a worker's data: steps read ahead, hold-out, probe
-initial_weights    a training that starts from old weights
+initial_weights    old weights that a training starts from
 export             Hugging Face folder, checked against the training
 evaluation         hold-out loss, KL, agreement
 reference          log-probabilities by transformers alone
-disk_space         a full disk in one message
+disk_space         one message for a full disk
 losses/            the losses, in closed form and bounded memory
 data/              examples, batches and packing; numpy alone
-checkpoints/       complete checkpoints and resume
+checkpoints/       complete checkpoints, resume and its refusals
 """

@@ -1,4 +1,4 @@
-"""DeepSpeed around the student, with what a training needs of it in reach: the learning rate, the
+"""DeepSpeed around the student: gradients of any number of micro-batches, the learning rate, the
 gradient norm and the full weights.
 """
 
@@ -25,18 +25,28 @@ class DeepSpeedStudent:
     """One student on all workers.
 
     Batches are cut by a token budget, so accumulation is done here: `accumulate` adds gradients of
-    any number of micro-batches, equal on all ranks, and `step` applies them.
+    any number of micro-batches, an equal number on all ranks, and `step` applies them.
+
+    Attributes:
+        module: the student with its losses.
+        deepspeed: DeepSpeed's wrapper of the module.
+        device: device of the module's weights.
+        parameter_shapes: shape of each whole parameter, by name.
     """
 
-    def __init__(self, module: StudentModule, job: TrainingSpec, universal: bool = False) -> None:
-        """`universal`: a checkpoint will be loaded in its universal form."""
-        training, bf16 = job.config.training, job.config.student.dtype == "bfloat16"
+    def __init__(self, module: StudentModule, spec: TrainingSpec, universal: bool = False) -> None:
+        """Hands the module to DeepSpeed.
+
+        Args:
+            universal: whether a checkpoint will be loaded in its universal form.
+        """
+        training, bf16 = spec.config.training, spec.config.student.dtype == "bfloat16"
         # DeepSpeed then steps the optimizer itself, without a gradient norm
-        plain = job.zero_stage == 0 and not bf16
+        plain = spec.zero_stage == 0 and not bf16
         self.module, self._universal = module, universal
         self._optimizer = make_optimizer(module, training)
         self._norm: torch.Tensor | None = None
-        # of the whole parameters, before DeepSpeed partitions them
+        # read before DeepSpeed partitions the parameters
         self.parameter_shapes = {name: list(p.shape) for name, p in module.named_parameters()}
         if plain:
             self._clip_before_update(training.gradient_clipping)
@@ -60,10 +70,12 @@ class DeepSpeedStudent:
         self.device = self.deepspeed.device
 
     def load(self, folder: Path, tag: str) -> bool:
-        """Restores weights and optimizer state; whether DeepSpeed found them. All ranks call it.
+        """Restores weights and optimizer state; returns whether DeepSpeed found them. All ranks
+        call it.
 
-        The optimizer's settings stay those of the config: DeepSpeed takes them from the checkpoint,
-        and at stage 3 from a universal one those of its first parameter group for all.
+        The optimizer keeps the settings of the config. DeepSpeed takes them from the checkpoint,
+        and at stage 3 it gives all groups the settings of the first group of a universal
+        checkpoint.
         """
         groups = self._optimizer.param_groups
         settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
@@ -74,13 +86,13 @@ class DeepSpeedStudent:
         if wrapper is not self._optimizer:
             wrapper.clip_grad = self.deepspeed.gradient_clipping()
         if self._universal:
-            # at stage 3 all groups get the same tensor, which each group's update would increment
+            # at stage 3 all groups share one tensor, which each group's update would increment
             for state in self._optimizer.state.values():
                 state["step"] = copy.deepcopy(state["step"])
         return loaded is not None
 
     def accumulate(self, batch: MicroBatch, factor: float) -> torch.Tensor:
-        """Adds the gradients of `factor` times the total loss; gives the figures of `LossSums`."""
+        """Adds the gradients of `factor` times the total loss; returns `LossSums.figures`."""
         self.deepspeed.train()
         total, figures_F = self.deepspeed(batch)
         self.deepspeed.backward(total * factor)
@@ -99,17 +111,17 @@ class DeepSpeedStudent:
         return self.deepspeed(batch)
 
     def gradient_norm(self) -> float:
-        """Of the last step, over all weights, before clipping."""
+        """Gradient norm of the last step, over all weights, before clipping."""
         norm = self._norm if self._norm is not None else self.deepspeed.get_global_grad_norm()
         assert norm is not None
         return float(norm)
 
     def full_weights(self) -> dict[str, torch.Tensor]:
         """float32 master weights by their name in the Hugging Face model, on rank 0; tied weights
-        once.
+        stand once.
 
         All ranks call it. With bfloat16 at stage 0 DeepSpeed gives no access to its master weights:
-        these are then the bfloat16 weights, which is what is exported in any case.
+        the bfloat16 weights take their place, and the export has bfloat16 in any case.
         """
         model, weights = self.module.model, {}
         for name, parameter in model.named_parameters():
@@ -130,8 +142,8 @@ class DeepSpeedStudent:
 
 
 def make_optimizer(module: torch.nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices only; DeepSpeed's own on the CPU when the config offloads
-    it there.
+    """AdamW with weight decay on matrices only; DeepSpeed's own AdamW on the CPU if the config
+    offloads the optimizer there.
     """
     parameters = list(module.parameters())
     groups = [

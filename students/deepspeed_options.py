@@ -1,4 +1,4 @@
-"""What the installed DeepSpeed says of a `deepspeed:` block, before any hardware is asked for."""
+"""Checks of a `deepspeed:` block by the installed DeepSpeed, before any hardware is asked for."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pydantic import ValidationError
 from pipeline.errors import ConfigError
 from pipeline.messages import closest
 
-# What it asks of the machine that it runs on, which is not the one that trains.
 UNCHECKED = ("aio",)
+"""Keys that DeepSpeed checks against its own machine, which is not the machine that trains."""
 
 
 class ReadKeys(dict[str, Any]):
-    """A block, and those below it, that remember which keys were asked for by name."""
+    """A block that remembers which of its keys were read by name, and so do the blocks in it."""
 
     def __init__(self, block: dict[str, Any]) -> None:
         super().__init__(
@@ -41,13 +41,15 @@ class ReadKeys(dict[str, Any]):
         return self  # so that `key in block.keys()` is seen as well
 
     def __iter__(self) -> Iterator[str]:
-        return super().__iter__()  # without an own one, `**block` would pass by `__getitem__`
+        return super().__iter__()  # without this method `**block` would bypass `__getitem__`
 
     def __copy__(self) -> ReadKeys:
         return self
 
     def unread(self, place: str) -> list[str]:
-        """What nobody has asked for, a line each; nothing of a block that was taken as a whole."""
+        """A line for each key that was never read; none for the keys of a block that was taken as
+        a whole.
+        """
         unknown = [key for key in self if key not in self.read] if self.read else []
         lines = [
             f"{place}.{key} is unknown to DeepSpeed; {closest(key, self.read)}" for key in unknown
@@ -57,17 +59,18 @@ class ReadKeys(dict[str, Any]):
 
 
 def check_deepspeed_options(block: dict[str, Any]) -> None:
-    """Has DeepSpeed read a `deepspeed:` block and refuses what it refuses or does not look at.
+    """Lets DeepSpeed read a `deepspeed:` block, and refuses the values that it refuses and the keys
+    that it ignores.
 
     Raises:
-        ConfigError: DeepSpeed refuses a value, or ignores a key (the closest one is named).
+        ConfigError: DeepSpeed refuses a value, or ignores a key (the message has the closest key).
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # this process trains nothing
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
     read = ReadKeys({key: value for key, value in block.items() if key not in UNCHECKED})
-    ours = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
-    read.update(ours)
+    # DeepSpeed wants them, and a training sets them itself
+    read.update({"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1})
     try:
         DeepSpeedConfig(read)
     except ValidationError as error:

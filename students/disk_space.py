@@ -1,4 +1,6 @@
-"""A full disk in one message, whoever meets it: torch and safetensors have errors of their own."""
+"""One message for a full disk, whichever library meets it: torch and safetensors raise errors of
+their own.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +17,18 @@ from pipeline import storage
 from pipeline.errors import StorageError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# Of torch's and safetensors' writers, whatever the cause.
 WRITING = re.compile(r"inline_container|PytorchStreamWriter|iostream error|\(os error \d+\)")
-LEAST_BYTES = 2**20  # a disk with less is full for a checkpoint
+"""Text in errors of torch's and safetensors' writers, whatever the cause."""
+LEAST_BYTES = 2**20
+"""A disk with less free space counts as full: no checkpoint fits."""
 
 
 @contextmanager
-def full_disk_told(folder: str) -> Iterator[None]:
-    """Tells a disk that fills up while a student is written, which no second try changes.
+def full_disk_explained(folder: str) -> Iterator[None]:
+    """Explains a disk that fills up while a student is written; a second try would not help.
 
     Args:
-        folder: where all of it is written.
+        folder: folder that holds everything that is written.
 
     Raises:
         StorageError: the disk is full, or torch or safetensors could not write. Other errors pass.
@@ -44,11 +47,12 @@ def full_disk_told(folder: str) -> Iterator[None]:
             with storage.explained("write", folder):
                 raise OSError(errno.ENOSPC, str(error)) from error
         raise StorageError(
-            f"cannot write {folder}: {error}. The disk has room: is a quota reached? Everything "
-            "finished so far is kept; run the same command again."
+            f"cannot write {folder}: {error}; the disk has free space, so a quota may be reached; "
+            "everything finished so far is kept: raise the quota or remove files, then run the "
+            "same command again"
         ) from error
 
 
 def _free_bytes(folder: str) -> int:
-    there = next(path for path in (Path(folder), *Path(folder).parents) if path.exists())
-    return shutil.disk_usage(there).free
+    existing = next(path for path in (Path(folder), *Path(folder).parents) if path.exists())
+    return shutil.disk_usage(existing).free

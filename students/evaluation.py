@@ -1,7 +1,7 @@
-"""Hold-out numbers: of a student by a forward pass of its exported folder, of the teachers from
-their caches alone.
+"""Hold-out numbers: a student's by a forward pass of its exported folder, the teachers' from their
+caches alone.
 
-All are averages over positions in nats, by domain and over `all`. KL is measured to the mixture of
+All numbers are averages over the positions of a domain, in nats. KL is measured to the mixture of
 the teachers as in training: sum_m w_m KL(p_m || q), each teacher's kept ids apart and the rest in
 one bucket.
 
@@ -26,23 +26,26 @@ from pipeline.records import DatasetEntry, SparseLogprobs
 from students.data.examples import Example, Examples
 from students.data.packing import pack, plan_micro_batches, refuse_long_sequences
 from students.losses.distillation import position_figures
-from students.losses.divergences import LossTerm
+from students.losses.divergences import ForwardKL
 from students.micro_batch import MicroBatch
-from students.model import body_hidden_states, load_model, logit_softcap, output_head
+from students.model import body_hidden_states, lm_head_of, load_model, logit_softcap
 
 MASS_FLOOR = 1e-4
-"""A stored tail of 0 can be one that float16 rounded away: an id or a bucket outside is given at
-least this much.
+"""Least mass of an id or a bucket outside the kept ids: a stored tail of 0 may be a tail that
+float16 rounded away.
 """
 ID_RANGE = 2**24
+"""Above any token id."""
 POSITIONS_AT_ONCE = 512
-"""Whose entries are compared pair by pair together: 256 of each make 32 MiB of truth values."""
+"""Positions whose entries are compared pair by pair together: 256 entries on each side make 32 MiB
+of truth values.
+"""
 MASKED = float(np.finfo(np.float16).min)
-"""What a cache stores of a gold token that the teacher gives no probability."""
+"""Stored log-probability of a gold token that the teacher gives no probability."""
 SUM_ROUNDING = 1e-9
-"""Relative; far above float64's sums of a few parts, below the step of float16."""
-KL_TO_MIXTURE = (LossTerm(name="forward_kl", type="forward_kl", weight=1.0),)
-"""Of every student, whatever it was trained on."""
+"""Relative rounding of a sum: far above that of a few float64 parts, below the step of float16."""
+KL_TO_MIXTURE = (ForwardKL(name="forward_kl", weight=1.0),)
+"""The KL of every student, whatever it was trained on."""
 Means = dict[str, float | None]
 
 
@@ -58,7 +61,7 @@ class _Sums:
     has_estimates: bool = False
 
     def add_estimated(self, loss: np.ndarray) -> None:
-        """Positions whose mixture is known by draws alone."""
+        """Adds positions whose mixture is known by draws alone."""
         self.tokens += len(loss)
         self.loss += float(loss.sum())
         self.has_estimates = True
@@ -82,7 +85,7 @@ class _Sums:
             name: None if self.has_estimates else getattr(self, name) / self.tokens
             for name in names
         }
-        # JSON knows no infinity.
+        # JSON knows no infinity
         loss = self.loss / self.tokens if math.isfinite(self.loss) else None
         return {"tokens": self.tokens, "loss": loss, **means}
 
@@ -97,19 +100,19 @@ def holdout_numbers(
     trust_remote_code: bool = False,
     packing: bool = True,
 ) -> dict[str, Means]:
-    """A student's numbers on hold-out sequences, by domain and for `all`.
+    """A student's numbers on hold-out sequences, by domain.
 
     Returns:
         For each domain `tokens`, `loss` (cross-entropy with the text), `kl_to_mixture`, and
         `agreement` (share of positions where its most probable token is the mixture's, or one of
-        those that tie).
+        the mixture's tokens that tie).
 
     Raises:
         CacheError: the caches do not cover a sequence.
         TrainingError: a sequence is longer than the budget.
     """
     model = load_model(model_folder, trust_remote_code, device)
-    head, softcap = output_head(model), logit_softcap(model)
+    lm_head, softcap = lm_head_of(model), logit_softcap(model)
     sums: dict[str, _Sums] = {}
     refuse_long_sequences(
         [(entry.sequence_id, entry.num_tokens) for entry in entries], tokens_per_micro_batch
@@ -123,14 +126,15 @@ def holdout_numbers(
             hidden_PH = body_hidden_states(model, batch.input_ids, batch.position_ids)[
                 batch.logit_indices
             ]
-            weights = (head.weight, head.bias)
-            found = position_figures(hidden_PH, *weights, batch.targets, KL_TO_MIXTURE, softcap)
-            loss, kl = found.figures.double().cpu().numpy()
+            measured = position_figures(
+                hidden_PH, lm_head.weight, lm_head.bias, batch.targets, KL_TO_MIXTURE, softcap
+            )
+            loss, kl = measured.figures.double().cpu().numpy()
             domain_sums = sums.setdefault(domain, _Sums())
             if any(example.is_estimate for example in together):
                 domain_sums.add_estimated(loss)
                 continue
-            argmax_ids = found.argmax_ids.cpu().numpy()
+            argmax_ids = measured.argmax_ids.cpu().numpy()
             domain_sums.add(loss, kl, _agreements(together, argmax_ids))
     return _means(sums, bounded=False)
 
@@ -140,15 +144,15 @@ def teacher_holdout_numbers(
 ) -> dict[str, dict[str, Means]]:
     """Each teacher's numbers on the sequences that it has scored, from cached numbers alone.
 
-    What a teacher gives to an id that it has not kept is unknown but bounded, see
+    The mass that a teacher gives to an id that it has not kept is unknown but bounded, see
     `bounded_divergence`, so `kl_to_mixture` is a lower bound; `bounded_mass` is the share of the
     mixture's mass on such ids.
 
     Returns:
-        By teacher and domain `tokens`, `loss`, `kl_to_mixture`, `agreement` and `bounded_mass`.
+        `tokens`, `loss`, `kl_to_mixture`, `agreement` and `bounded_mass`, by teacher and domain.
         The loss of a teacher that masks a token of the text is infinite, and None here.
     """
-    found = {}
+    numbers = {}
     for name, reader in readers.items():
         sums: dict[str, _Sums] = {}
         for domain, members in _by_domain(entries):
@@ -166,8 +170,8 @@ def teacher_holdout_numbers(
                 first = np.concatenate([[0], np.cumsum(row.num_entries, dtype=np.int64)[:-1]])
                 agrees_P = is_likeliest(example, row.token_ids[first].astype(np.int64))
                 domain_sums.add(loss, kl_P, agrees_P, bounded_P)
-        found[name] = _means(sums, bounded=True)
-    return found
+        numbers[name] = _means(sums, bounded=True)
+    return numbers
 
 
 def bounded_divergence(example: Example, row: SparseLogprobs) -> tuple[np.ndarray, np.ndarray]:
@@ -188,8 +192,8 @@ def bounded_divergence(example: Example, row: SparseLogprobs) -> tuple[np.ndarra
         for m, weights_P in enumerate(example.teacher_weights[:, some].astype(np.float64)):
             theirs = (example.token_ids[m, some], example.logprobs[m, some].astype(np.float64))
             their_tail_P = example.tail_mass[m, some].astype(np.float64)
-            found_P, outside_P = _bounded(theirs, their_tail_P, kept, tail_P)
-            kl_P[some] += weights_P * found_P
+            bound_P, outside_P = _bounded(theirs, their_tail_P, kept, tail_P)
+            kl_P[some] += weights_P * bound_P
             bounded_P[some] += weights_P * outside_P
     return kl_P, bounded_P
 
@@ -200,7 +204,12 @@ def _bounded(
     kept: tuple[np.ndarray, np.ndarray],
     tail_P: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`bounded_divergence` of one p_m: its ids and log-probabilities [P, K] and tail, then t's."""
+    """`bounded_divergence` from one p_m.
+
+    Args:
+        theirs, their_tail_P: ids and log-probabilities [P, K] of p_m, and its tail.
+        kept, tail_P: ids and log-probabilities [P, K] of t, and its tail.
+    """
     (their_ids_PK, p_logs_PK), (ids_PK, logprobs_PK) = theirs, kept
     kept_PK = np.exp(logprobs_PK)
     least_P = np.where(np.isfinite(logprobs_PK), kept_PK, np.inf).min(axis=1)
@@ -223,9 +232,9 @@ def _bounded(
 def is_likeliest(example: Example, ids_P: np.ndarray) -> np.ndarray:
     """bool[P]: whether no id has a larger sum_m w_m p_m over kept ids.
 
-    Heads in bfloat16 tie often, and float16 stores close values as one: then each of the likeliest
-    ids is the mixture's. Rounding keeps the order of a teacher, so values that are stored apart
-    are apart; sums of the same parts may differ in their last bits.
+    LM heads in bfloat16 tie often, and float16 stores close values as one: then each of the
+    likeliest ids is the mixture's. Rounding keeps the order of a teacher, so values that are stored
+    apart are apart; sums of the same parts may differ in their last bits.
     """
     mass_MPK = example.teacher_weights[:, :, None].astype(np.float64) * np.exp(
         example.logprobs.astype(np.float64)
@@ -234,20 +243,20 @@ def is_likeliest(example: Example, ids_P: np.ndarray) -> np.ndarray:
     keys, inverse = np.unique((example.token_ids + places_P[:, None]).ravel(), return_inverse=True)
     masses = np.bincount(inverse, weights=mass_MPK.ravel())
     largest_P = np.maximum.reduceat(masses, np.searchsorted(keys, places_P))
-    wanted_P = ids_P + places_P
-    found_P = np.minimum(np.searchsorted(keys, wanted_P), len(keys) - 1)
-    return (keys[found_P] == wanted_P) & (masses[found_P] >= largest_P * (1 - SUM_ROUNDING))
+    keys_P = ids_P + places_P
+    where_P = np.minimum(np.searchsorted(keys, keys_P), len(keys) - 1)
+    return (keys[where_P] == keys_P) & (masses[where_P] >= largest_P * (1 - SUM_ROUNDING))
 
 
 def _agreements(examples: Sequence[Example], ids_P: np.ndarray) -> np.ndarray:
-    """bool[P]: `is_likeliest` of the positions of several examples, one after another."""
+    """bool[P]: `is_likeliest` at the positions of several examples, one after another."""
     ends = np.cumsum([len(example.gold_ids) for example in examples])
     parts = zip(examples, np.split(ids_P, ends[:-1]), strict=True)
     return np.concatenate([is_likeliest(example, ids) for example, ids in parts])
 
 
 def _padded(row: SparseLogprobs) -> tuple[np.ndarray, np.ndarray]:
-    """int64[P, K] and float64[P, K], padded with -inf."""
+    """Ids int64[P, K] and log-probabilities float64[P, K] of a row, padded with -inf."""
     kept_PK = np.arange(int(row.num_entries.max())) < row.num_entries[:, None]
     ids_PK, logprobs_PK = np.zeros(kept_PK.shape, np.int64), np.full(kept_PK.shape, -np.inf)
     ids_PK[kept_PK], logprobs_PK[kept_PK] = row.token_ids, row.logprobs

@@ -1,4 +1,4 @@
-"""A training that starts from old weights: of a complete checkpoint or of a Hugging Face folder.
+"""Weights that a training starts from: those of a complete checkpoint or of a Hugging Face folder.
 
 Only the weights are taken over: steps, optimizer state and data order start anew.
 """
@@ -17,9 +17,11 @@ from pipeline.run.training_spec import is_complete_checkpoint
 from students.checkpoints.universal import TAG, stored_partitioning
 
 MODEL = "model."
-"""Of the names in a checkpoint: `StudentModule` holds the model beside what only its losses need.
+"""Prefix of the model's parameters in a checkpoint: `StudentModule` holds the model beside the
+matrices that only its losses need.
 """
 SHOWN = 10
+"""Most differences that a message lists."""
 
 
 def load_initial_weights(model: PreTrainedModel, source: str, trust_remote_code: bool) -> None:
@@ -34,35 +36,35 @@ def load_initial_weights(model: PreTrainedModel, source: str, trust_remote_code:
         fit_weights(model, checkpoint_weights(folder), source)
         return
     try:
-        # of pickled weights, as others may have published them, none are read
+        # pickled weights are never read, since others may have published them
         other = AutoModelForCausalLM.from_pretrained(
             folder, dtype=model.dtype, trust_remote_code=trust_remote_code, use_safetensors=True
         )
     except (OSError, ValueError) as error:
         raise TrainingError(
-            f"{source} is neither a complete checkpoint nor a Hugging Face folder with "
-            f"safetensors: {error}"
+            f"student.initial_weights {source} is neither a complete checkpoint nor a Hugging Face "
+            f"folder with safetensors: {error}"
         ) from error
     fit_weights(model, other.state_dict(), source)
 
 
 def checkpoint_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """float32 weights of a complete checkpoint by their name in the Hugging Face model; at stage 0
-    in the training's dtype.
+    """float32 weights of a complete checkpoint, by their name in the Hugging Face model; at ZeRO
+    stage 0 in the training's dtype.
 
-    ZeRO's own files are read by DeepSpeed, which unpickles them.
+    DeepSpeed reads ZeRO's own files, and unpickles them.
     """
     stored = storage.read_json(str(folder / "state.json"))
     if stored_partitioning(stored, folder).stage == 0:
         path = folder / TAG / "mp_rank_00_model_states.pt"
         states = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        found: dict[str, torch.Tensor] = states["module"]
+        weights: dict[str, torch.Tensor] = states["module"]
     else:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        found = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG) or {}
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG) or {}
     return {
-        name.removeprefix(MODEL): value for name, value in found.items() if name.startswith(MODEL)
+        name.removeprefix(MODEL): value for name, value in weights.items() if name.startswith(MODEL)
     }
 
 
@@ -76,25 +78,25 @@ def fit_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], sou
     """
     own = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     known = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = [f"{name} is missing" for name in own if name not in weights]
+    misfits = [f"{name} is missing" for name in own if name not in weights]
     for name, value in weights.items():
         if name not in known:
-            found.append(f"{name} is not in the student")
+            misfits.append(f"{name} is not in the student")
         elif known[name] != tuple(value.shape):
-            found.append(f"{name} has shape {tuple(value.shape)}, the student's {known[name]}")
-    if not found:
+            misfits.append(f"{name} has shape {tuple(value.shape)}, the student's {known[name]}")
+    if not misfits:
         model.load_state_dict(weights, strict=False)
         loaded = model.state_dict()
-        found = [
+        misfits = [
             f"{name} is tied to another matrix in the student"
             for name, value in weights.items()
             if not torch.equal(loaded[name], value.to(loaded[name]))
         ]
-    if found:
-        rest = f"\n  and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    if misfits:
+        rest = f"\n  and {len(misfits) - SHOWN} more" if len(misfits) > SHOWN else ""
         raise TrainingError(
-            f"the weights of {source} do not fit the student, a {type(model).__name__}:\n  "
-            + "\n  ".join(found[:SHOWN])
+            f"the weights in {source} do not fit the student, a {type(model).__name__}:\n  "
+            + "\n  ".join(misfits[:SHOWN])
             + rest
-            + "\nName a source of the same architecture and shape as student.model."
+            + "\nchoose weights with the architecture and the shapes of student.model"
         )

@@ -1,8 +1,9 @@
 """Training as a Ray Train run: one worker per GPU or CPU slot, restarted from the last complete
 checkpoint.
 
-The driver checks what can be checked before any worker starts, follows the metrics file for its
-log, and reads the summary that rank 0 leaves behind. Nothing but the job travels through Ray.
+The driver makes all checks that need no worker before any worker starts, follows the metrics file
+for its log, and reads the summary that rank 0 leaves behind. Nothing but the `TrainingSpec` travels
+through Ray.
 """
 
 from __future__ import annotations
@@ -27,80 +28,81 @@ from pipeline import storage
 from pipeline.errors import DistillationError, TrainingError
 from pipeline.fingerprint import differences
 from pipeline.run.training_spec import TrainingSpec
-from students.checkpoints.checkpoint import check_resume, prepare_resume
+from students.checkpoints.resume import check_resume, prepare_resume
 from students.deepspeed_options import check_deepspeed_options
-from students.disk_space import full_disk_told
-from students.progress import FollowedMetrics, describe
+from students.disk_space import full_disk_explained
+from students.progress import FollowedMetrics, describe_metrics
 
 logger = logging.getLogger(__name__)
 
 REMOVED_LOCK = "removed %s: the process that was building this DeepSpeed op is dead"
+"""Log line for each lock that `remove_stale_build_locks` removed."""
 
 
-def train_student(job: TrainingSpec) -> dict[str, Any]:
+def train_student(spec: TrainingSpec) -> dict[str, Any]:
     """Trains a student, or finishes the training that an earlier call began; returns its summary.
 
     Raises:
         TrainingError: the folder holds another training, or the workers failed more often than
             allowed.
-        ConfigError: DeepSpeed refuses its block.
-        StorageError: the disk is full; its checkpoints are kept.
+        ConfigError: DeepSpeed refuses the block `training.deepspeed`.
+        StorageError: the disk is full; the training's checkpoints are kept.
     """
-    if storage.exists(job.summary_path):
-        return _finished(job)
-    check_deepspeed_options(job.config.training.deepspeed)
-    resumed, training = prepare_resume(job), job.config.training
+    if storage.exists(spec.summary_path):
+        return _finished(spec)
+    check_deepspeed_options(spec.config.training.deepspeed)
+    resume, training = prepare_resume(spec), spec.config.training
     logger.info(
         "%s: step %d of %d, workers: %d",
-        job.student,
-        resumed.state.step if resumed else 0,
+        spec.student,
+        resume.state.step if resume else 0,
         training.steps,
         training.workers,
     )
     for lock in remove_stale_build_locks(_extensions_folder()):
         logger.warning(REMOVED_LOCK, lock)
-    scratch = Path(job.folder, "ray_train")
+    scratch = Path(spec.folder, "ray_train")
     try:
-        with FollowedMetrics(job), full_disk_told(job.folder):
-            _trainer(job, scratch).fit()
+        with FollowedMetrics(spec), full_disk_explained(spec.folder):
+            _trainer(spec, scratch).fit()
     except ray.train.ControllerError as error:
         if isinstance(error.controller_failure, DistillationError):
             raise error.controller_failure from error
-        raise _interrupted(job, error) from error
+        raise _interrupted(spec, error) from error
     except (ray.train.TrainingFailedError, RayError) as error:
-        raise _interrupted(job, error) from error
+        raise _interrupted(spec, error) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    summary = storage.read_json(job.summary_path)
+    summary = storage.read_json(spec.summary_path)
     logger.info(
         "%s: %d steps, %d tokens in %.0f s, %s -> %s",
-        job.student,
+        spec.student,
         summary["steps"],
         summary["tokens"],
         summary["seconds"],
-        describe(summary["final"]),
-        job.folder,
+        describe_metrics(summary["final"]),
+        spec.folder,
     )
     return summary
 
 
-def check_training(job: TrainingSpec) -> None:
-    """Checks, starting nothing, that what lies in a training's folder belongs to it.
+def check_training(spec: TrainingSpec) -> None:
+    """Checks, without starting anything, that the files in a training's folder belong to it.
 
     Raises:
-        TrainingError: it holds another training, or a checkpoint that does not fit.
-        ConfigError: DeepSpeed refuses its block.
+        TrainingError: the folder holds another training, or a checkpoint that does not fit.
+        ConfigError: DeepSpeed refuses the block `training.deepspeed`.
     """
-    if storage.exists(job.summary_path):
-        _finished(job)
+    if storage.exists(spec.summary_path):
+        _finished(spec)
     else:
-        check_deepspeed_options(job.config.training.deepspeed)
-        check_resume(job)
+        check_deepspeed_options(spec.config.training.deepspeed)
+        check_resume(spec)
 
 
 class StopAtOnce(UserCallback):
-    """Ends a run at an error that would come again: those for users, which Ray Train would
-    otherwise answer with `max_failures` restarts. What a callback raises ends the run.
+    """Ends a run at the first error for the user: it would come again, and Ray Train would restart
+    the workers `max_failures` times. An error that a callback raises ends the run.
     """
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
@@ -109,28 +111,28 @@ class StopAtOnce(UserCallback):
                 raise error
 
 
-def _interrupted(job: TrainingSpec, error: Exception) -> TrainingError:
+def _interrupted(spec: TrainingSpec, error: Exception) -> TrainingError:
     return TrainingError(
-        f"training {job.student} failed: {error}\nIts checkpoints are kept; run the same command "
-        "again to resume."
+        f"training of {spec.student} failed: {error}\nits checkpoints are kept: run the same "
+        "command again to resume"
     )
 
 
-def _trainer(job: TrainingSpec, scratch: Path) -> TorchTrainer:
-    training = job.config.training
+def _trainer(spec: TrainingSpec, scratch: Path) -> TorchTrainer:
+    training = spec.config.training
     resources = {"CPU": training.resources.num_cpus, **training.resources.custom}
     use_gpu = training.resources.num_gpus > 0
     if use_gpu:
         resources["GPU"] = training.resources.num_gpus
     return TorchTrainer(
         _worker,
-        train_loop_config={"job": job},
+        train_loop_config={"spec": spec},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=training.workers, use_gpu=use_gpu, resources_per_worker=resources
         ),
         run_config=RunConfig(
-            name=f"{job.student}-{uuid.uuid4().hex[:8]}",
+            name=f"{spec.student}-{uuid.uuid4().hex[:8]}",
             storage_path=str(scratch),
             failure_config=FailureConfig(max_failures=training.max_failures),
             callbacks=[StopAtOnce()],
@@ -139,12 +141,12 @@ def _trainer(job: TrainingSpec, scratch: Path) -> TorchTrainer:
 
 
 def remove_stale_build_locks(folder: Path) -> list[Path]:
-    """Removes locks of op builds whose builder is dead; each later start would wait for them
-    without a word.
+    """Removes locks of op builds whose builder is dead, since each later start would silently wait
+    for them; returns their paths.
 
     torch's extension builder holds its lock file open for as long as it lives, so on the one host
-    that uses the folder a lock that no process has open belongs to nobody. Processes of other users
-    cannot be looked into: a lock of another user is left alone.
+    that uses the folder a lock that no process has open belongs to nobody. Open files of other
+    users' processes cannot be read: a lock of another user is left alone.
     """
     own = [path for path in folder.glob("**/lock") if _owner(path) == os.getuid()]
     held = {name for pid in psutil.pids() for name in _open_files(pid)} if own else set()
@@ -155,7 +157,7 @@ def remove_stale_build_locks(folder: Path) -> list[Path]:
 
 
 def _owner(path: Path) -> int | None:
-    """The user's number; None of a file that is gone."""
+    """Number of the user who owns a file; None if the file is gone."""
     try:
         return path.stat().st_uid
     except FileNotFoundError:
@@ -163,7 +165,7 @@ def _owner(path: Path) -> int | None:
 
 
 def _extensions_folder() -> Path:
-    """Where DeepSpeed's compiled ops lie: the set-up builds them into the environment."""
+    """Folder of DeepSpeed's compiled ops: the set-up builds them into the environment."""
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(sys.prefix, "torch_extensions"))
 
 
@@ -174,25 +176,25 @@ def _open_files(pid: int) -> list[str]:
             with contextlib.suppress(FileNotFoundError):  # closed in the meantime
                 names.append(os.readlink(link))
     except (PermissionError, FileNotFoundError, ProcessLookupError):
-        pass  # another user's, or gone
+        pass  # the process is another user's, or gone
     return names
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """Runs on every worker; DeepSpeed is imported only after its environment is set."""
+    """Trains on one worker; DeepSpeed is imported only after its environment is set."""
     import torch
 
-    job: TrainingSpec = config["job"]
+    spec: TrainingSpec = config["spec"]
     context = ray.train.get_context()
     extensions = _extensions_folder()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions)
-    if job.config.training.resources.num_gpus == 0:
+    if spec.config.training.resources.num_gpus == 0:
         os.environ["DS_ACCELERATOR"] = "cpu"
         cores = len(os.sched_getaffinity(0)) // context.get_local_world_size()
-        torch.set_num_threads(max(1, min(cores, round(job.config.training.resources.num_cpus))))
+        torch.set_num_threads(max(1, min(cores, round(spec.config.training.resources.num_cpus))))
     if context.get_local_rank() == 0:
         for lock in remove_stale_build_locks(extensions):
-            print(REMOVED_LOCK % lock, flush=True)
+            logger.warning(REMOVED_LOCK, lock)
     torch.distributed.barrier()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
@@ -200,19 +202,24 @@ def _worker(config: dict[str, Any]) -> None:
 
     device = get_device()
     assert isinstance(device, torch.device)  # a list only for workers with several GPUs
-    with full_disk_told(job.folder):
-        train(job, device)
+    with full_disk_explained(spec.folder):
+        train(spec, device)
 
 
-def _finished(job: TrainingSpec) -> dict[str, Any]:
-    summary = storage.read_json(job.summary_path)
-    found = differences(summary["identity"], job.identity())
-    if found:
+def _finished(spec: TrainingSpec) -> dict[str, Any]:
+    """The summary of a training that is complete.
+
+    Raises:
+        TrainingError: it was trained with other settings.
+    """
+    summary = storage.read_json(spec.summary_path)
+    changes = differences(summary["identity"], spec.identity())
+    if changes:
         raise TrainingError(
-            f"{job.folder} holds a finished training of other settings (old -> new):\n  "
-            + "\n  ".join(found)
-            + "\nRestore these values, choose another `name` for the run, or remove that folder "
-            "to train again."
+            f"{spec.folder} holds a finished training with other settings (old -> new):\n  "
+            + "\n  ".join(changes)
+            + "\nto keep it, restore the old values; to train anew, choose another `name` for the "
+            "run or remove that folder"
         )
-    logger.info("%s: training is complete -> %s", job.student, job.folder)
+    logger.info("%s: training is complete -> %s", spec.student, spec.folder)
     return summary

@@ -1,4 +1,4 @@
-"""A packed micro-batch as tensors: what the student's forward takes."""
+"""A packed micro-batch as tensors: the input of the student's forward."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ class MicroBatch:
         position_ids: int64[1, T] of a packed row, from 0 again with each sequence; None for padded
             rows. A causal model needs no mask for padding that lies behind.
         logit_indices: int64[P], into the rows one after another.
-        features: the teachers' hidden states, where a loss needs them.
+        targets: tokens of the text and distributions of the teachers.
+        hidden_states: the teachers' hidden states, if a loss needs them.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor | None
     logit_indices: torch.Tensor
     targets: Targets
-    features: HiddenStatesBatch | None = None
+    hidden_states: HiddenStatesBatch | None = None
 
     @classmethod
     def of(cls, packed: PackedBatch, device: torch.device | str = "cpu") -> MicroBatch:
-        """Shares its memory on the CPU."""
+        """The tensors of a packed batch; on the CPU they share the arrays' memory."""
 
         def tensor(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array).to(device, non_blocking=True)
@@ -48,16 +49,16 @@ class MicroBatch:
                 tail_mass=tensor(packed.tail_mass),
                 teacher_weights=tensor(packed.teacher_weights),
             ),
-            features=None
-            if packed.features is None
-            else hidden_states_batch(packed.features, device),
+            hidden_states=None
+            if packed.hidden_states is None
+            else hidden_states_batch(packed.hidden_states, device),
         )
 
 
 def hidden_states_batch(
     packed: PackedHiddenStates, device: torch.device | str = "cpu"
 ) -> HiddenStatesBatch:
-    """The teachers' hidden states as tensors; they share the arrays' memory on the CPU."""
+    """The teachers' hidden states as tensors; on the CPU they share the arrays' memory."""
     states = {
         teacher: torch.from_numpy(bits.view(np.int16)).to(device, non_blocking=True)
         for teacher, bits in packed.states.items()

@@ -1,6 +1,6 @@
 """The numbers of a training while it runs: written by rank 0, read back by the driver for its log.
 
-<training folder>/metrics.jsonl   one line a logged step: {"step": n, "train/loss": …, …}
+<training folder>/metrics.jsonl   one line per logged step: {"step": n, "train/loss": …, …}
 <training folder>/tensorboard/    the same as TensorBoard events
 """
 
@@ -20,8 +20,10 @@ from pipeline.run.training_spec import TrainingSpec
 logger = logging.getLogger(__name__)
 
 FOLLOW_SECONDS = 1.0
+"""Pause between two looks at the metrics file."""
 LINES_PER_TRAINING = 20
 NAMES = {"train/loss": "loss", "holdout/loss": "hold-out loss"}
+"""Names of the metrics in progress lines."""
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -31,8 +33,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """The metrics of rank 0, as lines and beside them as events of TensorBoard; what an interrupted
-    run wrote after `step` is dropped.
+    """The metrics of rank 0, as lines and beside them as events of TensorBoard; lines that an
+    interrupted run wrote after `step` are dropped.
     """
 
     def __init__(self, path: str, step: int) -> None:
@@ -44,7 +46,7 @@ class MetricsLog:
         self._events = SummaryWriter(str(file.with_name("tensorboard")), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Appends one line, on disk when this returns."""
+        """Appends one line, which is in the file when this returns."""
         self._stream.write(json.dumps({"step": step, **values}) + "\n")
         self._stream.flush()
         for name, value in values.items():
@@ -57,10 +59,10 @@ class MetricsLog:
 
 
 class FollowedMetrics:
-    """While entered, logs about `LINES_PER_TRAINING` lines of what rank 0 adds to its metrics."""
+    """Logs, while entered, about `LINES_PER_TRAINING` of the lines that rank 0 writes."""
 
-    def __init__(self, job: TrainingSpec) -> None:
-        self._job = job
+    def __init__(self, spec: TrainingSpec) -> None:
+        self._spec = spec
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="follow-metrics", daemon=True)
 
@@ -73,17 +75,17 @@ class FollowedMetrics:
         self._thread.join()
 
     def _follow(self) -> None:
-        lines = read_metrics(self._job.metrics_path)
-        pace = Pace(self._job.config.training.steps)
+        lines = read_metrics(self._spec.metrics_path)
+        pace = Pace(self._spec.config.training.steps)
         finished = False
         while not finished:
             finished = self._stopped.wait(FOLLOW_SECONDS)
-            seen, lines = len(lines), read_metrics(self._job.metrics_path)
-            # a restarted worker drops what lies after its checkpoint, and writes it again
-            for line in lines[min(seen, len(lines)) :]:
-                said = pace.line(line)
-                if said:
-                    logger.info("%s %s", self._job.student, said)
+            seen, lines = len(lines), read_metrics(self._spec.metrics_path)
+            # a restarted worker drops the lines after its checkpoint, and writes them again
+            for values in lines[min(seen, len(lines)) :]:
+                line = pace.line(values)
+                if line:
+                    logger.info("%s %s", self._spec.student, line)
 
 
 class Pace:
@@ -93,21 +95,23 @@ class Pace:
         self._steps, self._last, self._holdout = steps, 0, {}
 
     def line(self, values: dict[str, float]) -> str | None:
-        """What to say of a line of the metrics, if anything; a hold-out loss waits for its turn."""
+        """The progress line for these metrics, or None to log nothing; a hold-out loss waits for
+        the next line.
+        """
         step = int(values["step"])
         if step < self._last:  # after a restart
             self._last = 0
         self._holdout |= {name: values[name] for name in values.keys() & {"holdout/loss"}}
         if step not in (1, self._steps) and step - self._last < self._steps / LINES_PER_TRAINING:
             return None
-        said = describe(values | self._holdout)
+        text = describe_metrics(values | self._holdout)
         self._last, self._holdout = step, {}
-        return f"step {step}/{self._steps}: {said}"
+        return f"step {step}/{self._steps}: {text}"
 
 
-def describe(values: dict[str, float]) -> str:
+def describe_metrics(values: dict[str, float]) -> str:
     """Losses in nats per position and the speed, as far as they are known."""
-    said = [f"{name} {values[key]:.4g}" for key, name in NAMES.items() if key in values]
+    parts = [f"{name} {values[key]:.4g}" for key, name in NAMES.items() if key in values]
     if "train/tokens_per_second" in values:
-        said.append(f"{values['train/tokens_per_second']:.0f} tokens/s")
-    return ", ".join(said)
+        parts.append(f"{values['train/tokens_per_second']:.0f} tokens/s")
+    return ", ".join(parts)

@@ -1,5 +1,5 @@
-"""Log-probabilities of an exported folder by transformers alone, a sequence at a time: what any
-other way to the same numbers must reproduce.
+"""Log-probabilities of an exported folder by transformers alone, a sequence at a time: any other
+computation of the same numbers must reproduce them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pipeline.records import TokenSequence
 from students.model import load_model
 
 POSITIONS_AT_ONCE = 512
-"""Whose logits are taken to float32 together: 152,000 ids make 300 MiB of them."""
+"""Positions whose logits are cast to float32 together: with 152,000 ids they take 300 MiB."""
 
 
 def vocabulary_size(folder: str, trust_remote_code: bool) -> int:
@@ -27,21 +27,21 @@ def vocabulary_size(folder: str, trust_remote_code: bool) -> int:
 def gold_logprobs(
     folder: str | Path, sequences: Sequence[TokenSequence], trust_remote_code: bool, device: str
 ) -> dict[str, list[float]]:
-    """For each sequence the log-probability, in nats, of the token at every position."""
+    """Log-probabilities, in nats, of the tokens at every position of each sequence, by its id."""
     model = load_model(folder, trust_remote_code, device)
-    found = {}
+    logprobs = {}
     for sequence in sequences:
         ids = torch.tensor(sequence.input_ids[None], dtype=torch.int64, device=device)
         logits_TV = model(input_ids=ids, use_cache=False).logits[0]
         positions = torch.tensor(sequence.position_indices, device=device)
-        found[sequence.sequence_id] = [
+        logprobs[sequence.sequence_id] = [
             logprob
             for part in positions.split(POSITIONS_AT_ONCE)
             for logprob in _gold(logits_TV[part - 1], ids[0, part]).tolist()
         ]
-    return found
+    return logprobs
 
 
 def _gold(logits_PV: torch.Tensor, gold_P: torch.Tensor) -> torch.Tensor:
-    """float32[P]"""
+    """float32[P]: log-probability of each gold id."""
     return torch.log_softmax(logits_PV.float(), dim=-1).gather(1, gold_P[:, None])[:, 0]

@@ -1,4 +1,4 @@
-"""The training loop of one worker, from top to bottom: data, engine, steps, metrics, checkpoints,
+"""The training loop of one worker, from top to bottom: data, student, steps, metrics, checkpoints,
 final weights.
 
 A step sums its losses over micro-batches and workers and divides by the number of positions of the
@@ -24,54 +24,38 @@ from pipeline.config.losses import StateLoss
 from pipeline.config.training import TrainingConfig
 from pipeline.errors import TrainingError
 from pipeline.run.training_spec import TrainingSpec
-from students.checkpoints.checkpoint import (
-    TrainingState,
-    agreed_resume,
-    allowed_changes,
-    load_checkpoint,
-    save_checkpoint,
-)
+from students.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from students.checkpoints.resume import TrainingState, agreed_resume, allowed_changes
 from students.data.batches import StepBatch
 from students.deepspeed_engine import DeepSpeedStudent
-from students.losses.divergences import LossTerm
-from students.losses.hidden_states import HiddenStatesLosses, hidden_states_terms
+from students.losses.divergences import DistributionLoss, loss_from_config
+from students.losses.hidden_states import HiddenStatesLosses, layer_loss_from_config
 from students.micro_batch import MicroBatch
-from students.model import StudentModule, build_student, check_architecture, output_head
+from students.model import StudentModule, build_student, check_architecture, lm_head_of
 from students.progress import MetricsLog, read_metrics
 from students.training_data import TrainingData
 
 
-def train(job: TrainingSpec, device: torch.device) -> None:
+def train(spec: TrainingSpec, device: torch.device) -> None:
     """Trains to the last step, resuming from the newest complete checkpoint. `torch.distributed` is
-    initialised.
+    initialised before.
 
     Raises:
-        TrainingError: the data, the student or a checkpoint does not fit the job.
+        TrainingError: the data, the student or a checkpoint does not fit the training.
         CacheError: a cache is corrupt or does not cover the data.
     """
-    training, started = job.config.training, time.monotonic()
-    torch.manual_seed(job.seed + dist.get_rank())
-    model = build_student(job.config.student, job.seed)
-    if job.config.student.attn_implementation.startswith("flash"):
-        torch.nn.Module.to(model, device)
-    check_architecture(model, training.packing)
-    data = TrainingData(job, output_head(model).out_features, device)
-    state = TrainingState(step=0, sequences=0, tokens=0, seconds=0.0)
-    resume = agreed_resume(job, device)
-    universal = resume is not None and resume.universal
-    module = StudentModule(
-        model, loss_terms(job), hidden_states_losses(job, model, data.state_widths)
-    )
-    engine = DeepSpeedStudent(module, job, universal)
-    if resume is not None:
-        state = load_checkpoint(engine, job, resume)
-    metrics = MetricsLog(job.metrics_path, state.step) if dist.get_rank() == 0 else None
+    training, started = spec.config.training, time.monotonic()
+    torch.manual_seed(spec.seed + dist.get_rank())
+    model = checked_model(spec, device)
+    data = TrainingData(spec, lm_head_of(model).out_features, device)
+    student, state = start_or_resume(spec, model, data, device)
+    metrics = MetricsLog(spec.metrics_path, state.step) if dist.get_rank() == 0 else None
     started -= state.seconds
     window_started, window_tokens = time.monotonic(), 0
 
     for batch in data.training_batches(state.step, state.sequences):
         rate = learning_rate(training, batch.step)
-        sums = train_step(engine, batch, rate)
+        sums = train_step(student, batch, rate)
         window_tokens += batch.num_tokens
         state = replace(
             state,
@@ -84,23 +68,54 @@ def train(job: TrainingSpec, device: torch.device) -> None:
         logs = state.step == 1 or is_due(state.step, training.log_every_steps, training)
         if not (logs or evaluates or saves):
             continue
-        values = mean_losses(sums, batch.num_positions, engine.module, "train")
+        values = mean_losses(sums, batch.num_positions, student.module, "train")
         now = time.monotonic()  # the device has finished the step
         state = replace(state, seconds=now - started)
-        values["train/grad_norm"] = engine.gradient_norm()
+        values["train/grad_norm"] = student.gradient_norm()
         refuse_divergence(values, state.step)  # before a checkpoint keeps such weights
         values["train/learning_rate"] = rate
         values["train/tokens_per_second"] = window_tokens / (now - window_started)
         if evaluates:
-            values |= holdout_losses(engine, data)
+            values |= holdout_losses(student, data)
         if metrics is not None:
             metrics.write(state.step, values)
         if saves:
-            save_checkpoint(engine, job, state)
+            save_checkpoint(student, spec, state)
         window_started, window_tokens = time.monotonic(), 0
     if metrics is not None:
         metrics.close()
-    finish(engine, job, data, state)
+    finish(student, spec, data, state)
+
+
+def checked_model(spec: TrainingSpec, device: torch.device) -> PreTrainedModel:
+    """The student's model, whose architecture the losses and the packing can handle.
+
+    Raises:
+        TrainingError: the model cannot be loaded or handled.
+    """
+    model = build_student(spec.config.student, spec.seed)
+    if spec.config.student.attn_implementation.startswith("flash"):  # needs a GPU
+        torch.nn.Module.to(model, device)
+    check_architecture(model, spec.config.training.packing)
+    return model
+
+
+def start_or_resume(
+    spec: TrainingSpec, model: PreTrainedModel, data: TrainingData, device: torch.device
+) -> tuple[DeepSpeedStudent, TrainingState]:
+    """The student under DeepSpeed, and the progress of its training.
+
+    Raises:
+        TrainingError: a checkpoint does not fit the training.
+    """
+    resume = agreed_resume(spec, device)
+    universal = resume is not None and resume.universal
+    on_hidden_states = hidden_states_losses(spec, model, data.hidden_states_widths)
+    module = StudentModule(model, distribution_losses(spec), on_hidden_states)
+    student = DeepSpeedStudent(module, spec, universal)
+    if resume is None:
+        return student, TrainingState(step=0, sequences=0, tokens=0, seconds=0.0)
+    return student, load_checkpoint(student, spec, resume)
 
 
 def is_due(step: int, every: int, training: TrainingConfig) -> bool:
@@ -109,8 +124,8 @@ def is_due(step: int, every: int, training: TrainingConfig) -> bool:
 
 
 def learning_rate(training: TrainingConfig, step: int) -> float:
-    """Of a step counted from 0: linear from 0 to the peak over the warm-up, then cosine down to the
-    last rate.
+    """Learning rate of a step, counted from 0: linear from 0 to the peak over the warm-up, then
+    cosine down to the last rate.
     """
     if step < training.warmup_steps:
         return training.learning_rate * (step + 1) / training.warmup_steps
@@ -119,26 +134,28 @@ def learning_rate(training: TrainingConfig, step: int) -> float:
     return training.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train_step(engine: DeepSpeedStudent, batch: StepBatch[MicroBatch], rate: float) -> torch.Tensor:
-    """One optimizer step; returns this rank's sums of the figures."""
+def train_step(
+    student: DeepSpeedStudent, batch: StepBatch[MicroBatch], rate: float
+) -> torch.Tensor:
+    """Takes one optimizer step; returns this rank's sums of the figures."""
     factor = dist.get_world_size() / batch.num_positions
-    sums_F = torch.zeros(len(engine.module.figure_names), device=engine.device)
+    sums_F = torch.zeros(len(student.module.figure_names), device=student.device)
     for micro_batch in batch.micro_batches:
-        sums_F += engine.accumulate(micro_batch, factor)
-    engine.step(rate)
+        sums_F += student.accumulate(micro_batch, factor)
+    student.step(rate)
     return sums_F
 
 
-def holdout_losses(engine: DeepSpeedStudent, data: TrainingData) -> dict[str, float]:
-    """The losses on the hold-out sequences; empty without any."""
+def holdout_losses(student: DeepSpeedStudent, data: TrainingData) -> dict[str, float]:
+    """The losses on the hold-out sequences; empty without hold-out sequences."""
     if not data.holdout:
         return {}
-    sums_F = torch.zeros(len(engine.module.figure_names), device=engine.device)
+    sums_F = torch.zeros(len(student.module.figure_names), device=student.device)
     for micro_batch in data.holdout_batches():
-        figures_FP, _ = engine.evaluate(micro_batch)
+        figures_FP, _ = student.evaluate(micro_batch)
         sums_F += figures_FP.sum(dim=1)
     num_positions = sum(entry.num_positions for entry in data.holdout)
-    return mean_losses(sums_F, num_positions, engine.module, "holdout")
+    return mean_losses(sums_F, num_positions, student.module, "holdout")
 
 
 def mean_losses(
@@ -153,90 +170,95 @@ def mean_losses(
 
 
 def refuse_divergence(values: dict[str, float], step: int) -> None:
-    """Stops a training whose numbers are no longer finite.
+    """Stops a training whose loss or gradient norm is no longer finite.
 
     Raises:
-        TrainingError: with the numbers.
+        TrainingError: one of the two is not finite; the message has both.
     """
     loss, norm = values["train/loss"], values["train/grad_norm"]
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise TrainingError(
-            f"at step {step} the loss is {loss} and the gradient norm {norm}: lower "
-            "training.learning_rate"
+            f"training diverged: at step {step} the loss is {loss} and the gradient norm is "
+            f"{norm}; lower training.learning_rate"
         )
 
 
-def loss_terms(job: TrainingSpec) -> tuple[LossTerm, ...]:
-    """The job's losses, as the student computes them."""
+def distribution_losses(spec: TrainingSpec) -> tuple[DistributionLoss, ...]:
+    """The training's losses on the student's next-token distribution, as parameter objects."""
     return tuple(
-        LossTerm(name=loss.name, **loss.model_dump())
-        for loss in job.losses
+        loss_from_config(loss.name, loss.model_dump())
+        for loss in spec.losses
         if not isinstance(loss, StateLoss)
     )
 
 
 def hidden_states_losses(
-    job: TrainingSpec, model: PreTrainedModel, widths: dict[str, int]
+    spec: TrainingSpec, model: PreTrainedModel, widths: dict[str, int]
 ) -> HiddenStatesLosses | None:
-    """The job's losses on hidden states, with their matrices in the student's dtype.
+    """The training's losses on hidden states, with their matrices in the student's dtype.
 
     Args:
-        widths: by teacher, the dimensions of the stored states.
+        widths: dimensions of the stored hidden states, by teacher.
     """
-    terms = hidden_states_terms(job.losses, job.config.training.teacher_layers)
-    if not terms:
+    stored_layers = spec.config.training.teacher_layers
+    losses = tuple(
+        layer_loss_from_config(loss.name, loss.model_dump(), stored_layers[loss.teacher])
+        for loss in spec.losses
+        if isinstance(loss, StateLoss)
+    )
+    if not losses:
         return None
     hidden_size = model.config.get_text_config().hidden_size
-    return HiddenStatesLosses(terms, hidden_size, widths, job.seed).to(model.dtype)
+    return HiddenStatesLosses(losses, hidden_size, widths, spec.seed).to(model.dtype)
 
 
 def finish(
-    engine: DeepSpeedStudent, job: TrainingSpec, data: TrainingData, state: TrainingState
+    student: DeepSpeedStudent, spec: TrainingSpec, data: TrainingData, state: TrainingState
 ) -> None:
-    """Writes `final/` (weights, and log-probabilities that the export must reproduce) and then
+    """Writes `final/` (the weights, and log-probabilities that the export must reproduce) and then
     `training.json`.
     """
-    weights = engine.full_weights()
+    weights = student.full_weights()
     entries, batch = data.probe()
-    gold_logprobs = (-engine.evaluate(batch)[0][0]).tolist()
-    peak = torch.tensor([peak_memory_gib()], device=engine.device)
+    gold_logprobs = (-student.evaluate(batch)[0][0]).tolist()
+    peak = torch.tensor([peak_memory_gib()], device=student.device)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     if dist.get_rank() == 0:
-        path = Path(job.layout.final_weights(job.student))
+        path = Path(spec.layout.final_weights(spec.student))
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(weights, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors makes it for its owner alone
+        path.chmod(0o644)  # safetensors writes files that only their owner can read
         probe = {"shards": sorted({entry.shard for entry in entries}), "gold_logprobs": {}}
         for entry in entries:
             probe["gold_logprobs"][entry.sequence_id] = gold_logprobs[: entry.num_positions]
             del gold_logprobs[: entry.num_positions]
-        storage.write_json(job.layout.probe(job.student), probe)
+        storage.write_json(spec.layout.probe(spec.student), probe)
         summary = {
             "steps": state.step,
-            "final": last_values(job.metrics_path),
+            "final": last_values(spec.metrics_path),
             "tokens": state.tokens,
             "seconds": state.seconds,
             "peak_memory_gib": float(peak),
             "world_size": dist.get_world_size(),
-            "zero_stage": job.zero_stage,
-            "identity": job.identity(),
-            "changes": allowed_changes(job.folder),
+            "zero_stage": spec.zero_stage,
+            "identity": spec.identity(),
+            "changes": allowed_changes(spec.folder),
         }
-        storage.write_json(job.summary_path, summary)
+        storage.write_json(spec.summary_path, summary)
     dist.barrier()
 
 
-def last_values(metrics: str) -> dict[str, float]:
+def last_values(metrics_path: str) -> dict[str, float]:
     """The last value of every metric."""
     last: dict[str, float] = {}
-    for line in read_metrics(metrics):
+    for line in read_metrics(metrics_path):
         last |= line
     last.pop("step", None)
     return last
 
 
 def peak_memory_gib() -> float:
-    """Of this worker: device memory on a GPU, resident memory otherwise."""
+    """Peak memory of this worker: device memory on a GPU, resident memory otherwise."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,4 +1,4 @@
-"""The data of a training as its process sees it: steps read ahead, the hold-out, the probe."""
+"""The data of a training as one worker sees it: steps read ahead, the hold-out, the probe."""
 
 from __future__ import annotations
 
@@ -17,32 +17,34 @@ from students.data.packing import pack
 from students.micro_batch import MicroBatch
 
 PROBE_SEQUENCES = 2
+"""Sequences whose log-probabilities the export must reproduce."""
 
 
 class TrainingData:
     """The entries of a dataset as the micro-batches of this rank."""
 
-    def __init__(self, job: TrainingSpec, vocabulary: int, device: torch.device) -> None:
+    def __init__(self, spec: TrainingSpec, vocabulary: int, device: torch.device) -> None:
         """Reads the dataset and opens the caches that the losses need; raises as `BatchSource`."""
-        self._share = Share(job, vocabulary, dist.get_rank(), dist.get_world_size())
+        self._share = Share(spec, vocabulary, dist.get_rank(), dist.get_world_size())
         self._source, self._device = BatchSource(self._share), device
         self.holdout = self._source.holdout
 
     @property
-    def state_widths(self) -> dict[str, int]:
-        """By teacher whose hidden states a loss needs, their stored dimensions."""
-        return self._source.states.widths
+    def hidden_states_widths(self) -> dict[str, int]:
+        """Stored dimensions of the hidden states, by teacher whose hidden states a loss needs."""
+        return self._source.hidden_states.widths
 
     def training_batches(self, start: int, sequences: int) -> Iterator[StepBatch[MicroBatch]]:
-        """The batches from a step on; one is on the device before it is asked for.
+        """The batches from a step on; each is on the device before the trainer needs it.
 
         Args:
-            sequences: of all steps before it.
+            start: the step, counted from 0.
+            sequences: number of sequences of all steps before it.
         """
-        training = self._share.job.config.training
+        training = self._share.spec.config.training
         steps = range(start, training.steps)
         share = replace(self._share, origin=sequences - start * training.sequences_per_step)
-        # the loader ends first: a thread that waits for one of its processes then waits no more
+        # the loader closes first: that frees a thread that waits for one of its processes
         with (
             ThreadPoolExecutor(1) as reader,
             Loader(share, steps, training.loader_processes) as loader,
@@ -60,12 +62,12 @@ class TrainingData:
             yield MicroBatch.of(packed, self._device)
 
     def probe(self) -> tuple[list[DatasetEntry], MicroBatch]:
-        """The same few sequences on every rank, together."""
+        """The same few sequences on every rank, in one micro-batch."""
         entries = [*self.holdout, *self._source.train][:PROBE_SEQUENCES]
         examples = [self._source.examples[entry] for entry in entries]
-        packed = pack(examples, not self._share.job.config.training.packing)
-        states = self._source.states.batch(entries, range(len(entries)))
-        return entries, MicroBatch.of(replace(packed, features=states), self._device)
+        packed = pack(examples, not self._share.spec.config.training.packing)
+        hidden_states = self._source.hidden_states.batch(entries, range(len(entries)))
+        return entries, MicroBatch.of(replace(packed, hidden_states=hidden_states), self._device)
 
     def _receive(self, loader: Loader) -> StepBatch[MicroBatch]:
         batch = loader.receive()

@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 from pipeline.records import CombinedTargets, TokenSequence
 from students.data.examples import Example, example_of
 from students.data.packing import pack, plan_micro_batches
-from students.losses.divergences import LossTerm
+from students.losses.divergences import CrossEntropy, ForwardKL
 from students.micro_batch import MicroBatch
-from students.model import StudentModule, body_hidden_states, output_head
+from students.model import StudentModule, body_hidden_states, lm_head_of
 
-CROSS_ENTROPY = (LossTerm(name="cross_entropy", type="cross_entropy", weight=1.0),)
-FORWARD_KL = (LossTerm(name="forward_kl", type="forward_kl", weight=1.0),)
+CROSS_ENTROPY = (CrossEntropy(name="cross_entropy", weight=1.0),)
+FORWARD_KL = (ForwardKL(name="forward_kl", weight=1.0),)
 WARMUP_SHARE = 0.05
 POOLED_GROUPS = 8
 """Sequences of so many groups are sorted by length before they are grouped, to pad less."""
@@ -154,4 +154,4 @@ def together(sequences: Sequence[TokenSequence]) -> list[list[int]]:
 
 def _logits(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
     hidden_TH = body_hidden_states(model, batch.input_ids, batch.position_ids)
-    return output_head(model)(hidden_TH[batch.logit_indices])
+    return lm_head_of(model)(hidden_TH[batch.logit_indices])

@@ -20,7 +20,7 @@ def train(run: Run) -> StageRecord:
         ClusterError: the cluster cannot hold the training workers.
         TrainingError: a training failed, or its folder holds another training.
     """
-    from students.checkpoints.checkpoint import seconds_before
+    from students.checkpoints.resume import seconds_before
     from students.launch import train_student
     from teachers.pool.placement import check_placement
 

@@ -1,12 +1,13 @@
 """Checkpoints on other workers or at another ZeRO stage, by DeepSpeed's universal checkpoints.
 
 ZeRO stages 1 to 3 spread their state over the workers, so that their checkpoints load as they are
-only on workers that partition it the same way. For all others a checkpoint is converted once, into
+only on workers that partition the state the same way. For all other workers a checkpoint is
+converted once, into
 
     <checkpoint>/universal/   zero/ (DeepSpeed): every parameter's state in full
 
-which any number of workers cut anew. The folder is renamed into place when it is complete: a
-conversion that was killed leaves a hidden folder, which the next one removes.
+which any number of workers can cut anew. The folder is renamed into place when it is complete: a
+killed conversion leaves a hidden folder, which the next conversion removes.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from pipeline.errors import TrainingError
 TAG = "zero"
 UNIVERSAL = "universal"
 RESUMES_AT = {0: (0,), 1: (1, 2), 2: (1, 2), 3: (3,)}
-"""Stages at which a checkpoint of a stage resumes; DeepSpeed fails at the others."""
+"""Stages at which a checkpoint of each stage resumes; DeepSpeed fails at the others."""
 LINES_OF_FAILURE = 20
+"""Last lines of DeepSpeed's output that the message of a failed conversion has."""
 
 
 @dataclass(frozen=True)
 class Partitioning:
-    """How a training spreads its state: workers, and DeepSpeed's own block."""
+    """Spread of a training's state: the number of workers, and DeepSpeed's own block."""
 
     workers: int
     zero_optimization: dict[str, Any]
@@ -51,15 +53,15 @@ class Partitioning:
 
 
 def partitioning(training: TrainingConfig) -> Partitioning:
-    """Of a training as its config asks for it."""
+    """The partitioning that a training's config asks for."""
     return Partitioning(training.workers, training.deepspeed.get("zero_optimization", {}))
 
 
 def stored_partitioning(state: dict[str, Any], checkpoint: str | Path) -> Partitioning:
-    """Of the training that wrote a checkpoint, from its `state.json`.
+    """The partitioning of the training that wrote a checkpoint, from its `state.json`.
 
     Raises:
-        TrainingError: the checkpoint does not say.
+        TrainingError: `state.json` lacks it.
     """
     refuse_other_version(state, ("partitioning",), checkpoint)
     return Partitioning(**state["partitioning"])
@@ -68,21 +70,21 @@ def stored_partitioning(state: dict[str, Any], checkpoint: str | Path) -> Partit
 def refuse_other_version(
     state: dict[str, Any], needed: Sequence[str], checkpoint: str | Path
 ) -> None:
-    """Refuses a checkpoint whose `state.json` lacks what is needed of it.
+    """Refuses a checkpoint whose `state.json` lacks a needed key.
 
     Raises:
-        TrainingError: naming what it lacks.
+        TrainingError: a key is missing; the message names it.
     """
     if missing := [key for key in needed if key not in state]:
         raise TrainingError(
-            f"checkpoint {checkpoint} does not say its {', '.join(missing)}, so another version of "
-            "this program made it and it cannot be read: remove it to resume from the one before "
-            "it or to train from the start, or go on with the version that wrote it"
+            f"checkpoint {checkpoint} lacks {', '.join(missing)} in its state.json, so another "
+            "version of polystill wrote it: go on with that version, or remove the checkpoint to "
+            "resume from the one before it or to train from the start"
         )
 
 
 def refused_changes(old: Partitioning, new: Partitioning) -> list[str]:
-    """What stands against loading a checkpoint of one partitioning into another, a line each."""
+    """Reasons why a checkpoint of one partitioning cannot be loaded into another, a line each."""
     lines = []
     if new.stage not in RESUMES_AT[old.stage]:
         stages = " or ".join(str(stage) for stage in RESUMES_AT[old.stage])
@@ -105,10 +107,10 @@ def needs_conversion(old: Partitioning, new: Partitioning) -> bool:
 
 
 def convert(checkpoint: Path) -> None:
-    """Writes the universal form of a checkpoint beside it, unless it is there; on CPUs alone.
+    """Writes the universal form into a checkpoint, unless it is there; needs CPUs alone.
 
     Raises:
-        TrainingError: DeepSpeed could not convert it; the message has its last lines.
+        TrainingError: DeepSpeed could not convert it; the message has DeepSpeed's last lines.
     """
     target = checkpoint / UNIVERSAL
     if target.exists():
@@ -133,8 +135,8 @@ def convert(checkpoint: Path) -> None:
         shutil.rmtree(scratch)
         last = "\n".join(finished.stdout.splitlines()[-LINES_OF_FAILURE:])
         raise TrainingError(
-            f"DeepSpeed could not convert {checkpoint}; resume on the workers and at the stage "
-            f"that wrote it. Its last lines:\n{last}"
+            f"DeepSpeed could not convert checkpoint {checkpoint}: resume with the number of "
+            f"workers and the ZeRO stage that wrote it; DeepSpeed's last lines:\n{last}"
         )
     storage.sync_folder(scratch)
     os.rename(scratch, target)

@@ -23,7 +23,7 @@ from pipeline.records import DatasetEntry
 from pipeline.run.training_spec import TrainingSpec
 from pipeline.sequences import read_dataset
 from students.data.examples import Examples, open_examples
-from students.data.hidden_states import TeacherStates
+from students.data.hidden_states import TeacherHiddenStates
 from students.data.packing import (
     PackedBatch,
     pack,
@@ -35,9 +35,9 @@ from students.data.packing import (
 logger = logging.getLogger(__name__)
 
 WINDOW_SHARDS, WINDOW_POSITIONS = 32, 2**22
-"""Most of the sequence shards whose sequences are shuffled together, and of their positions: what
-a cache reader keeps decoded holds them where a position takes up to 512 bytes. A larger shard is a
-window of its own.
+"""Most sequence shards whose sequences are shuffled together, and most of their positions: a cache
+reader keeps all of them decoded if a position takes up to 512 bytes. A larger shard is a window of
+its own.
 """
 Batch = TypeVar("Batch")
 
@@ -53,7 +53,7 @@ class StepBatch(Generic[Batch]):
 
 
 class DataOrder:
-    """Which sequences each step trains on: the epochs one after another, cut into equal batches."""
+    """The sequences of each step: the epochs one after another, cut into equal batches."""
 
     def __init__(
         self,
@@ -66,8 +66,8 @@ class DataOrder:
     ) -> None:
         """
         Args:
-            shards: names the sequence shard of every sequence, in the dataset's order.
-            positions: of every sequence.
+            shards: name of the sequence shard of every sequence, in the dataset's order.
+            positions: number of positions of every sequence.
             origin: see `Share`.
         """
         self._seed, self._digest, self._batch = seed, dataset_digest, sequences_per_step
@@ -81,8 +81,8 @@ class DataOrder:
         self._epochs: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """int64[N]: the order of one epoch. Shards are shuffled, then the sequences of every window
-        of shards.
+        """int64[N]: the order of one epoch. The shards are shuffled, then the sequences of every
+        window of shards.
         """
         if epoch not in self._epochs:
             entropy = int(digest_json([self._seed, epoch, self._digest]), 16)
@@ -119,15 +119,16 @@ class DataOrder:
 
 @dataclass(frozen=True)
 class Share:
-    """What a process makes of a training's batches: all that its rank computes.
+    """The part of a training's batches that a process makes: everything that its rank computes.
 
     Attributes:
-        vocabulary: rows of the student's head.
-        origin: the place in the order of the data that step 0 would begin at; not 0 where the steps
+        spec: the training.
+        vocabulary: rows of the student's LM head.
+        origin: the place in the order of the data at which step 0 would begin; not 0 if the steps
             before a resume had batches of another size.
     """
 
-    job: TrainingSpec
+    spec: TrainingSpec
     vocabulary: int
     rank: int
     world_size: int
@@ -141,47 +142,50 @@ class BatchSource:
         """Reads the dataset and opens the caches that the losses need.
 
         Raises:
-            TrainingError: nothing to train on, a sequence longer than the budget, or a missing
-                cache.
+            TrainingError: there is nothing to train on, a sequence is longer than the budget, or a
+                cache is missing.
         """
-        self._share, job = share, share.job
-        entries = read_dataset(job.layout, job.dataset_digest)
+        self._share, spec = share, share.spec
+        entries = read_dataset(spec.layout, spec.dataset_digest)
         self.train = [entry for entry in entries if entry.split == "train"]
         self.holdout = [entry for entry in entries if entry.split == "holdout"]
         if not self.train:
-            raise TrainingError(f"dataset {job.dataset_digest} has no sequences of split `train`")
-        used, training = self.train + self.holdout, job.config.training
+            raise TrainingError(
+                f"dataset {spec.dataset_digest} has no sequences of split `train`: add prompts, "
+                "loosen the filters, or lower prompts.holdout_fraction"
+            )
+        used, training = self.train + self.holdout, spec.config.training
         padded, budget = not training.packing, training.tokens_per_micro_batch
         refuse_long_sequences([(entry.sequence_id, entry.num_tokens) for entry in used], budget)
         lengths = [entry.num_tokens for entry in used]
-        refuse_long_groups(lengths, budget, padded, job.sequences_together)
+        refuse_long_groups(lengths, budget, padded, spec.sequences_together)
         self.examples: Examples = open_examples(
-            job.layout,
-            job.caches,
-            job.config.scoring_teachers,
-            job.combine if job.uses_teachers else None,
+            spec.layout,
+            spec.caches,
+            spec.config.scoring_teachers,
+            spec.combine if spec.uses_teachers else None,
             used,
             share.vocabulary,
         )
-        self.states = TeacherStates(job.caches, job.hidden_states_teachers, used)
-        self._warn_of_wide_states()
+        self.hidden_states = TeacherHiddenStates(spec.caches, spec.hidden_states_teachers, used)
+        self._warn_of_wide_hidden_states()
         self._order = DataOrder(
             [entry.shard for entry in self.train],
             [entry.num_positions for entry in self.train],
-            job.seed,
-            job.dataset_digest,
+            spec.seed,
+            spec.dataset_digest,
             training.sequences_per_step,
             share.origin,
         )
 
-    def _warn_of_wide_states(self) -> None:
+    def _warn_of_wide_hidden_states(self) -> None:
         positions = min(WINDOW_POSITIONS, sum(entry.num_positions for entry in self.train))
-        for teacher, num_bytes in self.states.position_bytes.items():
+        for teacher, num_bytes in self.hidden_states.position_bytes.items():
             if positions * num_bytes > DECODED_BYTES_KEPT:
                 logger.warning(
-                    "hidden states of %s take %d bytes a position, %.1f GiB of the sequences that "
-                    "are shuffled together, and %.1f GiB stay in memory: shards are read again and "
-                    "again. Lower scoring.features.dimensions.",
+                    "hidden states of %s take %d bytes per position, so the sequences that are "
+                    "shuffled together need %.1f GiB, but only %.1f GiB stay in memory and shards "
+                    "are read again and again: lower scoring.features.dimensions",
                     teacher,
                     num_bytes,
                     positions * num_bytes / 2**30,
@@ -199,12 +203,13 @@ class BatchSource:
         )
 
     def micro_batches(self, batch: Sequence[DatasetEntry]) -> Iterator[PackedBatch]:
-        """Those of this rank, of any sequences; their number is the same on all ranks."""
-        job, lengths = self._share.job, [entry.num_tokens for entry in batch]
-        together, padded = job.sequences_together, not job.config.training.packing
-        budget = job.config.training.tokens_per_micro_batch
+        """This rank's micro-batches of any sequences; all ranks have the same number of them."""
+        spec, lengths = self._share.spec, [entry.num_tokens for entry in batch]
+        together, padded = spec.sequences_together, not spec.config.training.packing
+        budget = spec.config.training.tokens_per_micro_batch
         plan = plan_groups(lengths, budget, self._share.world_size, padded, together)
         for members in plan[self._share.rank]:
             packed = pack([self.examples[batch[i]] for i in members], padded)
             groups = [i // together for i in members]
-            yield replace(packed, features=self.states.batch([batch[i] for i in members], groups))
+            hidden_states = self.hidden_states.batch([batch[i] for i in members], groups)
+            yield replace(packed, hidden_states=hidden_states)

@@ -1,4 +1,4 @@
-"""From the dataset, its sequence shards and the teachers' caches to combined sequences in memory.
+"""Combined sequences in memory, from the dataset, its sequence shards and the teachers' caches.
 
     entries -> examples (here) -> order and batches (`batches.py`) -> packed rows (`packing.py`)
 
@@ -32,17 +32,17 @@ packed.
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence with its combined targets, teachers of weight 0 left out. A product of teachers
-    stands as one teacher of weight 1.
+    """One sequence with its combined targets, without the teachers of weight 0. A product of
+    teachers stands as one teacher of weight 1.
 
     Attributes:
         input_ids: int32[T].
         logit_indices: int64[P], `i_j - 1`: the index whose logits are trained against position j.
         gold_ids: int64[P].
         token_ids: int32[M, P, K], padded with 0.
-        logprobs: float16[M, P, K], padded with -inf; float32 if any are estimates, which float16
-            would shift, or a product.
-        tail_mass: float16[M, P]; 0 for estimates, which have no bucket; float32 of a product.
+        logprobs: float16[M, P, K], padded with -inf; float32 for a product, and if any are
+            estimates, which float16 would shift.
+        tail_mass: float16[M, P]; 0 for estimates, which have no bucket; float32 for a product.
         teacher_weights: float32[M, P].
         is_estimate: whether a teacher's entries are an estimate by draws, unbiased only in losses
             that are linear in p.
@@ -63,7 +63,7 @@ class Example:
 
 
 class Examples:
-    """Random access to combined sequences; keeps what fits into `EXAMPLE_BYTES_KEPT`."""
+    """Random access to combined sequences; keeps as many as fit into `EXAMPLE_BYTES_KEPT`."""
 
     def __init__(
         self,
@@ -73,7 +73,13 @@ class Examples:
         combine: CombineConfig | None,
         vocabulary: int,
     ) -> None:
-        """`combine=None` leaves the teachers out, for losses on the text alone."""
+        """Opens nothing; the `readers` are open.
+
+        Args:
+            teachers: names of the scoring teachers, in the config's order.
+            combine: None leaves the teachers out, for losses on the text alone.
+            vocabulary: rows of the student's LM head.
+        """
         self._readers, self._teachers = readers, teachers
         self._combine, self._vocabulary = combine, vocabulary
         self._sequences = SequenceShards(layout, SEQUENCE_SHARDS_KEPT)
@@ -81,16 +87,16 @@ class Examples:
         self._num_bytes = 0
 
     def sequence(self, entry: DatasetEntry) -> TokenSequence:
-        """The sequence of an entry, which its shard holds."""
-        found = self._sequences.get(entry.shard, entry.sequence_id)
-        assert found is not None, f"{entry.shard} does not hold {entry.sequence_id}"
-        return found
+        """The sequence of an entry, from its shard."""
+        sequence = self._sequences.get(entry.shard, entry.sequence_id)
+        assert sequence is not None, f"{entry.shard} does not hold {entry.sequence_id}"
+        return sequence
 
     def __getitem__(self, entry: DatasetEntry) -> Example:
         """The combined sequence of an entry.
 
         Raises:
-            CacheError: no teacher of positive weight has scored it.
+            CacheError: no teacher of positive weight has scored the sequence.
             TrainingError: it holds a token id outside the student's vocabulary.
         """
         if entry.sequence_id in self._kept:
@@ -101,8 +107,9 @@ class Examples:
         if highest >= self._vocabulary:
             raise TrainingError(
                 f"sequence {entry.sequence_id} or its cached targets hold token id {highest}, but "
-                f"the student's head has {self._vocabulary} rows: the teachers' vocabulary is "
-                "larger than the student's"
+                f"the student's LM head has {self._vocabulary} rows, so the teachers' vocabulary "
+                "is larger than the student's: choose a student with at least "
+                f"{highest + 1} rows"
             )
         self._kept[entry.sequence_id] = example
         self._num_bytes += example.num_bytes
@@ -134,8 +141,8 @@ def open_examples(
     entries: Sequence[DatasetEntry],
     vocabulary: int,
 ) -> Examples:
-    """Opens the caches of the teachers that can weigh anything in the domains of `entries`, and no
-    others.
+    """Opens the caches of the teachers that can have a weight in the domains of `entries`, and no
+    other caches.
 
     Raises:
         TrainingError: such a teacher has no cache.
@@ -149,8 +156,8 @@ def open_examples(
     missing = [name for name in required if name not in caches]
     if missing:
         raise TrainingError(
-            f"no cache was given for {missing}, which combine.weights gives a weight: score them "
-            "first"
+            f"the caches of the teachers {', '.join(missing)} are missing, but combine.weights "
+            "gives these teachers a weight: run the score stage first"
         )
     return Examples(
         layout, {name: open_cache(caches[name]) for name in required}, teachers, combine, vocabulary
@@ -158,7 +165,7 @@ def open_examples(
 
 
 def example_of(combined: CombinedTargets) -> Example:
-    """Pads the ragged rows of the teachers that weigh anything in this sequence."""
+    """Pads the ragged rows of the teachers that have a weight in this sequence."""
     sequence, num_positions = combined.sequence, combined.sequence.num_positions
     used = [
         (w_P, row)
@@ -175,7 +182,7 @@ def example_of(combined: CombinedTargets) -> Example:
         kept_PK = np.arange(num_entries) < row.num_entries[:, None]
         token_ids_MPK[m][kept_PK] = row.token_ids
         if row.is_drawn:
-            # what was not drawn lies in no bucket: the student's would hold captured ids
+            # ids that were not drawn lie in no bucket: the student's bucket would hold captured ids
             with np.errstate(divide="ignore"):
                 logprobs_MPK[m][kept_PK] = np.log(probabilities(row))
         else:

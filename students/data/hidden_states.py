@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PackedHiddenStates:
-    """What `HiddenStatesBatch` is made of.
+    """The arrays of a `HiddenStatesBatch`.
 
     Attributes:
-        states: by teacher, uint16[P, L, D], the bits of bfloat16; 0 where the teacher has none.
-        covered: by teacher, of every sequence, whether it has states.
-        lengths: of every sequence, its positions.
-        groups: of every sequence; sequences of a group are compared with one another.
+        states: uint16[P, L, D] by teacher, the bits of bfloat16; 0 where the teacher has none.
+        covered: whether a teacher has hidden states of each sequence, by teacher.
+        lengths: number of positions of every sequence.
+        groups: group of every sequence; sequences of a group are compared with one another.
     """
 
     states: dict[str, np.ndarray]
@@ -38,20 +38,21 @@ class PackedHiddenStates:
     groups: list[int]
 
 
-class TeacherStates:
-    """The opened caches of hidden states.
-
-    Attributes:
-        widths: by teacher, D.
-    """
+class TeacherHiddenStates:
+    """The opened caches of the teachers' hidden states."""
 
     def __init__(
         self, caches: Mapping[str, CacheLayout], teachers: Sequence[str], used: list[DatasetEntry]
     ) -> None:
-        """Opens the caches of these teachers; `used` are the sequences to be trained on.
+        """Opens the caches of the teachers.
+
+        Args:
+            caches: caches of the run by name, also those of distributions.
+            teachers: names of the teachers whose hidden states a loss needs.
+            used: entries of the sequences to be trained on.
 
         Raises:
-            TrainingError: a teacher has no cache, or states of none of the sequences.
+            TrainingError: a teacher has no cache, or hidden states of none of the sequences.
             CacheError: a cache is corrupt.
         """
         self._readers: dict[str, CacheReader[HiddenStates]] = {}
@@ -59,17 +60,21 @@ class TeacherStates:
         for teacher in teachers:
             name = hidden_states_of(teacher)
             if name not in caches:
-                raise TrainingError(f"no cache {name} was given: score first")
+                raise TrainingError(
+                    f"the cache {name} is missing, but a loss needs the hidden states of "
+                    f"{teacher}: run the score stage first"
+                )
             reader = self._readers[teacher] = open_hidden_states(caches[name])
             lacking = [e.sequence_id for e in used if e.sequence_id not in reader]
             if len(lacking) == len(used):
                 raise TrainingError(
-                    f"{caches[name].shards_folder} has states of none of the {len(used)} "
-                    "sequences: score them first"
+                    f"{caches[name].shards_folder} has hidden states of none of the {len(used)} "
+                    "sequences: run the score stage first"
                 )
             if lacking:
                 logger.warning(
-                    "%s has no hidden states of %d of %d sequences: losses on them are 0 there",
+                    "%s has no hidden states of %d of %d sequences: losses on its hidden states "
+                    "are 0 there",
                     teacher,
                     len(lacking),
                     len(used),
@@ -80,20 +85,21 @@ class TeacherStates:
 
     @property
     def widths(self) -> dict[str, int]:
+        """Stored dimensions D, by teacher."""
         return {teacher: width for teacher, (_, width) in self._shapes.items()}
 
     @property
     def position_bytes(self) -> dict[str, int]:
-        """By teacher, what the states of a position take."""
+        """Bytes that the hidden states of a position take, by teacher."""
         return {teacher: position_bytes(*shape) for teacher, shape in self._shapes.items()}
 
     def batch(
         self, entries: Sequence[DatasetEntry], groups: Sequence[int]
     ) -> PackedHiddenStates | None:
-        """The states of a micro-batch of these sequences; None where no loss needs any.
+        """The hidden states of a micro-batch of these sequences; None if no loss needs any.
 
         Args:
-            groups: the group of each.
+            groups: group of each sequence.
 
         Raises:
             CacheError: a row has another number of positions than its sequence.
@@ -114,8 +120,10 @@ class TeacherStates:
                     continue
                 if row.num_positions != entry.num_positions:
                     raise CacheError(
-                        f"{hidden_states_of(teacher)} holds {row.num_positions} positions of "
-                        f"sequence {entry.sequence_id}, which has {entry.num_positions}"
+                        f"the cache {hidden_states_of(teacher)} holds {row.num_positions} "
+                        f"positions of sequence {entry.sequence_id}, but the sequence has "
+                        f"{entry.num_positions}: check the cache with "
+                        "`polystill cache verify CONFIG`"
                     )
                 states_PLD[start:stop] = row.states
             states[teacher] = states_PLD

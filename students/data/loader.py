@@ -1,12 +1,13 @@
-"""Loader processes: the batches of coming steps are made beside the training, not in its process.
+"""Loader processes, which make the batches of the coming steps beside the training's own process.
 
     trainer ──share, as a pickle──> loader process 0: steps 0, 2, 4, …   (standard input)
             <──packed batches────── loader process 1: steps 1, 3, 5, …   (standard output)
 
-A process makes its next step while the trainer computes and waits until that is taken. Which
-process makes a step changes nothing in it. Processes end with the trainer, however that ends: their
-standard input is then at its end, which a thread of theirs waits for. They are started afresh,
-since a fork would inherit locks of the threads of gloo, CUDA and Ray, and do without torch.
+A process makes its next step while the trainer computes, and waits until the trainer takes it. A
+step is the same whichever process makes it. The processes end with the trainer, however the trainer
+ends: their standard input is then at its end, and a thread of each process waits for that. Each
+process is started afresh, since a fork would inherit locks of the threads of gloo, CUDA and Ray,
+and imports no torch.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class Loader:
     """The batches of steps, one after another."""
 
     def __init__(self, share: Share, steps: range, num_processes: int) -> None:
-        """`num_processes` 0 makes every batch in this process, when it is asked for."""
+        """Starts the processes; with `num_processes` 0 this process makes every batch when it is
+        received.
+        """
         self._steps = iter(steps)
         self._source = BatchSource(share) if num_processes == 0 else None
         self._processes = [
@@ -44,15 +47,15 @@ class Loader:
 
     @property
     def pids(self) -> list[int]:
-        """Of its processes."""
+        """Ids of the loader processes."""
         return [process.pid for process in self._processes]
 
     def receive(self) -> StepBatch[PackedBatch]:
         """The batch of the next step.
 
         Raises:
-            DistillationError: what a process met.
-            RuntimeError: a process died, or met what is no user's error.
+            DistillationError: a process met an error for the user, which passes as it is.
+            RuntimeError: a process died, or met any other error.
         """
         step = next(self._steps)
         if self._source is not None:
@@ -92,18 +95,18 @@ class LoaderProcess:
     def receive(self) -> StepBatch[PackedBatch]:
         """The batch of its next step; raises as `Loader.receive`."""
         try:
-            found = pickle.load(self._output)
+            received = pickle.load(self._output)
         except (EOFError, pickle.UnpicklingError) as error:
             raise RuntimeError(
-                f"loader process {self.pid} ended with code {self._process.wait()}; if it was "
-                "killed for memory, lower training.loader_processes or give the workers more"
+                f"loader process {self.pid} ended with code {self._process.wait()}: if it was "
+                "killed for memory, lower training.loader_processes or give the workers more memory"
             ) from error
-        if isinstance(found, Exception):
-            raise found
-        return found
+        if isinstance(received, Exception):
+            raise received
+        return received
 
     def close(self) -> None:
-        """Ends the process, which has nothing to lose."""
+        """Kills the process, which has nothing to lose."""
         self._process.kill()
         self._process.wait()
         self._input.close()
@@ -111,11 +114,11 @@ class LoaderProcess:
 
 
 def serve() -> None:
-    """What a loader process runs."""
+    """Makes and sends batches: the program of a loader process."""
     share, steps = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_the_trainer, daemon=True).start()
     batches = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what anything prints goes to the log and not among the batches
+    os.dup2(2, 1)  # printed text goes to the log and not among the batches
     try:
         source = BatchSource(share)
         for step in steps:
@@ -124,12 +127,12 @@ def serve() -> None:
         os._exit(0)  # nobody reads any more
     except DistillationError as error:
         _send(batches, error)
-    except Exception:  # whatever it is belongs into the trainer's log
+    except Exception:  # any other error belongs into the trainer's log
         _send(batches, RuntimeError(f"in a loader process:\n{traceback.format_exc()}"))
 
 
-def _send(batches: Any, found: StepBatch[PackedBatch] | Exception) -> None:
-    pickle.dump(found, batches, protocol=5)
+def _send(batches: Any, message: StepBatch[PackedBatch] | Exception) -> None:
+    pickle.dump(message, batches, protocol=5)
     batches.flush()
 
 

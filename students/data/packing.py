@@ -1,9 +1,9 @@
-"""Several sequences in one micro-batch: which ones a rank computes together, and their arrays.
+"""Several sequences in one micro-batch: the plan of a rank's micro-batches, and their arrays.
 
-This decides only what is computed together, never what is summed: a micro-batch holds whole
-sequences within a token budget, packed into one row or padded in rows of their own, ranks get equal
-numbers of micro-batches, and an empty one weighs nothing. Loader processes pack, so nothing here
-needs torch.
+The plan decides only which sequences are computed together, never what is summed: a micro-batch
+holds whole sequences within a token budget, packed into one row or padded in rows of their own;
+ranks get equal numbers of micro-batches, and an empty micro-batch weighs nothing. Loader processes
+pack, so nothing here needs torch.
 
 Legend: R rows of a micro-batch, T tokens of a row, P positions, K entries, M teachers (as many as
 any of its sequences has with a positive weight).
@@ -46,12 +46,12 @@ class PackedBatch:
     logprobs: np.ndarray
     tail_mass: np.ndarray
     teacher_weights: np.ndarray
-    features: PackedHiddenStates | None = None
+    hidden_states: PackedHiddenStates | None = None
 
 
 def pack(examples: Sequence[Example], padded: bool = False) -> PackedBatch:
-    """Packs sequences into one row, or pads each in a row of its own. Without any, a row of one
-    token and no positions, which weighs nothing.
+    """Packs sequences into one row, or pads each in a row of its own. Without any sequence it gives
+    a row of one token and no positions, which weighs nothing.
     """
     examples = examples or [NOTHING]
     lengths = [len(example.input_ids) for example in examples]
@@ -75,7 +75,7 @@ def pack(examples: Sequence[Example], padded: bool = False) -> PackedBatch:
 
 
 def _targets(examples: Sequence[Example]) -> dict[str, Any]:
-    """Of all positions, one sequence after another."""
+    """The targets at all positions, one sequence after another."""
     edges = np.cumsum([0] + [len(example.gold_ids) for example in examples])
     num_teachers = max(example.token_ids.shape[0] for example in examples)
     num_entries = max(example.token_ids.shape[2] for example in examples)
@@ -101,13 +101,13 @@ def _targets(examples: Sequence[Example]) -> dict[str, Any]:
 def plan_micro_batches(
     lengths: Sequence[int], tokens_per_micro_batch: int, world_size: int, padded: bool = False
 ) -> list[list[list[int]]]:
-    """Which sequences each rank computes together: for every rank an equal number of lists of
+    """The sequences that each rank computes together: for every rank an equal number of lists of
     indices into `lengths`.
 
-    The number of packed rows is what first-fit decreasing needs, rounded up to the world size;
-    sequences are then spread over them evenly, longest first, so that ranks wait little for one
-    another. Padded, sequences of like length come together, and padding counts in the budget. A
-    micro-batch may stay empty.
+    The number of packed rows is the number that first-fit decreasing needs, rounded up to the world
+    size; sequences are then spread over them evenly, longest first, so that ranks wait little for
+    one another. If rows are padded, sequences of like length come together, and padding counts in
+    the budget. A micro-batch may stay empty.
 
     Raises:
         TrainingError: a sequence is longer than the budget.
@@ -135,7 +135,7 @@ def plan_groups(
     padded: bool,
     together: int,
 ) -> list[list[list[int]]]:
-    """`plan_micro_batches` where every `together` sequences in a row stay in one micro-batch.
+    """`plan_micro_batches`, with every `together` successive sequences in one micro-batch.
 
     Raises:
         TrainingError: such a group is longer than the budget.
@@ -152,32 +152,37 @@ def plan_groups(
 
 
 def group_size(lengths: Sequence[int], padded: bool) -> int:
-    """What sequences that stay together take of the budget."""
+    """Tokens of the budget that sequences in one micro-batch take."""
     return len(lengths) * max(lengths) if padded else sum(lengths)
 
 
 def refuse_long_groups(
     lengths: Sequence[int], tokens_per_micro_batch: int, padded: bool, together: int
 ) -> None:
-    """Any `together` sequences must fit a micro-batch, whatever the order of data puts together.
+    """Refuses sequences of which some `together` do not fit into one micro-batch: the order of the
+    data may put any of them together.
 
     Raises:
-        TrainingError: the longest ones do not.
+        TrainingError: the longest sequences do not fit.
     """
     longest = group_size(sorted(lengths)[-together:], padded)
     if longest > tokens_per_micro_batch:
         raise TrainingError(
-            f"a relation loss keeps {together} sequences in one micro-batch; the longest ones take "
-            f"{longest} tokens, training.tokens_per_micro_batch is {tokens_per_micro_batch}: raise "
-            "it, or lower the loss's `sequences`"
+            f"a relation loss keeps {together} sequences in one micro-batch, but the longest "
+            f"{together} take {longest} tokens and training.tokens_per_micro_batch is "
+            f"{tokens_per_micro_batch}: raise training.tokens_per_micro_batch, or lower the loss's "
+            "`sequences`"
         )
 
 
 def refuse_long_sequences(lengths: Sequence[tuple[str, int]], tokens_per_micro_batch: int) -> None:
-    """Sequences are never cut.
+    """Refuses sequences that are longer than the budget: sequences are never cut.
+
+    Args:
+        lengths: name and number of tokens of each sequence.
 
     Raises:
-        TrainingError: naming the sequences that are longer than the budget.
+        TrainingError: a sequence is too long; the message names it.
     """
     too_long = [
         f"{name} ({length} tokens)" for name, length in lengths if length > tokens_per_micro_batch
@@ -187,20 +192,20 @@ def refuse_long_sequences(lengths: Sequence[tuple[str, int]], tokens_per_micro_b
         shown = ", ".join(too_long[:10]) + rest
         raise TrainingError(
             f"{len(too_long)} sequences are longer than training.tokens_per_micro_batch "
-            f"({tokens_per_micro_batch}): {shown}. Raise it, or drop them by "
-            "synthesis.max_sequence_tokens (answers are then written anew) or the filter length "
-            "(they are not)"
+            f"({tokens_per_micro_batch}): {shown}: raise training.tokens_per_micro_batch, or drop "
+            "such sequences by synthesis.max_sequence_tokens (their answers are then written anew) "
+            "or by the filter `length` (their answers are not written anew)"
         )
 
 
 def _padded_plan(
     lengths: Sequence[int], rows: Sequence[int], budget: int, world_size: int
 ) -> list[list[list[int]]]:
-    """For every rank an equal number of groups whose rows times longest row fit the budget, the
-    most expensive first.
+    """An equal number of groups for every rank; rows times longest row of a group fit the budget,
+    and the most expensive group comes first.
 
     Args:
-        rows: that each of the `lengths` stands for.
+        rows: number of rows that each of the `lengths` stands for.
     """
     groups: list[list[int]] = []
     num_rows = 0

@@ -1,12 +1,12 @@
 """Distillation losses from hidden states and the LM head: closed-form gradients, bounded memory.
 
     hidden states -> logits of a chunk -> outcomes (`outcomes.py`) -> values and gradients of every
-    loss (`divergences.py`) -> gradient of the logits, in their own memory -> gradients of hidden
-    states and head
+    loss (`divergences.py`) -> gradient of the logits, in their own memory (`chunk.py`) -> gradients
+    of hidden states and LM head
 
 Logits are formed for a few positions at a time, cast to float32 there, turned into gradients and
-dropped: no `[positions, vocabulary]` buffer of a whole batch ever exists. This module and those
-that it imports need torch alone.
+dropped: no `[positions, vocabulary]` buffer of a whole batch ever exists. This module and all
+modules that it imports need torch alone.
 
 Legend: P positions, C positions of one chunk, H hidden size, V vocabulary, F figures.
 """
@@ -20,18 +20,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from students.losses.divergences import LossTerm
+from students.losses.chunk import figure_names, losses_and_gradient_
+from students.losses.divergences import DistributionLoss
 from students.losses.inputs import Targets
-from students.losses.outcomes import figure_names, losses_and_gradient_
 
 CHUNK_ELEMENTS = 2**25
 """Numbers formed at a time; one float32 buffer of them takes 128 MiB."""
 CHUNK_SHARE_OF_DEVICE = 128
-"""On a GPU one such buffer may take that part of its memory: every chunk reads the head and adds to
-its gradient, which costs as much for few positions as for many.
+"""Part of a GPU's memory, as its denominator, that one such buffer may take: every chunk reads the
+LM head and adds to its gradient, which costs as much for few positions as for many.
 """
 OUTCOME_BUFFERS = 16
-"""About as many buffers of the size of the outcomes live at once in a chunk."""
+"""About how many buffers of the size of the outcomes live at once in a chunk."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class LossSums:
     """Sums over positions.
 
     Attributes:
-        total: weighted sum of the losses; alone carries a gradient.
+        total: weighted sum of the losses; the only one that carries a gradient.
         figures: [F], in the order of `figure_names`.
     """
 
@@ -49,7 +49,7 @@ class LossSums:
 
 @dataclass(frozen=True)
 class PositionFigures:
-    """Per position, without gradients.
+    """Figures of every position, without gradients.
 
     Attributes:
         figures: float[F, P], in the order of `figure_names`; the first is the negative
@@ -63,10 +63,10 @@ class PositionFigures:
 
 def distillation_loss(
     hidden_PH: Tensor,
-    head_VH: Tensor,
+    lm_head_VH: Tensor,
     bias_V: Tensor | None,
     targets: Targets,
-    terms: Sequence[LossTerm],
+    losses: Sequence[DistributionLoss],
     softcap: float | None = None,
     chunk_positions: int | None = None,
 ) -> LossSums:
@@ -75,8 +75,8 @@ def distillation_loss(
     With p_k = exp(logprob_k) of the kept ids, t the tail mass, q the student's probabilities at
     temperature 1 and q_t the student's mass outside the kept ids, teacher and student are compared
     on the kept ids and one bucket for all others (a coarser set of outcomes, hence a lower bound of
-    every divergence here between the full distributions). The formulas stand in `divergences.py`,
-    with what a temperature other than 1 means for the bucket.
+    every divergence here between the full distributions). `divergences.py` has the formulas, and
+    the meaning of a temperature other than 1 for the bucket.
 
     Several teachers: `forward_kl` at temperature 1 is linear in the target, so each teacher keeps
     its own kept ids and bucket, and `sum_m w_m KL(p_m || q)` on these is exact. All other losses
@@ -84,28 +84,29 @@ def distillation_loss(
     `OutcomeSets.of_union`.
 
     Stored numbers are used as they are: when sum_k p_k + t differs from 1 through float16
-    rounding, nothing is renormalised at temperature 1. Where the kept ids are the whole vocabulary
+    rounding, nothing is renormalised at temperature 1. If the kept ids are the whole vocabulary,
     there is no bucket and t is taken as 0.
 
     One pass over a chunk gives all losses and one gradient. Gradients are computed along with the
-    values, so the backward pass needs neither logits nor the head: under ZeRO-3 the head may be
-    freed between the two.
+    values, so the backward pass needs neither logits nor the LM head: under ZeRO-3 the LM head may
+    be freed between the two.
 
     Args:
         hidden_PH: last hidden states at the positions, in the model's dtype. Losses are computed in
-            float32, or in float64 if the states are.
-        head_VH: weight of the LM head.
+            float32, or in float64 if the hidden states are float64.
+        lm_head_VH: weight of the LM head.
+        bias_V: bias of the LM head, if it has one.
         softcap: logits are `softcap tanh(logits / softcap)`, as in Gemma 2 (arXiv 2408.00118).
-        chunk_positions: positions per chunk; by default what `chunk_elements` allows.
+        chunk_positions: positions per chunk; by default as many as `chunk_elements` allows.
     """
     total, figures = _ChunkedLoss.apply(
         hidden_PH,
-        head_VH,
+        lm_head_VH,
         bias_V,
         targets,
-        tuple(terms),
+        tuple(losses),
         softcap,
-        chunk_positions or _chunk_positions(head_VH, targets),
+        chunk_positions or _chunk_positions(lm_head_VH, targets),
     )
     return LossSums(total, figures)
 
@@ -113,26 +114,26 @@ def distillation_loss(
 @torch.no_grad()
 def position_figures(
     hidden_PH: Tensor,
-    head_VH: Tensor,
+    lm_head_VH: Tensor,
     bias_V: Tensor | None,
     targets: Targets,
-    terms: Sequence[LossTerm],
+    losses: Sequence[DistributionLoss],
     softcap: float | None = None,
     chunk_positions: int | None = None,
 ) -> PositionFigures:
-    """What is known of each position without training on it; arguments as in `distillation_loss`,
-    and losses without their weights.
+    """Figures of each position without training on it: losses without their weights, and the
+    student's choice; arguments as in `distillation_loss`.
     """
     num_positions = hidden_PH.shape[0]
     figures_FP = hidden_PH.new_empty(
-        (len(figure_names(terms)), num_positions), dtype=_dtype(hidden_PH)
+        (len(figure_names(losses)), num_positions), dtype=_dtype(hidden_PH)
     )
     argmax_P = torch.empty_like(targets.gold_ids)
-    positions = chunk_positions or _chunk_positions(head_VH, targets)
+    positions = chunk_positions or _chunk_positions(lm_head_VH, targets)
     for rows in _chunks(num_positions, positions):
-        logits_CV, _ = _logits(hidden_PH[rows], head_VH, bias_V, softcap)
+        logits_CV, _ = _logits(hidden_PH[rows], lm_head_VH, bias_V, softcap)
         argmax_P[rows] = logits_CV.argmax(dim=-1)
-        figures_FP[:, rows] = losses_and_gradient_(logits_CV, targets, rows, terms, gradient=False)
+        figures_FP[:, rows] = losses_and_gradient_(logits_CV, targets, rows, losses, gradient=False)
     return PositionFigures(figures_FP, argmax_P)
 
 
@@ -140,59 +141,59 @@ class _ChunkedLoss(torch.autograd.Function):
     """Values and gradients in one pass over chunks of positions."""
 
     @staticmethod
-    def forward(ctx, hidden_PH, head_VH, bias_V, targets, terms, softcap, chunk_positions):
+    def forward(ctx, hidden_PH, lm_head_VH, bias_V, targets, losses, softcap, chunk_positions):
         dtype = _dtype(hidden_PH)
         ctx.hidden_grad = torch.empty_like(hidden_PH)
         # at least float32, since a bfloat16 sum over many chunks would lose the later ones
-        wants_head = ctx.needs_input_grad[1]
-        ctx.head_grad = torch.zeros_like(head_VH, dtype=dtype) if wants_head else None
+        wants_lm_head = ctx.needs_input_grad[1]
+        ctx.lm_head_grad = torch.zeros_like(lm_head_VH, dtype=dtype) if wants_lm_head else None
         ctx.bias_grad = None if bias_V is None else torch.zeros_like(bias_V, dtype=dtype)
-        ctx.dtypes = (head_VH.dtype, None if bias_V is None else bias_V.dtype)
-        figures_F = hidden_PH.new_zeros(len(figure_names(terms)), dtype=dtype)
+        ctx.dtypes = (lm_head_VH.dtype, None if bias_V is None else bias_V.dtype)
+        figures_F = hidden_PH.new_zeros(len(figure_names(losses)), dtype=dtype)
         for rows in _chunks(hidden_PH.shape[0], chunk_positions):
             hidden_CH = hidden_PH[rows]
-            grad_CV, slope_CV = _logits(hidden_CH, head_VH, bias_V, softcap)
-            figures_FC = losses_and_gradient_(grad_CV, targets, rows, terms, gradient=True)
+            grad_CV, slope_CV = _logits(hidden_CH, lm_head_VH, bias_V, softcap)
+            figures_FC = losses_and_gradient_(grad_CV, targets, rows, losses, gradient=True)
             figures_F += figures_FC.sum(dim=1)
             if slope_CV is not None:
                 grad_CV.mul_(slope_CV)
             if ctx.bias_grad is not None:
                 ctx.bias_grad += grad_CV.sum(dim=0)
             grad_CV = grad_CV.to(hidden_CH.dtype)
-            ctx.hidden_grad[rows] = grad_CV @ head_VH
-            if ctx.head_grad is not None:
-                _add_product_(ctx.head_grad, grad_CV.T, hidden_CH)
+            ctx.hidden_grad[rows] = grad_CV @ lm_head_VH
+            if ctx.lm_head_grad is not None:
+                _add_product_(ctx.lm_head_grad, grad_CV.T, hidden_CH)
         ctx.mark_non_differentiable(figures_F)
-        return weighted_total(figures_F, terms), figures_F
+        return weighted_total(figures_F, losses), figures_F
 
     @staticmethod
     @once_differentiable
     def backward(ctx, total_grad, *_):
-        head_dtype, bias_dtype = ctx.dtypes
-        head_grad = None
-        if ctx.head_grad is not None:
-            # straight into its dtype: on a GPU no float32 product of the head's size exists
-            head_grad = torch.empty_like(ctx.head_grad, dtype=head_dtype)
-            torch.mul(ctx.head_grad, total_grad, out=head_grad)
+        lm_head_dtype, bias_dtype = ctx.dtypes
+        lm_head_grad = None
+        if ctx.lm_head_grad is not None:
+            # straight into its dtype: on a GPU no float32 product of the LM head's size exists
+            lm_head_grad = torch.empty_like(ctx.lm_head_grad, dtype=lm_head_dtype)
+            torch.mul(ctx.lm_head_grad, total_grad, out=lm_head_grad)
         bias_grad = None if ctx.bias_grad is None else (ctx.bias_grad * total_grad).to(bias_dtype)
         hidden_grad = (ctx.hidden_grad * total_grad).to(ctx.hidden_grad.dtype)
-        return hidden_grad, head_grad, bias_grad, None, None, None, None
+        return hidden_grad, lm_head_grad, bias_grad, None, None, None, None
 
 
-def weighted_total(figures_F: Tensor, terms: Sequence[LossTerm]) -> Tensor:
+def weighted_total(figures_F: Tensor, losses: Sequence[DistributionLoss]) -> Tensor:
     """The weighted sum of the losses among figures of shape [F] or [F, P]."""
-    names = figure_names(terms)
+    names = figure_names(losses)
     weights = dict.fromkeys(names, 0.0)
-    for term in terms:
-        weights[term.name] += term.weight
+    for loss in losses:
+        weights[loss.name] += loss.weight
     return torch.stack([weights[name] * figures_F[i] for i, name in enumerate(names)]).sum(dim=0)
 
 
 def _logits(
-    hidden_CH: Tensor, head_VH: Tensor, bias_V: Tensor | None, softcap: float | None
+    hidden_CH: Tensor, lm_head_VH: Tensor, bias_V: Tensor | None, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The logits of a chunk, and with a soft-cap their derivative by the logits before it."""
-    logits_CV = torch.nn.functional.linear(hidden_CH, head_VH, bias_V).to(_dtype(hidden_CH))
+    """The logits of a chunk, and with a soft-cap their derivative by the uncapped logits."""
+    logits_CV = torch.nn.functional.linear(hidden_CH, lm_head_VH, bias_V).to(_dtype(hidden_CH))
     if softcap is None:
         return logits_CV, None
     capped_CV = logits_CV.div_(softcap).tanh_()
@@ -212,18 +213,18 @@ def _dtype(hidden: Tensor) -> torch.dtype:
 
 
 def chunk_elements(device: torch.device) -> int:
-    """Numbers formed at a time on a device."""
+    """Numbers that are formed at a time on a device."""
     if device.type != "cuda":
         return CHUNK_ELEMENTS
     num_bytes = torch.cuda.get_device_properties(device).total_memory
     return max(CHUNK_ELEMENTS, num_bytes // (4 * CHUNK_SHARE_OF_DEVICE))
 
 
-def _chunk_positions(head_VH: Tensor, targets: Targets) -> int:
+def _chunk_positions(lm_head_VH: Tensor, targets: Targets) -> int:
     num_teachers, _, num_entries = targets.token_ids.shape
     outcomes = num_teachers * (num_teachers * num_entries + 1)
-    each = head_VH.shape[0] + OUTCOME_BUFFERS * outcomes
-    return max(1, chunk_elements(head_VH.device) // each)
+    elements_per_position = lm_head_VH.shape[0] + OUTCOME_BUFFERS * outcomes
+    return max(1, chunk_elements(lm_head_VH.device) // elements_per_position)
 
 
 def _chunks(num_positions: int, chunk_positions: int) -> Iterator[slice]:

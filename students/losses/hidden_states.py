@@ -1,9 +1,12 @@
 """Losses on hidden states: the student's against a teacher's, and relations among them.
 
 Every loss gives a value at each position, so that it sums over micro-batches and ranks as the other
-losses do: that of a sequence, or of a group of sequences, stands at all its positions. Where a
-teacher has no states it is 0. Groups are runs of a step's batch, so no value depends on packing or
-on the number of workers.
+losses do: the value of a sequence, or of a group of sequences, stands at all its positions. It is 0
+where the teacher has no states. Groups are runs of a step's batch, so no value depends on packing
+or on the number of workers.
+
+A new loss needs a class here, a line in `LAYER_LOSSES`, and a model in `pipeline/config/losses.py`
+whose fields have the same names; nothing else.
 
 Legend: P positions, S sequences, G sequences of one group, N positions of one sequence, H student's
 hidden size, D teacher's stored dimensions, E losses.
@@ -11,60 +14,19 @@ hidden size, D teacher's stored dimensions, E losses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize, smooth_l1_loss
 
-from pipeline.config.losses import HiddenState, Loss, StateLoss
 from students.losses.inputs import HiddenStatesBatch
 
 SMALLEST = 1e-12
 """Lengths below it count as this much, so that equal states give no division by 0."""
-
-
-@dataclass(frozen=True)
-class HiddenStatesTerm:
-    """One loss of the list.
-
-    Attributes:
-        name: under which its values are logged.
-        kind: a key of `OF_POSITIONS`, `OF_SEQUENCES` or `OF_GROUPS`.
-        weight: its factor in the total.
-        pairs: index of the teacher's layer among the stored ones, and the student's layer.
-        is_projected: whether the student's states pass through a learned matrix.
-    """
-
-    name: str
-    kind: str
-    weight: float
-    teacher: str
-    pairs: tuple[tuple[int, int], ...]
-    is_projected: bool
-
-
-def hidden_states_terms(
-    losses: Sequence[Loss], stored_layers: Mapping[str, tuple[int, ...]]
-) -> tuple[HiddenStatesTerm, ...]:
-    """Those of a training's losses that are on hidden states.
-
-    Args:
-        stored_layers: by teacher.
-    """
-    return tuple(
-        HiddenStatesTerm(
-            loss.name,
-            loss.measure if isinstance(loss, HiddenState) else loss.relation,
-            loss.weight,
-            loss.teacher,
-            tuple((stored_layers[loss.teacher].index(t), s) for t, s in loss.layers.items()),
-            isinstance(loss, HiddenState) and loss.projection == "learned",
-        )
-        for loss in losses
-        if isinstance(loss, StateLoss)
-    )
 
 
 def mse(student_PD: Tensor, teacher_PD: Tensor) -> Tensor:
@@ -93,8 +55,8 @@ def distance(student_GH: Tensor, teacher_GD: Tensor) -> Tensor:
     mean distance; mean over pairs.
     """
     first, second = torch.triu_indices(len(student_GH), len(student_GH), 1)
-    lengths = [(x[first] - x[second]).norm(dim=-1) for x in (student_GH, teacher_GD)]
-    student, teacher = (each / each.mean().clamp_min(SMALLEST) for each in lengths)
+    distances = [(x[first] - x[second]).norm(dim=-1) for x in (student_GH, teacher_GD)]
+    student, teacher = (side / side.mean().clamp_min(SMALLEST) for side in distances)
     return smooth_l1_loss(student, teacher)
 
 
@@ -115,20 +77,131 @@ def angle(student_GH: Tensor, teacher_GD: Tensor) -> Tensor:
     return smooth_l1_loss(student, teacher)
 
 
-OF_POSITIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mse, "cosine": cosine}
-OF_SEQUENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"token_similarity": token_similarity}
-OF_GROUPS = {"distance": (2, distance), "angle": (3, angle)}
-"""With the least number of sequences; smaller groups weigh nothing."""
+MEASURES = {"mse": mse, "cosine": cosine}
+GROUP_RELATIONS = {"distance": (2, distance), "angle": (3, angle)}
+"""Least number of sequences of a group, and the relation; smaller groups weigh nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerLoss(ABC):
+    """A loss on pairs of a teacher's and a student's layer: the mean over these pairs.
+
+    Attributes:
+        name: name under which its values are logged.
+        weight: factor in the total.
+        teacher: name of the teacher.
+        pairs: index of the teacher's layer among the stored layers, and the student's layer.
+    """
+
+    name: str
+    weight: float
+    teacher: str
+    pairs: tuple[tuple[int, int], ...]
+
+    @property
+    def is_projected(self) -> bool:
+        """Whether the student's states pass through a learned matrix."""
+        return False
+
+    @abstractmethod
+    def values(self, student_PH: Tensor, teacher_PD: Tensor, batch: HiddenStatesBatch) -> Tensor:
+        """[P]: the loss on one pair of layers, without its weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenState(LayerLoss):
+    """Distance of the student's hidden state from the teacher's at every position.
+
+    Attributes:
+        measure: a key of `MEASURES`.
+        projection: `learned` if the student's states pass through a matrix that is trained along.
+    """
+
+    measure: Literal["mse", "cosine"]
+    projection: Literal["learned", "none"]
+
+    @property
+    def is_projected(self) -> bool:
+        """Whether the student's states pass through a learned matrix."""
+        return self.projection == "learned"
+
+    def values(self, student_PH: Tensor, teacher_PD: Tensor, batch: HiddenStatesBatch) -> Tensor:
+        """See `LayerLoss`."""
+        return MEASURES[self.measure](student_PH, teacher_PD) * batch.covered[self.teacher]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relation(LayerLoss):
+    """Distance of relations: between the tokens of a sequence, or the sequences of a group.
+
+    Attributes:
+        relation: `token_similarity`, or a key of `GROUP_RELATIONS`.
+        sequences: size of a group; the batches are cut into groups where they are packed.
+    """
+
+    relation: Literal["distance", "angle", "token_similarity"]
+    sequences: int | None = None
+
+    def values(self, student_PH: Tensor, teacher_PD: Tensor, batch: HiddenStatesBatch) -> Tensor:
+        """See `LayerLoss`."""
+        values_P = student_PH.new_zeros(len(student_PH))
+        for rows, value in self._values_of_rows(student_PH, teacher_PD, batch):
+            values_P = values_P.index_put((rows,), value)
+        return values_P
+
+    def _values_of_rows(
+        self, student_PH: Tensor, teacher_PD: Tensor, batch: HiddenStatesBatch
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Positions of each sequence or group, and its value."""
+        if not len(student_PH):
+            return
+        places = torch.arange(len(student_PH), device=student_PH.device).split(batch.lengths)
+        kept = [s for s in batch.sequences[self.teacher] if batch.lengths[s]]
+        if self.relation == "token_similarity":
+            for s in kept:
+                yield places[s], token_similarity(student_PH[places[s]], teacher_PD[places[s]])
+            return
+        least, relation = GROUP_RELATIONS[self.relation]
+        groups: dict[int, list[int]] = {}
+        for s in kept:
+            groups.setdefault(batch.groups[s], []).append(s)
+        for members in groups.values():
+            if len(members) >= least:
+                means = [
+                    torch.stack([states[places[s]].mean(dim=0) for s in members])
+                    for states in (student_PH, teacher_PD)
+                ]
+                yield torch.cat([places[s] for s in members]), relation(*means)
+
+
+LAYER_LOSSES: dict[str, type[LayerLoss]] = {"hidden_state": HiddenState, "relation": Relation}
+"""The class of each `type` in the config."""
+
+
+def layer_loss_from_config(
+    name: str, settings: Mapping[str, Any], stored_layers: Sequence[int]
+) -> LayerLoss:
+    """The parameter object of a loss on hidden states in the config.
+
+    Args:
+        name: name under which its values are logged.
+        settings: the config's fields of the loss: `type`, `layers` and the parameters.
+        stored_layers: the teacher's layers in the order in which they are stored.
+    """
+    parameters = dict(settings)
+    loss, layers = LAYER_LOSSES[parameters.pop("type")], parameters.pop("layers")
+    pairs = tuple((stored_layers.index(teacher), student) for teacher, student in layers.items())
+    return loss(name=name, pairs=pairs, **parameters)
 
 
 class HiddenStatesLosses(nn.Module):
-    """All losses on hidden states, with the matrices that they learn; those are trained along and
-    not exported.
+    """The losses on hidden states, with the matrices that they learn: these are trained along with
+    the student and not exported.
     """
 
     def __init__(
         self,
-        terms: tuple[HiddenStatesTerm, ...],
+        losses: tuple[LayerLoss, ...],
         hidden_size: int,
         widths: Mapping[str, int],
         seed: int,
@@ -137,76 +210,43 @@ class HiddenStatesLosses(nn.Module):
 
         Args:
             hidden_size: H.
-            widths: by teacher, D.
+            widths: D by teacher.
         """
         super().__init__()
-        self.terms = terms
+        self.losses = losses
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.projections = nn.ModuleList(
-                nn.Linear(hidden_size, widths[term.teacher], bias=False)
-                for term in terms
-                if term.is_projected
-                for _ in term.pairs
+                nn.Linear(hidden_size, widths[loss.teacher], bias=False)
+                for loss in losses
+                if loss.is_projected
+                for _ in loss.pairs
             )
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The student's layers that are looked at, in ascending order."""
-        return tuple(sorted({layer for term in self.terms for _, layer in term.pairs}))
+        """The student's layers that the losses read, in ascending order."""
+        return tuple(sorted({layer for loss in self.losses for _, layer in loss.pairs}))
 
     def forward(self, student: Mapping[int, Tensor], batch: HiddenStatesBatch) -> Tensor:
         """[E, P]: the value of every loss at every position, without its weight.
 
         Args:
-            student: by layer, [P, H] in the order of the batch.
+            student: [P, H] by layer, in the order of the batch.
         """
         projections, values = iter(self.projections), []
-        for term in self.terms:
+        for loss in self.losses:
             of_pairs = []
-            for stored, layer in term.pairs:
+            for stored, layer in loss.pairs:
                 states_PH = student[layer]
-                if term.is_projected:
+                if loss.is_projected:
                     projection = next(projections)
                     states_PH = projection(states_PH.to(projection.weight.dtype))
                 dtype = torch.promote_types(states_PH.dtype, torch.float32)
-                teacher_PD = batch.states[term.teacher][:, stored].to(dtype)
-                of_pairs.append(_values(term, states_PH.to(dtype), teacher_PD, batch))
+                teacher_PD = batch.states[loss.teacher][:, stored].to(dtype)
+                of_pairs.append(loss.values(states_PH.to(dtype), teacher_PD, batch))
             values.append(torch.stack(of_pairs).mean(dim=0))
         return torch.stack(values)
-
-
-def _values(
-    term: HiddenStatesTerm, student_PH: Tensor, teacher_PD: Tensor, batch: HiddenStatesBatch
-) -> Tensor:
-    """[P]: one loss on one pair of layers."""
-    covered_P = batch.covered[term.teacher]
-    if term.kind in OF_POSITIONS:
-        return OF_POSITIONS[term.kind](student_PH, teacher_PD) * covered_P
-    values_P = student_PH.new_zeros(len(student_PH))
-    if not len(values_P):
-        return values_P
-    places = torch.arange(len(values_P), device=values_P.device).split(batch.lengths)
-    kept = [s for s in batch.sequences[term.teacher] if batch.lengths[s]]
-    if term.kind in OF_SEQUENCES:
-        for s in kept:
-            rows = places[s]
-            value = OF_SEQUENCES[term.kind](student_PH[rows], teacher_PD[rows])
-            values_P = values_P.index_put((rows,), value)
-        return values_P
-    least, of_group = OF_GROUPS[term.kind]
-    groups: dict[int, list[int]] = {}
-    for s in kept:
-        groups.setdefault(batch.groups[s], []).append(s)
-    for members in groups.values():
-        if len(members) >= least:
-            means = [
-                torch.stack([states[places[s]].mean(dim=0) for s in members])
-                for states in (student_PH, teacher_PD)
-            ]
-            rows = torch.cat([places[s] for s in members])
-            values_P = values_P.index_put((rows,), of_group(*means))
-    return values_P
 
 
 def _unit(states: Tensor) -> Tensor:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What the positions are trained against.
+    """Tokens of the text and distributions of the teachers, against which positions are trained.
+
+    Legend: P positions, M teachers, K kept ids.
 
     Attributes:
         gold_ids: int64[P].
-        token_ids: int[M, P, K], kept ids of each teacher, no id twice in a position; any where
+        token_ids: int[M, P, K], kept ids of each teacher, no id twice in a position; any id where
             `logprobs` is -inf.
         logprobs: float[M, P, K], at temperature 1, normalised over the full vocabulary; -inf marks
             padding.
@@ -31,22 +32,22 @@ class Targets:
 
 @dataclass(frozen=True)
 class HiddenStatesBatch:
-    """What the losses on hidden states need of a micro-batch; its positions in the same order. What
-    is asked of sequences stands in lists: to ask a tensor would wait for the device.
+    """The teachers' hidden states at the positions of a micro-batch, in their order. Facts about
+    sequences stand in lists: reading them from a tensor would wait for the device.
 
     Legend: P positions of the micro-batch, L stored layers, D stored dimensions.
 
     Attributes:
-        states: by teacher, bfloat16[P, L, D] at the indices whose logits are trained; 0 where the
+        states: bfloat16[P, L, D] by teacher, at the indices whose logits are trained; 0 where the
             teacher has none.
-        covered: by teacher, bool[P]: where it has states.
-        sequences: by teacher, the sequences that it has states of, by their number.
-        lengths: of every sequence, its positions.
-        groups: of every sequence; sequences of a group are compared with one another.
+        covered: bool[P] by teacher, whether it has hidden states at a position.
+        sequences: numbers of the sequences that a teacher has hidden states of, by teacher.
+        lengths: number of positions of every sequence.
+        groups: group of every sequence; sequences of a group are compared with one another.
     """
 
-    states: dict[str, torch.Tensor]
-    covered: dict[str, torch.Tensor]
+    states: dict[str, Tensor]
+    covered: dict[str, Tensor]
     sequences: dict[str, list[int]]
     lengths: list[int]
     groups: list[int]

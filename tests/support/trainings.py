@@ -1,4 +1,4 @@
-"""Trainings of a tiny student on hand-made sequences and caches: jobs, workers, what came out."""
+"""Trainings of a tiny student on hand-made sequences and caches: specs, workers and results."""
 
 import os
 from pathlib import Path
@@ -29,7 +29,7 @@ largest size of 1, 3e-5.
 
 @ray.remote(num_cpus=0)
 class Worker:
-    """A process of a group that trains one job after another."""
+    """A process of a group that trains one student after another."""
 
     def __init__(self, rank, world_size, meeting_place):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
@@ -38,9 +38,9 @@ class Worker:
             "gloo", init_method=f"file://{meeting_place}", rank=rank, world_size=world_size
         )
 
-    def train(self, job, stop_before):
-        """Trains and gives the number of micro-batches of every step; raises `InterruptedError` in
-        place of the step after `stop_before` steps.
+    def train(self, spec, stop_before):
+        """Trains, and returns the number of micro-batches of every step; raises `InterruptedError`
+        in place of the step after `stop_before` steps.
         """
         import students.trainer
 
@@ -54,7 +54,7 @@ class Worker:
 
         students.trainer.train_step = train_step
         try:
-            students.trainer.train(job, torch.device("cpu"))
+            students.trainer.train(spec, torch.device("cpu"))
         finally:
             students.trainer.train_step = original
         return num_micro_batches
@@ -86,7 +86,7 @@ def write_student(folder, tied):
 
 
 def hand_made_sequence(generator, domain):
-    """Of few of the words, so that a loss falls within a handful of steps."""
+    """A sequence of few of the words, so that a loss falls within a handful of steps."""
     length = int(generator.integers(6, LONGEST + 1))
     input_ids = generator.integers(2, 12, length).astype(np.int32)
     middle = length // 2
@@ -123,7 +123,7 @@ def hand_made_row(generator, sequence, k=5):
     )
 
 
-def make_job(
+def make_spec(
     material,
     name,
     student="student",
@@ -196,13 +196,13 @@ def make_job(
     )
 
 
-def curve(job, name="train/loss"):
-    return {line["step"]: line[name] for line in read_metrics(job.metrics_path) if name in line}
+def curve(spec, name="train/loss"):
+    return {line["step"]: line[name] for line in read_metrics(spec.metrics_path) if name in line}
 
 
-def final_weights(job):
-    return load_file(Path(job.folder, "final", "weights.safetensors"))
+def final_weights(spec):
+    return load_file(Path(spec.folder, "final", "weights.safetensors"))
 
 
-def steps_of(job):
-    return [line["step"] for line in read_metrics(job.metrics_path)]
+def steps_of(spec):
+    return [line["step"] for line in read_metrics(spec.metrics_path)]

@@ -18,7 +18,7 @@ from pipeline.fingerprint import digest_ids
 from pipeline.layout import Layout
 from pipeline.records import DatasetEntry
 from pipeline.sequences import write_dataset, write_sequences
-from students.checkpoints.checkpoint import prepare_resume
+from students.checkpoints.resume import prepare_resume
 from students.launch import train_student
 from tests.support.trainings import (
     DOMAINS,
@@ -26,14 +26,14 @@ from tests.support.trainings import (
     Worker,
     hand_made_row,
     hand_made_sequence,
-    make_job,
+    make_spec,
     write_student,
 )
 
 
 @pytest.fixture(scope="package")
 def cluster(tmp_path_factory):
-    """Ray with its own copy of the compiled ops; gives the place of the lock of an op's build."""
+    """Ray with its own copy of the compiled ops; yields the path of the lock of an op's build."""
     extensions = tmp_path_factory.mktemp("ops") / "torch_extensions"
     built = Path(sys.prefix, "torch_extensions")
     if built.exists():
@@ -50,17 +50,17 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="package")
 def run(cluster, tmp_path_factory):
-    """Trains a job on workers that already run."""
+    """Function that trains on workers that already run, and returns the spec."""
     folder, groups = tmp_path_factory.mktemp("groups"), {}
 
-    def run(job, stop_before=None):
-        size = job.config.training.workers
+    def run(spec, stop_before=None):
+        size = spec.config.training.workers
         if size not in groups:
             groups[size] = [Worker.remote(n, size, str(folder / str(size))) for n in range(size)]
-        prepare_resume(job)
-        counts = ray.get([worker.train.remote(job, stop_before) for worker in groups[size]])
-        micro_batches[job.config.name] = counts
-        return job
+        prepare_resume(spec)
+        counts = ray.get([worker.train.remote(spec, stop_before) for worker in groups[size]])
+        micro_batches[spec.config.name] = counts
+        return spec
 
     run.micro_batches = micro_batches = {}
 
@@ -106,7 +106,7 @@ def reference(cluster, material):
     """One worker, stage 0, unbroken, through Ray Train beside the lock of a dead builder: what
     every other way of training must equal.
 
-    Gives the job, its summary and the lines of the driver's log.
+    Gives the spec, its summary and the lines of the driver's log.
     """
     lines, handler = [], logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -114,8 +114,8 @@ def reference(cluster, material):
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     cluster.touch()
-    job = make_job(material, "reference", loader_processes=1)
-    summary = train_student(job)
+    spec = make_spec(material, "reference", loader_processes=1)
+    summary = train_student(spec)
     logger.removeHandler(handler)
     assert not cluster.exists()
-    return job, summary, lines
+    return spec, summary, lines

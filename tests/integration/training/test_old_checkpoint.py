@@ -15,17 +15,17 @@ METRICS = ("train/loss", "train/grad_norm", "train/learning_rate")
 def test_a_checkpoint_of_an_earlier_version_is_resumed(run, tmp_path: Path) -> None:
     """The two steps after it have the losses, and give the weights, that they had then."""
     old = copy_old_run(tmp_path / "old")
-    job = old.training()
-    written = {name: curve(job, name) for name in (*METRICS, "holdout/loss")}
-    weights = final_weights(job)
+    spec = old.training()
+    written = {name: curve(spec, name) for name in (*METRICS, "holdout/loss")}
+    weights = final_weights(spec)
     old.interrupt_training()
-    run(job)
-    (counts,) = run.micro_batches[job.config.name]
+    run(spec)
+    (counts,) = run.micro_batches[spec.config.name]
     assert len(counts) == 2, "no step is done again"
-    assert steps_of(job) == [1, 2, 3, 4, 5, 6]
+    assert steps_of(spec) == [1, 2, 3, 4, 5, 6]
     for name, values in written.items():
-        assert curve(job, name) == pytest.approx(values, rel=TOLERANCE), name
-    again = final_weights(job)
+        assert curve(spec, name) == pytest.approx(values, rel=TOLERANCE), name
+    again = final_weights(spec)
     assert again.keys() == weights.keys()
     for name, value in weights.items():
         assert np.abs(again[name] - value).max() < WEIGHTS_TOLERANCE, name

@@ -1,4 +1,4 @@
-"""Training goes on where it was broken off, on as many workers or others, or is refused."""
+"""An interrupted training goes on, on the same workers or others, or is refused."""
 
 import dataclasses
 import os
@@ -16,7 +16,7 @@ from pipeline.config.losses import CrossEntropy
 from pipeline.errors import StorageError, TrainingError
 from pipeline.sequences import read_dataset, write_dataset
 from pipeline.storage import read_json
-from students.checkpoints.checkpoint import latest_complete
+from students.checkpoints.resume import latest_complete
 from students.data.batches import DataOrder
 from students.export import export_student
 from students.launch import remove_stale_build_locks, train_student
@@ -27,7 +27,7 @@ from tests.support.trainings import (
     WEIGHTS_TOLERANCE,
     curve,
     final_weights,
-    make_job,
+    make_spec,
     steps_of,
 )
 
@@ -50,8 +50,8 @@ pytestmark = pytest.mark.timeout(300)
 def test_resume_equals_the_unbroken_run(run, material, workers, zero_stage, dtype):
     name = f"{workers}{zero_stage}{dtype}"
     options = {"workers": workers, "zero_stage": zero_stage, "student_options": {"dtype": dtype}}
-    whole = run(make_job(material, f"whole{name}", **options))
-    broken = make_job(material, f"broken{name}", loader_processes=2, **options)
+    whole = run(make_spec(material, f"whole{name}", **options))
+    broken = make_spec(material, f"broken{name}", loader_processes=2, **options)
     done = drawn_step(name)
     with pytest.raises(InterruptedError):
         run(broken, stop_before=done)
@@ -82,10 +82,10 @@ def drawn_step(name):
 def test_resume_in_bfloat16_on_fewer_workers(run, material, zero_stage):
     """One worker rounds other sums than two."""
     options = {"zero_stage": zero_stage, "student_options": {"dtype": "bfloat16"}}
-    whole = run(make_job(material, f"halves{zero_stage}", workers=2, **options))
+    whole = run(make_spec(material, f"halves{zero_stage}", workers=2, **options))
     with pytest.raises(InterruptedError):
-        run(make_job(material, f"fewer{zero_stage}", workers=2, **options), stop_before=3)
-    fewer = run(make_job(material, f"fewer{zero_stage}", workers=1, **options))
+        run(make_spec(material, f"fewer{zero_stage}", workers=2, **options), stop_before=3)
+    fewer = run(make_spec(material, f"fewer{zero_stage}", workers=1, **options))
     assert steps_of(fewer) == STEPS
     for name in ("train/loss", "holdout/loss"):
         assert curve(fewer, name) == pytest.approx(curve(whole, name), rel=BF16_TOLERANCE), name
@@ -97,30 +97,30 @@ def test_resume_in_bfloat16_on_fewer_workers(run, material, zero_stage):
     ids=lambda stages: "z{}z{}".format(*stages),
 )
 def test_resume_on_other_workers_and_at_other_stages(run, reference, material, stages):
-    """From 2 workers on 1 and on 4, and from 1 on 2."""
+    """A training of 2 workers goes on with 1 and with 4, and a training of 1 worker with 2."""
     old, new = stages
     broken = {
-        workers: make_job(material, f"w{workers}z{old}z{new}", workers=workers, zero_stage=old)
+        workers: make_spec(material, f"w{workers}z{old}z{new}", workers=workers, zero_stage=old)
         for workers in (1, 2)
     }
-    for job in broken.values():
+    for spec in broken.values():
         with pytest.raises(InterruptedError):
-            run(job, stop_before=5)
+            run(spec, stop_before=5)
     # of a conversion that was killed
     Path(latest_complete(broken[2].folder), ".universal-0", "zero").mkdir(parents=True)
     for before, after in ((2, 1), (2, 4), (1, 2)):
         name = f"w{before}w{after}z{old}z{new}"
-        job = make_job(material, name, workers=after, zero_stage=new)
-        shutil.copytree(broken[before].folder, job.folder)
-        run(job)
-        universal = Path(job.folder, "checkpoints", "step-00000004", "universal")
+        spec = make_spec(material, name, workers=after, zero_stage=new)
+        shutil.copytree(broken[before].folder, spec.folder)
+        run(spec)
+        universal = Path(spec.folder, "checkpoints", "step-00000004", "universal")
         assert universal.exists() == (old > 0)
         assert old == 0 or not list(universal.parent.glob(".universal-*"))
-        assert steps_of(job) == STEPS
+        assert steps_of(spec) == STEPS
         for metric in ("train/loss", "train/grad_norm", "holdout/loss"):
             expected = pytest.approx(curve(reference[0], metric), rel=TOLERANCE)
-            assert curve(job, metric) == expected, (name, metric)
-        for key, value in final_weights(job).items():
+            assert curve(spec, metric) == expected, (name, metric)
+        for key, value in final_weights(spec).items():
             assert np.abs(value - final_weights(reference[0])[key]).max() < WEIGHTS_TOLERANCE, (
                 name,
                 key,
@@ -133,31 +133,31 @@ def test_a_full_disk_is_told_once_and_training_goes_on_when_there_is_room(
     with small_disk(tmp_path / "disk", mebibytes=8) as disk:
         if not disk.mounted:
             pytest.skip("a disk that fills up is a tmpfs here: mounting one needs root")
-        job = make_job(material, "full", max_failures=2)
-        job = dataclasses.replace(
-            job, layout=dataclasses.replace(job.layout, models_root=str(disk.folder))
+        spec = make_spec(material, "full", max_failures=2)
+        spec = dataclasses.replace(
+            spec, layout=dataclasses.replace(spec.layout, models_root=str(disk.folder))
         )
         with pytest.raises(InterruptedError):
-            run(job, stop_before=3)
+            run(spec, stop_before=3)
         # Room for metrics and Ray Train's own files; a checkpoint has 200 KB.
         disk.fill(leave_bytes=100_000)
-        with pytest.raises(StorageError) as told:
-            train_student(job)
-        assert all(part in str(told.value) for part in disk.message_parts), told.value
-        assert latest_complete(job.folder).name == "step-00000002"
+        with pytest.raises(StorageError) as caught:
+            train_student(spec)
+        assert all(part in str(caught.value) for part in disk.message_parts), caught.value
+        assert latest_complete(spec.folder).name == "step-00000002"
         disk.free()
-        assert train_student(job)["steps"] == STEPS[-1]
-        assert curve(job) == pytest.approx(curve(reference[0]), rel=TOLERANCE)
+        assert train_student(spec)["steps"] == STEPS[-1]
+        assert curve(spec) == pytest.approx(curve(reference[0]), rel=TOLERANCE)
 
 
 def test_resume_of_another_training_is_refused(run, material):
-    broken = make_job(material, "moved")
+    broken = make_spec(material, "moved")
     with pytest.raises(InterruptedError):
         run(broken, stop_before=4)
     root, dataset_digest, caches = material
     entries = read_dataset(broken.layout, dataset_digest)
     other = (root, write_dataset(broken.layout, entries[:-1]), caches)
-    changed = make_job(other, "moved", workers=2, zero_stage=1, weight_decay=0.2)
+    changed = make_spec(other, "moved", workers=2, zero_stage=1, weight_decay=0.2)
     changed = dataclasses.replace(changed, losses=(CrossEntropy(type="cross_entropy", weight=1.0),))
     with pytest.raises(TrainingError) as refusal:
         train_student(changed)
@@ -178,17 +178,17 @@ def test_an_allowed_change_holds_after_the_resume(run, material, tmp_path):
     for zero_stage, weight_decay in ((0, 0.1), (0, 0.9), (2, 0.9), (3, 0.9)):
         name = f"decays{zero_stage}{weight_decay}"
         with pytest.raises(InterruptedError):
-            run(make_job(material, name, zero_stage=zero_stage), stop_before=3)
+            run(make_spec(material, name, zero_stage=zero_stage), stop_before=3)
         changed = {"weight_decay": weight_decay, "allow_resume_with": ["training.weight_decay"]}
-        job = run(make_job(material, name, zero_stage=zero_stage, **changed))
-        assert steps_of(job) == STEPS
-        weights[zero_stage, weight_decay] = final_weights(job)
+        spec = run(make_spec(material, name, zero_stage=zero_stage, **changed))
+        assert steps_of(spec) == STEPS
+        weights[zero_stage, weight_decay] = final_weights(spec)
     for name, value in weights[0, 0.9].items():
         if value.ndim == 2:
             assert np.abs(value - weights[0, 0.1][name]).max() > 10 * WEIGHTS_TOLERANCE, name
         for stage in (2, 3):
             assert np.abs(value - weights[stage, 0.9][name]).max() < WEIGHTS_TOLERANCE, name
-    export_student(job, str(tmp_path / "export"))
+    export_student(spec, str(tmp_path / "export"))
     card = (tmp_path / "export" / "README.md").read_text()
     assert "training.weight_decay: 0.1 -> 0.9" in card
 
@@ -196,16 +196,16 @@ def test_an_allowed_change_holds_after_the_resume(run, material, tmp_path):
 def test_batches_of_another_size_skip_no_data_and_repeat_none(run, material):
     """Four steps of 8 sequences before the resume and two of 4 after it."""
     with pytest.raises(InterruptedError):
-        run(make_job(material, "smaller"), stop_before=5)
+        run(make_spec(material, "smaller"), stop_before=5)
     options = {"sequences_per_step": 4, "allow_resume_with": ["training.sequences_per_step"]}
-    job = run(make_job(material, "smaller", loader_processes=2, **options))
-    assert steps_of(job) == STEPS
-    entries = read_dataset(job.layout, job.dataset_digest)
+    spec = run(make_spec(material, "smaller", loader_processes=2, **options))
+    assert steps_of(spec) == STEPS
+    entries = read_dataset(spec.layout, spec.dataset_digest)
     train = [entry for entry in entries if entry.split == "train"]
     positions = [e.num_positions for e in train]
-    order = DataOrder([e.shard for e in train], positions, job.config.seed, job.dataset_digest, 1)
+    order = DataOrder([e.shard for e in train], positions, spec.config.seed, spec.dataset_digest, 1)
     seen = [train[i].num_tokens for place in range(4 * 8 + 2 * 4) for i in order.batch(place)]
-    assert read_json(job.summary_path)["tokens"] == sum(seen)
+    assert read_json(spec.summary_path)["tokens"] == sum(seen)
 
 
 def test_a_killed_worker_is_replaced_and_training_goes_on_exactly(
@@ -214,14 +214,14 @@ def test_a_killed_worker_is_replaced_and_training_goes_on_exactly(
     """Rank 1 of 2 kills itself by its id in a drawn step and leaves the lock of an unfinished
     build.
     """
-    whole = run(make_job(material, "alive", workers=2))
-    job, marker = make_job(material, "dies", workers=2, max_failures=1), tmp_path / "died"
+    whole = run(make_spec(material, "alive", workers=2))
+    spec, marker = make_spec(material, "dies", workers=2, max_failures=1), tmp_path / "died"
     monkeypatch.setattr("students.launch._worker", dying_worker(marker, cluster))
-    train_student(job)
+    train_student(spec)
     assert marker.exists() and not cluster.exists()
-    assert steps_of(job) == STEPS
-    assert curve(job) == curve(whole)
-    assert curve(job, "holdout/loss") == curve(whole, "holdout/loss")
+    assert steps_of(spec) == STEPS
+    assert curve(spec) == curve(whole)
+    assert curve(spec, "holdout/loss") == curve(whole, "holdout/loss")
 
 
 def dying_worker(marker, lock):
@@ -252,42 +252,42 @@ def dying_worker(marker, lock):
 
 def test_all_workers_resume_from_one_checkpoint_whatever_each_sees(run, material, monkeypatch):
     """Rank 1's node does not see the newest checkpoint yet."""
-    whole = run(make_job(material, "fresh", workers=2, zero_stage=2))
-    job = make_job(material, "stale", workers=2, zero_stage=2)
+    whole = run(make_spec(material, "fresh", workers=2, zero_stage=2))
+    spec = make_spec(material, "stale", workers=2, zero_stage=2)
     with pytest.raises(InterruptedError):
-        run(job, stop_before=5)
+        run(spec, stop_before=5)
     monkeypatch.setattr("students.launch._worker", worker_with_an_old_listing)
-    train_student(job)
-    assert steps_of(job) == STEPS
-    assert curve(job) == curve(whole)
+    train_student(spec)
+    assert steps_of(spec) == STEPS
+    assert curve(spec) == curve(whole)
 
 
 def worker_with_an_old_listing(config):
-    import students.checkpoints.checkpoint
+    import students.checkpoints.resume
     import students.launch
 
     if ray.train.get_context().get_world_rank() == 1:
-        students.checkpoints.checkpoint.latest_complete = lambda folder: None
+        students.checkpoints.resume.latest_complete = lambda folder: None
     students.launch._worker(config)
 
 
 def test_a_killed_trainer_actor_ends_the_run_and_the_next_goes_on_exactly(
     reference, material, monkeypatch
 ):
-    job = make_job(material, "headless", max_failures=3)
+    spec = make_spec(material, "headless", max_failures=3)
     with monkeypatch.context() as patch:
         patch.setattr("students.launch._worker", killer_of_its_controller())
         with pytest.raises(TrainingError, match="run the same command again to resume"):
-            train_student(job)
+            train_student(spec)
     done = drawn_step("the controller")
-    assert latest_complete(job.folder).name == f"step-{done - done % 2:08d}"
-    train_student(job)
-    assert steps_of(job) == STEPS
-    assert curve(job) == curve(reference[0])
+    assert latest_complete(spec.folder).name == f"step-{done - done % 2:08d}"
+    train_student(spec)
+    assert steps_of(spec) == STEPS
+    assert curve(spec) == curve(reference[0])
 
 
 def killer_of_its_controller():
-    """In place of a drawn step, by the id of the one that has the same parent."""
+    """A worker that kills the controller, which has the same parent, in place of a drawn step."""
     done = drawn_step("the controller")
 
     def worker(config):
@@ -313,11 +313,11 @@ def killer_of_its_controller():
 
 
 def test_an_error_of_the_users_is_not_tried_again(cluster, material):
-    job = make_job(
+    spec = make_spec(
         material, "lacking", caches={"first": material[2]["first"]}, max_failures=-1, steps=3
     )
     with pytest.raises(TrainingError) as error:
-        train_student(job)
+        train_student(spec)
     assert "second" in str(error.value) and "Traceback" not in str(error.value)
 
 

@@ -12,38 +12,45 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from pipeline.cache.reader import open_cache
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.sequences import read_dataset
-from students.checkpoints.checkpoint import latest_complete
+from students.checkpoints.resume import latest_complete
 from students.data.examples import open_examples
 from students.evaluation import holdout_numbers, teacher_holdout_numbers
 from students.export import export_student
 from students.model import build_student
 from teachers.preflight.identity import student_identity
-from tests.support.trainings import DOMAINS, VOCABULARY, curve, final_weights, make_job, steps_of
+from tests.support.trainings import DOMAINS, VOCABULARY, curve, final_weights, make_spec, steps_of
 
 pytestmark = pytest.mark.timeout(300)
 
 
 def test_export_loads_and_evaluates_like_training(reference, material, tmp_path):
-    job, summary, _ = reference
-    figures = export_student(job, str(tmp_path / "export"))
+    spec, summary, _ = reference
+    figures = export_student(spec, str(tmp_path / "export"))
     assert figures["largest_difference_nats"] <= figures["tolerance_nats"]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
     assert tokenizer.eos_token_id == 1
     assert (
         tokenizer.chat_template
-        == AutoTokenizer.from_pretrained(job.config.student.model).chat_template
+        == AutoTokenizer.from_pretrained(spec.config.student.model).chat_template
     )
     assert (
         AutoModelForCausalLM.from_pretrained(tmp_path / "export").generation_config.eos_token_id
         == 1
     )
     card = (tmp_path / "export" / "README.md").read_text()
-    assert job.dataset_digest in card
+    assert spec.dataset_digest in card
     entries = [
-        entry for entry in read_dataset(job.layout, job.dataset_digest) if entry.split == "holdout"
+        entry
+        for entry in read_dataset(spec.layout, spec.dataset_digest)
+        if entry.split == "holdout"
     ]
     examples = open_examples(
-        job.layout, job.caches, list(job.config.teachers), job.config.combine, entries, VOCABULARY
+        spec.layout,
+        spec.caches,
+        list(spec.config.teachers),
+        spec.config.combine,
+        entries,
+        VOCABULARY,
     )
     numbers = holdout_numbers(tmp_path / "export", entries, examples, 64)
     tokens = {d: sum(e.num_positions for e in entries if e.domain == d) for d in DOMAINS}
@@ -51,7 +58,7 @@ def test_export_loads_and_evaluates_like_training(reference, material, tmp_path)
     for name, figure in (("loss", "cross_entropy"), ("kl_to_mixture", "forward_kl")):
         mean = np.average([numbers[d][name] for d in DOMAINS], weights=list(tokens.values()))
         assert mean == pytest.approx(summary["final"][f"holdout/{figure}"], rel=1e-4)
-    readers = {name: open_cache(cache) for name, cache in job.caches.items()}
+    readers = {name: open_cache(cache) for name, cache in spec.caches.items()}
     teachers = teacher_holdout_numbers(entries, examples, readers)
     # `first` alone is the mixture of `sums`
     assert teachers["first"]["sums"]["kl_to_mixture"] == pytest.approx(0, abs=1e-4)
@@ -61,19 +68,19 @@ def test_export_loads_and_evaluates_like_training(reference, material, tmp_path)
 
 
 def test_a_training_starts_from_old_weights(run, reference, material, tmp_path):
-    """Of checkpoints at every kind of stage and of an export: the weights, and nothing else."""
-    job, expected = reference[0], final_weights(reference[0])
-    export_student(job, str(tmp_path / "export"))
-    sources = {"export": str(tmp_path / "export"), "z0": str(latest_complete(job.folder))}
+    """The weights of checkpoints at every kind of stage, or of an export, and nothing else."""
+    spec, expected = reference[0], final_weights(reference[0])
+    export_student(spec, str(tmp_path / "export"))
+    sources = {"export": str(tmp_path / "export"), "z0": str(latest_complete(spec.folder))}
     trained = {"export": expected, "z0": expected}
     for stage in (2, 3):
-        partitioned = run(make_job(material, f"source{stage}", workers=2, zero_stage=stage))
+        partitioned = run(make_spec(material, f"source{stage}", workers=2, zero_stage=stage))
         sources[f"z{stage}"] = str(latest_complete(partitioned.folder))
         trained[f"z{stage}"] = final_weights(partitioned)
     identities = set()
     for name, source in sources.items():
         options = {"initial_weights": source}
-        following = make_job(material, f"after_{name}", student_options=options, steps=3)
+        following = make_spec(material, f"after_{name}", student_options=options, steps=3)
         state = build_student(following.config.student, 7).state_dict()
         for key, value in trained[name].items():
             assert np.array_equal(state[key].numpy(), value), (name, key)
@@ -82,7 +89,7 @@ def test_a_training_starts_from_old_weights(run, reference, material, tmp_path):
     assert len(identities) == 4
     following = run(dataclasses.replace(following, start=identity))
     assert steps_of(following) == [1, 2, 3]
-    assert curve(following)[1] < 0.8 * curve(job)[1]
+    assert curve(following)[1] < 0.8 * curve(spec)[1]
     assert curve(following, "train/learning_rate")[1] == pytest.approx(0.01)
     export_student(following, str(tmp_path / "following"))
     card = (tmp_path / "following" / "README.md").read_text()
@@ -93,7 +100,7 @@ def test_a_training_starts_from_old_weights(run, reference, material, tmp_path):
 def test_old_weights_that_do_not_fit_are_refused(reference, material, tmp_path):
     checkpoint = tmp_path / "step-00000006"
     shutil.copytree(latest_complete(reference[0].folder), checkpoint)
-    job = make_job(
+    spec = make_spec(
         material,
         "unfit",
         student_options={"model": str(tmp_path / "wide"), "initial_weights": str(checkpoint)},
@@ -102,28 +109,28 @@ def test_old_weights_that_do_not_fit_are_refused(reference, material, tmp_path):
     config.num_hidden_layers, config.intermediate_size = 3, 64
     config.save_pretrained(tmp_path / "wide")
     with pytest.raises(TrainingError) as refusal:
-        build_student(job.config.student, 0)
+        build_student(spec.config.student, 0)
     assert "model.layers.2.mlp.up_proj.weight is missing" in str(refusal.value)
     shapes = "model.layers.0.mlp.gate_proj.weight has shape (48, 32), the student's (64, 32)"
     assert shapes in str(refusal.value)
     config.num_hidden_layers, config.intermediate_size, config.tie_word_embeddings = 2, 48, True
     config.save_pretrained(tmp_path / "wide")
     with pytest.raises(TrainingError, match="is tied to another matrix"):
-        build_student(job.config.student, 0)
+        build_student(spec.config.student, 0)
     (checkpoint / "COMPLETE").unlink()
     with pytest.raises(TrainingError, match="neither a complete checkpoint nor"):
-        build_student(job.config.student, 0)
+        build_student(spec.config.student, 0)
     with pytest.raises(ConfigError, match="neither a complete checkpoint"):
-        student_identity(job.config.student, job.layout)
+        student_identity(spec.config.student, spec.layout)
 
 
 def test_export_refuses_other_weights(reference, material, tmp_path):
-    job = make_job(material, "tampered")
-    shutil.copytree(reference[0].folder, job.folder)
-    weights = final_weights(job)
+    spec = make_spec(material, "tampered")
+    shutil.copytree(reference[0].folder, spec.folder)
+    weights = final_weights(spec)
     weights["lm_head.weight"] = weights["lm_head.weight"][::-1].copy()
-    save_file(weights, Path(job.folder, "final", "weights.safetensors"))
-    with pytest.raises(TrainingError, match="differs from the trained one"):
-        export_student(job, str(tmp_path / "export"))
+    save_file(weights, Path(spec.folder, "final", "weights.safetensors"))
+    with pytest.raises(TrainingError, match="differs from the trained model"):
+        export_student(spec, str(tmp_path / "export"))
     with pytest.raises(TrainingError, match="no finished training"):
-        export_student(dataclasses.replace(job, student="twin"), str(tmp_path / "export"))
+        export_student(dataclasses.replace(spec, student="twin"), str(tmp_path / "export"))

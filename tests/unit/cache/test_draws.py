@@ -30,14 +30,14 @@ from pipeline.layout import CacheLayout
 from pipeline.records import CombinedTargets, SparseLogprobs, TokenSequence
 from students.data.examples import example_of
 from students.data.packing import pack
+from students.losses import divergences
 from students.losses.distillation import distillation_loss
-from students.losses.divergences import LossTerm
 from students.micro_batch import MicroBatch
 
 ROOT = Path(__file__).resolve().parents[3]
 P, V, K = 5, 40, 12
 SIGMAS = 5
-FORWARD_KL = (LossTerm(name="forward_kl", type="forward_kl", weight=1.0),)
+FORWARD_KL = (divergences.ForwardKL(name="forward_kl", weight=1.0),)
 
 
 def sampled(draws: int = 12, **options) -> Sampled:

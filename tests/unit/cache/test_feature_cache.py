@@ -248,8 +248,8 @@ def test_hidden_states_alone_cover_no_sequence(per: str, tmp_path: Path, pools: 
 def test_states_too_wide_for_the_memory_of_a_loader_are_named(
     run: FabricatedRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    job, _ = training_specs(run.prepare(), run.score())
-    share = Share(job, VOCABULARY, rank=0, world_size=1)
+    spec, _ = training_specs(run.prepare(), run.score())
+    share = Share(spec, VOCABULARY, rank=0, world_size=1)
     BatchSource(share)
     assert caplog.messages == []
     most = sum(entry.num_positions for entry in run.entries()) * 2 * HIDDEN * 2

@@ -284,8 +284,8 @@ def test_a_run_goes_on_with_its_generation_and_a_new_one_takes_the_current(
         "words": 2,
     }
     for made, generation in ((run, 1), (other, 2)):
-        job, *_ = training_specs(made.prepare(), "dataset")
-        assert {c["generation"] for c in job.identity()["caches"].values()} == {generation}
+        spec, *_ = training_specs(made.prepare(), "dataset")
+        assert {c["generation"] for c in spec.identity()["caches"].values()} == {generation}
     # New prompts of the old run go to the generation that it has pinned, and the manifest stays.
     run.write_answers(8, 9)
     run.score()

@@ -81,19 +81,21 @@ def test_score_learns_and_the_training_is_what_was_learned(run):
     run.score()
     weights = learned_weights(run.config.combine, run.layout)
     assert weights.keys() == {"arithmetic", "words"}
-    job, *_ = training_specs(run.prepare(), "dataset")
-    assert job.combine.weights.domains == run.prepare().combine().weights.domains
-    assert job.combine.weights.domains == weights
-    identity = job.identity()
+    spec, *_ = training_specs(run.prepare(), "dataset")
+    assert spec.combine.weights.domains == run.prepare().combine().weights.domains
+    assert spec.combine.weights.domains == weights
+    identity = spec.identity()
     assert identity["combine"]["learned"] == weights
-    moved = dataclasses.replace(job, learned=weights | {"words": {"arithmetic": 1.0, "words": 0.0}})
+    moved = dataclasses.replace(
+        spec, learned=weights | {"words": {"arithmetic": 1.0, "words": 0.0}}
+    )
     lines = differences(identity, moved.identity())
     assert lines and all(line.startswith("combine.learned.words.") for line in lines)
     stored = storage.read_json(run.layout.learned_weights)["provenance"]
     entries = run.entries()
     assert stored["split"] == "validation"
     assert stored["caches"]["words"] == {
-        "fingerprint": job.cache_fingerprints["words"],
+        "fingerprint": spec.cache_fingerprints["words"],
         "generation": 1,
     }
     for domain, fit in stored["domains"].items():
@@ -169,5 +171,5 @@ def test_weights_that_are_given_learn_nothing(tmp_path, monkeypatch):
     run.score()
     assert learned_weights(run.config.combine, run.layout) == {}
     assert not storage.exists(run.layout.learned_weights)
-    job, *_ = training_specs(run.prepare(), "dataset")
-    assert "learned" not in job.identity()["combine"]
+    spec, *_ = training_specs(run.prepare(), "dataset")
+    assert "learned" not in spec.identity()["combine"]

@@ -17,7 +17,7 @@ from pipeline.records import CombinedTargets, SparseLogprobs, TokenSequence
 from students.data.examples import example_of, example_of_product
 from students.data.packing import pack
 from students.losses.distillation import distillation_loss
-from students.losses.divergences import LossTerm
+from students.losses.divergences import ForwardKL, ReverseKL
 from students.micro_batch import MicroBatch
 from tests.support.loss_reference import reference_loss
 
@@ -158,8 +158,8 @@ def test_losses_against_a_product_follow_the_reference(temperature):
     hidden = torch.randn(2 * POSITIONS, 8, dtype=torch.float64)
     head = torch.randn(VOCABULARY, 8, dtype=torch.float64)
     terms = [
-        LossTerm("forward_kl", "forward_kl", 1.0, temperature=temperature),
-        LossTerm("reverse_kl", "reverse_kl", 1.0, temperature=temperature, min_tail=1e-4),
+        ForwardKL(name="forward_kl", weight=1.0, temperature=temperature),
+        ReverseKL(name="reverse_kl", weight=1.0, temperature=temperature, min_tail=1e-4),
     ]
     for batch, states in ((both, hidden), (alone, hidden[:POSITIONS])):
         found = distillation_loss(states, head, None, batch.targets, terms).total

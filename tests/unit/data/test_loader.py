@@ -46,8 +46,8 @@ def share(tmp_path_factory) -> Share:
         run.write_answers(0, 9)
         run.score()
     dataset = storage.read_json(run.layout.stage_record("synthesize"))["dataset"]
-    job, *_ = training_specs(run.prepare(), dataset)
-    return Share(job, VOCABULARY, rank=1, world_size=2)
+    spec, *_ = training_specs(run.prepare(), dataset)
+    return Share(spec, VOCABULARY, rank=1, world_size=2)
 
 
 def batches(share, steps, num_processes):
@@ -91,10 +91,10 @@ def test_all_ranks_together_hold_the_global_batch_with_the_same_weights(share):
     """The same numbers to the bit, whoever computes them and whatever stands beside them."""
     whole = batches(dataclasses.replace(share, rank=0, world_size=1), range(3), 0)
     ranks = [batches(dataclasses.replace(share, rank=rank), range(3), 0) for rank in (0, 1)]
-    training = share.job.config.training.model_copy(update={"packing": False})
-    config = share.job.config.model_copy(update={"training": training})
+    training = share.spec.config.training.model_copy(update={"packing": False})
+    config = share.spec.config.model_copy(update={"training": training})
     padded = dataclasses.replace(share, rank=0, world_size=1)
-    padded = dataclasses.replace(padded, job=dataclasses.replace(share.job, config=config))
+    padded = dataclasses.replace(padded, spec=dataclasses.replace(share.spec, config=config))
     apart = batches(padded, range(3), 0)
     for step, batch in enumerate(whole):
         expected = positions_of(batch.micro_batches)
@@ -123,19 +123,19 @@ def test_processes_end_with_their_loader(share):
 
 
 def test_an_error_of_a_process_is_the_trainers(share, tmp_path):
-    """A shard is damaged after the dataset was read: the first step that needs it says which."""
-    cache = share.job.caches["words"]
+    """A shard is damaged after the dataset was read: the first step that needs it names it."""
+    cache = share.spec.caches["words"]
     (tmp_path / "g1").mkdir()
     for path in Path(cache.shards_folder).iterdir():
         (tmp_path / "g1" / path.name).write_bytes(path.read_bytes())
     moved = dataclasses.replace(cache, folder=str(tmp_path))
     damaged = next(path for path in Path(moved.shards_folder).iterdir())
-    job = dataclasses.replace(share.job, caches=share.job.caches | {"words": moved})
+    spec = dataclasses.replace(share.spec, caches=share.spec.caches | {"words": moved})
     content = bytearray(damaged.read_bytes())
     content[100] ^= 1
     damaged.write_bytes(content)
     with pytest.raises(CorruptShardError, match=damaged.name) as found:
-        batches(dataclasses.replace(share, job=job), range(7), 2)
+        batches(dataclasses.replace(share, spec=spec), range(7), 2)
     assert found.value.path == str(damaged)
 
 

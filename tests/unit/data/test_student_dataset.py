@@ -1,4 +1,4 @@
-"""The order of a student's data, its packing, and what is refused before it trains."""
+"""The order of a student's data, its packing, and the refusals before it trains."""
 
 from itertools import pairwise
 
@@ -24,9 +24,9 @@ from students.data.packing import (
     plan_micro_batches,
     refuse_long_sequences,
 )
+from students.losses.chunk import figure_names
 from students.losses.distillation import distillation_loss
-from students.losses.divergences import LossTerm
-from students.losses.outcomes import figure_names
+from students.losses.divergences import CrossEntropy, ForwardKL, JensenShannon
 from students.micro_batch import MicroBatch
 
 SHARDS = st.lists(st.integers(0, 60), min_size=1, max_size=120).map(
@@ -34,15 +34,15 @@ SHARDS = st.lists(st.integers(0, 60), min_size=1, max_size=120).map(
 )
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=60)
 DIGEST = "d" * 32
-TERMS = (
-    LossTerm("forward_kl", "forward_kl", 1.0),
-    LossTerm("cross_entropy", "cross_entropy", 1.0),
-    LossTerm("jensen_shannon", "jensen_shannon", 1.0, temperature=2.0),
+LOSSES = (
+    ForwardKL(name="forward_kl", weight=1.0),
+    CrossEntropy(name="cross_entropy", weight=1.0),
+    JensenShannon(name="jensen_shannon", weight=1.0, temperature=2.0, beta=0.5),
 )
 
 
 def data_order(shards, *arguments, each=7, **options):
-    """Of sequences of so many positions each."""
+    """The order of sequences that have `each` positions."""
     return DataOrder(shards, [each] * len(shards), *arguments, **options)
 
 
@@ -89,7 +89,7 @@ def test_batches_of_another_size_go_on_where_those_before_ended(shards, sizes):
 
 
 def test_sequences_are_shuffled_within_windows_of_shards():
-    """A reader holds a window's shards decoded; more would be read again and again."""
+    """A reader keeps a window's shards decoded; more shards would be read again and again."""
     shards = [f"shard{n // 4}" for n in range(4 * 3 * WINDOW_SHARDS)]
     order = data_order(shards, 0, DIGEST, 1).epoch(0)
     for window in np.split(order, 3):
@@ -100,7 +100,7 @@ def test_sequences_are_shuffled_within_windows_of_shards():
 
 @pytest.mark.parametrize(("each", "most"), [(WINDOW_POSITIONS // 12, 3), (WINDOW_POSITIONS, 1)])
 def test_windows_of_large_shards_hold_fewer(each, most):
-    """Of 4 sequences a shard; whatever their size, an epoch holds every sequence once."""
+    """Shards have 4 sequences; whatever their size, an epoch holds every sequence once."""
     shards = [f"shard{n // 4}" for n in range(4 * 12)]
     order = data_order(shards, 0, DIGEST, 1, each=each).epoch(0)
     assert sorted(order) == list(range(len(shards)))
@@ -143,7 +143,7 @@ def test_padded_plans_count_padding_and_leave_a_rank_idle_only_without_work(
 )
 @case([10] * 4 + [13, 13, 12], 40, 1, 4, True)
 def test_groups_stay_together_within_the_budget(lengths, extra, world_size, together, padded):
-    """The last group may be incomplete, and the one with the longest rows."""
+    """The last group may be incomplete and still have the longest rows."""
     groups = [lengths[i : i + together] for i in range(0, len(lengths), together)]
     budget = max(group_size(group, padded) for group in groups) + extra
     plan = plan_groups(lengths, budget, world_size, padded, together)
@@ -157,7 +157,7 @@ def test_groups_stay_together_within_the_budget(lengths, extra, world_size, toge
 
 @given(lengths=LENGTHS, world_size=st.integers(1, 4))
 def test_a_plan_does_not_depend_on_the_world_but_for_padding(lengths, world_size):
-    """All ranks together compute the same sequences: the global batch is not of the ranks."""
+    """All ranks together compute the same sequences: the ranks do not shape the global batch."""
     alone = plan_micro_batches(lengths, 50, 1)[0]
     ranks = plan_micro_batches(lengths, 50, world_size)
     assert sum(map(len, ranks)) - len(alone) < world_size
@@ -176,7 +176,7 @@ def test_rows_are_spread_evenly_where_that_fits_and_tight_where_not():
 
 
 def test_too_long_sequences_are_named_and_never_cut():
-    with pytest.raises(TrainingError, match=r"1 sequences .* \(9\): long \(10 tokens\)\. Raise"):
+    with pytest.raises(TrainingError, match=r"1 sequences .* \(9\): long \(10 tokens\): raise"):
         refuse_long_sequences([("short", 9), ("long", 10)], 9)
     with pytest.raises(TrainingError, match="longer than"):
         plan_micro_batches([3, 10], 9, 2)
@@ -233,13 +233,13 @@ def test_packing_in_any_way_gives_the_same_sums(seed, count, budget, world_size,
     head = torch.from_numpy(generator.normal(size=(11, 6)).astype(np.float32))
 
     def sums(rows, padded=False):
-        found, positions = torch.zeros(len(figure_names(TERMS)), dtype=torch.float64), 0
+        found, positions = torch.zeros(len(figure_names(LOSSES)), dtype=torch.float64), 0
         for row in rows:
             batch = MicroBatch.of(pack([examples[i] for i in row], padded))
             assert (batch.position_ids is None) == padded
             places = torch.arange(batch.input_ids.shape[1]) if padded else batch.position_ids
             hidden = table[batch.input_ids, places].flatten(0, 1)[batch.logit_indices]
-            found += distillation_loss(hidden, head, None, batch.targets, TERMS).figures.double()
+            found += distillation_loss(hidden, head, None, batch.targets, LOSSES).figures.double()
             positions += len(batch.logit_indices)
         assert positions == sum(len(e.gold_ids) for e in examples)
         return found
@@ -258,7 +258,7 @@ def test_an_empty_row_weighs_nothing():
     assert len(batch.logit_indices) == len(batch.targets.gold_ids) == 0
     hidden = torch.randn(1, 6, requires_grad=True)
     head = torch.randn(11, 6, requires_grad=True)
-    loss = distillation_loss(hidden[batch.logit_indices], head, None, batch.targets, TERMS)
+    loss = distillation_loss(hidden[batch.logit_indices], head, None, batch.targets, LOSSES)
     loss.total.backward()
     assert loss.total.item() == 0
     assert not hidden.grad.any() and not head.grad.any()
@@ -283,7 +283,7 @@ def stored(tmp_path, *sequences):
 
 
 class OneRow:
-    """A cache that holds one row of one entry a position, and counts its readings."""
+    """A cache that holds one row of one entry per position, and counts how often it is read."""
 
     def __init__(self, token_id, num_positions):
         half = np.full(num_positions, -0.5, np.float16)

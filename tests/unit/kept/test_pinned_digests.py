@@ -193,13 +193,13 @@ def values_of(config: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]
             "dataset": dataset,
             "keys": keys,
             "trainings": {
-                job.student: {
-                    "identity": job.identity(),
-                    "digest": digest_json(job.identity()),
-                    "seed": job.seed,
-                    "folder": job.folder.removeprefix(config.storage.root),
+                spec.student: {
+                    "identity": spec.identity(),
+                    "digest": digest_json(spec.identity()),
+                    "seed": spec.seed,
+                    "folder": spec.folder.removeprefix(config.storage.root),
                 }
-                for job in training_specs(run, dataset)
+                for spec in training_specs(run, dataset)
             },
             "submitted": submitted(config, monkeypatch),
         }

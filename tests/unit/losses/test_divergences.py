@@ -4,37 +4,52 @@ autograd.
 
 import itertools
 from dataclasses import replace
+from functools import partial
+from typing import get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
+from pipeline.config.losses import Loss, StateLoss
+from students.losses.chunk import figure_names
 from students.losses.distillation import (
     Targets,
     distillation_loss,
     position_figures,
     weighted_total,
 )
-from students.losses.divergences import LossTerm
-from students.losses.outcomes import figure_names
+from students.losses.divergences import (
+    LOSSES,
+    CrossEntropy,
+    ForwardKL,
+    JensenShannon,
+    ReverseKL,
+    SkewKL,
+    TotalVariation,
+    loss_from_config,
+)
+from students.losses.hidden_states import LAYER_LOSSES
 from tests.support.loss_reference import reference_loss
 
 P, H, V = 3, 3, 13
-TERMS = {
-    "forward_kl": {"type": "forward_kl"},
-    "reverse_kl": {"type": "reverse_kl", "min_tail": 1e-3},
-    "jensen_shannon": {"type": "jensen_shannon", "beta": 0.3},
-    "skew_kl": {"type": "skew_kl", "alpha": 0.2, "direction": "forward"},
-    "skew_rkl": {"type": "skew_kl", "alpha": 0.2, "direction": "reverse"},
-    "total_variation": {"type": "total_variation"},
-    "cross_entropy": {"type": "cross_entropy"},
+KINDS = {
+    "forward_kl": ForwardKL,
+    "reverse_kl": partial(ReverseKL, min_tail=1e-3),
+    "jensen_shannon": partial(JensenShannon, beta=0.3),
+    "skew_kl": partial(SkewKL, alpha=0.2, direction="forward"),
+    "skew_rkl": partial(SkewKL, alpha=0.2, direction="reverse"),
+    "total_variation": TotalVariation,
+    "cross_entropy": CrossEntropy,
 }
-AGAINST_TEACHERS = [name for name in TERMS if name != "cross_entropy"]
+AGAINST_TEACHERS = [name for name in KINDS if name != "cross_entropy"]
 
 
-def term(name, temperature=1.0, weight=1.0):
-    return LossTerm(name=name, weight=weight, temperature=temperature, **TERMS[name])
+def make_loss(name, temperature=1.0, weight=1.0):
+    tempering = {} if name == "cross_entropy" else {"temperature": temperature}
+    return KINDS[name](name=name, weight=weight, **tempering)
 
 
 def make_student(seed=0, bias=True, dtype=torch.float64, scale=1.5):
@@ -47,7 +62,7 @@ def make_student(seed=0, bias=True, dtype=torch.float64, scale=1.5):
 
 
 def make_targets(num_teachers, tail=True, ragged=True, ids="overlapping", seed=1):
-    """As they come from a cache: rounded to float16, so that they do not sum to 1.
+    """Targets like those from a cache: rounded to float16, so that they do not sum to 1.
 
     `ids` of several teachers are `overlapping`, `disjoint` or the `same`.
     """
@@ -94,11 +109,11 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}
 @pytest.mark.parametrize("tail", [True, False], ids=["tail", "no tail"])
 @pytest.mark.parametrize("num_teachers", [1, 2, 3])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("name", KINDS)
 def test_values_and_gradients_are_those_of_the_definition(name, temperature, num_teachers, tail):
     if name == "cross_entropy" and temperature != 1:
         return
-    loss = term(name, temperature, weight=0.7)
+    loss = make_loss(name, temperature, weight=0.7)
     for ragged, ids, bias, softcap in [
         (True, "overlapping", True, 2.5),
         (False, "overlapping", False, None),
@@ -119,7 +134,7 @@ def test_values_and_gradients_are_those_of_the_definition(name, temperature, num
 @pytest.mark.parametrize("num_teachers", [1, 3])
 @pytest.mark.parametrize("name", AGAINST_TEACHERS)
 def test_with_every_entry_kept_it_is_the_dense_divergence(name, num_teachers, temperature):
-    """Also at a temperature, with the softmaxes of tempered logits, and for any weights."""
+    """Equal also at a temperature, to the softmaxes of tempered logits, and for any weights."""
     generator = torch.Generator().manual_seed(3)
     dense = torch.randn(num_teachers, P, V, generator=generator, dtype=torch.float64).log_softmax(2)
     order = torch.argsort(torch.rand(num_teachers, P, V, generator=generator), -1)
@@ -127,7 +142,7 @@ def test_with_every_entry_kept_it_is_the_dense_divergence(name, num_teachers, te
     nothing = torch.zeros(num_teachers, P)
     gold = torch.zeros(P, dtype=torch.int64)
     targets = Targets(gold, order, dense.gather(2, order), nothing, weights)
-    student, loss = make_student(), term(name, temperature)
+    student, loss = make_student(), make_loss(name, temperature)
     # forward KL at temperature 1 sums over teachers, which differs from KL(mixture) by a constant
     apart = name == "forward_kl" and temperature == 1
     mixed = (weights[..., None].log() + dense).logsumexp(0)
@@ -149,44 +164,78 @@ def test_with_every_entry_kept_it_is_the_dense_divergence(name, num_teachers, te
     assert_equal_losses(found.total, temperature**2 * value.sum(), student, **EXACT)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"type": "forward_kl", "temperature": 2.0}, ForwardKL(name="n", weight=3, temperature=2)),
+        (
+            {"type": "reverse_kl"},
+            ReverseKL(name="n", weight=3, temperature=1, min_tail=1e-4),
+        ),
+        (
+            {"type": "jensen_shannon", "beta": 0.3},
+            JensenShannon(name="n", weight=3, temperature=1, beta=0.3),
+        ),
+        (
+            {"type": "skew_kl", "alpha": 0.1, "direction": "reverse"},
+            SkewKL(name="n", weight=3, temperature=1, alpha=0.1, direction="reverse"),
+        ),
+        ({"type": "total_variation"}, TotalVariation(name="n", weight=3, temperature=1)),
+        ({"type": "cross_entropy"}, CrossEntropy(name="n", weight=3)),
+    ],
+    ids=lambda value: value["type"] if isinstance(value, dict) else "",
+)
+def test_the_config_of_a_loss_gives_its_parameters(settings, expected):
+    section = TypeAdapter(Loss).validate_python({**settings, "weight": 3.0})
+    assert loss_from_config("n", section.model_dump()) == expected
+
+
+def test_every_loss_of_the_config_has_a_class():
+    sections = get_args(get_args(Loss)[0])
+    types = {section: get_args(section.model_fields["type"].annotation) for section in sections}
+    on_hidden_states = {types[section][0] for section in sections if issubclass(section, StateLoss)}
+    assert on_hidden_states == LAYER_LOSSES.keys()
+    assert {name for names in types.values() for name in names} - on_hidden_states == LOSSES.keys()
+
+
 def mixed_list():
     return [
-        term("cross_entropy", weight=0.3),
-        term("reverse_kl", 2.0, weight=0.5),
-        replace(term("jensen_shannon", weight=0.2), name="jsd_a"),
-        replace(term("jensen_shannon", weight=0.4), name="jsd_b", beta=0.8),
-        term("forward_kl", weight=0.6),
+        make_loss("cross_entropy", weight=0.3),
+        make_loss("reverse_kl", 2.0, weight=0.5),
+        replace(make_loss("jensen_shannon", weight=0.2), name="jsd_a"),
+        replace(make_loss("jensen_shannon", weight=0.4), name="jsd_b", beta=0.8),
+        make_loss("forward_kl", weight=0.6),
     ]
 
 
 def test_a_list_gives_each_loss_apart_and_one_gradient():
-    student, targets, terms = make_student(), make_targets(3), mixed_list()
-    found = distillation_loss(*student, targets, terms, softcap=4.0)
-    expected = [reference_loss(loss, logits_of(student, 4.0), targets) for loss in terms]
-    total = sum(loss.weight * value for loss, value in zip(terms, expected, strict=True))
+    student, targets, losses = make_student(), make_targets(3), mixed_list()
+    found = distillation_loss(*student, targets, losses, softcap=4.0)
+    expected = [reference_loss(loss, logits_of(student, 4.0), targets) for loss in losses]
+    total = sum(loss.weight * value for loss, value in zip(losses, expected, strict=True))
     assert_equal_losses(found.total, total, student, **EXACT)
-    names = figure_names(terms)
+    names = figure_names(losses)
     assert names == (
         "cross_entropy", "reverse_kl", "jsd_a", "jsd_b", "forward_kl",
         "union_error_bound", "reverse_kl_floored",
     )  # fmt: skip
     torch.testing.assert_close(found.figures[:5], torch.stack(expected).detach(), **EXACT)
-    torch.testing.assert_close(weighted_total(found.figures, terms), found.total.detach())
+    torch.testing.assert_close(weighted_total(found.figures, losses), found.total.detach())
 
 
 @pytest.mark.parametrize("chunk_positions", [1, 2, 3, 100])
 def test_chunk_size_does_not_matter(chunk_positions):
-    student, targets, terms = make_student(), make_targets(3), mixed_list()
-    whole = distillation_loss(*student, targets, terms, chunk_positions=P)
-    cut = distillation_loss(*student, targets, terms, chunk_positions=chunk_positions)
+    student, targets, losses = make_student(), make_targets(3), mixed_list()
+    whole = distillation_loss(*student, targets, losses, chunk_positions=P)
+    cut = distillation_loss(*student, targets, losses, chunk_positions=chunk_positions)
     assert_equal_losses(cut.total, whole.total, student, **EXACT)
     torch.testing.assert_close(cut.figures, whole.figures, **EXACT)
-    by_position = position_figures(*student, targets, terms, chunk_positions=chunk_positions)
+    by_position = position_figures(*student, targets, losses, chunk_positions=chunk_positions)
     torch.testing.assert_close(by_position.figures.sum(1), whole.figures, **EXACT)
 
 
 def test_what_the_union_misplaces_is_bounded_and_reported():
-    """Against the dense mixture, put on the union's outcomes."""
+    """The reference is the dense mixture, put on the union's outcomes."""
     generator = torch.Generator().manual_seed(5)
     dense = torch.randn(3, P, V, generator=generator, dtype=torch.float64).log_softmax(2)
     logprobs, token_ids = dense.topk(3, -1)
@@ -194,9 +243,9 @@ def test_what_the_union_misplaces_is_bounded_and_reported():
     weights = torch.rand(3, P, generator=generator, dtype=torch.float64).softmax(0)
     weights[:, 0] = torch.tensor([0.0, 1.0, 0.0])
     targets = Targets(torch.zeros(P, dtype=torch.int64), token_ids, logprobs, tail, weights)
-    terms, student = [term("jensen_shannon")], make_student()
-    assert figure_names(terms)[-1] == "union_error_bound"
-    bound = position_figures(*student, targets, terms).figures[-1].detach()
+    losses, student = [make_loss("jensen_shannon")], make_student()
+    assert figure_names(losses)[-1] == "union_error_bound"
+    bound = position_figures(*student, targets, losses).figures[-1].detach()
     mixture = (weights[..., None] * dense.exp()).sum(0)
     for j in range(P):
         used = [m for m in range(3) if weights[m, j] > 0]
@@ -220,15 +269,15 @@ def test_the_ids_of_a_teacher_without_weight_refine_nothing(name):
     one = Targets(
         two.gold_ids, two.token_ids[:1], two.logprobs[:1], two.tail_mass[:1], torch.ones(1, P)
     )
-    found, expected = (distillation_loss(*student, t, [term(name)]).total for t in (two, one))
+    found, expected = (distillation_loss(*student, t, [make_loss(name)]).total for t in (two, one))
     assert_equal_losses(found, expected, student, **EXACT)
 
 
 def test_a_tail_that_is_too_small_for_reverse_kl_is_raised_and_counted():
     targets, student = make_targets(2, tail=False), make_student()
     targets.tail_mass[:, 1:] = 0.05
-    names = figure_names([term("reverse_kl")])
-    found = position_figures(*student, targets, [term("reverse_kl")]).figures
+    names = figure_names([make_loss("reverse_kl")])
+    found = position_figures(*student, targets, [make_loss("reverse_kl")]).figures
     assert found[names.index("reverse_kl_floored")].tolist() == [1, 0, 0]
     assert found.isfinite().all()
 
@@ -236,9 +285,9 @@ def test_a_tail_that_is_too_small_for_reverse_kl_is_raised_and_counted():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("softcap", "chunk_positions"), [(None, None), (None, 1), (4.0, 2)])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("name", KINDS)
 def test_lower_precision_stays_near(name, temperature, softcap, chunk_positions, dtype):
-    """Relative to the largest entry of each gradient.
+    """Tolerances are relative to the largest entry of each gradient.
 
     float32 keeps 24 bits, of which sums of gradients that cancel lose a few. bfloat16 keeps 8 bits:
     logits of size 5 are off by 0.02, gradients of logits by 0.4 %. Total variation changes sign
@@ -251,7 +300,7 @@ def test_lower_precision_stays_near(name, temperature, softcap, chunk_positions,
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-2}[dtype]
     low = make_student(dtype=dtype, scale=1.0)
     full = [x.detach().double().requires_grad_() for x in low]
-    loss, targets = term(name, temperature), make_targets(3)
+    loss, targets = make_loss(name, temperature), make_targets(3)
     found = distillation_loss(*low, targets, [loss], softcap, chunk_positions).total
     expected = distillation_loss(*full, targets, [loss], softcap).total
     assert found.dtype == torch.float32
@@ -261,7 +310,7 @@ def test_lower_precision_stays_near(name, temperature, softcap, chunk_positions,
         assert (ours.double() - theirs).abs().max() < tolerance * theirs.abs().max()
 
 
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("name", KINDS)
 def test_float32_holds_where_the_students_bucket_almost_vanishes(name):
     """t / q_t is 1e8 and more: a gradient by correction, or q_t as 1 - sum q, would be lost."""
     for num_teachers, spread in itertools.product((1, 3), (20.0, 60.0)):
@@ -270,7 +319,7 @@ def test_float32_holds_where_the_students_bucket_almost_vanishes(name):
         union = targets.token_ids.movedim(0, 1).flatten(1)
         logits.scatter_add_(1, union, torch.full_like(union, spread, dtype=torch.float64))
         full, low = logits.requires_grad_(), logits.detach().float().requires_grad_()
-        head, loss = torch.eye(V, dtype=torch.float64), term(name)
+        head, loss = torch.eye(V, dtype=torch.float64), make_loss(name)
         expected = distillation_loss(full, head, None, targets, [loss]).total
         found = distillation_loss(low, head.float(), None, targets, [loss]).total
         assert found.isfinite()
@@ -307,7 +356,9 @@ temperatures = st.sampled_from([1.0, 0.5, 3.0])
 @settings(max_examples=25, deadline=None)
 @given(pair=distributions, temperature=temperatures, num_entries=st.integers(1, V))
 def test_never_negative_and_zero_between_equals(name, pair, temperature, num_entries):
-    loss = replace(term(name, temperature), min_tail=1e-12)
+    loss = make_loss(name, temperature)
+    if name == "reverse_kl":
+        loss = replace(loss, min_tail=1e-12)
     p, q = pair
     assert of_distributions(loss, p, q, num_entries) >= -1e-12
     assert of_distributions(loss, p, p, num_entries) == pytest.approx(0, abs=1e-12)
@@ -317,15 +368,15 @@ def test_never_negative_and_zero_between_equals(name, pair, temperature, num_ent
 @given(pair=distributions, share=st.floats(0.05, 0.95), temperature=temperatures)
 def test_symmetries(pair, share, temperature):
     p, q = pair
-    jsd = term("jensen_shannon", temperature)
+    jsd = make_loss("jensen_shannon", temperature)
     forward, reverse = (
-        replace(term(name, temperature), alpha=share) for name in ("skew_kl", "skew_rkl")
+        replace(make_loss(name, temperature), alpha=share) for name in ("skew_kl", "skew_rkl")
     )
     for one, other in [
         (replace(jsd, beta=share), replace(jsd, beta=1 - share)),
         (forward, reverse),
-        (term("total_variation", temperature), term("total_variation", temperature)),
-        (term("forward_kl", temperature), term("reverse_kl", temperature)),
+        (make_loss("total_variation", temperature), make_loss("total_variation", temperature)),
+        (make_loss("forward_kl", temperature), make_loss("reverse_kl", temperature)),
     ]:
         there, back = of_distributions(one, p, q), of_distributions(other, q, p)
         torch.testing.assert_close(there, back, rtol=1e-9, atol=1e-11)
@@ -345,6 +396,6 @@ def test_the_order_of_teachers_does_not_matter(name, order, seed, temperature):
             for field in ("token_ids", "logprobs", "tail_mass", "teacher_weights")
         },
     )
-    loss = term(name, temperature)
+    loss = make_loss(name, temperature)
     found, expected = (distillation_loss(*student, t, [loss]).total for t in (moved, targets))
     assert_equal_losses(found, expected, student, rtol=1e-12, atol=1e-12)

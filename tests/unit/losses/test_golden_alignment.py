@@ -24,7 +24,7 @@ from pipeline.records import DatasetEntry, TokenSequence
 from pipeline.sequences import write_sequences
 from students.data.examples import open_examples
 from students.data.packing import pack
-from students.losses.divergences import LossTerm
+from students.losses.divergences import CrossEntropy, ForwardKL
 from students.micro_batch import MicroBatch
 from students.model import StudentModule
 from teachers.engine.prompt_topk import PromptTopK
@@ -95,7 +95,7 @@ CAPTURED = {
 
 
 class FromTheTables:
-    """A teacher whose engine gives what the tables say, in vLLM's layout."""
+    """A teacher whose engine returns the rows of the tables, in vLLM's layout."""
 
     def __init__(self, name, captured):
         self.name, self.captured = name, captured
@@ -220,9 +220,11 @@ def expected_loss(model, shift_logits=0, shift_rows=0, shift_gold=0, drawn=None)
 
 
 def found_loss(model, rows):
-    weights = {"forward_kl": KL_WEIGHT, "cross_entropy": CE_WEIGHT}
-    terms = tuple(LossTerm(name, name, weight) for name, weight in weights.items())
-    module = StudentModule(model, terms)
+    losses = (
+        ForwardKL(name="forward_kl", weight=KL_WEIGHT),
+        CrossEntropy(name="cross_entropy", weight=CE_WEIGHT),
+    )
+    module = StudentModule(model, losses)
     return sum(module(row)[0].item() for row in rows)
 
 
@@ -243,7 +245,7 @@ def test_the_whole_path_gives_the_number_of_the_definition(tmp_path, model, pack
 
 
 def drawn_in(root):
-    """What the shards say of every token, decoded by hand; draws lie among what was captured."""
+    """The shards' rows of every token, decoded by hand; draws lie among the captured ids."""
     found = {}
     for teacher in ("near", "far"):
         scored = tuple(name for name in TOKENS if (teacher, name) in CAPTURED)

@@ -3,6 +3,7 @@ explicit bucket.
 """
 
 from dataclasses import fields
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,16 +16,21 @@ from students.losses.distillation import (
     distillation_loss,
     position_figures,
 )
-from students.losses.divergences import LossTerm
+from students.losses.divergences import CrossEntropy, ForwardKL, ReverseKL
 
 P, H, V = 7, 5, 23
 
 
-def terms_of(**weights):
-    return [LossTerm(name=name, type=name, weight=weight) for name, weight in weights.items()]
+def losses_of(**weights):
+    classes = {
+        "forward_kl": ForwardKL,
+        "cross_entropy": CrossEntropy,
+        "reverse_kl": partial(ReverseKL, min_tail=0.0),
+    }
+    return [classes[name](name=name, weight=weight) for name, weight in weights.items()]
 
 
-BOTH = terms_of(forward_kl=1.0, cross_entropy=1.0)
+BOTH = losses_of(forward_kl=1.0, cross_entropy=1.0)
 
 
 def _student(dtype=torch.float32, seed=0, bias=False):
@@ -84,8 +90,8 @@ def _gradients(total, tensors):
     return torch.autograd.grad(total, [t for t in tensors if t is not None], retain_graph=True)
 
 
-def _assert_same_loss(student, targets, weights, expected, rtol=1e-5, atol=1e-5, **options):
-    found = distillation_loss(*student, targets, weights, **options)
+def _assert_same_loss(student, targets, losses, expected, rtol=1e-5, atol=1e-5, **options):
+    found = distillation_loss(*student, targets, losses, **options)
     torch.testing.assert_close(found.total.double(), expected.double(), rtol=rtol, atol=atol)
     for ours, theirs in zip(
         _gradients(found.total, student), _gradients(expected, student), strict=True
@@ -99,7 +105,7 @@ def test_all_entries_kept_equals_dense_kl_div():
     expected = torch.nn.functional.kl_div(
         torch.log_softmax(logits.double(), -1), dense[0], log_target=True, reduction="sum"
     )
-    _assert_same_loss(student, targets, terms_of(forward_kl=1.0), expected)
+    _assert_same_loss(student, targets, losses_of(forward_kl=1.0), expected)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -111,11 +117,11 @@ def test_bucket_matches_explicit_outcomes(num_teachers, ragged, bias):
         _teachers(6, num_teachers=num_teachers, ragged=ragged),
     )
     logits = torch.nn.functional.linear(*student)
-    weights = terms_of(forward_kl=0.7, cross_entropy=0.4)
+    losses = losses_of(forward_kl=0.7, cross_entropy=0.4)
     ce = torch.nn.functional.cross_entropy(logits, targets.gold_ids, reduction="sum")
     expected = 0.7 * _bucket_oracle(logits, targets) + 0.4 * ce
-    _assert_same_loss(student, targets, weights, expected)
-    found = distillation_loss(*student, targets, weights)
+    _assert_same_loss(student, targets, losses, expected)
+    found = distillation_loss(*student, targets, losses)
     figures = torch.stack([ce, _bucket_oracle(logits, targets)]).detach()
     torch.testing.assert_close(found.figures.double(), figures.double(), rtol=1e-5, atol=1e-5)
 
@@ -125,13 +131,13 @@ def test_cross_entropy_alone_equals_torch():
     expected = torch.nn.functional.cross_entropy(
         student[0] @ student[1].T, targets.gold_ids, reduction="sum"
     )
-    _assert_same_loss(student, targets, terms_of(cross_entropy=1.0), expected)
+    _assert_same_loss(student, targets, losses_of(cross_entropy=1.0), expected)
 
 
 def test_teachers_add_up_and_their_order_does_not_matter():
     student, (targets, _) = _student(), _teachers(5, num_teachers=2, ragged=True)
-    weights = terms_of(forward_kl=1.0)
-    both = distillation_loss(*student, targets, weights)
+    losses = losses_of(forward_kl=1.0)
+    both = distillation_loss(*student, targets, losses)
 
     def part(order):
         return Targets(
@@ -147,9 +153,9 @@ def test_teachers_add_up_and_their_order_does_not_matter():
             ),
         )
 
-    alone = [distillation_loss(*student, part([m]), weights) for m in range(2)]
+    alone = [distillation_loss(*student, part([m]), losses) for m in range(2)]
     torch.testing.assert_close(both.total, alone[0].total + alone[1].total)
-    torch.testing.assert_close(both.total, distillation_loss(*student, part([1, 0]), weights).total)
+    torch.testing.assert_close(both.total, distillation_loss(*student, part([1, 0]), losses).total)
     for k, gradient in enumerate(_gradients(both.total, student)):
         parts = [_gradients(loss.total, student)[k] for loss in alone]
         torch.testing.assert_close(gradient, parts[0] + parts[1])
@@ -167,7 +173,7 @@ def test_numbers_are_used_as_stored_without_renormalisation():
     mass = rounded.logprobs.double().exp().sum(-1) + rounded.tail_mass.double()
     assert (mass - 1).abs().max() > 1e-5
     expected = _bucket_oracle(student[0] @ student[1].T, rounded)
-    _assert_same_loss(student, rounded, terms_of(forward_kl=1.0), expected)
+    _assert_same_loss(student, rounded, losses_of(forward_kl=1.0), expected)
 
 
 def test_a_vanishing_student_tail_keeps_value_and_gradient_finite():
@@ -182,7 +188,7 @@ def test_a_vanishing_student_tail_keeps_value_and_gradient_finite():
         torch.tensor([[0.1]]),
         torch.ones(1, 1),
     )
-    found = distillation_loss(hidden, head, None, targets, terms_of(forward_kl=1.0))
+    found = distillation_loss(hidden, head, None, targets, losses_of(forward_kl=1.0))
     # log q_t = -300 + log(22); the tail's gradient pushes the other logits up by t / 22 each
     expected = 0.9 * np.log(0.9) + 0.1 * np.log(0.1) + 0.1 * (300 - np.log(V - 1))
     assert found.total.item() == pytest.approx(expected, rel=1e-5)
@@ -200,10 +206,10 @@ def test_kept_whole_vocabulary_with_a_rounded_tail_has_no_bucket():
         targets.tail_mass + 3e-4,
         targets.teacher_weights,
     )
-    weights = terms_of(forward_kl=1.0)
+    losses = losses_of(forward_kl=1.0)
     torch.testing.assert_close(
-        distillation_loss(*student, leftover, weights).total,
-        distillation_loss(*student, targets, weights).total,
+        distillation_loss(*student, leftover, losses).total,
+        distillation_loss(*student, targets, losses).total,
     )
 
 
@@ -216,8 +222,8 @@ def test_an_absent_teacher_of_weight_zero_changes_nothing():
         torch.cat([targets.tail_mass, torch.zeros_like(targets.tail_mass)]),
         torch.cat([targets.teacher_weights, torch.zeros_like(targets.teacher_weights)]),
     )
-    weights = terms_of(forward_kl=1.0)
-    _assert_same_loss(student, padded, weights, distillation_loss(*student, targets, weights).total)
+    losses = losses_of(forward_kl=1.0)
+    _assert_same_loss(student, padded, losses, distillation_loss(*student, targets, losses).total)
 
 
 def test_no_positions_give_zero_loss_and_zero_gradients():
@@ -237,10 +243,10 @@ def test_no_positions_give_zero_loss_and_zero_gradients():
 
 def test_bfloat16_stays_near_float32():
     targets, _ = _teachers(6, num_teachers=2)
-    weights = terms_of(forward_kl=1.0, cross_entropy=1.0)
+    losses = losses_of(forward_kl=1.0, cross_entropy=1.0)
     low, full = _student(torch.bfloat16), None
     full = [None if t is None else t.detach().float().requires_grad_() for t in low]
-    found, expected = (distillation_loss(*student, targets, weights) for student in (low, full))
+    found, expected = (distillation_loss(*student, targets, losses) for student in (low, full))
     # bfloat16 keeps 8 bits: logits of size ~5 are off by up to 0.02
     torch.testing.assert_close(found.total, expected.total, rtol=2e-2, atol=0)
     for ours, theirs in zip(
@@ -252,7 +258,7 @@ def test_bfloat16_stays_near_float32():
 
 def test_the_upstream_factor_scales_the_gradient():
     student, (targets, _) = _student(), _teachers(4)
-    total = distillation_loss(*student, targets, terms_of(forward_kl=1.0)).total
+    total = distillation_loss(*student, targets, losses_of(forward_kl=1.0)).total
     for once, thrice in zip(
         _gradients(total, student), _gradients(3 * total, student), strict=True
     ):
@@ -268,7 +274,7 @@ def test_position_figures_agree_with_the_loss():
 
 
 def test_a_chunk_grows_with_the_memory_of_a_gpu(monkeypatch):
-    """To a 128th of it in float32, and is never smaller than on a CPU."""
+    """A chunk takes a 128th of the memory in float32, and is never smaller than on a CPU."""
 
     def elements(gibibytes):
         memory = SimpleNamespace(total_memory=gibibytes * 2**30)
@@ -282,14 +288,14 @@ def test_a_chunk_grows_with_the_memory_of_a_gpu(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_losses_on_a_gpu_are_those_on_a_cpu(dtype, device="cuda"):
-    """Sums in another order: what the dtype resolves, times a few."""
+    """The sums are in another order: tolerances are a few times the resolution of the dtype."""
     targets, _ = _teachers(6, num_teachers=2, ragged=True)
-    terms = terms_of(forward_kl=0.7, reverse_kl=0.2, cross_entropy=0.4)
+    losses = losses_of(forward_kl=0.7, reverse_kl=0.2, cross_entropy=0.4)
     moved = Targets(*(getattr(targets, field.name).to(device) for field in fields(targets)))
     found = []
     for place, theirs in (("cpu", targets), (device, moved)):
         student = [t.detach().to(place).requires_grad_() for t in _student(dtype)[:2]]
-        loss = distillation_loss(*student, None, theirs, terms)
+        loss = distillation_loss(*student, None, theirs, losses)
         found.append([loss.figures, *_gradients(loss.total, student)])
     close = (
         {"rtol": 5e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}

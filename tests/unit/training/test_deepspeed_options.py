@@ -1,4 +1,4 @@
-"""The `deepspeed:` block: DeepSpeed itself would ignore what it does not know."""
+"""The `deepspeed:` block: DeepSpeed itself would ignore unknown keys."""
 
 from pathlib import Path
 from typing import Any

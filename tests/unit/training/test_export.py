@@ -1,4 +1,4 @@
-"""What a model card says, without a training."""
+"""The text of a model card, without a training."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,18 +17,18 @@ TUNED = ["student.model=org/small", "student.initialization=pretrained"]
 
 
 def card_of(overrides: list[str], folder: Path, **changes: Any) -> tuple[dict[str, Any], str]:
-    """The header, and all of the card."""
+    """The header, and the whole card."""
     summary = folder / "training.json"
     storage.write_json(str(summary), {"steps": 2, "final": {}, "identity": {}, "changes": []})
     config = load_config(QUICKSTART, [HUB_TEACHER, *overrides]).model_copy(update=changes)
-    job: Any = SimpleNamespace(
+    spec: Any = SimpleNamespace(
         config=config,
         summary_path=str(summary),
         student="student",
         cache_fingerprints={},
         dataset_digest="d",
     )
-    card = model_card(job)
+    card = model_card(spec)
     return yaml.safe_load(card.split("---\n")[1]), card
 
 

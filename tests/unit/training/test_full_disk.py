@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.errors import StorageError
-from students.disk_space import full_disk_told
+from students.disk_space import full_disk_explained
 from tests.support.disks import SmallDisk, small_disk
 
 
@@ -31,17 +31,17 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_a_full_disk_is_told_in_the_same_words(disk: SmallDisk, writer: str) -> None:
+def test_a_full_disk_gives_the_same_message(disk: SmallDisk, writer: str) -> None:
     disk.fill()
     with (
-        pytest.raises(StorageError) as told,
-        full_disk_told(str(disk.folder / "not yet" / "there")),
+        pytest.raises(StorageError) as caught,
+        full_disk_explained(str(disk.folder / "not yet" / "there")),
     ):
         WRITERS[writer](disk.folder)
     for part in (*disk.message_parts, str(disk.folder), "run the same command again"):
-        assert part in str(told.value)
+        assert part in str(caught.value)
     # As it leaves the worker.
-    assert str(pickle.loads(pickle.dumps(told.value))) == str(told.value)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -56,12 +56,15 @@ def test_a_full_disk_is_told_in_the_same_words(disk: SmallDisk, writer: str) -> 
 )
 def test_other_errors_pass(disk: SmallDisk, error: Exception) -> None:
     disk.fill()
-    with pytest.raises(type(error)) as passed, full_disk_told(str(disk.folder)):
+    with pytest.raises(type(error)) as passed, full_disk_explained(str(disk.folder)):
         raise error
     assert passed.value is error
 
 
-def test_a_quota_is_thought_of_where_the_disk_has_room(tmp_path: Path) -> None:
+def test_a_quota_is_named_if_the_disk_has_free_space(tmp_path: Path) -> None:
     words = "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"
-    with pytest.raises(StorageError, match=r"unexpected pos.*quota"), full_disk_told(str(tmp_path)):
+    with (
+        pytest.raises(StorageError, match=r"unexpected pos.*quota"),
+        full_disk_explained(str(tmp_path)),
+    ):
         raise RuntimeError(words)

@@ -1,4 +1,4 @@
-"""Log-probabilities by transformers alone: which numbers, and how many are formed at once."""
+"""Log-probabilities by transformers alone: their values, and how many are formed at once."""
 
 from pathlib import Path
 

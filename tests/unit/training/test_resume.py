@@ -1,4 +1,4 @@
-"""Which checkpoint a training resumes from, and which it refuses, without any training."""
+"""The checkpoints that a training resumes from or refuses, without any training."""
 
 import dataclasses
 import itertools
@@ -21,13 +21,12 @@ from pipeline.config.training import IDENTITY
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.layout import Layout
 from pipeline.run.training_spec import TrainingSpec
-from students.checkpoints.checkpoint import (
+from students.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from students.checkpoints.resume import (
     TrainingState,
     allowed_changes,
     check_resume,
-    load_checkpoint,
     prepare_resume,
-    save_checkpoint,
 )
 from students.deepspeed_engine import make_optimizer
 from students.initial_weights import checkpoint_weights
@@ -36,7 +35,7 @@ CONFIG = Path(__file__).resolve().parents[3] / "examples/quickstart/config.yaml"
 WORKS = {(0, 0), (1, 1), (1, 2), (2, 1), (2, 2), (3, 3)}
 
 
-def job(tmp_path, stage=0, workers=1, tokenizer="one", overrides=()):
+def make_spec(tmp_path, stage=0, workers=1, tokenizer="one", overrides=()):
     zero = f"training.deepspeed={{zero_optimization: {{stage: {stage}}}}}"
     config = load_config(CONFIG, [zero, f"training.workers={workers}", *overrides])
     layout = Layout(str(tmp_path), "run")
@@ -53,8 +52,8 @@ def job(tmp_path, stage=0, workers=1, tokenizer="one", overrides=()):
     )
 
 
-class Engine:
-    """Stands for DeepSpeed's: writes a file, which may fail."""
+class SavingStudent:
+    """A student under DeepSpeed that only writes a file, which may fail."""
 
     def __init__(self, fails=False, width=4):
         self.parameter_shapes = {"model.head": [7, 4], "features.projections.0.weight": [width, 4]}
@@ -82,17 +81,17 @@ def process_group(tmp_path_factory):
     torch.distributed.destroy_process_group()
 
 
-def save(job, *steps, fails=False):
+def save(spec, *steps, fails=False):
     for step in steps:
-        save_checkpoint(Engine(fails), job, TrainingState(step, 8 * step, 10 * step, 1.0))
+        save_checkpoint(SavingStudent(fails), spec, TrainingState(step, 8 * step, 10 * step, 1.0))
 
 
-def complete(job):
-    return sorted(path.parent.name for path in Path(job.folder).glob("checkpoints/*/COMPLETE"))
+def complete(spec):
+    return sorted(path.parent.name for path in Path(spec.folder).glob("checkpoints/*/COMPLETE"))
 
 
 def test_old_checkpoints_go_only_after_a_newer_one_is_complete(tmp_path):
-    training = job(tmp_path, overrides=["training.keep_checkpoints=2"])
+    training = make_spec(tmp_path, overrides=["training.keep_checkpoints=2"])
     save(training, 10, 20)
     with pytest.raises(InterruptedError):
         save(training, 30, fails=True)
@@ -107,14 +106,14 @@ def test_old_checkpoints_go_only_after_a_newer_one_is_complete(tmp_path):
 
 def test_the_seconds_of_training_are_those_of_all_its_starts(tmp_path, monkeypatch):
     """A start was killed after a checkpoint of the twin and the end of the student."""
-    student = job(tmp_path)
+    student = make_spec(tmp_path)
     twin = dataclasses.replace(student, student="twin")
     clock = SimpleNamespace(now=1000.0)
 
-    def train(job):
+    def train(spec):
         clock.now += 7
-        summary = {"steps": 20, "tokens": 200, "seconds": 47.0 if job is twin else 300.0}
-        storage.write_json(job.summary_path, summary)
+        summary = {"steps": 20, "tokens": 200, "seconds": 47.0 if spec is twin else 300.0}
+        storage.write_json(spec.summary_path, summary)
         return summary
 
     monkeypatch.setattr(train_stage, "time", SimpleNamespace(time=lambda: clock.now))
@@ -125,7 +124,7 @@ def test_the_seconds_of_training_are_those_of_all_its_starts(tmp_path, monkeypat
     monkeypatch.setattr("teachers.pool.placement.check_placement", lambda *_: None)
     monkeypatch.setattr("students.launch.train_student", train)
     storage.write_json(student.summary_path, {"steps": 20, "tokens": 200, "seconds": 300.0})
-    save_checkpoint(Engine(), twin, TrainingState(10, 20, 100, 40.0))
+    save_checkpoint(SavingStudent(), twin, TrainingState(10, 20, 100, 40.0))
 
     run: Any = SimpleNamespace(config=student.config)
     record = train_stage.train(run)
@@ -140,9 +139,9 @@ def test_the_seconds_of_training_are_those_of_all_its_starts(tmp_path, monkeypat
 @pytest.mark.parametrize("old_new", list(itertools.product(range(4), range(4))))
 def test_stages_and_workers_that_resume_and_how(tmp_path, old_new):
     old, new = old_new
-    save(job(tmp_path, old, workers=2), 10)
+    save(make_spec(tmp_path, old, workers=2), 10)
     for workers in (1, 2, 4):
-        wanted = job(tmp_path, new, workers)
+        wanted = make_spec(tmp_path, new, workers)
         if old_new in WORKS:
             assert check_resume(wanted).universal == (old > 0 and (old != new or workers != 2))
             continue
@@ -153,7 +152,7 @@ def test_stages_and_workers_that_resume_and_how(tmp_path, old_new):
 
 @pytest.mark.parametrize("key", ["partitioning", "sequences", "shapes"])
 def test_a_checkpoint_that_does_not_say_what_resume_needs_is_named(tmp_path, key):
-    training = job(tmp_path)
+    training = make_spec(tmp_path)
     save(training, 10)
     path = Path(training.folder, "checkpoints/step-00000010")
     state = json.loads((path / "state.json").read_text())
@@ -161,16 +160,16 @@ def test_a_checkpoint_that_does_not_say_what_resume_needs_is_named(tmp_path, key
     (path / "state.json").write_text(json.dumps(state))
     reads = [lambda: check_resume(training), lambda: checkpoint_weights(path)]
     for read in reads if key == "partitioning" else reads[:1]:
-        message = rf"step-00000010 does not say its {key}, .*: remove it to"
+        message = rf"step-00000010 lacks {key} in .*: go on with .*, or remove the checkpoint"
         with pytest.raises(TrainingError, match=message):
             read()
 
 
 def test_what_was_learned_is_compared(tmp_path):
-    """Weights that a new fit moved are another target, whatever the config says."""
+    """Weights that a new fit moved make another target, even with the same config."""
     learned = {"words": {"words": 0.75, "arithmetic": 0.25}}
     combine = "combine={method: mixture, weights: {type: learned}}"
-    training = dataclasses.replace(job(tmp_path, overrides=[combine]), learned=learned)
+    training = dataclasses.replace(make_spec(tmp_path, overrides=[combine]), learned=learned)
     save(training, 10)
     assert check_resume(training).changes == []
     moved = dataclasses.replace(training, learned={"words": {"words": 0.5, "arithmetic": 0.5}})
@@ -179,35 +178,35 @@ def test_what_was_learned_is_compared(tmp_path):
 
 
 def test_an_optimizer_on_the_cpu_does_not_take_over_another(tmp_path):
-    save(job(tmp_path, 2), 10)
+    save(make_spec(tmp_path, 2), 10)
     offload = "training.deepspeed.zero_optimization.offload_optimizer={device: cpu}"
     allow = "training.allow_resume_with=[training]"
     with pytest.raises(TrainingError, match="offload_optimizer: None -> "):
-        check_resume(job(tmp_path, 2, overrides=[offload, allow]))
+        check_resume(make_spec(tmp_path, 2, overrides=[offload, allow]))
 
 
 def test_an_offload_to_nowhere_is_none(tmp_path):
-    save(job(tmp_path, 2), 10)
+    save(make_spec(tmp_path, 2), 10)
     nowhere = "training.deepspeed.zero_optimization.offload_optimizer={device: none}"
     allow = "training.allow_resume_with=[training.deepspeed]"
-    training = job(tmp_path, 2, overrides=[nowhere, allow])
+    training = make_spec(tmp_path, 2, overrides=[nowhere, allow])
     assert check_resume(training).state.step == 10
     assert type(make_optimizer(torch.nn.Linear(2, 2), training.config.training)) is AdamW
 
 
 def test_exceptions_are_named_one_by_one_and_recorded(tmp_path):
-    save(job(tmp_path), 10)
+    save(make_spec(tmp_path), 10)
     changes = ["training.learning_rate=0.5", "training.losses=[{type: cross_entropy, weight: 1}]"]
     names = ["tokenizer", "losses", "combine", "caches", "training.learning_rate"]
     for count in range(len(names)):
         allowed = f"training.allow_resume_with={json.dumps(names[:count])}"
         with pytest.raises(TrainingError) as refusal:
-            check_resume(job(tmp_path, tokenizer="other", overrides=[*changes, allowed]))
-        named = [name in str(refusal.value).split("\nRestore")[0] for name in names]
+            check_resume(make_spec(tmp_path, tokenizer="other", overrides=[*changes, allowed]))
+        named = [name in str(refusal.value).split("\nto resume")[0] for name in names]
         assert named == [False] * count + [True] * (len(names) - count)
     allowed = f"training.allow_resume_with={json.dumps(names)}"
-    changed = job(tmp_path, tokenizer="other", overrides=[*changes, allowed])
-    resume, engine = check_resume(changed), Engine()
+    changed = make_spec(tmp_path, tokenizer="other", overrides=[*changes, allowed])
+    resume, engine = check_resume(changed), SavingStudent()
     assert load_checkpoint(engine, changed, resume) == TrainingState(10, 80, 100, 1.0)
     assert engine.loaded == [resume.path]
     (kept,) = allowed_changes(changed.folder)
@@ -222,11 +221,11 @@ def test_exceptions_are_named_one_by_one_and_recorded(tmp_path):
 
 
 def test_an_exception_names_whole_words_of_the_identity(tmp_path):
-    assert sorted(job(tmp_path).identity()) == sorted(IDENTITY)
-    save(job(tmp_path), 10)
+    assert sorted(make_spec(tmp_path).identity()) == sorted(IDENTITY)
+    save(make_spec(tmp_path), 10)
     near = "training.allow_resume_with=[training.learning]"
     with pytest.raises(TrainingError, match=r"training\.learning_rate: "):
-        check_resume(job(tmp_path, overrides=["training.learning_rate=0.5", near]))
+        check_resume(make_spec(tmp_path, overrides=["training.learning_rate=0.5", near]))
     for name, message in (("cache", "no part of"), ("student.dtype", "depends on student.dtype")):
         with pytest.raises(ConfigError, match=message):
             load_config(CONFIG, [f"training.allow_resume_with=[{name}]"])
@@ -253,7 +252,7 @@ def test_train_starts_from_a_checkpoint_and_ends_with_the_export(monkeypatch, tm
 
 
 def test_parameters_of_other_shapes_are_named_before_deepspeed_loads_any(tmp_path):
-    training, other = job(tmp_path), Engine(width=2)
+    training, other = make_spec(tmp_path), SavingStudent(width=2)
     save(training, 10)
     with pytest.raises(TrainingError) as refusal:
         load_checkpoint(other, training, check_resume(training))
@@ -262,15 +261,15 @@ def test_parameters_of_other_shapes_are_named_before_deepspeed_loads_any(tmp_pat
 
 
 def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path):
-    save(job(tmp_path), 10)
+    save(make_spec(tmp_path), 10)
     fewer = ["training.steps=5", "training.warmup_steps=1", "training.allow_resume_with=[training]"]
-    with pytest.raises(TrainingError, match="beyond the last step"):
-        check_resume(job(tmp_path, overrides=fewer))
+    with pytest.raises(TrainingError, match=r"beyond the last step.* to at least 10"):
+        check_resume(make_spec(tmp_path, overrides=fewer))
 
 
 def test_a_checkpoint_that_deepspeed_cannot_convert_is_named_and_left_alone(tmp_path):
-    save(job(tmp_path, 1, workers=2), 10)
+    save(make_spec(tmp_path, 1, workers=2), 10)
     with pytest.raises(TrainingError, match=r"could not convert .*step-00000010"):
-        prepare_resume(job(tmp_path, 1))
-    names = {path.name for path in check_resume(job(tmp_path, 1)).path.iterdir()}
+        prepare_resume(make_spec(tmp_path, 1))
+    names = {path.name for path in check_resume(make_spec(tmp_path, 1)).path.iterdir()}
     assert names == {"zero", "rng-0.pt", "state.json", "COMPLETE"}

@@ -1,4 +1,4 @@
-"""Students whose head is more than a matrix."""
+"""Students whose LM head is more than a matrix."""
 
 import pytest
 import torch
@@ -8,14 +8,14 @@ from pipeline.config.student import StudentConfig
 from pipeline.errors import TrainingError
 from students.data.examples import Example
 from students.data.packing import pack
-from students.losses.divergences import LossTerm
+from students.losses.divergences import CrossEntropy, ReverseKL
 from students.micro_batch import MicroBatch
 from students.model import (
     StudentModule,
     build_student,
     check_architecture,
     logit_softcap,
-    refuse_head_settings,
+    refuse_lm_head_settings,
 )
 from tests.support.loss_reference import reference_loss
 
@@ -58,25 +58,25 @@ def test_soft_capped_logits_are_those_of_the_model_in_values_and_gradients(gemma
         tail.half().numpy(),
         torch.ones(1, 4).numpy(),
     )
-    terms = (
-        LossTerm("reverse_kl", "reverse_kl", 0.5, temperature=2.0, min_tail=1e-4),
-        LossTerm("cross_entropy", "cross_entropy", 1.0),
+    losses = (
+        ReverseKL(name="reverse_kl", weight=0.5, temperature=2.0, min_tail=1e-4),
+        CrossEntropy(name="cross_entropy", weight=1.0),
     )
     batch = MicroBatch.of(pack([example]))
-    StudentModule(gemma, terms)(batch)[0].backward()
+    StudentModule(gemma, losses)(batch)[0].backward()
     found = {name: p.grad.clone() for name, p in gemma.named_parameters()}
     gemma.zero_grad()
     logits = gemma(input_ids=ids[None], use_cache=False).logits[0, 1:5]
     assert logits.abs().max() > 2
-    sum(term.weight * reference_loss(term, logits, batch.targets) for term in terms).backward()
+    sum(loss.weight * reference_loss(loss, logits, batch.targets) for loss in losses).backward()
     for name, parameter in gemma.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_other_settings_of_the_head_are_still_refused():
-    refuse_head_settings({"final_logit_softcapping": 30.0, "logit_scale": 1.0})
-    with pytest.raises(TrainingError, match=r"logit_scale=0\.5"):
-        refuse_head_settings({"logit_scale": 0.5})
+def test_other_settings_of_the_lm_head_are_still_refused():
+    refuse_lm_head_settings({"final_logit_softcapping": 30.0, "logit_scale": 1.0})
+    with pytest.raises(TrainingError, match=r"logit_scale=0\.5.* choose another student\.model"):
+        refuse_lm_head_settings({"logit_scale": 0.5})
 
 
 def test_a_pretrained_student_is_never_unpickled(gemma, tmp_path):
@@ -86,5 +86,5 @@ def test_a_pretrained_student_is_never_unpickled(gemma, tmp_path):
     assert all(torch.equal(loaded[name], value) for name, value in gemma.state_dict().items())
     (tmp_path / "model.safetensors").unlink()
     torch.save(gemma.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(TrainingError, match="cannot load the student"):
+    with pytest.raises(TrainingError, match=r"student\.model .* cannot be loaded"):
         build_student(student, seed=0)

@@ -1,10 +1,10 @@
-"""What a person reads while a student trains."""
+"""The lines that a person reads while a student trains."""
 
 import json
 
 import pytest
 
-from students.progress import LINES_PER_TRAINING, MetricsLog, Pace, describe, read_metrics
+from students.progress import LINES_PER_TRAINING, MetricsLog, Pace, describe_metrics, read_metrics
 
 
 def values(step, **more):
@@ -37,8 +37,8 @@ def test_a_restarted_training_is_heard_again():
     assert pace.line(values(46))
 
 
-def test_describe_leaves_out_what_is_not_there():
-    assert describe({"step": 3}) == ""
+def test_a_description_leaves_out_what_is_not_there():
+    assert describe_metrics({"step": 3}) == ""
 
 
 def test_metrics_after_the_resumed_step_are_dropped_and_an_unfinished_line_ignored(tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.losses import HiddenState, Relation
-from students.losses.hidden_states import HiddenStatesLosses, hidden_states_terms
+from students.losses.hidden_states import HiddenStatesLosses, layer_loss_from_config
 from students.losses.inputs import HiddenStatesBatch
 
 H, D, LAYERS = 5, 7, (2, 6)
@@ -28,12 +28,14 @@ def loss(kind, layers=None, weight=1.0, projection="learned"):
 
 
 def module_of(*losses, width=D):
-    terms = hidden_states_terms(losses, {"t": LAYERS})
-    return HiddenStatesLosses(terms, H, {"t": width}, seed=3).double()
+    parameters = tuple(
+        layer_loss_from_config(loss.name, loss.model_dump(), LAYERS) for loss in losses
+    )
+    return HiddenStatesLosses(parameters, H, {"t": width}, seed=3).double()
 
 
 def states_of(lengths, seed=0, width=D):
-    """By sequence, the student's states of layers 0 and 1, and the teacher's of both layers."""
+    """Hidden states by sequence: the student's of layers 0 and 1, the teacher's of both layers."""
     rng = np.random.default_rng(seed)
     student = [torch.tensor(rng.normal(size=(n, 2, H))) for n in lengths]
     teacher = [torch.tensor(rng.normal(size=(n, 2, width))).bfloat16() for n in lengths]
@@ -93,7 +95,7 @@ def oracle(kind, student, teacher, projection):
     """Plain Python over lists: the sum over the positions of one group of sequences.
 
     Args:
-        student, teacher: for each sequence a list of states.
+        student, teacher: a list of states for each sequence.
         projection: a matrix as a list of rows, or None.
     """
     if projection is not None:
@@ -248,7 +250,7 @@ def test_an_empty_micro_batch_keeps_the_learned_matrix_in_the_graph():
 
 
 def test_relations_do_not_change_when_states_are_scaled_and_shifted():
-    """What makes them comparable between models of different sizes (arXiv 1904.05068)."""
+    """This makes them comparable between models of different sizes (arXiv 1904.05068)."""
     student, teacher = states_of([2, 3, 2])
     batch = batch_of(range(3), teacher, [0] * 3)
     module = module_of(loss("distance"), loss("angle"))

@@ -16,16 +16,16 @@ from pipeline.fingerprint import digest_ids
 from pipeline.layout import Layout
 from pipeline.records import HiddenStates
 from pipeline.sequences import read_dataset, read_sequences
-from students.checkpoints.checkpoint import latest_complete
+from students.checkpoints.resume import latest_complete
 from students.data.batches import DataOrder
 from students.export import export_student
 from students.model import build_student
 from students.progress import read_metrics
-from tests.support.trainings import TOLERANCE, WEIGHTS_TOLERANCE, curve, final_weights, make_job
+from tests.support.trainings import TOLERANCE, WEIGHTS_TOLERANCE, curve, final_weights, make_spec
 
 pytestmark = pytest.mark.timeout(300)
-FEATURES = "first+features"
-STATE_LOSSES = [
+HIDDEN_STATES = "first+features"
+LOSSES = [
     {"type": "forward_kl", "weight": 1.0},
     {
         "type": "hidden_state",
@@ -52,7 +52,7 @@ STATE_LOSSES = [
         )
     ),
 ]
-NAMES_OF_STATE_LOSSES = [
+NAMES = [
     "hidden_state_mse_first_3_1_7_2",
     "hidden_state_cosine_first_7_1",
     "relation_token_similarity_first_3_1",
@@ -73,39 +73,41 @@ def states(material):
         )
         for entry in read_dataset(layout, digest)[1:]
     }
-    cache = layout.cache(FEATURES, "1" * 32)
+    cache = layout.cache(HIDDEN_STATES, "1" * 32)
     write_shard(cache.shard(digest_ids(rows)), list(rows.values()), "1" * 32)
     return cache, rows
 
 
-def make_state_job(material, states, name, losses=STATE_LOSSES, **options):
+def make_hidden_states_spec(material, states, name, losses=LOSSES, **options):
     options = {"tokens_per_micro_batch": 60, **options}
-    job = make_job(material, name, losses=losses, **options)
+    spec = make_spec(material, name, losses=losses, **options)
     return dataclasses.replace(
-        job,
-        caches=job.caches | {FEATURES: states[0]},
-        cache_fingerprints=job.cache_fingerprints | {FEATURES: "1" * 32},
+        spec,
+        caches=spec.caches | {HIDDEN_STATES: states[0]},
+        cache_fingerprints=spec.cache_fingerprints | {HIDDEN_STATES: "1" * 32},
     )
 
 
 @pytest.fixture(scope="module")
 def state_reference(run, material, states):
     """One worker, stage 0, everything in one micro-batch, unbroken."""
-    job = make_state_job(material, states, "states", tokens_per_micro_batch=800)
-    run(job)
-    return job
+    spec = make_hidden_states_spec(material, states, "states", tokens_per_micro_batch=800)
+    run(spec)
+    return spec
 
 
 def test_losses_on_hidden_states_are_those_of_plain_forwards(state_reference, states):
     """The first step, one sequence at a time by transformers; states before each token."""
-    job = state_reference
-    entries = [e for e in read_dataset(job.layout, job.dataset_digest) if e.split == "train"]
+    spec = state_reference
+    entries = [e for e in read_dataset(spec.layout, spec.dataset_digest) if e.split == "train"]
     positions = [e.num_positions for e in entries]
-    order = DataOrder([e.shard for e in entries], positions, job.config.seed, job.dataset_digest, 8)
-    model = build_student(job.config.student, job.config.seed)
+    order = DataOrder(
+        [e.shard for e in entries], positions, spec.config.seed, spec.dataset_digest, 8
+    )
+    model = build_student(spec.config.student, spec.config.seed)
     cosines, similarities, num_positions, embeddings = 0.0, 0.0, 0, []
     for i in order.batch(0):
-        shard = read_sequences(str(Path(job.layout.root, entries[i].shard)))
+        shard = read_sequences(str(Path(spec.layout.root, entries[i].shard)))
         sequence = next(s for s in shard if s.sequence_id == entries[i].sequence_id)
         ids = torch.tensor(sequence.input_ids[None].astype(np.int64))
         with torch.no_grad():
@@ -137,21 +139,21 @@ def test_losses_on_hidden_states_are_those_of_plain_forwards(state_reference, st
         "relation_distance_first_3_1": distances / num_positions,
     }
     for name, value in expected.items():
-        assert curve(job, f"train/{name}")[1] == pytest.approx(value, rel=1e-5), name
-    line = read_metrics(job.metrics_path)[0]
+        assert curve(spec, f"train/{name}")[1] == pytest.approx(value, rel=1e-5), name
+    line = read_metrics(spec.metrics_path)[0]
     weighted = [loss["weight"] * line[f"train/{name}"] for loss, name in _named_losses()]
     assert line["train/loss"] == pytest.approx(sum(weighted))
 
 
 def _named_losses():
-    return zip(STATE_LOSSES, ["forward_kl", *NAMES_OF_STATE_LOSSES], strict=True)
+    return zip(LOSSES, ["forward_kl", *NAMES], strict=True)
 
 
-def assert_same_curves(job, expected, names=("loss", *NAMES_OF_STATE_LOSSES)):
+def assert_same_curves(spec, expected, names=("loss", *NAMES)):
     for name in names:
         for prefix in ("train", "holdout"):
             metric = f"{prefix}/{name}"
-            assert curve(job, metric) == pytest.approx(
+            assert curve(spec, metric) == pytest.approx(
                 curve(expected, metric), rel=TOLERANCE, abs=1e-6
             ), metric
 
@@ -163,32 +165,32 @@ def test_workers_stages_and_packing_change_no_loss_on_hidden_states(
 ):
     name = f"states-w{workers}p{packing}z{zero_stage}"
     options = {"workers": workers, "packing": packing, "zero_stage": zero_stage}
-    job = make_state_job(material, states, name, **options)
-    run(job)
+    spec = make_hidden_states_spec(material, states, name, **options)
+    run(spec)
     assert run.micro_batches[name] == [[2 // workers] * 6] * workers
-    assert_same_curves(job, state_reference)
+    assert_same_curves(spec, state_reference)
     for key, value in final_weights(state_reference).items():
-        np.testing.assert_allclose(final_weights(job)[key], value, atol=WEIGHTS_TOLERANCE)
+        np.testing.assert_allclose(final_weights(spec)[key], value, atol=WEIGHTS_TOLERANCE)
 
 
 @pytest.mark.parametrize(("old", "new"), [((1, 0), (1, 0)), ((2, 3), (2, 3)), ((2, 2), (1, 2))])
 def test_learned_matrices_are_resumed(run, state_reference, material, states, old, new):
     (workers, zero_stage), name = old, "states-resume-{}-{}-{}-{}".format(*old, *new)
-    job = make_state_job(material, states, name, workers=workers, zero_stage=zero_stage)
+    spec = make_hidden_states_spec(material, states, name, workers=workers, zero_stage=zero_stage)
     with pytest.raises(ray.exceptions.RayTaskError, match="InterruptedError"):
-        run(job, stop_before=3)
-    job = make_state_job(material, states, name, workers=new[0], zero_stage=new[1])
-    run(job)
-    assert_same_curves(job, state_reference)
+        run(spec, stop_before=3)
+    spec = make_hidden_states_spec(material, states, name, workers=new[0], zero_stage=new[1])
+    run(spec)
+    assert_same_curves(spec, state_reference)
 
 
 def test_a_matrix_cannot_come_on_resume(run, material, states):
-    plain = [loss for loss in STATE_LOSSES if loss.get("projection") != "learned"]
-    job = make_state_job(material, states, "states-later", losses=plain)
+    plain = [loss for loss in LOSSES if loss.get("projection") != "learned"]
+    spec = make_hidden_states_spec(material, states, "states-later", losses=plain)
     with pytest.raises(ray.exceptions.RayTaskError, match="InterruptedError"):
-        run(job, stop_before=3)
+        run(spec, stop_before=3)
     with pytest.raises(TrainingError, match=r"learned projections: \[\] -> \[\"first"):
-        run(make_state_job(material, states, "states-later", allow_resume_with=["losses"]))
+        run(make_hidden_states_spec(material, states, "states-later", allow_resume_with=["losses"]))
 
 
 def test_learned_matrices_are_trained_and_not_exported(
@@ -205,13 +207,17 @@ def test_learned_matrices_are_trained_and_not_exported(
 
 
 def test_groups_that_do_not_fit_are_refused(run, material, states):
-    with pytest.raises(TrainingError, match=r"keeps 4 sequences in one micro-batch.*take 5\d"):
-        run(make_state_job(material, states, "states-tight", tokens_per_micro_batch=40))
+    with pytest.raises(
+        TrainingError, match=r"keeps 4 sequences in one micro-batch.*take 5\d tokens"
+    ):
+        run(make_hidden_states_spec(material, states, "states-tight", tokens_per_micro_batch=40))
 
 
 def test_bfloat16_trains_on_hidden_states(run, material, states):
     options = {"dtype": "bfloat16", "gradient_checkpointing": True}
-    job = make_state_job(material, states, "states-bf16", zero_stage=2, student_options=options)
-    run(job)
-    losses = curve(job)
+    spec = make_hidden_states_spec(
+        material, states, "states-bf16", zero_stage=2, student_options=options
+    )
+    run(spec)
+    losses = curve(spec)
     assert losses[6] < losses[1]

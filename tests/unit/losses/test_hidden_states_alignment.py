@@ -21,10 +21,10 @@ from pipeline.layout import Layout
 from pipeline.records import DatasetEntry, TokenSequence
 from pipeline.sequences import write_sequences
 from students.data.examples import open_examples
-from students.data.hidden_states import TeacherStates
+from students.data.hidden_states import TeacherHiddenStates
 from students.data.packing import pack
-from students.losses.divergences import LossTerm
-from students.losses.hidden_states import HiddenStatesLosses, hidden_states_terms
+from students.losses.divergences import CrossEntropy
+from students.losses.hidden_states import HiddenStatesLosses, layer_loss_from_config
 from students.micro_batch import MicroBatch
 from students.model import StudentModule
 from teachers.protocol import CapturedRows
@@ -89,18 +89,18 @@ def test_states_before_the_tokens_meet(tmp_path, padded):
         measure="mse",
         projection="none",
     )
-    states = TeacherStates({hidden_states_of("t"): cache}, ["t"], entries)
-    terms = hidden_states_terms([loss], {"t": (1, 3)})
+    states = TeacherHiddenStates({hidden_states_of("t"): cache}, ["t"], entries)
+    on_hidden_states = (layer_loss_from_config(loss.name, loss.model_dump(), (1, 3)),)
     module = StudentModule(
         model,
-        (LossTerm("cross_entropy", "cross_entropy", 1.0),),
-        HiddenStatesLosses(terms, HIDDEN, states.widths, seed=0),
+        (CrossEntropy(name="cross_entropy", weight=1.0),),
+        HiddenStatesLosses(on_hidden_states, HIDDEN, states.widths, seed=0),
     )
     examples = open_examples(layout, {}, ["t"], None, entries, 8)
     order = [entries[i] for i in (2, 0, 1)]
     packed = pack([examples[entry] for entry in order], padded)
-    features = states.batch(order, [0, 0, 0])
-    total, figures = module(MicroBatch.of(replace(packed, features=features)))
+    hidden_states = states.batch(order, [0, 0, 0])
+    total, figures = module(MicroBatch.of(replace(packed, hidden_states=hidden_states)))
 
     expected = 0.0
     for name, tokens in TOKENS.items():

@@ -1,0 +1,212 @@
+"""The checkpoint that a training resumes from, and the refusal of one that does not fit.
+
+A run resumes only from a checkpoint of the same training: same data, targets, student, losses and
+schedule, except for the keys that `training.allow_resume_with` names. Such changes are kept in
+
+    <training folder>/changes.json   [{"step": n, "differences": [...]}, ...]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline import storage
+from pipeline.errors import TrainingError
+from pipeline.fingerprint import differences
+from pipeline.run.training_spec import COMPLETE, TrainingSpec
+from students.checkpoints.universal import (
+    convert,
+    needs_conversion,
+    partitioning,
+    refuse_other_version,
+    refused_changes,
+    stored_partitioning,
+)
+
+SHOWN = 10
+"""Most parameters that a message lists."""
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Progress of a training: optimizer steps, their sequences and tokens, seconds spent in all
+    starts. The number of sequences is the place in the order of the data, whatever the batches of
+    earlier starts were.
+    """
+
+    step: int
+    sequences: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A checkpoint that fits a training.
+
+    Attributes:
+        path: folder of the checkpoint.
+        state: progress of the training.
+        universal: whether the checkpoint is loaded in its universal form.
+        shapes: shape of each parameter, by name.
+        changes: differences from the training that wrote it, all of them allowed.
+    """
+
+    path: Path
+    state: TrainingState
+    universal: bool
+    shapes: dict[str, list[int]]
+    changes: list[str]
+
+
+def complete_checkpoints(folder: str) -> list[Path]:
+    """The complete checkpoints below a training folder, in the order of their steps."""
+    markers = Path(folder, "checkpoints").glob(f"step-*/{COMPLETE}")
+    return sorted(
+        (marker.parent for marker in markers), key=lambda path: int(path.name.removeprefix("step-"))
+    )
+
+
+def latest_complete(folder: str) -> Path | None:
+    """The complete checkpoint of the highest step below a training folder."""
+    complete = complete_checkpoints(folder)
+    return complete[-1] if complete else None
+
+
+def check_resume(spec: TrainingSpec) -> Resume | None:
+    """The newest complete checkpoint, or None when training starts from nothing.
+
+    Raises:
+        TrainingError: the checkpoint belongs to another training, or DeepSpeed cannot load it at
+            this ZeRO stage; the message lists all differences.
+    """
+    path = latest_complete(spec.folder)
+    if path is None:
+        return None
+    stored = storage.read_json(str(path / "state.json"))
+    needed = [*(field.name for field in fields(TrainingState)), "shapes"]
+    refuse_other_version(stored, needed, path)
+    old, new = stored_partitioning(stored, path), partitioning(spec.config.training)
+    changes = differences(stored["identity"], spec.identity())
+    allowed = [line for line in changes if _is_allowed(line, spec)]
+    refused = [line for line in changes if line not in allowed] + refused_changes(old, new)
+    refused += _other_matrices(stored["identity"], spec.identity())
+    if refused:
+        raise TrainingError(
+            f"checkpoint {path} belongs to a training with other settings (old -> new):\n  "
+            + "\n  ".join(refused)
+            + "\nto resume from it, restore the old values, or allow other data, targets, losses "
+            "or schedule by name (--allow NAME, or training.allow_resume_with); to train from the "
+            f"start, choose another `name` for the run or remove {spec.folder}"
+        )
+    state = TrainingState(**{field.name: stored[field.name] for field in fields(TrainingState)})
+    if state.step > spec.config.training.steps:
+        raise TrainingError(
+            f"checkpoint {path} is at step {state.step}, which is beyond the last step, since "
+            f"training.steps is {spec.config.training.steps}: raise it to at least {state.step}"
+        )
+    return Resume(path, state, needs_conversion(old, new), stored["shapes"], allowed)
+
+
+def agreed_resume(spec: TrainingSpec, device: torch.device) -> Resume | None:
+    """`check_resume` as rank 0 sees it, on every rank: a shared file system may show its nodes the
+    newest checkpoint at different times. All ranks call it.
+
+    Raises:
+        TrainingError: as `check_resume`.
+    """
+    seen_by_rank_0: list[Resume | TrainingError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            seen_by_rank_0 = [check_resume(spec)]
+        except TrainingError as error:
+            seen_by_rank_0 = [error]
+    dist.broadcast_object_list(seen_by_rank_0, device=device)
+    if isinstance(seen_by_rank_0[0], TrainingError):
+        raise seen_by_rank_0[0]
+    return seen_by_rank_0[0]
+
+
+def prepare_resume(spec: TrainingSpec) -> Resume | None:
+    """`check_resume`, and the universal form of the checkpoint if the workers need it; one process
+    calls it before the workers start.
+
+    Raises:
+        TrainingError: the checkpoint does not fit, or cannot be converted.
+    """
+    resume = check_resume(spec)
+    if resume is not None and resume.universal:
+        convert(resume.path)
+    return resume
+
+
+def seconds_before(spec: TrainingSpec) -> float:
+    """Seconds that earlier starts of a training took, up to their last checkpoint or their end.
+
+    Raises:
+        TrainingError: its checkpoint belongs to another training.
+    """
+    if storage.exists(spec.summary_path):
+        return storage.read_json(spec.summary_path)["seconds"]
+    resume = check_resume(spec)
+    return resume.state.seconds if resume is not None else 0.0
+
+
+def allowed_changes(folder: str) -> list[dict[str, Any]]:
+    """Changes to a training between its starts, in order: the step and the differences of each."""
+    path = Path(folder, "changes.json")
+    return storage.read_json(str(path)) if path.exists() else []
+
+
+def keep_changes(folder: str, resume: Resume) -> None:
+    """Adds the changes of this start; drops those of starts whose steps were lost."""
+    before = allowed_changes(folder)
+    changes = [change for change in before if change["step"] < resume.state.step]
+    if resume.changes:
+        changes.append({"step": resume.state.step, "differences": resume.changes})
+    if changes != before:
+        storage.write_json(str(Path(folder, "changes.json")), changes)
+
+
+def refuse_other_shapes(resume: Resume, shapes: dict[str, list[int]]) -> None:
+    """Refuses a checkpoint whose parameters have other shapes than the training's: allowed changes
+    may have brought a student, or stored hidden states, of another size.
+
+    Raises:
+        TrainingError: the message names the parameters.
+    """
+    changed = differences(resume.shapes, shapes)
+    if changed:
+        rest = [f"and {len(changed) - SHOWN} more"] if len(changed) > SHOWN else []
+        raise TrainingError(
+            f"checkpoint {resume.path} does not fit this training: its parameters have other "
+            "shapes (old -> new):\n  "
+            + "\n  ".join(changed[:SHOWN] + rest)
+            + "\nto resume from it, restore the models and the scoring.features that it was "
+            "written with; to train from the start, choose another `name` for the run"
+        )
+
+
+def _other_matrices(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Refused changes of losses that learn a matrix: they cannot come or go, since the optimizer's
+    state is in their order.
+    """
+    before, now = (
+        [
+            f"{loss['teacher']} {loss['layers']}"
+            for loss in identity["losses"]
+            if loss.get("projection") == "learned"
+        ]
+        for identity in (old, new)
+    )
+    return [] if before == now else [f"learned projections: {before} -> {now}"]
+
+
+def _is_allowed(line: str, spec: TrainingSpec) -> bool:
+    key = line.partition(":")[0]
+    return any(f"{key}.".startswith(f"{name}.") for name in spec.config.training.allow_resume_with)
