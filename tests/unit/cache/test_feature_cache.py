@@ -257,7 +257,7 @@ def test_states_too_wide_for_the_memory_of_a_loader_are_named(
         monkeypatch.setattr("students.data.batches.DECODED_BYTES_KEPT", kept)
         BatchSource(share)
         assert len(caplog.messages) == said
-    assert "hidden states of words take 48 bytes a position" in caplog.messages[0]
+    assert "hidden states of words take 48 bytes per position" in caplog.messages[0]
 
 
 def test_layers_and_projection_name_the_folder(run: FabricatedRun) -> None:
