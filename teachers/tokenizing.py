@@ -1,4 +1,4 @@
-"""The run's tokenizer, which is the student's: prompts to ids, answers to text."""
+"""Tokenizer of a run, which is the student's: turns prompts into ids and answers into text."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pipeline.records import Prompt
 
 
 def load_tokenizer(model: ModelFiles) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub id.
+    """Loads the tokenizer of a model folder or hub id.
 
     Raises:
-        ConfigError: there is none, or it cannot be loaded.
+        ConfigError: the model has no tokenizer, or it cannot be loaded.
     """
     try:
         return AutoTokenizer.from_pretrained(
@@ -29,7 +29,7 @@ def load_tokenizer(model: ModelFiles) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hex hash of all that decides a text's ids: vocabulary, rules, template, end of sequence."""
+    """Hex hash of all that makes a text's ids: vocabulary, rules, template, end of sequence."""
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         rules = tokenizer.backend_tokenizer.to_str()
     else:
@@ -41,17 +41,18 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @lru_cache(maxsize=1)
 def student_tokenizer(files: ModelFiles) -> tuple[PreTrainedTokenizerBase, str]:
-    """The tokenizer of a run, which is the student's, and its hash; loaded once per process."""
+    """Tokenizer of a run, which is the student's, and its hash; loaded once per process."""
     tokenizer = load_tokenizer(files)
     return tokenizer, tokenizer_hash(tokenizer)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """The token ids of a prompt: messages by the chat template, ready for an answer; text as it is.
+    """Token ids of a prompt: messages go through the chat template up to the start of the answer,
+    text is tokenized unchanged.
 
     Raises:
-        ConfigError: messages, but the tokenizer has no chat template or its template refuses them;
-            or the prompt has no tokens.
+        ConfigError: the prompt has messages, but the tokenizer has no chat template or its template
+            refuses them; or the prompt has no tokens.
     """
     ids: Any  # upstream's stubs name what the other options return as well
     if prompt.messages is None:
@@ -59,7 +60,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     elif tokenizer.chat_template is None:
         raise ConfigError(
             f"prompt {prompt.prompt_id} has chat messages, but the student's tokenizer has no chat "
-            "template; add one to its folder or give prompts as `text`"
+            "template: add one to its folder, or give prompts as `text`"
         )
     else:
         try:
@@ -69,16 +70,16 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
         except TemplateError as error:
             raise ConfigError(
                 f"the chat template of {tokenizer.name_or_path} refuses prompt "
-                f"{prompt.prompt_id}: {error}; change its messages or leave it out (a recipe's or "
-                "the evaluation's system_prompt is one of them)"
+                f"{prompt.prompt_id}: {error}; change its messages, among them the system_prompt "
+                "of a recipe or of the evaluation, or leave the prompt out"
             ) from error
     if not ids:
-        raise ConfigError(f"prompt {prompt.prompt_id} has no tokens")
+        raise ConfigError(f"prompt {prompt.prompt_id} has no tokens: remove it from its dataset")
     return list(ids)
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
-    """The text of an answer, without special tokens."""
+    """Text of an answer, without special tokens."""
     text = tokenizer.decode(token_ids, skip_special_tokens=True)
     assert isinstance(text, str), "one sequence of ids is one text"
     return text

@@ -1,7 +1,7 @@
-"""Which model is it? The resolved hub revision, or the hash of a local folder's weights.
+"""Identity of a model: the resolved hub revision, or the hash of a local folder's weights.
 
-Hashes of weight files are remembered under the storage root by size and modification time, so that
-a large model is read once.
+Hashes of weight files are stored under the storage root by size and modification time, so that a
+large model is read once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipeline.run.training_spec import is_complete_checkpoint
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
-# The second names the tokens that end an answer; a model's own code counts as well.
+# `generation_config.json` names the tokens that end an answer; a model's own code counts as well.
 OTHER_FILES = ("config.json", "generation_config.json")
 CODE_SUFFIX = ".py"
 READ_BYTES = 1 << 24
@@ -36,11 +36,14 @@ READ_BYTES = 1 << 24
 def model_identity(
     model: TeacherConfig | EndpointTeacherConfig | StudentConfig, layout: Layout
 ) -> dict[str, str]:
-    """`{"hub": id, "revision": commit}` of a hub model, `{"weights": hash}` of a folder; of an
-    endpoint `{"endpoint": words, "api": kind}`, what the config calls it or else its served name.
+    """Identity of a model, which names the caches of its rows.
+
+    A hub model has `{"hub": id, "revision": commit}`, a folder `{"weights": hash}`, an endpoint
+    `{"endpoint": label, "api": kind}`. The label is `model_identity`, or else the name of the
+    served model.
 
     Raises:
-        ConfigError: the folder is missing or holds no model, or the hub cannot be asked.
+        ConfigError: the folder is missing or holds no model, or the hub cannot be reached.
     """
     if isinstance(model, EndpointTeacherConfig):
         name = model.model_identity or model.endpoint.model
@@ -49,10 +52,14 @@ def model_identity(
         return {"hub": model.model, "revision": _hub_commit(model)}
     folder = Path(model.model)
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"{model.model} is not a model folder: it has no config.json")
+        raise ConfigError(
+            f"{model.model} is not a model folder, since it has no config.json: check the path"
+        )
     files = sorted(path for path in folder.iterdir() if path.is_file())
     if not any(path.suffix in WEIGHT_SUFFIXES for path in files):
-        raise ConfigError(f"{model.model} holds no weights ({', '.join(WEIGHT_SUFFIXES)})")
+        raise ConfigError(
+            f"{model.model} holds no weights ({', '.join(WEIGHT_SUFFIXES)}): check the path"
+        )
     decisive = [
         path
         for path in files
@@ -62,8 +69,8 @@ def model_identity(
 
 
 def student_identity(student: StudentConfig, layout: Layout) -> dict[str, str]:
-    """What the student starts from: `model_identity`, or for a random start its config alone; the
-    weights of an earlier training apart.
+    """Identity of the student's start: `model_identity`, or the hash of its config for a random
+    start. Weights of an earlier training are added as further keys.
 
     Raises:
         ConfigError: the model or the weights are missing.
@@ -77,12 +84,12 @@ def student_identity(student: StudentConfig, layout: Layout) -> dict[str, str]:
 
 
 def _weights_identity(folder: str, layout: Layout) -> dict[str, str]:
-    """Of a complete checkpoint or of a model folder."""
+    """Part of the student's identity for weights from a complete checkpoint or a model folder."""
     if not is_complete_checkpoint(folder):
         if not any(Path(folder).glob("*.safetensors")):
             raise ConfigError(
                 f"student.initial_weights: {folder} is neither a complete checkpoint "
-                "(…/checkpoints/step-<n>) nor a model folder with safetensors"
+                "(…/checkpoints/step-<n>) nor a model folder with safetensors: check the path"
             )
         files = [Path(folder, "config.json"), *sorted(Path(folder).glob("*.safetensors"))]
         return {"initial_weights": digest_json(_file_hashes(files, layout))}
@@ -96,13 +103,13 @@ def _weights_identity(folder: str, layout: Layout) -> dict[str, str]:
 
 
 def check_model(model: ModelFiles) -> None:
-    """Loads the model's config, which shows that it is a causal language model transformers knows.
+    """Checks that transformers can load the model's config.
 
     Raises:
-        ConfigError: the folder or hub id is missing or its config cannot be read.
+        ConfigError: the folder or hub id does not exist, or its config cannot be read.
     """
     if is_folder(model.model) and not Path(model.model).is_dir():
-        raise ConfigError(f"model folder {model.model} does not exist")
+        raise ConfigError(f"the model folder {model.model} does not exist: check the path")
     try:
         AutoConfig.from_pretrained(
             model.model, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -112,21 +119,25 @@ def check_model(model: ModelFiles) -> None:
 
 
 def check_weights(model: str, revision: str | None) -> None:
-    """Checks that the weights of a folder or of a hub model are there as safetensors: those of
-    other formats are pickles, which run what was put into them.
+    """Checks that a folder or a hub model has its weights as safetensors, since other formats are
+    pickles, which run any code put into them.
+
+    Args:
+        model: folder or hub id.
+        revision: hub revision.
 
     Raises:
-        ConfigError: they are not.
+        ConfigError: the model has no safetensors.
     """
     if is_folder(model):
-        found = any(Path(model).glob("*.safetensors"))
+        has_safetensors = any(Path(model).glob("*.safetensors"))
     else:
-        found = any(has_file(model, name, revision=revision) for name in SAFETENSORS)
-    if not found:
+        has_safetensors = any(has_file(model, name, revision=revision) for name in SAFETENSORS)
+    if not has_safetensors:
         raise ConfigError(
-            f"{model} has no safetensors: its weights would be unpickled, which can run anything. "
-            "Choose a revision that has them, or load the model where you trust it and "
-            "`save_pretrained` it; for a teacher, `vllm.load_format` takes other formats by name"
+            f"{model} has no safetensors: its weights would be unpickled, which can run any code; "
+            "choose a revision that has safetensors, convert the model with `save_pretrained` if "
+            "you trust it, or, for a teacher, name the format in `vllm.load_format`"
         )
 
 
@@ -137,7 +148,7 @@ def _hub_commit(model: TeacherConfig | StudentConfig) -> str:
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
         raise ConfigError(
-            f"cannot resolve hub model {model.model!r} (revision {model.revision!r}): {error}"
+            f"cannot resolve the hub model {model.model!r} (revision {model.revision!r}): {error}"
         ) from error
     return Path(snapshot).name
 

@@ -1,4 +1,4 @@
-"""Preflight of losses on hidden states: do the models have these layers, of sizes that fit?"""
+"""Preflight of losses on hidden states: do the models have the layers, in sizes that fit?"""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from pipeline.errors import ConfigError
 
 
 def check_layers(config: Config) -> None:
-    """Hidden states that a loss names must exist, and fit where nothing projects them.
+    """Checks that the hidden states of every loss exist, and that their sizes fit.
 
     Raises:
-        ConfigError: a model has no such layer, the projection of the stored states has not less
-            dimensions than they have, or sizes differ with nothing learned between them.
+        ConfigError: a model has no such layer, the projection of the stored hidden states does not
+            reduce their dimensions, or the sizes of teacher and student differ without a learned
+            projection.
     """
     student = text_config(config.student.files)
     for loss in config.training.losses:
         if not isinstance(loss, StateLoss):
             continue
         files = config.teachers[loss.teacher].files
-        assert files is not None, "the config refuses losses on states of an endpoint"
+        assert files is not None, "the config refuses losses on hidden states of an endpoint"
         teacher = text_config(files)
         for name, model, layers in (
             (f"teacher {loss.teacher!r}", teacher, loss.layers.keys()),
@@ -33,13 +34,13 @@ def check_layers(config: Config) -> None:
             if max(layers) > model.num_hidden_layers:
                 raise ConfigError(
                     f"training.losses: {loss.name} names layer {max(layers)}, but {name} has "
-                    f"{model.num_hidden_layers}; layer 0 are the embeddings"
+                    f"{model.num_hidden_layers} layers: name a lower one; layer 0 is the embeddings"
                 )
         dimensions = config.scoring.features.dimensions
         if dimensions is not None and dimensions >= teacher.hidden_size:
             raise ConfigError(
                 f"scoring.features.dimensions ({dimensions}) is not below the hidden size of "
-                f"teacher {loss.teacher!r} ({teacher.hidden_size}): leave it out"
+                f"teacher {loss.teacher!r} ({teacher.hidden_size}): lower it or leave it out"
             )
         stored = dimensions or teacher.hidden_size
         plain = isinstance(loss, HiddenState) and loss.projection == "none"
@@ -51,13 +52,13 @@ def check_layers(config: Config) -> None:
 
 
 def hidden_sizes(config: Config) -> dict[str, int]:
-    """Of the teachers whose hidden states a loss needs."""
+    """Hidden sizes of the teachers whose hidden states a loss needs, by name."""
     files = {name: config.teachers[name].files for name in config.training.teacher_layers}
     return {name: text_config(f).hidden_size for name, f in files.items() if f is not None}
 
 
 def text_config(model: ModelFiles) -> Any:
-    """What transformers knows of a language model, that of the text in a model of several kinds."""
+    """Config of a language model from transformers, or of the text part of a multimodal model."""
     loaded = AutoConfig.from_pretrained(
         model.model, revision=model.revision, trust_remote_code=model.trust_remote_code
     )

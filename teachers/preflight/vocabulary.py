@@ -1,9 +1,9 @@
-"""Preflight before any engine starts: do all teachers and the student mean the same by a token id?
+"""Preflight of tokenizers: does each token id mean the same to all teachers and to the student?
 
 Sequences are tokenised once with the student's tokenizer and chat template, and every teacher is
-fed those ids. So each id must stand for the same string everywhere, the end-of-sequence token must
-agree, and every teacher's own tokenizer and template must turn the prompts into the same ids, or
-the config must allow the difference by name.
+given these ids. Each id must therefore stand for the same string everywhere, the end-of-sequence
+token must agree, and every teacher's own tokenizer and template must turn the prompts into the same
+ids, unless the config allows the difference by name.
 """
 
 from __future__ import annotations
@@ -24,22 +24,25 @@ PROMPTS_COMPARED = 1000
 def check_vocabularies(config: Config, prompts: Sequence[Prompt]) -> str:
     """Compares every teacher's tokenizer with the student's; returns the student's tokenizer hash.
 
-    Ids that no tokenizer uses (the padding of an embedding matrix) are left aside, and so are
-    teachers that exchange text alone.
+    Ids that no tokenizer uses (the padding of an embedding matrix) are ignored, and so are teachers
+    that only exchange text.
 
     Raises:
         ConfigError: a tokenizer cannot be loaded, or the student's has no end-of-sequence token.
-        VocabularyMismatchError: the differing entries, listed.
+        VocabularyMismatchError: entries differ; the message lists them.
     """
     student = load_tokenizer(config.student.files)
     if student.eos_token_id is None:
-        raise ConfigError(f"the tokenizer of {config.student.model} has no end-of-sequence token")
+        raise ConfigError(
+            f"the tokenizer of {config.student.model} has no end-of-sequence token: set "
+            "`eos_token` in its tokenizer_config.json"
+        )
     step = max(1, len(prompts) // PROMPTS_COMPARED)
     sample = prompts[::step][:PROMPTS_COMPARED]
     problems = []
     for name, teacher in config.teachers.items():
         if teacher.files is None:
-            continue  # its answers are text, tokenized with the student's
+            continue  # its answers are text, which the student's tokenizer turns into ids
         tokenizer = load_tokenizer(teacher.files)
         lines = _differences(student, tokenizer)
         if not lines and not teacher.allow_chat_template_difference:
@@ -47,7 +50,7 @@ def check_vocabularies(config: Config, prompts: Sequence[Prompt]) -> str:
         problems += [f"teacher {name!r}: {line}" for line in lines]
     if problems:
         raise VocabularyMismatchError(
-            "teachers and student must share one vocabulary and prompt format:\n  "
+            "teachers and student must share one vocabulary and one prompt format:\n  "
             + "\n  ".join(problems)
         )
     return tokenizer_hash(student)
@@ -67,12 +70,12 @@ def _differences(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerB
     ]
     if len(differing) > ENTRIES_LISTED:
         lines.append(
-            f"… {len(differing)} ids differ in all, of {len(ours)} (student) and {len(theirs)} "
-            "(teacher)"
+            f"… {len(differing)} ids differ in all, of {len(ours)} of the student and "
+            f"{len(theirs)} of the teacher"
         )
     if student.eos_token_id != teacher.eos_token_id:
         lines.append(
-            f"end of sequence is {teacher.eos_token!r} ({teacher.eos_token_id}), "
+            f"the end-of-sequence token is {teacher.eos_token!r} ({teacher.eos_token_id}), "
             f"the student's is {student.eos_token!r} ({student.eos_token_id})"
         )
     return lines
@@ -84,14 +87,14 @@ def _rendering_differences(
     for prompt in prompts:
         if prompt.messages is not None and teacher.chat_template is None:
             return [
-                "it has no chat template; set allow_chat_template_difference to feed it the "
+                "it has no chat template: set allow_chat_template_difference to give it the "
                 "student's rendering"
             ]
         ours, theirs = prompt_ids(student, prompt), prompt_ids(teacher, prompt)
         if ours != theirs:
             return [
                 f"prompt {prompt.prompt_id} renders as {teacher.decode(theirs)!r}, "
-                f"the student's rendering is {student.decode(ours)!r}; "
-                "set allow_chat_template_difference to feed it the student's rendering"
+                f"the student's rendering is {student.decode(ours)!r}: "
+                "set allow_chat_template_difference to give it the student's rendering"
             ]
     return []

@@ -1,4 +1,4 @@
-"""A model folder's identity: it changes with whatever changes the model's numbers or answers."""
+"""Identity of a model folder: it changes with all that changes the model's numbers or answers."""
 
 from pathlib import Path
 

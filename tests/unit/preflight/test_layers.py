@@ -32,7 +32,7 @@ def test_sizes_of_the_teachers_that_a_loss_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "dimensions", "said"),
+    ("loss", "dimensions", "facts"),
     [
         (HIDDEN.format("learned", "{5: 1}"), "null", "layer 5, but teacher 'words' has 4"),
         (HIDDEN.format("learned", "{1: 4}"), "null", "layer 4, but the student has 3"),
@@ -40,6 +40,6 @@ def test_sizes_of_the_teachers_that_a_loss_names() -> None:
         (HIDDEN.format("learned", "{1: 1}"), "128", r"\(128\) is not below the hidden size"),
     ],
 )
-def test_what_does_not_exist_or_fit_is_refused(loss: str, dimensions: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_what_does_not_exist_or_fit_is_refused(loss: str, dimensions: str, facts: str) -> None:
+    with pytest.raises(ConfigError, match=facts):
         check(loss, f"scoring.features.dimensions={dimensions}")

@@ -62,7 +62,7 @@ def test_another_end_of_sequence_is_refused(tmp_path: Path) -> None:
     save(tmp_path, eos="<pad>")
     with pytest.raises(
         VocabularyMismatchError,
-        match=r"end of sequence is '<pad>' \(0\), the student's is '<eos>' \(1\)",
+        match=r"end-of-sequence token is '<pad>' \(0\), the student's is '<eos>' \(1\)",
     ):
         check_vocabularies(config(tmp_path), PROMPTS)
 
@@ -112,5 +112,5 @@ def test_every_teacher_is_compared_whatever_the_others_lack(tmp_path: Path) -> N
     save_tokenizer(tmp_path / "b", template=CHAT_TEMPLATE.replace("'<' + m", "' <' + m"))
     with pytest.raises(VocabularyMismatchError) as caught:
         check_vocabularies(config(tmp_path), PROMPTS)
-    assert "teacher 'arithmetic': end of sequence" in str(caught.value)
+    assert "teacher 'arithmetic': the end-of-sequence token" in str(caught.value)
     assert "teacher 'words': prompt p renders as" in str(caught.value)
