@@ -50,7 +50,7 @@ from pipeline.sequences import write_sequences
 from teachers.pool.actor import engine_env_vars
 from teachers.pool.dispatch import TASKS_IN_FLIGHT
 from teachers.protocol import EngineSpec, ScoringRequest
-from teachers.tasks.score import Output, ScoredShard, ScoringTask
+from teachers.tasks.score import CacheOutput, ScoredShard, ScoreTask
 
 if TYPE_CHECKING:
     from teachers.engine.vllm_teacher import VllmTeacher
@@ -104,9 +104,9 @@ class Bench:
 
     async def flat(self, width: int) -> None:
         """vLLM's `flat_logprobs`, as numpy rows."""
-        chosen, self.teacher._capture = self.teacher._capture, "flat"
+        chosen, self.teacher.capture.mode = self.teacher.capture.mode, "flat"
         await self.arrays(width)
-        self.teacher._capture = chosen
+        self.teacher.capture.mode = chosen
 
     async def arrays(self, width: int) -> None:
         """The engine's own arrays, as numpy rows."""
@@ -128,7 +128,7 @@ class Bench:
 
     async def shared(self, sequences: list[TokenSequence], width: int) -> list[ScoredShard]:
         """The same; a prompt is computed once."""
-        await self.teacher._engine.reset_prefix_cache()
+        await self.teacher.engine.llm.reset_prefix_cache()
         return await self._score(sequences, width, share_prefixes=True)
 
     def gold_difference(self, shards: list[ScoredShard], others: list[ScoredShard]) -> float:
@@ -168,7 +168,8 @@ class Bench:
         return Layout(str(self.folder), "benchmark").cache("teacher", fingerprint), fingerprint
 
     def _set(self, width: int, share_prefixes: bool) -> None:
-        self.teacher._width, self.teacher._shares_prefixes = width, share_prefixes
+        capture = self.teacher.capture
+        capture.width, capture.shares_prefixes = width, share_prefixes
 
     async def _generate(self, **parameters: Any) -> None:
         from vllm import SamplingParams
@@ -176,7 +177,7 @@ class Bench:
         fixed = SamplingParams(
             max_tokens=1, temperature=0, skip_reading_prefix_cache=True, **parameters
         )
-        finish = self.teacher._finish
+        finish = self.teacher.engine.finish
         await asyncio.gather(*(finish(s.input_ids.tolist(), fixed) for s in self.alone))
 
     async def _score(
@@ -187,11 +188,11 @@ class Bench:
         selection = TopP(type="top_p", mass=MASS, max_entries=min(width, MAX_ENTRIES))
         cache, fingerprint = self._cache(width, share_prefixes)
         size = position_bytes(selection.max_entries)
-        output = Output("teacher", cache, fingerprint, selection, size)
-        tasks = [ScoringTask(uri, ids, (output,)) for uri, ids in self._shards(sequences)]
+        output = CacheOutput("teacher", cache, fingerprint, selection, size)
+        tasks = [ScoreTask(uri, ids, (output,)) for uri, ids in self._shards(sequences)]
         slots = asyncio.Semaphore(TASKS_IN_FLIGHT)
 
-        async def run(task: ScoringTask) -> ScoredShard:
+        async def run(task: ScoreTask) -> ScoredShard:
             async with slots:
                 return await task.run(self.teacher)
 

@@ -42,10 +42,12 @@ from jobs.stages import synthesize
 from jobs.stages.prepare import prepare
 from pipeline.config.run import Config
 from pipeline.run.prepared_run import Run
-from teachers.pool.dispatch import Dispatcher, PoolReport
+from teachers.pool.contracts import PoolReport
+from teachers.pool.dispatch import Dispatcher
 from teachers.pool.pool import TeacherWork
 from teachers.protocol import EngineSpec
-from teachers.tasks.answer import SynthesisTask
+from teachers.tasks.answer import AnswerTask
+from teachers.tasks.items import prompt_seed
 from teachers.tokenizing import prompt_ids, student_tokenizer
 
 if TYPE_CHECKING:
@@ -111,7 +113,7 @@ class Bench:
         self._teacher, self._config = teacher, config
         self._loop = asyncio.get_running_loop()
         self._numbers = itertools.count()
-        self.tasks: Sequence[SynthesisTask] = ()
+        self.tasks: Sequence[AnswerTask] = ()
         self.record = StageRecord()
         self.seconds_asking: list[float] = []
 
@@ -137,7 +139,8 @@ class Bench:
         for task in self.tasks:
             for prompt in task.prompts:
                 ends = [*task.sampling.get("stop_token_ids", ()), tokenizer.eos_token_id]
-                fixed = {"seed": task._seed(prompt), "stop_token_ids": ends, "detokenize": False}
+                seed = prompt_seed(prompt.prompt_id, task.author, task.seed)
+                fixed = {"seed": seed, "stop_token_ids": ends, "detokenize": False}
                 parameters = SamplingParams(
                     **task.sampling | fixed, output_kind=RequestOutputKind.FINAL_ONLY
                 )
@@ -145,7 +148,7 @@ class Bench:
 
         async def answer(prompt: Any, parameters: SamplingParams) -> int:
             name = f"bare-{next(self._numbers)}"
-            stream = self._teacher._engine.generate(prompt, parameters, name)
+            stream = self._teacher.engine.llm.generate(prompt, parameters, name)
             (output,) = [output async for output in stream]
             return len(output.outputs[0].token_ids)
 

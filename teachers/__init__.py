@@ -1,18 +1,19 @@
 """Teachers: vLLM engines or endpoints behind Ray actors, which write answers and score tokens.
 
-protocol    the contract between a teacher and the tasks that use it
-canary      sequences that every engine scores first, and their comparison
-tokenizing  the student's tokenizer, prompt ids, answer text
-engine/     a teacher in a vLLM engine of this run
-endpoint/   a teacher behind an OpenAI-compatible API
-pool/       Ray actors, and the tasks that they share
-tasks/      units of work: answer, rewrite, judge, score
-preflight/  checks of models before any engine starts
+protocol     contract between a teacher and the tasks that use it
+canary       sequences that every engine scores first, and their comparison
+concurrency  asyncio helpers: cancel tasks, ask for all items at once
+tokenizing   the student's tokenizer, prompt ids, answer text
+engine/      a teacher in a vLLM engine of this run
+endpoint/    a teacher behind an OpenAI-compatible API
+pool/        Ray actors, and the tasks that they share
+tasks/       units of work: answer, rewrite, judge, score
+preflight/   checks of models before any engine starts
 """
 
 import logging
 
-# The CPU build of vLLM says at every import, in every process, that it does without Triton.
+# The CPU build of vLLM logs at every import, in every process, that it runs without Triton.
 logging.getLogger("vllm.triton_utils.importing").addFilter(
     lambda record: "CPU backend" not in record.msg
 )

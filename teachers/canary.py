@@ -1,11 +1,10 @@
-"""Canaries: what an engine scores before its first shard, and what is concluded from it.
+"""Canaries: token sequences that every engine scores before its first task, and their comparison.
 
-A short one proves the capture and is compared between the replicas of one teacher, for replicas
-that disagree would write two teachers into one cache; that of the engine which begins a cache is
-kept beside it, for all later ones. A full one asks for the largest step that
-scoring can cause: prompt log-probabilities are not in vLLM's memory profile, so an engine that has
-too little memory must fail here and not hours later. A control is asked when items fail and nothing
-else is left that could show whose fault it is.
+The short canary proves the capture. Its rows are compared between the replicas of one teacher,
+since replicas that disagree would write two teachers into one cache; the rows of the engine that
+starts a cache are kept beside the cache and compared with every later engine. The full step is the
+largest step that scoring can cause: prompt log-probabilities are not in vLLM's memory profile, so
+an engine with too little memory must fail here and not hours later.
 
 Axis names: P positions, K entries.
 """
@@ -21,110 +20,121 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.errors import TeacherError
-from pipeline.records import Prompt
-from teachers.protocol import Canary, CapturedRows, EngineSpec, ScoringRequest, Teacher
+from teachers.protocol import Canary, CapturedRows, EngineSpec
 
 logger = logging.getLogger(__name__)
 CANARY_TOKENS = 33
-CONTROL_TOKENS, CONTROL_VOCABULARY = 4, 16  # few and low ids, which every model has
-CONTROL_MESSAGE = {"role": "user", "content": "Say yes."}
-LOWEST_LOGPROB = -60.0  # of what a model masks; keeps differences finite
+LOWEST_LOGPROB = -60.0  # stands for the -inf of a masked token, so that differences stay finite
 MEAN_TOLERANCES = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 6e-2}
-"""Nats, mean over a canary's gold and head log-probabilities. bfloat16 stores a logit of 16 to
-2**-4, float16 to 2**-7; float32 leaves room for TF32 products. Kernels and devices differ by less;
-other weights, another quantisation or a broken device differ by more."""
-STATE_TOLERANCES = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
-"""Largest difference of two captures of one hidden state, relative to the largest value: one was
-computed in another batch. A state that was never written, or another token's, differs more."""
+"""Nats, mean over a canary's log-probabilities, by the dtype of the engine. bfloat16 stores a logit
+of 16 to 2**-4, float16 to 2**-7; float32 leaves room for TF32 products. Kernels and devices differ
+by less; other weights, another quantisation or a broken device differ by more."""
+HIDDEN_STATE_TOLERANCES = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+"""Largest difference of two captures of one hidden state, relative to the largest value, by the
+dtype of the engine: the two are computed in different batches. A hidden state that was never
+written, or that belongs to another token, differs by more."""
 
 
-class ControlTask:
-    """A task of no items that every sound teacher can do: rows of a few tokens, or of one that was
-    started to generate alone, an answer of one token.
-    """
-
-    label = "a control"
-
-    def __len__(self) -> int:
-        return 0
-
-    async def run(self, teacher: Teacher) -> None:
-        """Asks for it.
-
-        Raises:
-            TeacherError: the teacher cannot do it.
-        """
-        input_ids = canary_ids(CONTROL_TOKENS, CONTROL_VOCABULARY)
-        if teacher.can_score:
-            await teacher.score(ScoringRequest(input_ids, 1))
-            return
-        prompt = Prompt("control", "control", "train", messages=(CONTROL_MESSAGE,))
-        await teacher.generate(input_ids, {"max_tokens": 1}, 1, prompt)
-
-
-def hold_to_first(path: str, name: str, found: Canary) -> None:
-    """Compares an endpoint with what it said when it was first asked under its identity, which is
-    written where nothing lies yet.
+def check_endpoint_canary(path: str, name: str, canary: Canary) -> None:
+    """Compares an endpoint with the first canary under its identity, or stores the first one.
 
     Args:
-        name: of the endpoint, for the message.
+        path: file of the first canary.
+        name: name of the endpoint, for the message.
+        canary: canary that the endpoint has scored now.
 
     Raises:
-        TeacherError: it says something else by more than the tolerance of its dtype.
+        TeacherError: the mean difference exceeds the tolerance of the endpoint's dtype.
     """
-    mean, tolerance = _distance_to_first(path, found), MEAN_TOLERANCES[str(found.engine["dtype"])]
-    if not mean <= tolerance:
+    mean, dtype = _distance_to_stored(path, canary), str(canary.engine["dtype"])
+    if not mean <= MEAN_TOLERANCES[dtype]:
         raise TeacherError(
-            f"{name} does not say of the canary what it said when it was first asked ({path}): "
-            f"log-probabilities are {mean:.4g} nats apart on average, the tolerance for "
-            f"{found.engine['dtype']} is {tolerance}. If another model or quantisation is served "
-            "there now, give it another `model_identity`, and its rows go to a cache of their own"
+            f"{name} disagrees with its first canary ({path}): {_difference_clause(mean, dtype)}; "
+            "if the endpoint serves another model or quantisation now, give the teacher another "
+            "`model_identity`, so that its rows go to a cache of their own"
         )
 
 
-def hold_to_cache(paths: Sequence[str], name: str, found: Canary) -> None:
-    """Compares an engine with those that began the caches which it is to fill; of a cache that
-    nobody has begun it is the first. Another version of the engine is only said.
+def check_cache_canaries(paths: Sequence[str], name: str, canary: Canary) -> None:
+    """Compares an engine with the engines that started the caches which it is to fill.
+
+    The canary of a cache that no engine has started is stored. Another version of the engine alone
+    causes a warning.
 
     Args:
-        paths: of the caches' canaries.
-        name: of the teacher, for the message.
+        paths: canary files of the caches.
+        name: name of the teacher, for the message.
+        canary: canary that the engine has scored.
 
     Raises:
-        TeacherError: it computes in another dtype or quantisation, or says something else by more
-            than the tolerance of its dtype.
+        TeacherError: the engine computes in another dtype or quantisation, or the mean difference
+            exceeds the tolerance of its dtype.
     """
     for path in paths:
-        mean, tolerance = (
-            _distance_to_first(path, found),
-            MEAN_TOLERANCES[str(found.engine["dtype"])],
-        )
+        mean, dtype = _distance_to_stored(path, canary), str(canary.engine["dtype"])
         first = storage.read_json(path)["engine"]
         changes = {
-            key: f"{key} {first[key]}, now {found.engine[key]}"
+            key: f"{key} {first[key]}, now {canary.engine[key]}"
             for key in ("dtype", "quantization", "engine_version")
-            if first[key] != found.engine[key]
+            if first[key] != canary.engine[key]
         }
-        if changes.keys() - {"engine_version"} or not mean <= tolerance:
+        if changes.keys() - {"engine_version"} or not mean <= MEAN_TOLERANCES[dtype]:
             raise TeacherError(
-                f"{name}: this engine does not say of the canary what the one said that began the "
-                f"cache ({path}): log-probabilities are {mean:.4g} nats apart on average, the "
-                f"tolerance for {found.engine['dtype']} is {tolerance}"
-                f"{''.join(f'; {change}' for change in changes.values())}. One cache cannot hold "
-                "rows of both: name the first one's dtype and quantisation in the teacher's "
-                "`vllm:` block, or this one's for a cache of its own, or score all rows anew with "
+                f"{name}: this engine disagrees with the one that started this cache ({path}): "
+                f"{'; '.join([_difference_clause(mean, dtype), *changes.values()])}; "
+                "one cache cannot hold rows of both: set the first engine's dtype and quantisation "
+                "in the teacher's `vllm:` block to continue this cache, set this engine's there to "
+                "start a cache of its own, or score all rows again with "
                 "`polystill cache regenerate CONFIG --force`"
             )
         if changes:
-            logger.warning("%s: the cache was begun with %s", name, changes["engine_version"])
+            logger.warning("%s: the cache was started with %s", name, changes["engine_version"])
 
 
-def _distance_to_first(path: str, found: Canary) -> float:
-    """Nats on average between a canary and the one stored, which it becomes where nothing lies."""
-    values = _values(found)
+def check_replicas_agree(name: str, first: Canary, other: Canary) -> None:
+    """Compares a replica with the first replica of its teacher.
+
+    Raises:
+        TeacherError: the replicas run another version, dtype or quantisation, or the mean
+            difference exceeds the tolerance of the dtype.
+    """
+    for key in ("engine_version", "dtype", "quantization"):
+        if first.engine[key] != other.engine[key]:
+            raise TeacherError(
+                f"{name}: replicas differ in {key}: {first.engine[key]} and {other.engine[key]}; "
+                "one cache cannot hold rows of both: give all nodes the same vLLM and settings"
+            )
+    ours, theirs = _values(first), _values(other)
+    if ours.shape != theirs.shape:
+        raise TeacherError(
+            f"{name}: replicas return {ours.shape} and {theirs.shape} log-probabilities for one "
+            "canary: check that all nodes see the same model files"
+        )
+    difference, dtype = np.abs(ours - theirs), str(first.engine["dtype"])
+    mean = float(difference.mean())
+    if not mean <= MEAN_TOLERANCES[dtype]:
+        position, column = np.unravel_index(int(difference.argmax()), difference.shape)
+        place = "gold token" if column == 0 else f"entry {column}"
+        raise TeacherError(
+            f"{name}: replicas disagree: {_difference_clause(mean, dtype)}; farthest apart at "
+            f"position {position}, {place}: {ours[position, column]:.5f} on "
+            f"{first.engine['device']} and {theirs[position, column]:.5f} on "
+            f"{other.engine['device']}; check that all nodes see the same model files and that "
+            "their devices are sound"
+        )
+
+
+def _difference_clause(mean: float, dtype: str) -> str:
+    tolerance = MEAN_TOLERANCES[dtype]
+    return f"mean difference {mean:.4g} nats on the canary, tolerance {tolerance} ({dtype})"
+
+
+def _distance_to_stored(path: str, canary: Canary) -> float:
+    """Mean difference in nats from the stored canary; if none is stored, stores this one."""
+    values = _values(canary)
     if not storage.exists(path):
-        shown = {"engine": found.engine, "gold_and_head_logprobs": values.tolist()}
-        storage.write_json(path, shown)
+        content = {"engine": canary.engine, "gold_and_head_logprobs": values.tolist()}
+        storage.write_json(path, content)
         return 0.0
     stored = np.array(storage.read_json(path)["gold_and_head_logprobs"], np.float64)
     # A shorter context or a narrower capture leaves less to compare.
@@ -132,38 +142,10 @@ def _distance_to_first(path: str, found: Canary) -> float:
     return float(np.abs(stored[:rows, :columns] - values[:rows, :columns]).mean())
 
 
-def died_of(step: str, spec: EngineSpec, config: Any) -> str:
-    """What is said of an engine that the full canary killed.
-
-    Args:
-        step: how many sequences, tokens and log-probabilities that was.
-        config: vLLM's.
-    """
-    scheduler = config.scheduler_config
-    return (
-        f"{spec.model}: the engine died of the largest step that scoring asks for, {step} "
-        "log-probabilities each, most likely for want of memory (its log names the cause). "
-        f"Lower vllm.gpu_memory_utilization ({config.cache_config.gpu_memory_utilization}), "
-        f"vllm.max_num_batched_tokens ({scheduler.max_num_batched_tokens}), "
-        f"vllm.max_num_seqs ({scheduler.max_num_seqs}) or scoring.num_logprobs "
-        f"({spec.num_logprobs})"
-    )
-
-
-def doubt_of_shared_states(anew: CapturedRows, again: CapturedRows, dtype: str) -> str | None:
-    """Why hidden states from the prefix cache cannot be relied on; None where they can.
-
-    Args:
-        anew: computed without that cache.
-        again: of the same tokens, with it.
-    """
-    one, other = anew.hidden_states, again.hidden_states
-    assert one is not None and other is not None, "they were asked for"
-    if not again.num_cached_tokens:
-        return "the canary found none of its tokens in the prefix cache, so it shows nothing"
-    if not np.abs(one - other).max() <= STATE_TOLERANCES[dtype] * np.abs(one).max():
-        return "hidden states from the prefix cache are not those computed anew"
-    return None
+def _values(canary: Canary) -> np.ndarray:
+    """float64[P, 1 + K]: the gold token's log-probability, then those of the entries."""
+    both = np.concatenate([canary.gold_logprobs[:, None], canary.top_logprobs], axis=1)
+    return np.maximum(both.astype(np.float64), LOWEST_LOGPROB)
 
 
 def canary_ids(length: int, vocabulary: int, number: int = 0) -> list[int]:
@@ -172,51 +154,57 @@ def canary_ids(length: int, vocabulary: int, number: int = 0) -> list[int]:
 
 
 def full_step(length: int, vocabulary: int, max_step_tokens: int, max_seqs: int) -> list[list[int]]:
-    """Sequences of the longest length, as many as fill one step of the engine and one more.
+    """Sequences of the greatest length, enough to fill one step of the engine and one more.
 
     Args:
-        max_step_tokens: `max_num_batched_tokens`.
-        max_seqs: `max_num_seqs`.
+        length: tokens of each sequence.
+        vocabulary: number of token ids.
+        max_step_tokens: `max_num_batched_tokens` of the engine.
+        max_seqs: `max_num_seqs` of the engine.
     """
     count = min(max_seqs, math.ceil(max_step_tokens / length) + 1)
     return [canary_ids(length, vocabulary, number) for number in range(count)]
 
 
-def refuse_difference(name: str, first: Canary, other: Canary) -> None:
-    """Compares a replica with the first one of its teacher.
+def full_step_death(num_sequences: int, spec: EngineSpec, config: Any) -> str:
+    """Message for an engine that died while it scored the full step.
 
-    Raises:
-        TeacherError: they run another version, dtype or quantisation, or their log-probabilities
-            are on average farther apart than the tolerance of the dtype.
+    Args:
+        num_sequences: number of sequences of the step.
+        spec: specification of the engine.
+        config: vLLM's config of the engine.
     """
-    for key in ("engine_version", "dtype", "quantization"):
-        if first.engine[key] != other.engine[key]:
-            raise TeacherError(
-                f"{name}: replicas differ in {key}: {first.engine[key]} and {other.engine[key]}; "
-                "one cache cannot hold both"
-            )
-    ours, theirs = _values(first), _values(other)
-    if ours.shape != theirs.shape:
-        raise TeacherError(
-            f"{name}: replicas return {ours.shape} and {theirs.shape} values of one canary"
-        )
-    difference = np.abs(ours - theirs)
-    tolerance = MEAN_TOLERANCES[str(first.engine["dtype"])]
-    mean = float(difference.mean())
-    if not mean <= tolerance:
-        position, column = np.unravel_index(int(difference.argmax()), difference.shape)
-        what = "gold token" if column == 0 else f"entry {column} of the head"
-        raise TeacherError(
-            f"{name}: replicas disagree on the same canary: log-probabilities are {mean:.4g} nats "
-            f"apart on average, the tolerance for {first.engine['dtype']} is {tolerance}. Farthest "
-            f"at position {position}, {what}: {ours[position, column]:.5f} on "
-            f"{first.engine['device']} and {theirs[position, column]:.5f} on "
-            f"{other.engine['device']}. Check that all nodes see the same model files and that "
-            "their devices are sound"
-        )
+    scheduler = config.scheduler_config
+    return (
+        f"{spec.model}: the engine died in the largest step that scoring can cause, "
+        f"{num_sequences} sequences of {spec.min_model_len - 1} tokens with {spec.num_logprobs} "
+        "log-probabilities per token, most likely because memory ran out (the engine's log names "
+        f"the cause): lower vllm.gpu_memory_utilization "
+        f"({config.cache_config.gpu_memory_utilization}), vllm.max_num_batched_tokens "
+        f"({scheduler.max_num_batched_tokens}), vllm.max_num_seqs ({scheduler.max_num_seqs}) or "
+        f"scoring.num_logprobs ({spec.num_logprobs})"
+    )
 
 
-def _values(canary: Canary) -> np.ndarray:
-    """float64[P, 1 + K]."""
-    both = np.concatenate([canary.gold_logprobs[:, None], canary.head_logprobs], axis=1)
-    return np.maximum(both.astype(np.float64), LOWEST_LOGPROB)
+def reason_not_to_share_prefixes(
+    computed: CapturedRows, cached: CapturedRows, dtype: str
+) -> str | None:
+    """Reason why hidden states from the prefix cache are not reliable; None if they are.
+
+    Args:
+        computed: rows that were computed without the prefix cache.
+        cached: rows of the same tokens, with the prefix cache.
+        dtype: dtype of the engine.
+    """
+    one, other = computed.hidden_states, cached.hidden_states
+    assert one is not None and other is not None, "the canary captures hidden states"
+    if not cached.num_cached_tokens:
+        return "the prefix cache held no token of the canary, so the canary shows nothing"
+    difference, largest = np.abs(one - other).max(), np.abs(one).max()
+    if not difference <= HIDDEN_STATE_TOLERANCES[dtype] * largest:
+        return (
+            "hidden states from the prefix cache differ from those computed anew by "
+            f"{difference / largest:.2g} of the largest value, tolerance "
+            f"{HIDDEN_STATE_TOLERANCES[dtype]} ({dtype})"
+        )
+    return None

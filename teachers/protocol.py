@@ -1,9 +1,10 @@
-"""The words between a teacher's engine and the tasks that use it; imports neither vLLM nor Ray.
+"""Contract between a teacher and the tasks that use it; imports neither vLLM nor Ray.
 
-A driver builds an `EngineSpec` or an `EndpointSpec`; an actor starts a `VllmTeacher` or an
-`EndpointTeacher` from it; a task receives `CapturedRows` and `GeneratedAnswer`s from that
-`Teacher`, whichever it is. Axis names: P positions, K entries, T
-tokens of a sequence, L layers, H hidden size.
+The driver builds an `EngineSpec` or an `EndpointSpec`, and an actor starts a `VllmTeacher` or an
+`EndpointTeacher` from it. A task knows only the protocol `Teacher`, which gives it `CapturedRows`
+and `GeneratedAnswer`s.
+
+Axis names: P positions, K entries, T tokens of a sequence, L layers, H hidden size.
 """
 
 from __future__ import annotations
@@ -19,20 +20,22 @@ from pipeline.config.teachers import EndpointConfig
 from pipeline.errors import TeacherError
 from pipeline.records import Prompt
 
-HEAD_ENTRIES = 8
-"""Most probable entries of each position that a canary compares."""
+CANARY_ENTRIES = 8
+"""Number of most probable entries of each position that a canary compares."""
 
 
 class EngineDiedError(TeacherError):
-    """The engine process is gone: no later request to this teacher can succeed, another one may."""
+    """The engine process or the server is gone: no later request to this teacher can succeed, but
+    one to another teacher may.
+    """
 
 
 class ItemsFailedError(TeacherError):
-    """Some items of a task failed; the others are done, and need not be asked again.
+    """Some items of a task failed; the others are done and need not be asked again.
 
     Attributes:
-        result: of the part that is done.
-        failed: a task of each item that failed, and its error.
+        result: result of the items that are done.
+        failed: for each failed item a task of this item alone, and its error.
     """
 
     def __init__(self, result: Any, failed: Sequence[tuple[Any, str]]) -> None:
@@ -41,25 +44,27 @@ class ItemsFailedError(TeacherError):
 
     def __str__(self) -> str:
         (task, error), *_ = self.failed
-        return f"{len(self.failed)} failed, first {task.label}: {error}"
+        count = "1 item" if len(self.failed) == 1 else f"{len(self.failed)} items"
+        return f"{count} failed, the first is {task.label}: {error}"
 
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What one engine is started with.
+    """Specification from which one engine is started.
 
     Attributes:
-        model: folder or hub id.
-        min_model_len: tokens that the engine must accept, the longest sequence + 1 (a scored
-            sequence needs room for one generated token, an answer for `max_tokens` of them).
-        revision: hub revision.
+        model: folder or hub id of the teacher.
+        min_model_len: number of tokens that the engine must accept, the longest sequence + 1 (a
+            scored sequence needs room for one generated token, an answer for `max_tokens`).
+        revision: hub revision of the model.
         trust_remote_code: run code that comes with the model.
-        vllm: engine arguments of vLLM, verbatim.
-        num_logprobs: capture width of `score`; 0 when the engine only generates.
-        hidden_layers: whose states `score` can capture, in ascending order.
-        share_prefixes: several sequences to score begin with one prompt; the engine then keeps its
-            prefix cache and computes a prompt once. `vllm: {enable_prefix_caching: …}` overrides.
-        seed: of the engine; samples are seeded one by one in `generate`.
+        vllm: engine arguments for vLLM, passed on unchanged.
+        num_logprobs: capture width of `score`; 0 if the engine only generates.
+        hidden_layers: layers whose hidden states `score` can capture, in ascending order.
+        share_prefixes: several sequences to score begin with the same prompt; the engine then keeps
+            its prefix cache and computes a prompt once. `vllm: {enable_prefix_caching: …}`
+            overrides this.
+        seed: seed of the engine; `generate` seeds each sample by itself.
         eos_token_ids: tokens that end an answer, beside those of the model's own generation config.
     """
 
@@ -77,16 +82,16 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class EndpointSpec:
-    """What the actor that asks one endpoint is started with.
+    """Specification from which the client of one endpoint is started.
 
     Attributes:
-        endpoint: where and how it is asked.
-        student: whose tokenizer makes token ids of text.
-        min_model_len: tokens that the server must accept, as in `EngineSpec`.
-        num_logprobs: capture width of `score`; 0 when it only writes.
+        endpoint: address of the endpoint, and rules for requests to it.
+        student: student, whose tokenizer turns text into token ids.
+        min_model_len: number of tokens that the server must accept, as in `EngineSpec`.
+        num_logprobs: capture width of `score`; 0 if the endpoint only generates.
         eos_token_ids: tokens that end an answer, beside those that the server knows.
-        canary_path: what it said of the canary when it was first asked; written where nothing lies.
-            None where nothing is scored under this identity.
+        canary_path: file of the first canary under the endpoint's identity, written if it does not
+            exist; None if nothing is scored under this identity.
     """
 
     endpoint: EndpointConfig
@@ -118,23 +123,24 @@ class ScoringRequest:
 
 @dataclass(frozen=True)
 class CapturedRows:
-    """A teacher's distributions over consecutive tokens of one sequence, at temperature 1.
+    """Distributions of a teacher over consecutive tokens of one sequence, at temperature 1.
 
-    Row `r` of `score` is over the token at index `first_index + r`. K is
-    the capture width, or the vocabulary where that is smaller; where no distributions were asked
-    for it is 0. An entry may be `-inf` (the model
-    masks that id); it never stands before a finite one. Ties keep the engine's order.
+    Row `r` is over the token at index `first_index + r` of the request. K is the capture width, or
+    the size of the vocabulary if that is smaller; K is 0 if the request asks for no distributions.
+    An entry may be `-inf` if the model masks its token; such an entry never precedes a finite one.
+    Ties keep the engine's order.
 
     Attributes:
-        token_ids: int32[P, K], most probable first.
+        token_ids: int32[P, K], most probable token first.
         logprobs: float32[P, K], natural log, normalised over the full vocabulary, not increasing
             along K.
-        gold_logprobs: float32[P], of the sequence's own token; `-inf` where the model masks it;
-            empty where no distributions were asked for.
-        hidden_states: float32[P, L, H], row `r` at index `first_index - 1 + r`, of the engine's
-            layers; None where they were not asked for.
-        num_cached_tokens: tokens of the sequence that were not computed again.
-        is_rescored: rows that the prefix cache left incomplete were thrown away for these.
+        gold_logprobs: float32[P], log-probability of the sequence's own token, `-inf` if the model
+            masks it; empty if the request asks for no distributions.
+        hidden_states: float32[P, L, H], row `r` at token index `first_index - 1 + r`, of the
+            engine's `hidden_layers`; None if the request does not ask for them.
+        num_cached_tokens: number of tokens that came from the prefix cache.
+        is_rescored: the sequence was scored a second time without the prefix cache, because the
+            first rows were incomplete.
     """
 
     token_ids: np.ndarray
@@ -146,12 +152,12 @@ class CapturedRows:
 
     @classmethod
     def without_distributions(cls, num_rows: int) -> CapturedRows:
-        """Rows of K = 0."""
+        """Rows with K = 0."""
         nothing = np.zeros((num_rows, 0), np.float32)
         return cls(nothing.astype(np.int32), nothing, np.zeros(0, np.float32))
 
     def followed_by(self, rows: CapturedRows) -> CapturedRows:
-        """These rows and then those of the tokens after them, which say what was computed."""
+        """Concatenates these rows with the rows of the next tokens, whose other fields are kept."""
         return replace(
             rows,
             token_ids=np.concatenate([self.token_ids, rows.token_ids]),
@@ -160,7 +166,7 @@ class CapturedRows:
         )
 
     def with_last_gold(self, logprob: float) -> CapturedRows:
-        """The same rows, where the last one's gold token has this log-probability, at most 0."""
+        """Copy of the rows with another log-probability of the last gold token, at most 0."""
         gold_logprobs = self.gold_logprobs.copy()
         gold_logprobs[-1] = min(logprob, 0.0)
         return replace(self, gold_logprobs=gold_logprobs)
@@ -168,13 +174,14 @@ class CapturedRows:
 
 @dataclass(frozen=True)
 class GeneratedAnswer:
-    """One answer.
+    """One answer to a prompt.
 
     Attributes:
-        token_ids: of the answer alone; ends with the end-of-sequence token when that stopped it.
-        finish_reason: `stop`, `length` or `repetition`, as the engine reports it; of an endpoint
-            also `content_filter`.
-        seconds: from the request to its last token, waiting inside the engine included.
+        token_ids: tokens of the answer alone; the last one is the end-of-sequence token if that
+            stopped the answer.
+        finish_reason: `stop`, `length` or `repetition`, as the engine reports it; `content_filter`
+            too from an endpoint.
+        seconds: time from the request to its last token, including the wait inside the engine.
     """
 
     token_ids: list[int]
@@ -184,42 +191,42 @@ class GeneratedAnswer:
 
 @dataclass(frozen=True)
 class Canary:
-    """What one engine says of the short canary.
+    """Rows of the short canary from one engine, or from one endpoint.
 
     Attributes:
-        engine: version, dtype, quantisation, device: which engine it is.
-        gold_logprobs: float32[P].
-        head_logprobs: float32[P, K], of the most probable entries, descending.
+        engine: metadata that tells engines apart: version, dtype, quantisation, device.
+        gold_logprobs: float32[P], log-probability of the canary's own tokens.
+        top_logprobs: float32[P, K], log-probabilities of the most probable entries, descending.
     """
 
     engine: dict[str, str | None]
     gold_logprobs: np.ndarray
-    head_logprobs: np.ndarray
+    top_logprobs: np.ndarray
 
     @classmethod
     def of(cls, rows: CapturedRows, engine: dict[str, str | None]) -> Canary:
-        """The part of captured rows that is compared."""
-        return cls(engine, rows.gold_logprobs, rows.logprobs[:, :HEAD_ENTRIES])
+        """Takes the part of captured rows that is compared."""
+        return cls(engine, rows.gold_logprobs, rows.logprobs[:, :CANARY_ENTRIES])
 
 
 class EarlierRows(Protocol):
-    """Rows that answers to the same prompt already have, for an answer that begins like them."""
+    """Rows of earlier answers to the same prompt, for an answer that begins like one of them."""
 
     async def rows(self, num_cached: int) -> CapturedRows | None:
-        """The rows over the tokens at `first_index` to `num_cached`; None if no answer has them.
+        """Rows over the tokens at `first_index` to `num_cached`; None if no answer has them.
 
         Args:
-            num_cached: tokens that lie in the engine's cache; they decide these rows.
+            num_cached: number of tokens in the engine's prefix cache; they determine these rows.
         """
         ...
 
 
 class Teacher(Protocol):
-    """What tasks are given: an engine beside them, or an endpoint elsewhere."""
+    """Teacher that a task works with: an engine in the same actor, or an endpoint elsewhere."""
 
     @property
     def can_score(self) -> bool:
-        """Whether it was started to capture rows, and not to generate alone."""
+        """Whether the teacher was started to capture rows, and not only to generate."""
         ...
 
     async def score(
@@ -246,25 +253,34 @@ class Teacher(Protocol):
         num_samples: int,
         prompt: Prompt | None = None,
     ) -> list[GeneratedAnswer]:
-        """Answers to one prompt.
+        """Generates answers to one prompt.
 
         Args:
-            prompt: what the ids were made of; a teacher that exchanges text is sent this.
+            prompt_ids: token ids of the prompt.
+            sampling: parameters of vLLM's `SamplingParams`, `max_tokens` among them. Sample `i` has
+                the seed `seed + i`, so derive a prompt's seed from a hash. Without a seed, each run
+                gives other answers.
+            num_samples: number of answers.
+            prompt: the prompt itself, which a teacher that exchanges text is sent.
+
+        Raises:
+            TeacherError: the prompt cannot be answered, or an answer does not end properly.
+            EngineDiedError: the engine or server is gone.
         """
         ...
 
     def canary(self) -> Canary | None:
-        """What it said of the canary; None where none of its rows are kept."""
+        """The canary that this teacher has scored; None if none of its rows are kept."""
         ...
 
     def metadata(self) -> dict[str, Any]:
-        """What provenance keeps of it, as JSON values."""
+        """Metadata of the teacher that provenance keeps, as JSON values."""
         ...
 
     def peak_memory_bytes(self) -> int | None:
-        """Of its processes here."""
+        """Peak memory of the teacher's processes on this machine; None if unknown."""
         ...
 
     def shutdown(self) -> None:
-        """Frees what it holds."""
+        """Frees memory, processes and connections of the teacher."""
         ...

@@ -40,7 +40,7 @@ from pipeline.fingerprint import digest_json
 from pipeline.layout import CacheLayout
 from pipeline.records import DatasetEntry
 from pipeline.run.identities import provenance_of
-from teachers.pool.dispatch import PoolReport
+from teachers.pool.contracts import PoolReport
 
 Say = Callable[[str], object]
 

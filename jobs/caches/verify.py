@@ -21,9 +21,9 @@ from pipeline.cache.index import load_index
 from pipeline.cache_care.verify import CheckedCache
 from pipeline.config.run import Config
 from pipeline.errors import CacheError
-from teachers.pool.dispatch import PoolReport
+from teachers.pool.contracts import PoolReport
 from teachers.pool.pool import run_pools
-from teachers.tasks.rescore import SURPRISE, TOLERANCE, RescoringTask, RowDifference
+from teachers.tasks.rescore import SURPRISE, TOLERANCE, RescoreTask, RowDifference
 
 Say = Callable[[str], object]
 
@@ -78,7 +78,7 @@ def verify_inside_job(
 
 
 def run_rescoring(
-    caches: RunCaches, tasks: Mapping[str, Sequence[RescoringTask]]
+    caches: RunCaches, tasks: Mapping[str, Sequence[RescoreTask]]
 ) -> dict[str, PoolReport]:
     """Scores rows again, on engines with the settings of the score stage."""
     need = longest_sequence(caches.entries) + 1
@@ -98,7 +98,7 @@ def run_rescoring(
     )
 
 
-def rows_to_rescore(caches: RunCaches, name: str, count: int, seed: int) -> list[RescoringTask]:
+def rows_to_rescore(caches: RunCaches, name: str, count: int, seed: int) -> list[RescoreTask]:
     """Tasks for rows that the seed draws from the run's sequences, one for each sequence shard."""
     cache = caches.layouts[name]
     scored = {i for entry in load_index(cache) for i in entry.sequence_ids}
@@ -108,7 +108,7 @@ def rows_to_rescore(caches: RunCaches, name: str, count: int, seed: int) -> list
     for entry in drawn:
         groups.setdefault(entry.shard, []).append(entry.sequence_id)
     return [
-        RescoringTask(cache, storage.join(caches.run.layout.root, shard), tuple(identifiers))
+        RescoreTask(cache, storage.join(caches.run.layout.root, shard), tuple(identifiers))
         for shard, identifiers in groups.items()
     ]
 
@@ -157,8 +157,8 @@ def _say_differences(reports: Mapping[str, PoolReport], say: Say) -> None:
             f"{name}: {len(rows)} rows scored again; gold differs by "
             f"{sum(row.gold_sum for row in rows) / positions:.2e} nats in the mean, "
             f"{max(row.gold_max for row in rows):.2e} at most; entries by "
-            f"{sum(row.head_sum for row in rows) / entries:.2e} and "
-            f"{max(row.head_max for row in rows):.2e}; tolerance {tolerance} ({dtype}) and the "
+            f"{sum(row.exact_sum for row in rows) / entries:.2e} and "
+            f"{max(row.exact_max for row in rows):.2e}; tolerance {tolerance} ({dtype}) and the "
             f"rounding of float16{_bound_of_draws(rows)}: {len(wrong) or 'no'} rows beyond it"
         )
         bad += len(wrong)
@@ -168,7 +168,7 @@ def _say_differences(reports: Mapping[str, PoolReport], say: Say) -> None:
 
 def _described(row: RowDifference) -> str:
     text = (
-        f"differs by {row.gold_max:.4g} nats at a gold token and by {row.head_max:.4g} at an entry"
+        f"differs by {row.gold_max:.4g} nats at a gold token and by {row.exact_max:.4g} at an entry"
     )
     if row.surprise > SURPRISE:
         text += f"; its draws have a probability of e^-{row.surprise:.4g} at most"

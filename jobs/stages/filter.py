@@ -30,7 +30,7 @@ from pipeline.synthesis.prompts import load_prompts
 from pipeline.synthesis.rewriting import fill, rubric_of
 from pipeline.synthesis.steps import all_prompts, walk
 from teachers.pool.pool import run_pools
-from teachers.tasks.judge import JudgingTask, plan_judging, read_grades
+from teachers.tasks.judge import JudgeTask, plan_judging, read_grades
 from teachers.tokenizing import answer_text, prompt_ids, student_tokenizer
 
 
@@ -177,7 +177,7 @@ def _grades(
     questions = [
         (c.entry.sequence_id, _question(rubric, prompts[c.entry.prompt_id], c)) for c in candidates
     ]
-    template = JudgingTask(run.layout, digest, (), config.student, not teacher.returns_text)
+    template = JudgeTask(run.layout, digest, (), config.student, not teacher.returns_text)
     known = read_grades(run.layout, digest)
     tokenizer, _ = student_tokenizer(config.student.files)
     needs = {

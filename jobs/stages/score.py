@@ -29,11 +29,11 @@ from pipeline.run.identities import provenance_of
 from pipeline.run.prepared_run import Run
 from pipeline.sequences import read_dataset, write_dataset
 from students.data.packing import refuse_long_groups, refuse_long_sequences
-from teachers.canary import hold_to_cache
-from teachers.pool.dispatch import PoolReport
+from teachers.canary import check_cache_canaries
+from teachers.pool.contracts import PoolReport
 from teachers.pool.pool import run_pools
 from teachers.protocol import Canary
-from teachers.tasks.score import Output, ScoredShard, ScoringTask, plan_scoring
+from teachers.tasks.score import CacheOutput, ScoredShard, ScoreTask, plan_scoring
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ def fill_caches(
 
 
 def _check_canary(
-    config: Config, teacher: str, tasks: Sequence[ScoringTask]
+    config: Config, teacher: str, tasks: Sequence[ScoreTask]
 ) -> Callable[[Canary], None] | None:
     """Comparison of an engine's canary with the engines that began the caches.
 
@@ -184,10 +184,10 @@ def _check_canary(
     if not isinstance(config.teachers[teacher], TeacherConfig):
         return None
     paths = {output.cache.canary for task in tasks for output in task.outputs}
-    return partial(hold_to_cache, sorted(paths), teacher)
+    return partial(check_cache_canaries, sorted(paths), teacher)
 
 
-def _output(run: Run, name: str, cache: CacheLayout) -> Output:
+def _output(run: Run, name: str, cache: CacheLayout) -> CacheOutput:
     prepared = run.prepared
     rule = (
         HiddenStatesRule.of_identity(prepared.cache_identities[name])
@@ -195,10 +195,10 @@ def _output(run: Run, name: str, cache: CacheLayout) -> Output:
         else run.config.scoring.selection
     )
     fingerprint = prepared.cache_fingerprints[name]
-    return Output(name, cache, fingerprint, rule, prepared.position_bytes(name))
+    return CacheOutput(name, cache, fingerprint, rule, prepared.position_bytes(name))
 
 
-def _layers(tasks: Sequence[ScoringTask]) -> tuple[int, ...]:
+def _layers(tasks: Sequence[ScoreTask]) -> tuple[int, ...]:
     """Layers whose hidden states the tasks keep, all by the same rule.
 
     An engine without any needs no connector.

@@ -17,7 +17,7 @@ from pipeline.run.prepared_run import Run
 from pipeline.sequences import read_sequences
 from teachers.pool.pool import TeacherWork, run_pools
 from teachers.protocol import EndpointSpec, EngineSpec
-from teachers.tasks.holdout import AnsweredPrompts, AnsweringTask
+from teachers.tasks.holdout import AnsweredPrompts, HoldoutTask
 from teachers.tokenizing import prompt_ids, student_tokenizer
 
 SEQUENCES_COMPARED = 16
@@ -39,7 +39,7 @@ def serve_model(
     teacher = config.teachers.get(name)
     resources: Resources = teacher.resources if teacher else config.evaluation.resources
     need = max([_longest_request(config, prompts), *(len(s.input_ids) + 1 for s in compared)])
-    task = AnsweringTask(
+    task = HoldoutTask(
         model=name,
         prompts=prompts,
         student=config.student,

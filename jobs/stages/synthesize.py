@@ -22,8 +22,8 @@ from pipeline.synthesis.index import answer_counts, build_dataset
 from pipeline.synthesis.prompts import load_prompts
 from pipeline.synthesis.steps import StepWork, all_prompts, walk
 from teachers.pool.pool import run_pools
-from teachers.tasks.answer import SynthesisTask, plan_synthesis
-from teachers.tasks.rewrite import WritingTask, plan_writing
+from teachers.tasks.answer import AnswerTask, plan_answers
+from teachers.tasks.rewrite import RewriteTask, plan_rewrites
 from teachers.tokenizing import prompt_ids, student_tokenizer
 
 
@@ -67,9 +67,9 @@ def synthesize(run: Run) -> StageRecord:
 def _write_prompts(run: Run, work: StepWork) -> dict[str, float]:
     """Has one teacher write the prompts that it has not written yet; returns engine seconds."""
     config, name, recipe = run.config, work.step.author, work.step.recipe
-    template = WritingTask(
+    template = RewriteTask(
         layout=run.layout,
-        generator=name,
+        author=name,
         recipe_digest=work.digest,
         requests=(),
         student=config.student,
@@ -77,7 +77,7 @@ def _write_prompts(run: Run, work: StepWork) -> dict[str, float]:
         seed=config.seed,
         max_model_len=config.teachers[name].max_model_len,
     )
-    tasks = plan_writing(template, work.requests, config.synthesis.prompts_per_shard)
+    tasks = plan_rewrites(template, work.requests, config.synthesis.prompts_per_shard)
     asked = [request.prompt for task in tasks for request in task.requests]
     need = _longest(config, asked) + template.sampling["max_tokens"]
     pool = teacher_work(
@@ -95,9 +95,9 @@ def _write_prompts(run: Run, work: StepWork) -> dict[str, float]:
 def _write_answers(run: Run, steps: Sequence[StepWork]) -> dict[str, float]:
     """Has all authors answer at once what they have not answered yet; returns engine seconds."""
     config = run.config
-    tasks: dict[str, list[SynthesisTask]] = {}
+    tasks: dict[str, list[AnswerTask]] = {}
     for work in steps:
-        new_tasks = plan_synthesis(
+        new_tasks = plan_answers(
             _template(run, work), work.prompts, config.synthesis.prompts_per_shard
         )
         if isinstance(work.step.recipe, GivenAnswers):
@@ -122,12 +122,12 @@ def _write_answers(run: Run, steps: Sequence[StepWork]) -> dict[str, float]:
     return engine_seconds(config, reports, time.monotonic() - started)
 
 
-def _template(run: Run, work: StepWork) -> SynthesisTask:
+def _template(run: Run, work: StepWork) -> AnswerTask:
     """The task of a step, without prompts."""
     config, recipe = run.config, work.step.recipe
-    return SynthesisTask(
+    return AnswerTask(
         layout=run.layout,
-        generator=work.step.author,
+        author=work.step.author,
         recipe_digest=work.digest,
         prompts=(),
         student=config.student,
@@ -143,7 +143,7 @@ def _may_be_cut(recipe: Recipe) -> bool:
     return isinstance(recipe, Complete) or (isinstance(recipe, Answer) and recipe.keep_truncated)
 
 
-def _longest_answer(config: Config, tasks: Sequence[SynthesisTask]) -> int:
+def _longest_answer(config: Config, tasks: Sequence[AnswerTask]) -> int:
     """Tokens that an engine must hold for the longest prompt and its answer.
 
     A sequence above `synthesis.max_sequence_tokens` is dropped, so it does not count.

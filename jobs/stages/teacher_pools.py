@@ -11,7 +11,7 @@ from pipeline.config.teachers import EndpointTeacherConfig
 from pipeline.fingerprint import digest_json
 from pipeline.run.prepared_run import Run
 from teachers.pool.actor import Task
-from teachers.pool.dispatch import PoolReport
+from teachers.pool.contracts import PoolReport
 from teachers.pool.pool import TeacherWork
 from teachers.protocol import EndpointSpec, EngineSpec
 

@@ -1,4 +1,4 @@
-"""What servers reply, checked as it is read, and their log-probabilities as arrays.
+"""Replies of servers, checked when they are read, and their log-probabilities as arrays.
 
 Axis names: P positions, K entries.
 """
@@ -17,34 +17,34 @@ from typing_extensions import TypedDict
 from teachers.engine.prompt_topk import BrokenRowsError, PromptTopK
 
 MASKED = -9999.0
-"""What vLLM's server says for -inf, which JSON does not know."""
+"""Value that vLLM's server sends for -inf, which JSON does not know."""
 MASS_TOLERANCE = 1e-2
 
 
-class Entry(TypedDict):
+class LogprobEntry(TypedDict):
     logprob: float
 
 
 class TokenChoice(TypedDict, total=False):
-    """Of `prompt_logprobs` the first position is empty, for nothing stands before it."""
+    """Completion as token ids; `prompt_logprobs` is None at position 0, which no token precedes."""
 
     token_ids: list[int] | None
     prompt_token_ids: list[int] | None
     finish_reason: str | None
-    prompt_logprobs: list[dict[int, Entry] | None] | None
+    prompt_logprobs: list[dict[int, LogprobEntry] | None] | None
 
 
 class TokenReply(TypedDict):
     choices: Annotated[list[TokenChoice], Field(min_length=1)]
 
 
-class Message(TypedDict, total=False):
+class ReplyMessage(TypedDict, total=False):
     content: str | None
     refusal: str | None
 
 
 class TextChoice(TypedDict, total=False):
-    message: Message
+    message: ReplyMessage
     text: str
     finish_reason: str | None
 
@@ -53,33 +53,39 @@ class TextReply(TypedDict):
     choices: Annotated[list[TextChoice], Field(min_length=1)]
 
 
-class Served(TypedDict, total=False):
+class ServedModel(TypedDict, total=False):
     id: str
     max_model_len: int | None
 
 
-class Models(TypedDict):
-    data: list[Served]
+class ServedModels(TypedDict):
+    data: list[ServedModel]
 
 
-class Version(TypedDict):
+class ServerVersion(TypedDict):
     version: str
 
 
 TOKEN_REPLY, TEXT_REPLY = TypeAdapter(TokenReply), TypeAdapter(TextReply)
-MODELS, VERSION = TypeAdapter(Models), TypeAdapter(Version)
-ANYTHING: TypeAdapter[Any] = TypeAdapter(Any)
+MODELS_REPLY, VERSION_REPLY = TypeAdapter(ServedModels), TypeAdapter(ServerVersion)
+ANY_REPLY: TypeAdapter[Any] = TypeAdapter(Any)
 
 
 def sorted_rows(
-    positions: Sequence[dict[int, Entry]], gold_ids: list[int], width: int, url: str
+    positions: Sequence[dict[int, LogprobEntry]], gold_ids: list[int], width: int, url: str
 ) -> PromptTopK:
-    """Dictionaries of log-probabilities by token id as arrays: the gold token, then the `width`
-    most probable ones in descending order. Where the gold token is none of these, its dictionary
-    has one entry more.
+    """Turns dictionaries of log-probabilities into arrays: the gold token, then the `width` most
+    probable tokens in descending order.
+
+    Args:
+        positions: log-probabilities by token id, one dictionary per position. A dictionary has one
+            entry more than `width` if the gold token is not among the most probable ones.
+        gold_ids: the sequence's own token of each position.
+        width: number of entries that the request asked for.
+        url: address of the server, for messages.
 
     Raises:
-        BrokenRowsError: a position has fewer entries, or more, or not the gold token, or their
+        BrokenRowsError: a position has fewer entries, or more, or not the gold token, or its
             probabilities sum to more than 1.
     """
     counts_P = np.fromiter(map(len, positions), np.int64, len(positions))
@@ -87,7 +93,7 @@ def sorted_rows(
         j = int(np.argmax((counts_P != width) & (counts_P != width + 1)))
         raise BrokenRowsError(
             f"{url} returned {counts_P[j]} log-probabilities at a position where {width} were "
-            "asked for; vLLM's `--max-logprobs` must allow as many"
+            f"asked for: start the server with `--max-logprobs {width}` or more"
         )
     total = int(counts_P.sum())
     entries = map(itemgetter("logprob"), chain.from_iterable(map(dict.values, positions)))
@@ -99,13 +105,16 @@ def sorted_rows(
     logprobs_PK[logprobs_PK <= MASKED] = -np.inf
     is_gold_PK = ids_PK == np.array(gold_ids)[:, None]
     if not is_gold_PK.any(axis=1).all():
-        raise BrokenRowsError(f"{url} returned a position without the sequence's own token")
+        raise BrokenRowsError(
+            f"{url} returned a position without the sequence's own token: check that it is a vLLM "
+            "server"
+        )
     order_PK = np.argsort(-logprobs_PK, axis=1, kind="stable")[:, :width]
     top_PK = np.take_along_axis(logprobs_PK, order_PK, axis=1)
     if np.exp(top_PK.astype(np.float64)).sum(axis=1).max() > 1 + MASS_TOLERANCE:
         raise BrokenRowsError(
-            f"{url} returned values that are no log-probabilities at temperature 1: it must run "
-            "with `--logprobs-mode raw_logprobs`"
+            f"{url} returned values that are no log-probabilities at temperature 1: start the "
+            "server with `--logprobs-mode raw_logprobs`"
         )
     gold_P1 = logprobs_PK[is_gold_PK][:, None]
     return PromptTopK(

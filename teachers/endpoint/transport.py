@@ -1,7 +1,8 @@
-"""Requests over HTTP that outlast what passes: limits of rate, restarts, dropped connections.
+"""Requests over HTTP that survive rate limits, restarts and dropped connections.
 
-The key comes from the environment of the process that asks, stands in one header, and in no
-message: libraries' errors are not passed on, for some hold the request with its headers.
+The key comes from the environment of the process that sends the requests. It stands in one header
+and in no message: errors of libraries are not passed on, since some hold the request with its
+headers.
 """
 
 from __future__ import annotations
@@ -26,33 +27,33 @@ logger = logging.getLogger(__name__)
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 60.0
 SHOWN_CHARACTERS = 300
-PASSING = frozenset({408, 409, 425, 429})
-"""Beside 5xx, what may go otherwise next time; other 4xx come again."""
-AWAY = frozenset({408, 425, 429, 502, 503, 504})
-"""Say nothing against the request: who does not get beyond them has lost the server."""
+RETRIED_STATUSES = frozenset({408, 409, 425, 429})
+"""Statuses beside 5xx that another try may not meet again; other 4xx would come again."""
+SERVER_GONE_STATUSES = frozenset({408, 425, 429, 502, 503, 504})
+"""Statuses that are no fault of the request: if every try meets one, the server is gone."""
 NEEDS_ANOTHER_CONFIG = {
     401: "the key is missing or not accepted: see endpoint.api_key_env",
-    402: "the account has no credit left: what is finished is kept, so run it again with some",
+    402: "the account has no credit left: add credit and run it again; what is finished is kept",
     403: "the key does not allow this: see endpoint.api_key_env",
     404: "there is no such path or model: check endpoint.url, endpoint.model and endpoint.api",
     405: "there is no such path: check endpoint.url and endpoint.api",
 }
 
 FORBIDDEN = 403
-"""Of a key at first; from a server that has answered it, some APIs' word for one prompt that is not
-to their taste.
+"""Status of a key that is not allowed. After the server has answered a request with this key, it is
+the status by which some APIs refuse a single prompt.
 """
 
-Reply = TypeVar("Reply")
+HttpReply = TypeVar("HttpReply")
 
 
 class _TryFailed(Exception):
-    """One try gave nothing.
+    """One try of a request failed.
 
     Attributes:
-        error: of the kind to raise when no further try is made.
+        error: error to raise if no further try is made.
         passes: another try may succeed.
-        wait_seconds: what the server asks to wait.
+        wait_seconds: time that the server asks to wait.
     """
 
     def __init__(
@@ -63,20 +64,20 @@ class _TryFailed(Exception):
 
 
 class Requester:
-    """A connection to one API; all its requests run in the event loop that made it."""
+    """Connection to one API; all its requests run in the event loop that made it."""
 
     def __init__(
         self,
         endpoint: EndpointConfig,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
-        """`sleep`: waits so many seconds between tries.
+        """`sleep`: function that waits for a number of seconds between tries.
 
         Raises:
-            ConfigError: the key's variable is not set here.
+            ConfigError: the environment variable of the key is not set here.
         """
         self._endpoint, self._sleep = endpoint, sleep
-        self._key = _key(endpoint)
+        self._key = _secret_key(endpoint)
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=endpoint.max_concurrency),
@@ -87,17 +88,20 @@ class Requester:
         self._has_answered = False
 
     async def ask(
-        self, path: str, kind: TypeAdapter[Reply], body: dict[str, Any] | None = None
-    ) -> Reply:
-        """Posts a body, or gets without one, until the reply is of the kind wanted.
+        self, path: str, kind: TypeAdapter[HttpReply], body: dict[str, Any] | None = None
+    ) -> HttpReply:
+        """Sends a request until its reply is of the expected kind: POST with a body, else GET.
 
         Args:
-            path: behind the endpoint's url, beginning with a slash; or a whole URL.
+            path: path below the endpoint's url, with its leading slash; or a complete URL.
+            kind: expected kind of the reply.
+            body: JSON content of the request.
 
         Raises:
-            ConfigError: the server will never accept such requests: key, credit, path or model.
-            TeacherError: it does not accept this one, or fails at it each time.
-            EngineDiedError: it is gone, or too busy for all tries.
+            ConfigError: the server never accepts such requests, because of key, credit, path or
+                model.
+            TeacherError: the server does not accept this request, or every try failed.
+            EngineDiedError: the server is gone, or too busy in every try.
         """
         url = path if "://" in path else self._endpoint.url + path
         async with self._slots:  # also while it waits, so that a busy server is asked less
@@ -109,92 +113,100 @@ class Requester:
                 if not failure.passes:
                     raise failure.error
                 if failure.wait_seconds > self._endpoint.timeout_seconds:
-                    asked = f"asks to wait {failure.wait_seconds:.0f} s"
+                    limit = f"{self._endpoint.timeout_seconds:g} s (endpoint.timeout_seconds)"
                     raise type(failure.error)(
-                        f"{failure.error}; it {asked}, longer than endpoint.timeout_seconds"
+                        f"{failure.error}; the server asks to wait {failure.wait_seconds:.0f} s, "
+                        f"longer than {limit}"
                     )
                 if number < self._endpoint.max_retries:
                     seconds = _wait(number, failure.wait_seconds)
-                    logger.info("%s; again in %.1f s", failure.error, seconds)
+                    logger.info("%s; next try in %.1f s", failure.error, seconds)
                     await self._sleep(seconds)
-        tries = f"{self._endpoint.max_retries + 1} tries (endpoint.max_retries)"
+        count, limit = self._endpoint.max_retries + 1, self._endpoint.max_retries
+        tries = f"{count} {'try' if count == 1 else 'tries'} (endpoint.max_retries: {limit})"
         raise type(failure.error)(f"{failure.error}; given up after {tries}")
 
     async def close(self) -> None:
-        """Drops the connections."""
+        """Closes the connections."""
         await self._session.close()
 
-    async def _once(self, url: str, kind: TypeAdapter[Reply], body: dict[str, Any] | None) -> Reply:
+    async def _once(
+        self, url: str, kind: TypeAdapter[HttpReply], body: dict[str, Any] | None
+    ) -> HttpReply:
         method = "GET" if body is None else "POST"
-        asked = f"{method} {url}"
+        target = f"{method} {url}"
         try:
             request = self._session.request(method, url, json=body, allow_redirects=False)
             async with request as response:
                 status, content = response.status, await response.read()
-                asks_to_wait = response.headers.get("Retry-After", "")
+                retry_after = response.headers.get("Retry-After", "")
         except TimeoutError:
             seconds = self._endpoint.timeout_seconds
-            problem = f"{asked}: no answer within {seconds:g} s (endpoint.timeout_seconds)"
+            problem = f"{target}: no answer within {seconds:g} s (endpoint.timeout_seconds)"
             raise _TryFailed(EngineDiedError(problem), True) from None
         except (aiohttp.ClientError, OSError) as error:
-            problem = self._clean(f"{asked}: {type(error).__name__}: {error}")
+            problem = self._clean(f"{target}: {type(error).__name__}: {error}")
             raise _TryFailed(EngineDiedError(problem), True) from None
         if status != 200:
-            shown = self._shown(asked, status, content)
-            raise self._refusal(status, shown, _seconds(asks_to_wait))
+            shown = self._shown(target, status, content)
+            raise self._refusal(status, shown, _retry_after_seconds(retry_after))
         try:
             reply = kind.validate_json(content)
         except ValidationError as error:
-            shown = self._shown(asked, status, content)
+            shown = self._shown(target, status, content)
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
             place = ".".join(map(str, first["loc"])) or "the reply"
-            problem = f"{shown}: not the reply expected, at {place}: {first['msg']}"
+            problem = f"{shown}: the reply is not as expected, at {place}: {first['msg']}"
             raise _TryFailed(TeacherError(problem), True) from None
-        # Who lists its models may do so for everybody; only an answer shows that the key will do.
+        # A server may list its models for everybody; only an answer shows that the key is accepted.
         self._has_answered |= body is not None
         return reply
 
     def _refusal(self, status: int, shown: str, wait_seconds: float) -> _TryFailed:
-        of_this_request = status == FORBIDDEN and self._has_answered
-        if status in NEEDS_ANOTHER_CONFIG and not of_this_request:
-            return _TryFailed(ConfigError(f"{shown} -- {NEEDS_ANOTHER_CONFIG[status]}"), False)
+        refuses_this_prompt = status == FORBIDDEN and self._has_answered
+        if status in NEEDS_ANOTHER_CONFIG and not refuses_this_prompt:
+            return _TryFailed(ConfigError(f"{shown}; {NEEDS_ANOTHER_CONFIG[status]}"), False)
         if status < 400:
-            final = "name the final address in endpoint.url"
-            return _TryFailed(ConfigError(f"{shown} -- {final}"), False)
-        if status in AWAY:
+            advice = "the server redirects: set endpoint.url to the final address"
+            return _TryFailed(ConfigError(f"{shown}; {advice}"), False)
+        if status in SERVER_GONE_STATUSES:
             return _TryFailed(EngineDiedError(shown), True, wait_seconds)
-        return _TryFailed(TeacherError(shown), status in PASSING or status >= 500, wait_seconds)
+        return _TryFailed(
+            TeacherError(shown), status in RETRIED_STATUSES or status >= 500, wait_seconds
+        )
 
-    def _shown(self, asked: str, status: int, content: bytes) -> str:
+    def _shown(self, target: str, status: int, content: bytes) -> str:
         text = _shortened(self._clean(content.decode(errors="replace")))
-        return f"{asked}: status {status}: {text}"
+        return f"{target}: status {status}: {text}"
 
     def _clean(self, text: str) -> str:
-        """Without the key, which a server may repeat."""
+        """Removes the key, which a server may repeat."""
         return text.replace(self._key, "***") if self._key else text
 
 
-def _key(endpoint: EndpointConfig) -> str | None:
+def _secret_key(endpoint: EndpointConfig) -> str | None:
     if endpoint.api_key_env is None:
         return None
     key = os.environ.get(endpoint.api_key_env, "").strip()
     if not key:
         raise ConfigError(
-            f"the environment variable {endpoint.api_key_env}, which holds the key of "
-            f"{endpoint.url}, is not set where it is asked: export it before Ray is started, on "
-            "every node (without --address: before `polystill run`)"
+            f"the environment variable {endpoint.api_key_env}, which must hold the key of "
+            f"{endpoint.url}, is not set on the node that sends the requests: export it before Ray "
+            "is started, on every node (without --address: before `polystill run`)"
         )
     return key
 
 
 def _wait(number: int, asked_seconds: float) -> float:
-    """Exponential with jitter, so that clients that failed together do not come back together."""
+    """Seconds to wait before the next try: exponential with jitter, so that clients that failed
+    together do not come back together.
+    """
     longest = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2**number)
     return max(asked_seconds, random.uniform(0.5, 1.0) * longest)
 
 
-def _seconds(retry_after: str) -> float:
-    """Of a `Retry-After` header: a number of seconds or a date; 0 of anything else."""
+def _retry_after_seconds(retry_after: str) -> float:
+    """Seconds in a `Retry-After` header, which holds a number or a date; 0 for anything else."""
     if retry_after.strip().isdecimal():
         return float(retry_after)
     try:

@@ -1,6 +1,7 @@
 """Engine arguments and sampling parameters: the user's keys, our keys, our defaults.
 
-Pure: `teachers/engine/vllm_teacher.py` brings in the names that the installed vLLM knows.
+This module imports no vLLM: `teachers/engine/options.py` passes the names that the installed vLLM
+knows.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ OWNED_ENGINE_ARGUMENTS = {
     "revision": "the teacher's `revision` sets it",
     "trust_remote_code": "the teacher's `trust_remote_code` sets it",
 }
-STATE_CAPTURE_ARGUMENTS = ("speculative_config", "kv_transfer_config")
-CAPTURED = "distributions are captured by scoring, not while an answer is written"
+HIDDEN_STATES_ARGUMENTS = ("speculative_config", "kv_transfer_config")
+CAPTURED = "the score stage captures distributions, not the writing of an answer"
 OWNED_SAMPLING_PARAMETERS = {
     "n": "samples_per_prompt sets it",
-    "seed": "the config's seed sets it, another one for every prompt and sample",
+    "seed": "it is derived from the config's seed, for each prompt and sample",
     "logprobs": CAPTURED,
     "prompt_logprobs": CAPTURED,
     "flat_logprobs": CAPTURED,
     "detokenize": "answers are taken as token ids",
     "output_kind": "only finished answers are used",
-    "stop": "it needs text, and answers are taken as token ids; use stop_token_ids",
-    "bad_words": "it needs a tokenizer in the engine, which ignores it silently; use logit_bias",
-    "structured_outputs": "it needs a tokenizer in the engine",
+    "stop": "it needs text, but answers are taken as token ids; use stop_token_ids",
+    "bad_words": "it needs a tokenizer in the engine, which has none; use logit_bias",
+    "structured_outputs": "it needs a tokenizer in the engine, which has none",
 }
 
 OPENAI_PARAMETERS = frozenset(
@@ -47,14 +48,20 @@ COMPLETION_PARAMETERS = OPENAI_PARAMETERS | {
     "top_k",
 }
 ENDPOINT_PARAMETERS = {"vllm": COMPLETION_PARAMETERS, "openai": OPENAI_PARAMETERS}
-"""By kind of endpoint the SamplingParams that it honours; servers ignore others without a word."""
+"""Sampling parameters that each kind of endpoint honours; servers silently ignore all others."""
 
 
 def check_names(place: str, block: dict[str, Any], known: Set[str], owned: dict[str, str]) -> None:
-    """Checks the keys of a block that is passed on verbatim.
+    """Checks the keys of a block that is passed on unchanged.
+
+    Args:
+        place: name of the block, for the message.
+        block: the block.
+        known: keys that vLLM knows.
+        owned: keys that we set, each with the reason why the user cannot.
 
     Raises:
-        ConfigError: a key is unknown (the closest known one is named) or set by us.
+        ConfigError: a key is unknown (the closest known key is named) or set by us.
     """
     for key in block:
         if key in owned:
@@ -65,8 +72,13 @@ def check_names(place: str, block: dict[str, Any], known: Set[str], owned: dict[
             raise ConfigError(f"{place}.{key} is unknown to the installed vLLM{hint}")
 
 
-def check_sampling(block: dict[str, Any], known: Set[str], samples_per_prompt: int) -> None:
-    """Checks a `sampling:` block as far as that goes without vLLM.
+def check_engine_sampling(block: dict[str, Any], known: Set[str], samples_per_prompt: int) -> None:
+    """Checks a `sampling:` block as far as possible without vLLM.
+
+    Args:
+        block: the `sampling:` block.
+        known: parameters that vLLM knows.
+        samples_per_prompt: number of answers to each prompt.
 
     Raises:
         ConfigError: a key is unknown or ours, `max_tokens` is missing, or greedy sampling is asked
@@ -74,24 +86,28 @@ def check_sampling(block: dict[str, Any], known: Set[str], samples_per_prompt: i
     """
     check_names("sampling", block, known, OWNED_SAMPLING_PARAMETERS)
     if not isinstance(block.get("max_tokens"), int):
-        raise ConfigError(f"sampling.max_tokens must be a number, got {block.get('max_tokens')!r}")
+        raise ConfigError(
+            f"sampling.max_tokens must be a whole number, not {block.get('max_tokens')!r}: set the "
+            "largest length of an answer in tokens"
+        )
     if block.get("temperature") == 0 and samples_per_prompt > 1:
         raise ConfigError(
-            f"sampling.temperature is 0, so {samples_per_prompt} answers to a prompt would be alike"
+            f"sampling.temperature is 0, so the {samples_per_prompt} answers to a prompt would be "
+            "the same: raise it, or set samples_per_prompt to 1"
         )
 
 
 def check_endpoint_sampling(block: dict[str, Any], api: str) -> None:
-    """Checks that an endpoint would honour a `sampling:` block.
+    """Checks that an endpoint would honour every key of a `sampling:` block.
 
     Raises:
-        ConfigError: it has no parameter of that name.
+        ConfigError: the endpoint would ignore a key.
     """
     for key in block:
         if key not in ENDPOINT_PARAMETERS[api]:
             raise ConfigError(
-                f"sampling.{key} is nothing that an endpoint with api {api} honours; it takes "
-                f"{', '.join(sorted(ENDPOINT_PARAMETERS[api]))}"
+                f"an endpoint with `api: {api}` ignores sampling.{key}: leave it out; the endpoint "
+                f"honours {', '.join(sorted(ENDPOINT_PARAMETERS[api]))}"
             )
 
 
@@ -99,19 +115,20 @@ def check_capture(block: dict[str, Any], num_logprobs: int) -> None:
     """Checks that a `vllm:` block does not contradict the capture.
 
     Raises:
-        ConfigError: `max_logprobs` is below the capture width, or `logprobs_mode` is another than
-            ours.
+        ConfigError: `max_logprobs` is below the capture width, or `logprobs_mode` is not
+            `raw_logprobs`.
     """
     width = block.get("max_logprobs", -1)
     if width != -1 and width < num_logprobs:
         raise ConfigError(
             f"vllm.max_logprobs ({width}) is below scoring.num_logprobs ({num_logprobs}); "
-            "leave it out"
+            "leave vllm.max_logprobs out"
         )
     mode = block.get("logprobs_mode", "raw_logprobs")
     if mode != "raw_logprobs":
         raise ConfigError(
-            f"vllm.logprobs_mode is {mode!r}; targets need raw_logprobs, at temperature 1"
+            f"vllm.logprobs_mode is {mode!r}, but the cache holds raw_logprobs, at temperature 1; "
+            "leave it out"
         )
 
 
@@ -119,27 +136,30 @@ def check_hidden_states(block: dict[str, Any]) -> None:
     """Checks that a `vllm:` block leaves room for the capture of hidden states.
 
     Raises:
-        ConfigError: it sets what that capture needs, or an engine on several nodes, whose workers
-            would write states where nobody reads them.
+        ConfigError: the block sets an argument of that capture, or an engine on several nodes,
+            whose workers would write hidden states to disks that the actor cannot read.
     """
-    for key in STATE_CAPTURE_ARGUMENTS:
+    for key in HIDDEN_STATES_ARGUMENTS:
         if key in block:
-            raise ConfigError(f"vllm.{key} is not accepted: a loss needs hidden states, set by it")
+            raise ConfigError(
+                f"vllm.{key} is not accepted: a loss needs hidden states, whose capture sets it"
+            )
     if block.get("distributed_executor_backend") == "ray":
         raise ConfigError(
             "vllm.distributed_executor_backend is ray, but a loss needs hidden states, which are "
-            "captured within one node only"
+            "captured within one node only: leave it out, or drop the loss"
         )
 
 
 def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
-    """The arguments that an engine is built from: the user's, and ours where the user names none.
+    """Builds the arguments of an engine: the user's, and our defaults for those not named.
 
-    Ours: `max_model_len` the longest sequence + 1; `gpu_memory_utilization` 0.85, for prompt
-    log-probabilities are not in vLLM's memory profile; `skip_tokenizer_init`, for token ids are the
-    truth; `disable_log_stats`; `distributed_executor_backend` `uni` for one device and `mp` for
-    several; `seed`. When scoring also `max_logprobs` the capture width, `logprobs_mode`
-    `raw_logprobs`, and prefix caching where sequences share prompts.
+    Our defaults: `max_model_len` is the longest sequence + 1; `gpu_memory_utilization` is 0.85,
+    since prompt log-probabilities are not in vLLM's memory profile; `skip_tokenizer_init` is on,
+    since only token ids are exchanged; `disable_log_stats` is on; `distributed_executor_backend` is
+    `uni` for one device and `mp` for several; `seed` is the seed of the specification. An engine
+    that scores also has `max_logprobs`, the capture width, `logprobs_mode` `raw_logprobs`, and
+    prefix caching if sequences share prompts.
 
     Raises:
         TeacherError: `vllm.max_model_len` is below the longest sequence + 1.
@@ -148,7 +168,7 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
     if isinstance(max_model_len, int) and 0 < max_model_len < spec.min_model_len:
         raise TeacherError(
             f"{spec.model}: vllm.max_model_len ({max_model_len}) is below the longest sequence + 1 "
-            f"({spec.min_model_len}); raise it, leave it out, or drop longer ones by "
+            f"({spec.min_model_len}): raise it, leave it out, or lower "
             "synthesis.max_sequence_tokens"
         )
     sizes = [spec.vllm.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline")]

@@ -1,4 +1,4 @@
-"""What an engine runs on and what it takes: device, memory, size of the weights."""
+"""Hardware of an engine: device, memory in use, size of the weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 
 
 def cpu_name() -> str:
-    """The processor as the kernel names it."""
+    """Name of the processor, as the kernel gives it."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -23,31 +23,33 @@ def cpu_name() -> str:
 
 
 def host_memory_bytes() -> int:
-    """Sum of the peak resident memory of this process's descendants; shared pages count twice."""
+    """Sum of the peak resident memory of this process's descendants; counts shared pages twice."""
     total_kib = 0
     for child in psutil.Process().children(recursive=True):
         try:
             lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
         except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended meanwhile
+            continue  # the process ended meanwhile
         total_kib += sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     return total_kib * 1024
 
 
 def device_memory_bytes(nvml: ModuleType) -> int | None:
-    """Device memory that this process's descendants hold; vLLM keeps what it took at start.
+    """Device memory that this process's descendants hold; vLLM keeps all that it took at start.
 
     Args:
         nvml: the `pynvml` module.
 
     Returns:
-        None where the driver names no process of ours, as in a container with its own process ids.
+        None if the driver names no process of ours, as in a container with its own process ids.
     """
     pids = {child.pid for child in psutil.Process().children(recursive=True)} | {os.getpid()}
     nvml.nvmlInit()
     try:
         handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-        running = [p for each in handles for p in nvml.nvmlDeviceGetComputeRunningProcesses(each)]
+        running = [
+            p for handle in handles for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        ]
     finally:
         nvml.nvmlShutdown()
     return sum(p.usedGpuMemory or 0 for p in running if p.pid in pids) or None
@@ -55,13 +57,13 @@ def device_memory_bytes(nvml: ModuleType) -> int | None:
 
 @functools.cache
 def weight_size(model: str, revision: str | None) -> tuple[int | None, int | None]:
-    """Parameters and bytes of a model's safetensors files, as stored: packed weights count packed.
+    """Number of parameters and bytes in a model's safetensors files, packed weights as packed.
 
     Args:
         model: a local folder, or a hub id that is in the local cache.
 
     Returns:
-        (None, None) where there are no such files, for instance under a remote folder.
+        (None, None) if there are no such files, for instance in a remote folder.
     """
     folder = Path(model)
     if not folder.is_dir():
@@ -82,7 +84,7 @@ def weight_size(model: str, revision: str | None) -> tuple[int | None, int | Non
 
 
 def _num_parameters(path: Path) -> int:
-    """From the header of a safetensors file: a little-endian length, then JSON."""
+    """Parameter count from a safetensors header: a little-endian length, then JSON."""
     with path.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(length))

@@ -1,7 +1,7 @@
 """Hidden states on their way from the engine's process: files in a folder of this process.
 
 The engine names a request's file in its output and holds a lock on `<file>.lock` until the file is
-whole. Each is read once, the rows that are wanted alone, and removed.
+complete. Each file is read once, only the rows that are needed, and then removed.
 
 Legend: P positions, L layers, H hidden size.
 """
@@ -24,8 +24,8 @@ from pipeline.errors import TeacherError
 PREFIX = "polystill-states-"
 
 
-class StateFolder:
-    """The folder of one engine; also removes those that killed processes have left behind."""
+class HiddenStatesFolder:
+    """Folder of one engine. Its creation removes the folders that killed processes left behind."""
 
     def __init__(self) -> None:
         for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
@@ -34,11 +34,16 @@ class StateFolder:
         self._path = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-")
 
     def engine_arguments(self, layers: tuple[int, ...], *, on_cpu: bool) -> dict[str, Any]:
-        """What makes vLLM capture the states of `layers` and write them here."""
+        """Engine arguments that make vLLM capture hidden states and write them to this folder.
+
+        Args:
+            layers: layers to capture, in ascending order.
+            on_cpu: the engine runs on a CPU, which needs a connector of our own.
+        """
         connector: dict[str, Any] = {"kv_connector": "ExampleHiddenStatesConnector"}
         if on_cpu:
             connector = {
-                "kv_connector": "CpuStateConnector",
+                "kv_connector": "CpuHiddenStatesConnector",
                 "kv_connector_module_path": "teachers.engine.state_connector",
             }
         return {
@@ -57,28 +62,38 @@ class StateFolder:
         }
 
     def remove(self) -> None:
-        """Removes the folder and what is left in it."""
+        """Removes the folder with the files that are left in it."""
         shutil.rmtree(self._path, ignore_errors=True)
 
 
-def take_states(path: str, first: int, last: int) -> np.ndarray:
-    """float32[last - first, L, H]: the states at token indices `first` to `last - 1`.
+def take_hidden_states(path: str, first: int, last: int) -> np.ndarray:
+    """Reads the hidden states of a request as float32[last - first, L, H], and removes their file.
 
-    Waits until the file is whole, and removes it.
+    Waits until the file is complete.
+
+    Args:
+        path: file that the engine named.
+        first: first token index to read.
+        last: token index after the last one to read.
 
     Raises:
-        TeacherError: the engine has not written it, or not so many rows.
+        TeacherError: the engine has not written the file, or the file has too few rows.
     """
     try:
         with open(f"{path}.lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH)
         with safe_open(path, framework="pt") as file:
-            states = file.get_slice("hidden_states")[first:last].float().numpy()
+            hidden_states = file.get_slice("hidden_states")[first:last].float().numpy()
     except (OSError, SafetensorError) as error:
-        raise TeacherError(f"the engine has written no hidden states to {path}: {error}") from error
+        raise TeacherError(
+            f"cannot read the hidden states that the engine should have written to {path}: {error}"
+        ) from error
     finally:
-        for each in (path, f"{path}.lock"):
-            Path(each).unlink(missing_ok=True)
-    if len(states) != last - first:
-        raise TeacherError(f"{path} ends at token {first + len(states)}, {last} are needed")
-    return states
+        for name in (path, f"{path}.lock"):
+            Path(name).unlink(missing_ok=True)
+    if len(hidden_states) != last - first:
+        raise TeacherError(
+            f"the engine wrote hidden states of {first + len(hidden_states)} tokens to {path}, and "
+            f"{last} are needed"
+        )
+    return hidden_states

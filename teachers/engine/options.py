@@ -1,6 +1,6 @@
-"""Which engine arguments and sampling parameters the installed vLLM knows.
+"""Checks of engine arguments and sampling parameters against the installed vLLM.
 
-What they must not contradict, and which of them are ours, stands in `teachers/engine/arguments.py`.
+`teachers/engine/arguments.py` has the checks that need no vLLM, and the keys that are ours.
 """
 
 from __future__ import annotations
@@ -22,9 +22,14 @@ def check_engine_arguments(
 ) -> None:
     """Checks a `vllm:` block before any hardware is asked for.
 
+    Args:
+        block: the `vllm:` block of a teacher or of the student.
+        num_logprobs: capture width; 0 if the engine only generates.
+        hidden_states: hidden states are captured too.
+
     Raises:
         ConfigError: vLLM does not know a key (the closest one is named), a key is ours, or a value
-            contradicts the capture of `num_logprobs` entries or of hidden states.
+            contradicts the capture.
     """
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
     arguments.check_names("vllm", block, known, arguments.OWNED_ENGINE_ARGUMENTS)
@@ -39,7 +44,9 @@ def check_sampling_parameters(
     """Checks a `sampling:` block before any hardware is asked for.
 
     Args:
-        endpoint_apis: of the endpoints that it is sent to.
+        block: the `sampling:` block.
+        samples_per_prompt: number of answers to each prompt.
+        endpoint_apis: kinds of the endpoints that the block is sent to.
 
     Raises:
         ConfigError: vLLM does not know a key (the closest one is named), a key is ours,
@@ -47,7 +54,7 @@ def check_sampling_parameters(
             greedy sampling is asked for several answers, or an endpoint would ignore a key.
     """
     known = {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}
-    arguments.check_sampling(block, known, samples_per_prompt)
+    arguments.check_engine_sampling(block, known, samples_per_prompt)
     for api in sorted(endpoint_apis):
         arguments.check_endpoint_sampling(block, api)
     try:

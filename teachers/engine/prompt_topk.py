@@ -1,14 +1,13 @@
-"""Keeps vLLM's prompt log-probabilities as arrays.
+"""Prompt log-probabilities of vLLM, kept as arrays.
 
 The engine's process sends them to the front end as two dense tensors. There vLLM's own
 `LogprobsProcessor._update_prompt_logprobs` turns every entry into Python objects, which costs far
-more than the forward pass. The override below keeps the tensors as numpy views. It runs in the
-front end alone: neither the engine's process nor a worker is touched, so it is the same for every
-model runner and parallel layout.
+more than the forward pass. The override below keeps the tensors as numpy views. It runs only in the
+front end and touches neither the engine's process nor a worker, so it is the same for every model
+runner and parallel layout.
 
-This module never imports vLLM: `teachers/engine/vllm_teacher.py` hands the class in, proves at
-start that both ways give the same numbers, and uses vLLM's public `flat_logprobs` where they
-differ.
+This module never imports vLLM: `teachers/engine/row_capture.py` hands the class in, proves at the
+start that both ways give the same numbers, and uses vLLM's public `flat_logprobs` if they differ.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ class BrokenRowsError(TeacherError):
 
 @dataclass(frozen=True, eq=False)
 class PromptTopK:
-    """Prompt log-probabilities of one request; stands in for vLLM's list of dictionaries.
+    """Prompt log-probabilities of one request, in place of vLLM's list of dictionaries.
 
-    The last row is the distribution over the last prompt token, the one before it over the token
-    before, and so on. There are T - 1 rows, or fewer when a prefix came from the engine's cache;
-    some engines return T - 1 all the same and leave those of the prefix uninitialised. So rows are
-    counted from the end. Column 0 is the prompt's token itself, columns 1 to K are the most
-    probable ones in descending order; the token itself may stand among them again.
+    The last row is the distribution over the last prompt token, the row before it over the token
+    before, and so on. There are T - 1 rows, or fewer if a prefix came from the engine's cache; some
+    engines return T - 1 rows all the same and leave the rows of the prefix uninitialised. Rows are
+    therefore counted from the end. Column 0 is the prompt's own token, columns 1 to K are the most
+    probable tokens in descending order; the own token may occur among them again.
 
     Attributes:
         token_ids: integer[R, K + 1].
@@ -52,7 +51,7 @@ class PromptTopK:
 
     @classmethod
     def from_flat(cls, flat: Any) -> PromptTopK:
-        """The same from vLLM's public `FlatLogprobs`, whose first position is empty."""
+        """Takes the rows from vLLM's public `FlatLogprobs`, whose first position is empty."""
         num_rows = len(flat.start_indices) - 1
         shape = (num_rows, len(flat.token_ids) // max(num_rows, 1))
         return cls(
@@ -61,11 +60,14 @@ class PromptTopK:
         )
 
     def rows(self, input_ids: list[int], first_index: int, width: int) -> CapturedRows:
-        """The checked rows over the tokens at indices `first_index` to T - 1. What rounding has
-        lifted above 0 is 0 in them.
+        """Checks and returns the rows over the tokens at indices `first_index` to T - 1.
+
+        A log-probability that rounding has lifted above 0 becomes 0.
 
         Args:
-            width: K.
+            input_ids: the T tokens of the sequence.
+            first_index: index of the first token with a row.
+            width: K, the number of entries per row.
 
         Raises:
             BrokenRowsError: there are too few rows, column 0 is not the sequence, a value is no
@@ -75,11 +77,13 @@ class PromptTopK:
         token_ids, logprobs = self.token_ids[-num_rows:], self.logprobs[-num_rows:]
         problem = None
         if not token_ids.shape == logprobs.shape == (num_rows, width + 1):
-            problem = f"rows have shape {self.logprobs.shape}, wanted are {(num_rows, width + 1)}"
+            problem = (
+                f"the rows have shape {self.logprobs.shape}, needed is {(num_rows, width + 1)}"
+            )
         elif not np.array_equal(token_ids[:, 0], input_ids[first_index:]):
-            problem = "column 0 is not the sequence"
+            problem = "column 0 does not hold the tokens of the sequence"
         elif np.isnan(logprobs).any() or logprobs.max() > MAX_LOGPROB:
-            problem = "a value is NaN or above 0, so no log-probability"
+            problem = "a value is NaN or above 0, which is no log-probability"
         elif (logprobs[:, 2:] > logprobs[:, 1:-1]).any():
             problem = "entries are not in descending order"
         if problem:
@@ -92,21 +96,21 @@ class PromptTopK:
         )
 
     def equals(self, other: PromptTopK) -> bool:
-        """Whether every element is the same."""
+        """Whether all elements are equal."""
         return np.array_equal(self.token_ids, other.token_ids) and np.array_equal(
             self.logprobs, other.logprobs
         )
 
 
 def install(processor_class: Any, mirror: list[PromptTopK] | None = None) -> Callable[[], None]:
-    """Overrides the method on vLLM's class and returns the function that restores it.
+    """Overrides the method of vLLM's class and returns the function that restores it.
 
-    Requests that detokenise, or ask for `flat_logprobs`, keep vLLM's own code.
+    Requests that detokenise or ask for `flat_logprobs` keep vLLM's own code.
 
     Args:
         processor_class: vLLM's `LogprobsProcessor`.
-        mirror: when given, vLLM's code runs for every request and the arrays of the same tensors
-            are appended here, so that both can be compared on one forward pass.
+        mirror: list to which the arrays are appended, while vLLM's own code runs for every request
+            as well; both ways can then be compared on one forward pass.
 
     Raises:
         TeacherError: the class does not have the method that this override was written for.
@@ -114,7 +118,9 @@ def install(processor_class: Any, mirror: list[PromptTopK] | None = None) -> Cal
     stock = vars(processor_class).get(METHOD)
     parameters = list(inspect.signature(stock).parameters) if stock else []
     if stock is None or parameters != PARAMETERS:
-        raise TeacherError(f"LogprobsProcessor.{METHOD} takes {parameters}, not {PARAMETERS}")
+        raise TeacherError(
+            f"LogprobsProcessor.{METHOD} of the installed vLLM takes {parameters}, not {PARAMETERS}"
+        )
 
     def keep_arrays(self: Any, prompt_logprobs_tensors: Any) -> None:
         token_ids, logprobs, *_ = prompt_logprobs_tensors
@@ -136,10 +142,11 @@ async def install_if_equal(
     """Overrides the method for good if arrays and `FlatLogprobs` of one request are equal.
 
     Args:
+        processor_class: vLLM's `LogprobsProcessor`.
         request_flat: scores a canary with `flat_logprobs` and returns its `FlatLogprobs`.
 
     Returns:
-        The function that restores vLLM's method, or None where it stays as it is; and the reason.
+        The function that restores vLLM's method, or None if vLLM's method stays; and the reason.
     """
     mirror: list[PromptTopK] = []
     try:

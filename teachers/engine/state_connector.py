@@ -1,9 +1,9 @@
 """vLLM's hidden-state connector for engines on a CPU; vLLM loads it in the engine's process.
 
-vLLM's own copies by CUDA streams into pinned memory, which a CPU has not. Everything else is its
-code: at the end of a request it reads the states of all prompt tokens out of the cache of keys and
-values, where its `extract_hidden_states` put them, and writes them to a file whose lock it holds
-from the request's first step on.
+vLLM's own connector copies through CUDA streams into pinned memory, which a CPU does not have.
+Everything else is vLLM's code: at the end of a request it reads the hidden states of all prompt
+tokens from the cache of keys and values, where `extract_hidden_states` put them, and writes them to
+a file whose lock it holds from the request's first step on.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connecto
 )
 
 
-class CpuStateConnector(ExampleHiddenStatesConnector):
-    """Writes the states before it returns; nothing is in flight afterwards."""
+class CpuHiddenStatesConnector(ExampleHiddenStatesConnector):
+    """Connector that writes hidden states before it returns, so that no copy is in flight."""
 
     def _submit_async_write(self, pending: PendingSave) -> None:
         if not self._is_tp_rank_zero:
@@ -27,7 +27,7 @@ class CpuStateConnector(ExampleHiddenStatesConnector):
         places = [(block, place) for block in pending.block_ids for place in range(size)][
             :num_tokens
         ]
-        blocks, offsets = ([each[i] for each in places] for i in (0, 1))
+        blocks, offsets = ([pair[i] for pair in places] for i in (0, 1))
         tensors = {"hidden_states": self._kv_cache[blocks, :, offsets].contiguous()}
         written: Any = _Written()
         lock = self._lock_fds.pop(pending.req_id, None)
@@ -36,7 +36,7 @@ class CpuStateConnector(ExampleHiddenStatesConnector):
 
 
 class _Written:
-    """Stands for the CUDA event of a copy that is complete."""
+    """Stand-in for the CUDA event of a copy that is complete."""
 
     def synchronize(self) -> None:
         pass

@@ -1,7 +1,9 @@
-"""Ray actors of the teachers, and the tasks that they share.
+"""Ray actors of the teachers, and the tasks that these actors share.
 
-pool       the pools of several teachers at once
-actor      one engine in one Ray actor
-dispatch   tasks to replicas: retry, halving, quarantine, replacement
-placement  whether a node could hold an actor
+contracts    what a task and a replica must do; the pool's report
+pool         the pools of several teachers at once
+actor        one teacher in one Ray actor
+dispatch     replicas: start, tasks in flight, death, replacement
+task_ledger  tasks: retry, halving, quarantine
+placement    whether a node could hold an actor
 """

@@ -1,8 +1,8 @@
-"""One engine, or whoever asks an endpoint, in one Ray actor, and the driver's handle on it.
+"""One teacher in one Ray actor, an engine or the client of an endpoint, and the driver's handle.
 
-A task comes to the engine: the actor runs it beside the teacher, where it reads its input and
-writes its output itself. Only the task and its small result travel; no log-probabilities enter
-Ray's object store.
+The task travels to the teacher: the actor runs the task beside the teacher, where the task reads
+its input and writes its output. Only the task and its small result travel; no log-probabilities
+enter Ray's object store.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from pipeline.config.base import Resources
-from teachers.pool.dispatch import TASKS_IN_FLIGHT, ReplicaDied, Task
+from teachers.pool.contracts import ReplicaDied, Task
+from teachers.pool.dispatch import TASKS_IN_FLIGHT
 from teachers.protocol import Canary, EndpointSpec, EngineDiedError, EngineSpec, Teacher
 
 ENGINE_ENV_VARS = {
@@ -31,16 +32,16 @@ CPU_ENV_VARS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     # vLLM's own choice gives every engine of a machine the same first cores.
     THREADS_BIND: "nobind",
-    # A worker process beside the engine's own is there to bind threads. Without it an engine
-    # starts in two thirds of the time; `AsyncLLM` runs in a process of its own all the same.
+    # vLLM starts a worker process beside the engine's own only to bind threads. Without the worker
+    # an engine starts in two thirds of the time; `AsyncLLM` still has a process of its own.
     MULTIPROCESSING: "0",
 }
 SHUTDOWN_SECONDS = 20
-MAX_CONCURRENCY = TASKS_IN_FLIGHT + 2  # tasks, and questions beside them
+MAX_CONCURRENCY = TASKS_IN_FLIGHT + 2  # tasks, and the other calls beside them
 
 
 class TeacherActor:
-    """The actor: one teacher, several tasks at a time in one event loop."""
+    """Ray actor with one teacher, which runs several tasks at a time in one event loop."""
 
     _teacher: Teacher
 
@@ -48,10 +49,10 @@ class TeacherActor:
         self._spec = spec
 
     async def placed(self) -> None:
-        """Answers as soon as the actor has its resources."""
+        """Returns as soon as the actor has its resources."""
 
     async def ready(self) -> dict[str, Any]:
-        """Starts the engine, or asks the endpoint who it is; returns its description."""
+        """Starts the engine, or asks the endpoint which model it serves; returns the metadata."""
         if isinstance(self._spec, EndpointSpec):
             from teachers.endpoint.teacher import EndpointTeacher
 
@@ -63,7 +64,7 @@ class TeacherActor:
         return self._teacher.metadata()
 
     async def canary(self) -> Canary | None:
-        """What the engine said of the canary; None when it only generates."""
+        """The teacher's canary; None if none of its rows are kept."""
         return self._teacher.canary()
 
     async def run(self, task: Task) -> Any:
@@ -71,7 +72,7 @@ class TeacherActor:
         return await task.run(self._teacher)
 
     async def peak_memory_bytes(self) -> int | None:
-        """Memory of the engine's processes."""
+        """Peak memory of the engine's processes in bytes; None if unknown."""
         return self._teacher.peak_memory_bytes()
 
     async def shutdown(self) -> None:
@@ -80,7 +81,7 @@ class TeacherActor:
 
 
 class RayReplica:
-    """The driver's handle on one actor; the actor waits in Ray until its resources are free."""
+    """Driver's handle on one actor; the actor waits in Ray until its resources are free."""
 
     def __init__(
         self, spec: EngineSpec | EndpointSpec, resources: Resources, env_vars: Mapping[str, str]
@@ -105,13 +106,13 @@ class RayReplica:
         await self._ask(self._actor.placed.remote())
 
     async def ready(self) -> dict[str, Any]:
-        """Waits until the engine runs; returns its description."""
-        description = await self._ask(self._actor.ready.remote())
+        """Waits until the teacher has started; returns its metadata."""
+        metadata = await self._ask(self._actor.ready.remote())
         self._is_ready = True
-        return description
+        return metadata
 
     async def canary(self) -> Canary | None:
-        """What the engine said of the canary; None when it only generates."""
+        """The teacher's canary; None if none of its rows are kept."""
         return await self._ask(self._actor.canary.remote())
 
     async def run(self, task: Task) -> Any:
@@ -119,16 +120,16 @@ class RayReplica:
 
         Raises:
             ReplicaDied: the actor or its engine is gone.
-            Exception: whatever the task raised, with Ray's traceback of the actor as its cause.
+            Exception: the task's own exception, with Ray's traceback of the actor as its cause.
         """
         return await self._ask(self._actor.run.remote(task))
 
     async def peak_memory_bytes(self) -> int | None:
-        """Memory of the engine's processes."""
+        """Peak memory of the engine's processes in bytes; None if unknown."""
         return await self._ask(self._actor.peak_memory_bytes.remote())
 
     async def stop(self) -> None:
-        """Ends the actor and its engine, whatever their state."""
+        """Ends the actor and its engine, in whatever state they are."""
         try:
             if self._is_ready:
                 with contextlib.suppress(RayError, TimeoutError):
@@ -150,7 +151,12 @@ class RayReplica:
 def engine_env_vars(
     resources: Resources, env_vars: Mapping[str, str], inherited: Mapping[str, str]
 ) -> dict[str, str]:
-    """The user's environment for an actor, and ours where neither the user nor the job sets it."""
+    """Environment variables of an actor.
+
+    Args:
+        env_vars: the user's variables, which always win.
+        inherited: variables of the Ray job; our defaults give way to them.
+    """
     defaults = ENGINE_ENV_VARS | (CPU_ENV_VARS if resources.num_gpus == 0 else {})
     if THREADS_BIND in {*inherited, *env_vars}:
         defaults.pop(MULTIPROCESSING, None)

@@ -1,7 +1,7 @@
-"""The pools of a run: for each teacher its actors and the tasks that they share.
+"""Pools of a run: the actors of each teacher, and the tasks that these actors share.
 
 All pools run in one event loop of the driver. An actor that finds no room waits in Ray, so teachers
-run at once where the cluster has room for all, and one after another where it has not.
+run at the same time if the cluster has room for all of them, and one after another if it has not.
 """
 
 from __future__ import annotations
@@ -13,23 +13,30 @@ from dataclasses import dataclass, field
 import ray
 
 from pipeline.config.base import Resources
+from teachers.concurrency import cancel
 from teachers.pool.actor import RayReplica
-from teachers.pool.dispatch import Dispatcher, PoolReport, Progress, Task, cancel
+from teachers.pool.contracts import PoolReport, Progress, Task
+from teachers.pool.dispatch import Dispatcher
 from teachers.pool.placement import check_placement
 from teachers.protocol import Canary, EndpointSpec, EngineSpec
 
 
 @dataclass(frozen=True)
 class TeacherWork:
-    """The work of one teacher.
+    """Tasks of one teacher, and the actors that do them.
 
     Attributes:
-        replicas: engines at most; never more than tasks.
-        env_vars: environment of its actors, beside our defaults.
-        progress: called in the driver with items done, items in all, and the result of the task
-            just finished.
-        autoscaling: the cluster adds nodes on demand, so what no present node can hold waits.
-        check_canary: refuses an engine by what it says of the canary.
+        name: name of the teacher.
+        spec: specification of its engines, or of its endpoint.
+        resources: Ray resources of one actor.
+        replicas: largest number of actors; never more than tasks are started.
+        tasks: the work to do.
+        env_vars: environment variables of the actors, beside our defaults.
+        progress: called in the driver with the items done, the items in all, and the result of the
+            task just finished.
+        autoscaling: the cluster adds nodes on demand, so an actor that no present node can hold
+            waits.
+        check_canary: refuses an engine by its canary.
     """
 
     name: str
@@ -43,30 +50,32 @@ class TeacherWork:
     check_canary: Callable[[Canary], None] | None = None
 
     def launch(self) -> RayReplica:
-        """A new actor."""
+        """Starts a new actor."""
         return RayReplica(self.spec, self.resources, self.env_vars)
 
 
-def run_pools(jobs: Sequence[TeacherWork]) -> dict[str, PoolReport]:
+def run_pools(all_work: Sequence[TeacherWork]) -> dict[str, PoolReport]:
     """Runs the work of several teachers; their actors share the cluster as it has room.
 
     Raises:
-        ClusterError: no node of the cluster could hold an engine.
-        TeacherError: a teacher cannot progress; the others are stopped, and what they wrote stays.
+        ClusterError: no node of the cluster could hold an actor.
+        TeacherError: a teacher cannot progress; the others are stopped, and what they have written
+            stays.
     """
-    for job in jobs:
-        if job.tasks and not job.autoscaling:
-            check_placement(f"an engine of {job.name!r}", job.resources, ray.nodes())
-    return asyncio.run(_run_all(jobs))
+    for work in all_work:
+        if work.tasks and not work.autoscaling:
+            check_placement(f"an engine of {work.name!r}", work.resources, ray.nodes())
+    return asyncio.run(_run_all(all_work))
 
 
-async def _run_all(jobs: Sequence[TeacherWork]) -> dict[str, PoolReport]:
+async def _run_all(all_work: Sequence[TeacherWork]) -> dict[str, PoolReport]:
     dispatchers = [
-        Dispatcher(j.name, j.launch, j.replicas, j.tasks, j.progress, j.check_canary) for j in jobs
+        Dispatcher(w.name, w.launch, w.replicas, w.tasks, w.progress, w.check_canary)
+        for w in all_work
     ]
     running = [asyncio.create_task(each.run()) for each in dispatchers]
     try:
         reports = await asyncio.gather(*running)
     finally:
         await cancel(running)
-    return {job.name: report for job, report in zip(jobs, reports, strict=True)}
+    return {work.name: report for work, report in zip(all_work, reports, strict=True)}

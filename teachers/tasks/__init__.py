@@ -1,4 +1,4 @@
-"""Units of work that a teacher does, each over one shard.
+"""Units of work for a teacher, each over one shard.
 
 answer    prompts to answers to sequences
 rewrite   requests to replies to new prompts
@@ -7,4 +7,6 @@ score     sequences to cache rows
 siblings  rows that answers with a common beginning share
 rescore   stored rows against the engine's numbers now
 holdout   hold-out answers: exact match, speed, latency
+control   check that a teacher is sound
+items     halves of a task's items, seeds of prompts
 """

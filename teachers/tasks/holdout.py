@@ -1,6 +1,6 @@
-"""Answers of one model to hold-out prompts: what is right, how fast, and the time of one alone.
+"""Hold-out answers of one model: share of correct answers, speed, latency of a single answer.
 
-The exported student is just another model here: it is served and asked exactly like its teachers.
+The exported student is one of the models: it is served and asked exactly like its teachers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from teachers.tokenizing import answer_text, prompt_ids, student_tokenizer
 
 WARM_UP_PROMPTS = 4
 PROMPTS_ASKED_ALONE = 8
-# Speed is that of answers of one length, so that a model gains nothing by rambling or by brevity.
+# Speed is measured with answers of one length, so that a model gains nothing by long or short ones.
 SPEED_TOKENS = 64
 SPEED_ROUNDS = 3
 MEASURED_SECONDS = 3.0
@@ -32,20 +32,20 @@ MEASURED_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class AnsweredPrompts:
-    """What one model did.
+    """Results of one model on the hold-out prompts.
 
     Attributes:
-        correct: by domain the share of answers that pass the checker; None where nothing could be
+        correct: share of answers that pass the checker, by domain; None if no answer could be
             checked.
-        num_checked: by domain.
-        checker_errors: answers at which the checker raised, which count as wrong.
-        num_too_long: prompts that leave no room for an answer, and were not asked.
-        tokens_per_second: generated tokens with all prompts in flight, each answer of the same
-            length: median of at least 3 rounds.
-        tokens_per_second_range: lowest and highest round.
-        latency_seconds: median time of one such answer asked alone.
-        gold_logprobs: of the sequences given for the comparison with the trained weights, by
-            sequence id.
+        num_checked: number of answers that were checked, by domain.
+        checker_errors: number of answers at which the checker raised an error; they count as wrong.
+        num_too_long: number of prompts that leave no room for an answer and were not asked.
+        tokens_per_second: generated tokens per second with all prompts in flight and answers of
+            equal length, median of at least 3 rounds.
+        tokens_per_second_range: tokens per second of the slowest and of the fastest round.
+        latency_seconds: median time of one such answer, asked alone.
+        gold_logprobs: log-probabilities of the tokens of the sequences in `compared`, by sequence
+            id.
     """
 
     correct: dict[str, float | None]
@@ -59,8 +59,20 @@ class AnsweredPrompts:
 
 
 @dataclass(frozen=True)
-class AnsweringTask:
-    """All hold-out prompts for one model as one unit, so that its speed is measured undisturbed."""
+class HoldoutTask:
+    """All hold-out prompts of one model in one task, so that its speed is measured undisturbed.
+
+    Attributes:
+        model: name of the model.
+        prompts: hold-out prompts.
+        student: student, whose tokenizer is used.
+        sampling: parameters of vLLM's `SamplingParams`.
+        max_sequence_tokens: largest number of tokens of prompt and answer; None for no limit.
+        checker: name of the checker; None if answers are not checked.
+        answers_path: file for the answers, as JSON lines.
+        compared: sequences whose log-probabilities are compared with the trained weights.
+        seed: seed of the run.
+    """
 
     model: str
     prompts: tuple[Prompt, ...]
@@ -83,7 +95,7 @@ class AnsweringTask:
         raise AssertionError("one item cannot be halved")
 
     def quarantine(self, error: str) -> None:
-        """A model that cannot answer stops the evaluation.
+        """Stops the evaluation, which needs the answers of every model.
 
         Raises:
             TeacherError: always.
@@ -91,7 +103,7 @@ class AnsweringTask:
         raise TeacherError(f"{self.model} cannot answer the hold-out prompts: {error}")
 
     async def run(self, teacher: Teacher) -> AnsweredPrompts:
-        """Asks everything, checks the answers, and writes them as JSON lines to `answers_path`.
+        """Asks all prompts, measures the speed, then checks the answers and writes them.
 
         Raises:
             ConfigError: no prompt leaves room for an answer.
@@ -100,15 +112,16 @@ class AnsweringTask:
         room = (self.max_sequence_tokens or math.inf) - self.sampling["max_tokens"]
         rendered = [(prompt, prompt_ids(tokenizer, prompt)) for prompt in self.prompts]
         prompts = [prompt for prompt, ids in rendered if len(ids) <= room]
-        asked = [ids for _, ids in rendered if len(ids) <= room]
-        if not asked:
+        prompts_ids = [ids for _, ids in rendered if len(ids) <= room]
+        if not prompts_ids:
             raise ConfigError(
-                f"every hold-out prompt is longer than {room} tokens, what evaluation.sampling."
-                "max_tokens leaves of synthesis.max_sequence_tokens: lower the one or raise the "
-                "other"
+                f"every hold-out prompt is longer than {room} tokens, which is what evaluation."
+                f"sampling.max_tokens ({self.sampling['max_tokens']}) leaves of synthesis."
+                f"max_sequence_tokens ({self.max_sequence_tokens}): lower the first or raise the "
+                "second"
             )
-        answers = await asyncio.gather(*(self._ask(teacher, ids) for ids in asked))
-        rates, latency = await self._speed(teacher, asked)
+        answers = await asyncio.gather(*(self._ask(teacher, ids) for ids in prompts_ids))
+        rates, latency = await self._speed(teacher, prompts_ids)
         texts = [answer_text(tokenizer, answer.token_ids) for answer in answers]
         verdicts, checker_errors = self._check(prompts, texts)
         correct, num_checked = _shares(prompts, verdicts)
@@ -116,25 +129,30 @@ class AnsweringTask:
             correct=correct,
             num_checked=num_checked,
             checker_errors=checker_errors,
-            num_too_long=len(rendered) - len(asked),
+            num_too_long=len(rendered) - len(prompts_ids),
             tokens_per_second=statistics.median(rates),
             tokens_per_second_range=(min(rates), max(rates)),
             latency_seconds=latency,
             gold_logprobs={s.sequence_id: await _gold(teacher, s) for s in self.compared},
         )
 
-    async def _speed(self, teacher: Teacher, asked: list[list[int]]) -> tuple[list[float], float]:
-        """Tokens per second of each round of all prompts, and the median seconds of one alone."""
+    async def _speed(
+        self, teacher: Teacher, prompts_ids: list[list[int]]
+    ) -> tuple[list[float], float]:
+        """Tokens per second of each round of all prompts, and median seconds of a single answer."""
         length = min(SPEED_TOKENS, self.sampling["max_tokens"])
         exactly = {"max_tokens": length, "min_tokens": length, "ignore_eos": True, "stop": None}
-        await asyncio.gather(*(self._ask(teacher, ids, exactly) for ids in asked[:WARM_UP_PROMPTS]))
-        spread = asked[:: max(1, len(asked) // PROMPTS_ASKED_ALONE)][:PROMPTS_ASKED_ALONE]
+        warm_up = prompts_ids[:WARM_UP_PROMPTS]
+        await asyncio.gather(*(self._ask(teacher, ids, exactly) for ids in warm_up))
+        step = max(1, len(prompts_ids) // PROMPTS_ASKED_ALONE)
+        spread = prompts_ids[::step][:PROMPTS_ASKED_ALONE]
         alone = [(await self._ask(teacher, ids, exactly)).seconds for ids in spread]
         rates: list[float] = []
         begun = time.monotonic()
         while len(rates) < SPEED_ROUNDS or time.monotonic() - begun < MEASURED_SECONDS:
             started = time.monotonic()
-            answers = await asyncio.gather(*(self._ask(teacher, ids, exactly) for ids in asked))
+            requests = (self._ask(teacher, ids, exactly) for ids in prompts_ids)
+            answers = await asyncio.gather(*requests)
             num_tokens = sum(len(answer.token_ids) for answer in answers)
             rates.append(num_tokens / (time.monotonic() - started))
         return rates, statistics.median(alone)
@@ -146,8 +164,11 @@ class AnsweringTask:
         return (await teacher.generate(ids, sampling, 1))[0]
 
     def _check(self, prompts: list[Prompt], texts: list[str]) -> tuple[list[bool | None], int]:
-        """Writes every answer with its verdict, None where there is nothing to compare with; the
-        verdicts, and at how many answers the checker raised.
+        """Checks every answer and writes it with its verdict.
+
+        Returns:
+            The verdicts, None if there is no checker or no reference; and the number of answers at
+            which the checker raised an error.
         """
         checker = None if self.checker is None else SafeChecker(self.checker)
         verdicts: list[bool | None] = []

@@ -1,8 +1,10 @@
-"""A teacher grades answers: the engine may write nothing but one digit, so each grade parses. What
-a teacher that exchanges text writes cannot be bounded; replies that are no grade give none.
+"""Grades: a teacher grades answers, one shard at a time.
 
-`judgements/<recipe>/<digest of the sequence ids>.json` holds the grades of a shard; a sequence is
-graded once under a recipe.
+The engine may write nothing but one digit, so every reply is a grade. A teacher that exchanges text
+cannot be limited in this way; its replies that are no grade count as ungraded.
+
+`judgements/<recipe digest>/<digest of the sequence ids>.json` holds the grades of a shard; a
+sequence is graded once under a recipe.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from pipeline.errors import ConfigError
 from pipeline.fingerprint import digest_ids
 from pipeline.layout import Layout
 from pipeline.records import Prompt
-from teachers.pool.dispatch import ask_each
+from teachers.concurrency import ask_each
 from teachers.protocol import ItemsFailedError, Teacher
+from teachers.tasks.items import halves_of
 from teachers.tokenizing import answer_text, prompt_ids, student_tokenizer
 
 GRADES = (1, 2, 3, 4, 5)
@@ -30,12 +33,15 @@ _GRADE = re.compile(r"\W*(?:(?:grade|score|rating)\W+)?([1-5])(?:\s*/\s*5)?\W*",
 
 
 @dataclass(frozen=True)
-class JudgingTask:
-    """A shard of answers for one judge.
+class JudgeTask:
+    """One shard of answers for one judge.
 
     Attributes:
-        questions: by sequence id, the rubric with prompt and answer filled in.
-        is_bound: the judge can be bound to write nothing but a grade.
+        layout: layout of the run.
+        recipe_digest: digest that names the folder of the grades.
+        questions: sequence ids, each with the rubric into which prompt and answer are filled.
+        student: student, whose tokenizer is used.
+        is_bound: the judge can be kept from writing anything but a grade.
     """
 
     layout: Layout
@@ -46,7 +52,7 @@ class JudgingTask:
 
     @property
     def max_tokens(self) -> int:
-        """Of a reply."""
+        """Largest number of tokens of a reply."""
         return 1 if self.is_bound else FREE_REPLY_TOKENS
 
     def __len__(self) -> int:
@@ -56,15 +62,14 @@ class JudgingTask:
     def label(self) -> str:
         return f"judgement shard ({len(self)} answers)"
 
-    def halves(self) -> tuple[JudgingTask, JudgingTask]:
+    def halves(self) -> tuple[JudgeTask, JudgeTask]:
         """The same work in two shards."""
-        middle = len(self) // 2
-        first, second = self.questions[:middle], self.questions[middle:]
+        first, second = halves_of(self.questions)
         return replace(self, questions=first), replace(self, questions=second)
 
     def quarantine(self, error: str) -> None:
-        """Records that the answers cannot be graded, so that nobody tries again."""
-        self._record({name: None for name, _ in self.questions})
+        """Notes that the answers cannot be graded, so that they are not asked again."""
+        self._write({name: None for name, _ in self.questions})
 
     async def run(self, teacher: Teacher) -> int:
         """Grades all answers.
@@ -73,8 +78,8 @@ class JudgingTask:
             The number of replies.
 
         Raises:
-            ConfigError: a grade is no single token.
-            ItemsFailedError: some answers could not be graded; the others are.
+            ConfigError: a grade is not a single token.
+            ItemsFailedError: some answers could not be graded; the others are graded.
         """
         tokenizer, _ = student_tokenizer(self.student.files)
         sampling: dict[str, Any] = {"max_tokens": self.max_tokens, "temperature": 0.0}
@@ -84,53 +89,54 @@ class JudgingTask:
         grades: dict[str, int | None] = {}
         replied, failed = await ask_each(
             self.questions,
-            lambda asked: teacher.generate(prompt_ids(tokenizer, asked[1]), sampling, 1, asked[1]),
+            lambda item: teacher.generate(prompt_ids(tokenizer, item[1]), sampling, 1, item[1]),
         )
         for (name, _), (reply,) in replied:
             if self.is_bound:
                 grades[name] = grade_of[reply.token_ids[0]]
             else:
                 grades[name] = read_grade(answer_text(tokenizer, reply.token_ids))
-        self._record(grades)
+        self._write(grades)
         if failed:
-            alone = [(replace(self, questions=(asked,)), error) for asked, error in failed]
+            alone = [(replace(self, questions=(item,)), error) for item, error in failed]
             raise ItemsFailedError(len(replied), alone)
         return len(replied)
 
-    def _record(self, grades: dict[str, int | None]) -> None:
+    def _write(self, grades: dict[str, int | None]) -> None:
         name = digest_ids(grades)
         storage.write_json(self.layout.judgements(self.recipe_digest, f"{name}.json"), grades)
 
 
 def read_grade(reply: str) -> int | None:
-    """The grade that the first line of a reply is, such as `4`, `**4**`, `Grade: 4` or `4/5`; None
-    of anything else.
+    """Grade in the first line of a reply, such as `4`, `**4**`, `Grade: 4` or `4/5`; None if the
+    line is anything else.
     """
-    said = reply.rpartition("</think>")[2].strip()
-    found = _GRADE.fullmatch(said.partition("\n")[0])
-    return int(found[1]) if found else None
+    text = reply.rpartition("</think>")[2].strip()
+    match = _GRADE.fullmatch(text.partition("\n")[0])
+    return int(match[1]) if match else None
 
 
 def grade_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, int]:
-    """The grade that each of the allowed tokens stands for.
+    """Grades by the token id that stands for them.
 
     Raises:
-        ConfigError: a digit is no single token of the tokenizer.
+        ConfigError: a digit is not a single token of the tokenizer.
     """
-    found: dict[int, int] = {}
+    grade_of: dict[int, int] = {}
     for grade in GRADES:
         ids = tokenizer(str(grade), add_special_tokens=False)["input_ids"]
         if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
             raise ConfigError(
-                f"the filter judge needs a tokenizer in which {str(grade)!r} is one token; "
-                f"{tokenizer.name_or_path} makes {ids} of it"
+                f"the filter judge needs a tokenizer in which {str(grade)!r} is one token, but "
+                f"{tokenizer.name_or_path} turns it into {ids}: leave the filter out, or judge by "
+                "an endpoint with `api: openai`"
             )
-        found[ids[0]] = grade
-    return found
+        grade_of[ids[0]] = grade
+    return grade_of
 
 
 def read_grades(layout: Layout, recipe_digest: str) -> dict[str, int | None]:
-    """All grades under a recipe by sequence id; None of what could not be graded."""
+    """All grades under a recipe by sequence id; None for an answer that could not be graded."""
     grades: dict[str, int | None] = {}
     folder = layout.judgements(recipe_digest)
     for info in storage.list_files(folder, ".json"):
@@ -139,26 +145,30 @@ def read_grades(layout: Layout, recipe_digest: str) -> dict[str, int | None]:
 
 
 def forget_ungraded(layout: Layout, recipe_digest: str) -> int:
-    """Makes the answers new again that could not be graded; returns how many they are."""
-    found = 0
+    """Forgets the answers that could not be graded, so that they are asked again; returns their
+    number.
+    """
+    num_forgotten = 0
     folder = layout.judgements(recipe_digest)
     for info in storage.list_files(folder, ".json"):
         path = storage.join(folder, info.base_name)
         grades = storage.read_json(path)
         graded = {name: grade for name, grade in grades.items() if grade is not None}
         if len(graded) < len(grades):
-            found += len(grades) - len(graded)
+            num_forgotten += len(grades) - len(graded)
             storage.write_json(path, graded)
-    return found
+    return num_forgotten
 
 
 def plan_judging(
-    template: JudgingTask, questions: Sequence[tuple[str, Prompt]], answers_per_shard: int
-) -> list[JudgingTask]:
-    """The questions in shards.
+    template: JudgeTask, questions: Sequence[tuple[str, Prompt]], answers_per_shard: int
+) -> list[JudgeTask]:
+    """Tasks for the questions, in shards.
 
     Args:
-        template: a task whose questions are replaced.
+        template: task whose questions are replaced.
+        questions: sequence ids with their filled rubrics.
+        answers_per_shard: largest number of answers of a task.
     """
     return [
         replace(template, questions=tuple(questions[start : start + answers_per_shard]))

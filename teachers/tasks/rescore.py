@@ -1,7 +1,7 @@
-"""Scoring rows again to judge a cache: how far are the stored numbers from the engine's?
+"""Rescoring: some stored rows are scored again and compared, to judge a cache.
 
-Legend: P positions, K captured entries, N kept entries of all positions, of which H belong to the
-head and D were drawn.
+Legend: P positions, K captured entries, N stored entries of all positions, of which E are exact
+entries and D were drawn.
 """
 
 from __future__ import annotations
@@ -18,50 +18,64 @@ from pipeline.layout import CacheLayout
 from pipeline.records import SparseLogprobs, TokenSequence
 from pipeline.sequences import read_sequences
 from teachers.protocol import CapturedRows, ScoringRequest, Teacher
+from teachers.tasks.items import halves_of
 
 logger = logging.getLogger(__name__)
 
 TOLERANCE = {"float32": 1e-2, "float16": 0.1, "bfloat16": 0.5}
-"""Largest difference in nats, by the dtype of the engine: batches are composed otherwise each time,
-and a logit near 20 has steps of 0.016 in float16 and 0.125 in bfloat16.
+"""Largest difference in nats, by the dtype of the engine: batches are composed differently each
+time, and a logit near 20 has steps of 0.016 in float16 and 0.125 in bfloat16.
 """
 ROUNDING = 2.0**-10
-"""Of a stored float16, relative to its size; added to the tolerance."""
+"""Rounding of a stored float16, relative to its size; added to the tolerance."""
 SURPRISE = 25.0
-"""Nats. Draws of the teacher's own distribution surprise more in one row of 7e9 at most."""
+"""Largest surprise in nats; draws from the teacher's own distribution exceed it in at most one row
+of 7e9.
+"""
 TILTS = np.array([-0.9, -0.6, -0.3, -0.1, -0.03, 0.03, 0.1, 0.3, 0.6, 0.9])
-"""Where the bound of `draws_surprise` is tried: below 0 for draws too likely, else too unlikely."""
+"""Values of t at which `draws_surprise` tries its bound: below 0 for draws that are too likely,
+above 0 for draws that are too unlikely.
+"""
 LOWEST = float(np.finfo(np.float16).min)
 
 
 @dataclass(frozen=True)
 class RowDifference:
-    """How far one stored row is from the same row scored now; differences in nats.
+    """Differences in nats between one stored row and the same row scored now.
 
     Attributes:
-        excess: largest difference after the rounding of float16 is taken off.
-        surprise: nats, of the drawn entries under the teacher's probabilities now; 0 without any.
+        sequence_id: sequence of the row.
+        gold_sum: sum of the differences of the gold tokens.
+        gold_max: largest difference of a gold token.
+        num_positions: number of gold tokens.
+        exact_sum: sum of the differences of the exact entries.
+        exact_max: largest difference of an exact entry.
+        num_entries: number of exact entries.
+        excess: largest difference after the rounding of float16 is subtracted.
+        num_draws: number of draws.
+        surprise: surprise of the drawn entries under the teacher's present probabilities; 0 without
+            draws.
     """
 
     sequence_id: str
     gold_sum: float
     gold_max: float
     num_positions: int
-    head_sum: float
-    head_max: float
+    exact_sum: float
+    exact_max: float
     num_entries: int
     excess: float
     num_draws: int
     surprise: float
 
     def is_beyond(self, tolerance: float) -> bool:
-        """Whether the row is not what the teacher says now, to a tolerance in nats."""
+        """Whether the row differs from the present one by more than a tolerance in nats."""
         return not (self.excess <= tolerance and self.surprise <= SURPRISE)
 
 
 @dataclass(frozen=True)
-class RescoringTask:
-    """Some rows of one cache whose sequences lie in one sequence shard; writes nothing."""
+class RescoreTask:
+    """Rows of one cache whose sequences lie in one sequence shard; nothing is written."""
 
     cache: CacheLayout
     sequence_shard: str
@@ -74,20 +88,17 @@ class RescoringTask:
     def label(self) -> str:
         return f"rows {digest_ids(self.sequence_ids)[:8]} ({len(self)} sequences)"
 
-    def halves(self) -> tuple[RescoringTask, RescoringTask]:
+    def halves(self) -> tuple[RescoreTask, RescoreTask]:
         """The same rows in two tasks."""
-        middle = len(self) // 2
-        return (
-            replace(self, sequence_ids=self.sequence_ids[:middle]),
-            replace(self, sequence_ids=self.sequence_ids[middle:]),
-        )
+        first, second = halves_of(self.sequence_ids)
+        return replace(self, sequence_ids=first), replace(self, sequence_ids=second)
 
     def quarantine(self, error: str) -> None:
-        """Leaves no record, for the stored row stays; the pool's report names it."""
+        """Writes no quarantine note, since the stored row stays; the pool's report names it."""
         logger.warning("%s cannot be scored again: %s", self.label, error)
 
     async def run(self, teacher: Teacher) -> list[RowDifference]:
-        """Scores the sequences and compares.
+        """Scores the sequences and compares their rows with the stored ones.
 
         Raises:
             CacheError: a stored row cannot be read.
@@ -102,7 +113,7 @@ class RescoringTask:
     async def _compare(
         self, teacher: Teacher, sequence: TokenSequence, stored: SparseLogprobs | None
     ) -> RowDifference:
-        assert stored is not None, "rows are drawn from those that the cache has"
+        assert stored is not None, "only rows that the cache has are rescored"
         first = int(sequence.position_indices[0])
         captured = await teacher.score(ScoringRequest(sequence.input_ids.tolist(), first))
         return row_difference(stored, captured, sequence.position_indices - first)
@@ -111,14 +122,16 @@ class RescoringTask:
 def row_difference(
     stored: SparseLogprobs, captured: CapturedRows, rows_P: np.ndarray
 ) -> RowDifference:
-    """Compares the gold token of every position and every head entry, by its token id; drawn
-    entries have no log-probability and are judged by `draws_surprise`.
+    """Compares the gold token and the exact entries of every position, by token id. Drawn entries
+    have no log-probability of their own and are judged by `draws_surprise`.
 
-    A head id that is no longer among the captured ones is compared with the least of these, which
-    is the most that it can have now.
+    An exact entry that is no longer among the captured ones is compared with the least probable of
+    these, since it can have no more probability now.
 
     Args:
-        rows_P: the captured row of every position.
+        stored: the row of the cache.
+        captured: rows that the teacher returns now.
+        rows_P: index of the captured row of every position.
     """
     ids_PK = captured.token_ids[rows_P]
     logprobs_PK = np.maximum(captured.logprobs[rows_P].astype(np.float64), LOWEST)
@@ -127,25 +140,25 @@ def row_difference(
     position_N = np.repeat(np.arange(stored.num_positions), stored.num_entries)
     is_same_NK = ids_PK[position_N] == stored.token_ids[:, None].astype(np.int64)
     column_N = np.where(is_same_NK.any(axis=1), is_same_NK.argmax(axis=1), -1)
-    head_N = stored.is_exact_N
-    kept_H = stored.logprobs.astype(np.float64)
-    difference_H = kept_H - logprobs_PK[position_N[head_N], column_N[head_N]]
-    difference_H = np.where(column_N[head_N] >= 0, np.abs(difference_H), difference_H.clip(0.0))
-    excess_H = difference_H - ROUNDING * np.abs(kept_H)
+    exact_N = stored.is_exact_N
+    kept_E = stored.logprobs.astype(np.float64)
+    difference_E = kept_E - logprobs_PK[position_N[exact_N], column_N[exact_N]]
+    difference_E = np.where(column_N[exact_N] >= 0, np.abs(difference_E), difference_E.clip(0.0))
+    excess_E = difference_E - ROUNDING * np.abs(kept_E)
     excess_P = gold_difference_P - ROUNDING * np.abs(gold_P)
-    left_PK = np.where(_in_head(column_N, position_N, head_N, ids_PK.shape), -np.inf, logprobs_PK)
+    left_PK = np.where(_is_exact(column_N, position_N, exact_N, ids_PK.shape), -np.inf, logprobs_PK)
     return RowDifference(
         sequence_id=stored.sequence_id,
         gold_sum=float(gold_difference_P.sum()),
         gold_max=float(gold_difference_P.max(initial=0.0)),
         num_positions=len(gold_P),
-        head_sum=float(difference_H.sum()),
-        head_max=float(difference_H.max(initial=0.0)),
-        num_entries=len(difference_H),
-        excess=float(max(excess_P.max(initial=0.0), excess_H.max(initial=0.0))),
+        exact_sum=float(difference_E.sum()),
+        exact_max=float(difference_E.max(initial=0.0)),
+        num_entries=len(difference_E),
+        excess=float(max(excess_P.max(initial=0.0), excess_E.max(initial=0.0))),
         num_draws=int(stored.counts.sum(dtype=np.int64)),
         surprise=draws_surprise(
-            left_PK, position_N[~head_N], column_N[~head_N], stored.counts.astype(np.float64)
+            left_PK, position_N[~exact_N], column_N[~exact_N], stored.counts.astype(np.float64)
         ),
     )
 
@@ -153,18 +166,21 @@ def row_difference(
 def draws_surprise(
     logprobs_PK: np.ndarray, position_D: np.ndarray, column_D: np.ndarray, counts_D: np.ndarray
 ) -> float:
-    """How unlikely drawn entries are under probabilities, in nats.
+    """Surprise of drawn entries under given probabilities, in nats: the less likely, the greater.
 
     With probabilities r of a position, drawn `n` times, and `S` the sum of `-log r` over all draws,
-    Chernoff's bound is `P(S >= s) <= exp(-t s) * prod (sum r^(1 - t))^n` for t > 0, and the same of
-    `P(S <= s)` for t < 0. The result is minus the logarithm of the least bound of some t: at least
-    x with probability `10 exp(-x)` at most, if the draws are of these probabilities.
+    Chernoff's bound is `P(S >= s) <= exp(-t s) * prod (sum r^(1 - t))^n` for t > 0, and also bounds
+    `P(S <= s)` for t < 0. The result is minus the logarithm of the least bound over some values of
+    t. If the draws have these probabilities, the result is at least x with a probability of at most
+    `10 exp(-x)`.
 
     Args:
-        logprobs_PK: what could be drawn, -inf where nothing can; any sum.
-        position_D: of each drawn entry.
-        column_D: its place among the K; -1 where it has none and counts as the least of them.
-        counts_D: how often it was drawn.
+        logprobs_PK: log-probabilities of the entries that could be drawn, -inf for the others; they
+            need not be normalised.
+        position_D: position of each drawn entry.
+        column_D: column of the entry among the K; -1 if it has none, so that it counts as the least
+            probable one.
+        counts_D: number of times that the entry was drawn.
     """
     if len(position_D) == 0:
         return 0.0
@@ -182,11 +198,11 @@ def draws_surprise(
     return max(0.0, *bounds)
 
 
-def _in_head(
-    column_N: np.ndarray, position_N: np.ndarray, head_N: np.ndarray, shape: tuple[int, ...]
+def _is_exact(
+    column_N: np.ndarray, position_N: np.ndarray, exact_N: np.ndarray, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """bool[P, K]: the captured entries that are stored as head entries."""
-    found = np.zeros(shape, dtype=bool)
-    known_N = head_N & (column_N >= 0)
-    found[position_N[known_N], column_N[known_N]] = True
-    return found
+    """bool[P, K]: whether a captured entry is stored as an exact entry."""
+    is_exact_PK = np.zeros(shape, dtype=bool)
+    known_N = exact_N & (column_N >= 0)
+    is_exact_PK[position_N[known_N], column_N[known_N]] = True
+    return is_exact_PK

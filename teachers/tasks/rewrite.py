@@ -1,4 +1,4 @@
-"""A teacher writes prompts: one shard of requests, asked, read and recorded."""
+"""New prompts: a teacher rewrites prompts, one shard of requests at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config.student import StudentConfig
-from pipeline.fingerprint import digest_bytes
 from pipeline.layout import Layout
 from pipeline.synthesis.answered_shards import (
     AnsweredShard,
@@ -19,22 +18,30 @@ from pipeline.synthesis.answered_shards import (
 )
 from pipeline.synthesis.index import new_prompts
 from pipeline.synthesis.rewriting import PromptRequest, new_prompt, read_reply
-from teachers.pool.dispatch import ask_each
+from teachers.concurrency import ask_each
 from teachers.protocol import GeneratedAnswer, ItemsFailedError, Teacher
+from teachers.tasks.items import halves_of, prompt_seed
 from teachers.tokenizing import answer_text, prompt_ids, student_tokenizer
 
 
 @dataclass(frozen=True)
-class WritingTask:
-    """Requests of one domain to one teacher under one recipe.
+class RewriteTask:
+    """Requests of one domain to one author under one recipe.
 
     Attributes:
-        max_model_len: tokens that the engine holds, where the config says so; longer requests are
-            counted as `too_long` and not asked before an engine holds them.
+        layout: layout of the run.
+        author: name of the teacher that writes.
+        recipe_digest: digest that names the recipe's folder.
+        requests: the requests.
+        student: student, whose tokenizer is used.
+        sampling: parameters of vLLM's `SamplingParams`.
+        seed: seed of the run.
+        max_model_len: number of tokens that the engine holds, if the config names it; longer
+            requests are counted as `too_long` and asked as soon as an engine holds them.
     """
 
     layout: Layout
-    generator: str
+    author: str
     recipe_digest: str
     requests: tuple[PromptRequest, ...]
     student: StudentConfig
@@ -50,26 +57,25 @@ class WritingTask:
         name = shard_digest(request.prompt for request in self.requests)[:8]
         return f"request shard {name} ({len(self)} requests)"
 
-    def halves(self) -> tuple[WritingTask, WritingTask]:
+    def halves(self) -> tuple[RewriteTask, RewriteTask]:
         """The same work in two shards."""
-        middle = len(self) // 2
-        first, second = self.requests[:middle], self.requests[middle:]
+        first, second = halves_of(self.requests)
         return replace(self, requests=first), replace(self, requests=second)
 
     def quarantine(self, error: str) -> None:
-        """Records that the requests cannot be answered, so that they are not asked again."""
+        """Notes that the requests cannot be answered, so that they are not asked again."""
         errors = {request.prompt.prompt_id: error for request in self.requests}
         counts = {name: Counter(quarantined=1) for name in errors}
-        self._record(ShardReplies(counts=counts, errors=errors))
+        self._write(ShardReplies(counts=counts, errors=errors))
 
     async def run(self, teacher: Teacher) -> AnsweredShard:
-        """Asks the teacher and records the prompts that it wrote.
+        """Asks the teacher and writes the prompts that its replies hold.
 
         Returns:
-            The record.
+            The answered shard.
 
         Raises:
-            ItemsFailedError: some requests failed; the record is of the others.
+            ItemsFailedError: some requests failed; the answered shard holds the others.
         """
         tokenizer, _ = student_tokenizer(self.student.files)
         room = (self.max_model_len or math.inf) - self.sampling["max_tokens"]
@@ -81,53 +87,52 @@ class WritingTask:
                 outcome.needs[request.prompt.prompt_id] = len(ids) + self.sampling["max_tokens"]
                 detail = f"a request of {len(ids)} tokens leaves no room for a reply"
                 name = request.prompt.prompt_id
-                outcome.reject(request.source, self.generator, "too_long", detail, request_id=name)
-        replied, failed = await ask_each(fitting, lambda each: self._ask(teacher, *each))
+                outcome.reject(request.source, self.author, "too_long", detail, request_id=name)
+        replied, failed = await ask_each(fitting, lambda item: self._ask(teacher, *item))
         for (request, _), (answer,) in replied:
-            name, who = request.prompt.prompt_id, self.generator
+            name, author = request.prompt.prompt_id, self.author
             outcome.count(name, generated_tokens=len(answer.token_ids))
             text = answer_text(tokenizer, answer.token_ids)
             reply = read_reply(request, text, answer.finish_reason)
             if reply.reason is not None:
                 source, detail = request.source, reply.detail
-                outcome.reject(source, who, reply.reason, detail, text, request_id=name)
+                outcome.reject(source, author, reply.reason, detail, text, request_id=name)
                 continue
             outcome.count(name, answers=1, kept=1, prompts_written=len(reply.texts))
             outcome.written[name] = [new_prompt(request.source, text) for text in reply.texts]
         lacking = {request.prompt.prompt_id for (request, _), _ in failed}
-        done = tuple(each for each in self.requests if each.prompt.prompt_id not in lacking)
-        record = replace(self, requests=done)._record(outcome)
+        done = tuple(r for r in self.requests if r.prompt.prompt_id not in lacking)
+        answered_shard = replace(self, requests=done)._write(outcome)
         if failed:
             alone = [(replace(self, requests=(request,)), error) for (request, _), error in failed]
-            raise ItemsFailedError(record, alone)
-        return record
+            raise ItemsFailedError(answered_shard, alone)
+        return answered_shard
 
     async def _ask(
         self, teacher: Teacher, request: PromptRequest, ids: list[int]
     ) -> list[GeneratedAnswer]:
-        sampling = self.sampling | {"seed": self._seed(request)}
+        seed = prompt_seed(request.prompt.prompt_id, self.author, self.seed)
+        sampling = self.sampling | {"seed": seed}
         return await teacher.generate(ids, sampling, 1, request.prompt)
 
-    def _seed(self, request: PromptRequest) -> int:
-        name = request.prompt.prompt_id.encode()
-        return int(digest_bytes(name, self.generator.encode())[:7], 16) + self.seed
-
-    def _record(self, outcome: ShardReplies) -> AnsweredShard:
-        asked = [request.prompt for request in self.requests]
-        return write_answered_shard(self.layout, self.recipe_digest, self.generator, asked, outcome)
+    def _write(self, outcome: ShardReplies) -> AnsweredShard:
+        prompts = [request.prompt for request in self.requests]
+        return write_answered_shard(self.layout, self.recipe_digest, self.author, prompts, outcome)
 
 
-def plan_writing(
-    template: WritingTask, requests: Sequence[PromptRequest], requests_per_shard: int
-) -> list[WritingTask]:
-    """The requests that are new to the recipe, or have room only now, grouped by domain.
+def plan_rewrites(
+    template: RewriteTask, requests: Sequence[PromptRequest], requests_per_shard: int
+) -> list[RewriteTask]:
+    """Tasks for the requests that are new to the recipe, or have room only now, grouped by domain.
 
     Args:
-        template: a task whose requests are replaced.
+        template: task whose requests are replaced.
+        requests: all requests of the recipe.
+        requests_per_shard: largest number of requests of a task.
     """
-    asked = [request.prompt for request in requests]
-    found = new_prompts(template.layout, template.recipe_digest, asked, template.max_model_len)
-    new = {prompt.prompt_id for prompt in found}
+    prompts = [request.prompt for request in requests]
+    new_ones = new_prompts(template.layout, template.recipe_digest, prompts, template.max_model_len)
+    new = {prompt.prompt_id for prompt in new_ones}
     groups: dict[str, list[PromptRequest]] = {}
     for request in requests:
         if request.prompt.prompt_id in new:

@@ -1,10 +1,10 @@
-"""Scoring: every sequence's teacher-forced distributions and hidden states, encoded and written
-where captured.
+"""Cache rows: the teacher-forced distributions and hidden states of sequences, encoded and written
+in the teacher's actor.
 
-Work is planned from the dataset: sequences without a row in a cache, grouped by the sequence shard
-that holds them and by what they lack, and cut where a group's rows would take too many bytes; each
-group becomes one shard of each cache that lacks it, in one pass. Selection, projection and encoding
-run inside the teacher's actor, so that nothing but index entries travels.
+Tasks are planned from the dataset: sequences without a row are grouped by their sequence shard and
+by the caches that lack them, and a group is cut if its rows would take too many bytes. Each group
+becomes one shard of each of these caches, in one pass. Selection, projection and encoding run
+inside the teacher's actor, so that only index entries travel.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pipeline.layout import CacheLayout
 from pipeline.records import CacheRow, DatasetEntry, TokenSequence
 from pipeline.sequences import read_sequences
 from teachers.protocol import CapturedRows, ScoringRequest, Teacher
+from teachers.tasks.items import halves_of
 from teachers.tasks.siblings import Siblings
 
 SEQUENCES_IN_FLIGHT = 256
@@ -48,23 +49,25 @@ ORIGIN = (
     "served_model",
     "max_logprobs",
 )
-"""What a shard says of the teacher that made it: all that can change its numbers, and nothing that
-depends on the job.
+"""Metadata of the teacher that a shard keeps: all that can change its numbers, and nothing that
+depends on the Ray job.
 """
 TASK_BYTES = 2**29
-"""Most that the rows of a task take. All are in memory until the task is done, with several tasks
+"""Largest size of a task's rows. All rows are in memory until the task is done, several tasks are
 in flight, and a column of one shard can hold 2 GiB.
 """
 
 
 @dataclass(frozen=True)
 class ScoredShard:
-    """What a finished task reports to the driver.
+    """Report of a finished task to the driver.
 
     Attributes:
-        entries: of the shards written, by name of the cache.
-        num_cached_tokens: of `num_tokens`, those that came from the engine's prefix cache.
-        num_rescored: sequences that were scored again without it, for their rows were incomplete.
+        entries: index entries of the shards written, by the name of the cache.
+        num_tokens: number of tokens of all sequences.
+        num_cached_tokens: number of these tokens that came from the engine's prefix cache.
+        num_rescored: number of sequences that were scored a second time without the prefix cache,
+            because their rows were incomplete.
     """
 
     entries: Mapping[str, ShardEntry]
@@ -74,14 +77,15 @@ class ScoredShard:
 
 
 @dataclass(frozen=True)
-class Output:
+class CacheOutput:
     """One cache that a teacher fills.
 
     Attributes:
-        name: of the cache, see `pipeline/cache/projection.py`.
-        fingerprint: of its recipe.
-        rule: what of the distributions, or of the hidden states, is kept.
-        position_bytes: most that a position takes.
+        name: name of the cache, see `pipeline/cache/projection.py`.
+        cache: layout of the cache.
+        fingerprint: digest of the cache's identity.
+        rule: selection of the distributions, or rule for the hidden states, that is stored.
+        position_bytes: largest size of a position.
     """
 
     name: str
@@ -95,13 +99,15 @@ class Output:
         return isinstance(self.rule, HiddenStatesRule)
 
     def row(self, sequence: TokenSequence, captured: CapturedRows, rows_P: np.ndarray) -> CacheRow:
-        """What is kept of a sequence.
+        """Makes the row that the cache stores for a sequence.
 
         Args:
-            rows_P: the captured row of every position.
+            sequence: the sequence.
+            captured: rows that the teacher returned.
+            rows_P: index of the captured row of every position.
         """
         if isinstance(self.rule, HiddenStatesRule):
-            assert captured.hidden_states is not None, "states were asked for"
+            assert captured.hidden_states is not None, "hidden states were asked for"
             return self.rule.row(sequence.sequence_id, captured.hidden_states[rows_P])
         return select(
             sequence.sequence_id,
@@ -114,12 +120,12 @@ class Output:
 
 
 @dataclass(frozen=True)
-class ScoringTask:
-    """The sequences of one sequence shard that all outputs lack."""
+class ScoreTask:
+    """Sequences of one sequence shard that all outputs lack."""
 
     sequence_shard: str
     sequence_ids: tuple[str, ...]
-    outputs: tuple[Output, ...]
+    outputs: tuple[CacheOutput, ...]
 
     def __len__(self) -> int:
         return len(self.sequence_ids)
@@ -128,16 +134,13 @@ class ScoringTask:
     def label(self) -> str:
         return f"shard {digest_ids(self.sequence_ids)[:8]} ({len(self)} sequences)"
 
-    def halves(self) -> tuple[ScoringTask, ScoringTask]:
+    def halves(self) -> tuple[ScoreTask, ScoreTask]:
         """The same work in two shards."""
-        middle = len(self) // 2
-        return (
-            replace(self, sequence_ids=self.sequence_ids[:middle]),
-            replace(self, sequence_ids=self.sequence_ids[middle:]),
-        )
+        first, second = halves_of(self.sequence_ids)
+        return replace(self, sequence_ids=first), replace(self, sequence_ids=second)
 
     def quarantine(self, error: str) -> None:
-        """Records that the sequences cannot be scored, so that they are not tried again."""
+        """Notes that the sequences cannot be scored, so that they are not tried again."""
         for output in self.outputs:
             for identifier in self.sequence_ids:
                 storage.write_json(
@@ -149,25 +152,27 @@ class ScoringTask:
         """Scores the sequences and writes their shards.
 
         Raises:
-            TeacherError: a sequence is missing from its shard, too long for the engine, or comes
-                back broken.
+            TeacherError: a sequence is missing from its shard, is too long for the engine, or comes
+                back with broken rows.
         """
         held = {sequence.sequence_id: sequence for sequence in read_sequences(self.sequence_shard)}
         missing = [identifier for identifier in self.sequence_ids if identifier not in held]
         if missing:
             raise TeacherError(
-                f"{self.sequence_shard} lacks sequences {missing[:3]} ({len(missing)} in all)"
+                f"{self.sequence_shard} lacks sequences that the dataset places there, "
+                f"{len(missing)} in all, first {missing[:3]}: remove the file, so that "
+                "`polystill run` answers their prompts again"
             )
         sequences = siblings_together([held[identifier] for identifier in self.sequence_ids])
         slots = asyncio.Semaphore(SEQUENCES_IN_FLIGHT)
         families = defaultdict(Siblings)
         scored = await asyncio.gather(
-            *(self._score(teacher, each, families[each.prompt_id], slots) for each in sequences)
+            *(self._score(teacher, s, families[s.prompt_id], slots) for s in sequences)
         )
-        by_id = {s.sequence_id: each for s, each in zip(sequences, scored, strict=True)}
+        by_id = {s.sequence_id: rows for s, rows in zip(sequences, scored, strict=True)}
         in_order = [by_id[identifier] for identifier in self.sequence_ids]
-        entries, told = {}, teacher.metadata()
-        origin = {key: told[key] for key in ORIGIN if key in told}
+        entries, metadata = {}, teacher.metadata()
+        origin = {key: metadata[key] for key in ORIGIN if key in metadata}
         for i, output in enumerate(self.outputs):
             path = output.cache.shard(digest_ids(self.sequence_ids))
             rows = [each.rows[i] for each in in_order]
@@ -210,7 +215,9 @@ class _Scored:
 
 
 def siblings_together(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
-    """Sequences of one prompt one after another, so that its prefix is still in the cache."""
+    """Orders sequences so that those of one prompt follow each other, while the engine's prefix
+    cache holds the prompt.
+    """
     groups: dict[str, list[TokenSequence]] = {}
     for sequence in sequences:
         groups.setdefault(sequence.prompt_id, []).append(sequence)
@@ -218,15 +225,15 @@ def siblings_together(sequences: Sequence[TokenSequence]) -> list[TokenSequence]
 
 
 def plan_scoring(
-    root: str, outputs: Sequence[tuple[Output, Sequence[DatasetEntry]]]
-) -> list[ScoringTask]:
-    """What one teacher's caches lack and have not quarantined, by sequence shard; what lacks in
-    several of them is captured in one pass. A task's rows take at most `TASK_BYTES`, those of a
-    single sequence aside.
+    root: str, outputs: Sequence[tuple[CacheOutput, Sequence[DatasetEntry]]]
+) -> list[ScoreTask]:
+    """Tasks for the sequences that one teacher's caches lack and have not quarantined, by sequence
+    shard. A sequence that several caches lack is captured in one pass. The rows of a task take at
+    most `TASK_BYTES`, unless a single sequence takes more.
 
     Args:
-        root: the storage root, to which the entries' shards are relative.
-        outputs: each with the sequences that are to be in it.
+        root: storage root, to which the shards of the entries are relative.
+        outputs: caches, each with the sequences that it must hold.
     """
     lacking: dict[str, tuple[DatasetEntry, list[str]]] = {}
     for output, entries in outputs:
@@ -240,20 +247,20 @@ def plan_scoring(
     for (shard, names), members in groups.items():
         wanted = tuple(by_name[name] for name in names)
         most = TASK_BYTES // sum(output.position_bytes for output in wanted)
-        for run in runs_of_positions(members, most):
-            identifiers = tuple(entry.sequence_id for entry in run)
-            tasks.append(ScoringTask(storage.join(root, shard), identifiers, wanted))
+        for group in groups_of_positions(members, most):
+            identifiers = tuple(entry.sequence_id for entry in group)
+            tasks.append(ScoreTask(storage.join(root, shard), identifiers, wanted))
     return tasks
 
 
-def runs_of_positions(entries: Sequence[DatasetEntry], most: int) -> list[list[DatasetEntry]]:
-    """Cuts entries into runs of at most `most` positions each; a longer one stands alone."""
-    runs: list[list[DatasetEntry]] = []
+def groups_of_positions(entries: Sequence[DatasetEntry], most: int) -> list[list[DatasetEntry]]:
+    """Cuts entries into groups of at most `most` positions each; a longer entry stands alone."""
+    groups: list[list[DatasetEntry]] = []
     room = 0
     for entry in entries:
-        if not runs or entry.num_positions > room:
-            runs.append([])
+        if not groups or entry.num_positions > room:
+            groups.append([])
             room = most
-        runs[-1].append(entry)
+        groups[-1].append(entry)
         room -= entry.num_positions
-    return runs
+    return groups

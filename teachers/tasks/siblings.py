@@ -1,8 +1,9 @@
-"""Answers to one prompt that begin alike: rows that one of them has are not computed for the next.
+"""Siblings: answers to one prompt that begin alike, so that the next answer takes over the rows of
+an earlier one.
 
 The engine's prefix cache covers whole blocks of tokens, also of an answer, and gives no rows for
-them. A row depends on the tokens before it alone, so the answer that put these blocks into the
-cache has the same rows; only the gold token of the last one may be another.
+them. A row depends only on the tokens before it, so the answer that put these blocks into the cache
+has the same rows; only the gold token of the last row may differ.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from teachers.protocol import CapturedRows, ScoringRequest, Teacher
 
 @dataclass(frozen=True, eq=False)
 class _Answer:
-    """A sequence that is being scored; `rows` is None when that failed."""
+    """A sequence that is being scored; the result of `rows` is None if the scoring fails."""
 
     input_ids: np.ndarray
     first_index: int
@@ -26,14 +27,14 @@ class _Answer:
 
 @dataclass(eq=False)
 class Siblings:
-    """The answers to one prompt, in the order in which they are scored."""
+    """Answers to one prompt, in the order in which they are scored."""
 
     _answers: list[_Answer] = field(default_factory=list)
 
     async def score(self, teacher: Teacher, request: ScoringRequest) -> CapturedRows:
         """Scores one more answer, with the rows of earlier answers at hand."""
         input_ids = np.array(request.input_ids)
-        earlier = Earlier(tuple(self._answers), input_ids, request.first_index)
+        earlier = EarlierAnswers(tuple(self._answers), input_ids, request.first_index)
         rows_later = asyncio.get_running_loop().create_future()
         answer = _Answer(input_ids, request.first_index, rows_later)
         self._answers.append(answer)
@@ -46,22 +47,23 @@ class Siblings:
 
 
 @dataclass(frozen=True, eq=False)
-class Earlier:
-    """What stands before one answer: waits for no later one, so that none waits for itself."""
+class EarlierAnswers:
+    """Earlier answers of one answer. An answer waits only for earlier ones, so no cycle arises."""
 
     answers: tuple[_Answer, ...]
     input_ids: np.ndarray
     first_index: int
 
     async def rows(self, num_cached: int) -> CapturedRows | None:
-        """The rows over the tokens at `first_index` to `num_cached`; None where no answer has them.
+        """Rows over the tokens at `first_index` to `num_cached`; None if no answer has them.
 
-        The gold token of the last one may be unknown to all answers; its log-probability is NaN.
+        The gold token of the last row may be among no answer's entries; its log-probability is then
+        NaN.
 
         Args:
-            num_cached: tokens that lie in the engine's cache; they decide these rows.
+            num_cached: number of tokens in the engine's prefix cache; they determine these rows.
         """
-        gold, found = int(self.input_ids[num_cached]), None
+        gold, known = int(self.input_ids[num_cached]), None
         for answer in reversed(self.answers):
             is_alike = (
                 len(answer.input_ids) > num_cached
@@ -70,10 +72,10 @@ class Earlier:
             )
             if is_alike and (theirs := await answer.rows):
                 start = self.first_index - answer.first_index
-                found = _slice(theirs, start, num_cached + 1 - answer.first_index)
+                known = _slice(theirs, start, num_cached + 1 - answer.first_index)
                 if answer.input_ids[num_cached] == gold:
-                    return found
-        return found and found.with_last_gold(_captured_logprob(found, gold))
+                    return known
+        return known and known.with_last_gold(_captured_logprob(known, gold))
 
 
 def _slice(rows: CapturedRows, start: int, stop: int) -> CapturedRows:
@@ -86,6 +88,6 @@ def _slice(rows: CapturedRows, start: int, stop: int) -> CapturedRows:
 
 
 def _captured_logprob(rows: CapturedRows, token: int) -> float:
-    """Of a token in the last row; NaN where it is not among the entries."""
+    """Log-probability of a token in the last row; NaN if the token is not among the entries."""
     (place,) = np.nonzero(rows.token_ids[-1] == token)
     return float(rows.logprobs[-1, place[0]]) if len(place) else np.nan

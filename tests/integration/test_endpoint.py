@@ -34,7 +34,7 @@ from teachers.endpoint.teacher import EndpointTeacher
 from teachers.pool.actor import CPU_ENV_VARS, ENGINE_ENV_VARS
 from teachers.pool.pool import TeacherWork, run_pools
 from teachers.protocol import EndpointSpec, EngineSpec, ScoringRequest
-from teachers.tasks.score import Output, ScoredShard, ScoringTask
+from teachers.tasks.score import CacheOutput, ScoredShard, ScoreTask
 from tests.integration.models import VOCABULARY, save_tiny_llama
 from tests.support.engines import Running, started
 from tests.support.tokenizers_for_tests import SPECIAL, save_tokenizer
@@ -254,15 +254,15 @@ class Shards:
 
     root: Path
 
-    def tasks(self) -> list[ScoringTask]:
+    def tasks(self) -> list[ScoreTask]:
         layout, found = Layout(str(self.root), "run"), []
         cache = layout.cache("tiny", "0" * 32)
-        output = Output("tiny", cache, "0" * 32, TopK(type="top_k", max_entries=4), 8)
+        output = CacheOutput("tiny", cache, "0" * 32, TopK(type="top_k", max_entries=4), 8)
         for number in range(12):
             sequences = [self.sequence(2 * number + i) for i in range(2)]
             shard = write_sequences(layout, "d", sequences)
             identifiers = tuple(each.sequence_id for each in sequences)
-            found.append(ScoringTask(f"{self.root}/{shard}", identifiers, (output,)))
+            found.append(ScoreTask(f"{self.root}/{shard}", identifiers, (output,)))
         return found
 
     @staticmethod
@@ -324,5 +324,5 @@ def test_a_server_that_dies_halfway_is_waited_for_and_then_missed_by_name(
                 assert b"SECRET" not in path.read_bytes(), path
 
 
-def _is_written(task: ScoringTask) -> bool:
+def _is_written(task: ScoreTask) -> bool:
     return Path(task.outputs[0].cache.shard(digest_ids(task.sequence_ids))).exists()

@@ -113,27 +113,27 @@ def test_either_of_the_two_alone(running: Running) -> None:
 def test_sharing_ends_where_cached_states_differ(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    teacher = running.teacher
-    captured, num_cached = teacher._captured, []
+    capture = running.teacher.capture
+    rows_of, num_cached = capture.rows, []
 
-    async def counted(asked, read_prefixes=False):
-        rows = await captured(asked, read_prefixes)
+    async def counted(request, read_prefixes=False):
+        rows = await rows_of(request, read_prefixes)
         num_cached.append(rows.num_cached_tokens)
         return rows
 
-    async def forgetful(asked, read_prefixes=False):
-        rows = await captured(asked, read_prefixes)
+    async def forgetful(request, read_prefixes=False):
+        rows = await rows_of(request, read_prefixes)
         states = rows.hidden_states * (0.5 if read_prefixes else 1.0)
         return replace(rows, hidden_states=states)
 
-    monkeypatch.setattr(teacher, "_shares_prefixes", True)
-    monkeypatch.setattr(teacher, "_captured", counted)
-    running(teacher._check_shared_states())
-    assert teacher._shares_prefixes
+    monkeypatch.setattr(capture, "shares_prefixes", True)
+    monkeypatch.setattr(capture, "rows", counted)
+    running(capture.check_shared_hidden_states())
+    assert capture.shares_prefixes
     assert num_cached[0] == 0 < num_cached[1], "the second capture reads what the first has left"
-    monkeypatch.setattr(teacher, "_captured", forgetful)
-    running(teacher._check_shared_states())
-    assert not teacher._shares_prefixes
+    monkeypatch.setattr(capture, "rows", forgetful)
+    running(capture.check_shared_hidden_states())
+    assert not capture.shares_prefixes
 
 
 def test_no_file_stays(running: Running) -> None:

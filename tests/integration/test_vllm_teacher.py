@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 
 from pipeline.config.base import Resources
 from pipeline.errors import TeacherError
-from teachers.canary import refuse_difference
+from teachers.canary import check_replicas_agree
 from teachers.pool.pool import TeacherWork, run_pools
 from teachers.protocol import CapturedRows, EngineDiedError, EngineSpec, ScoringRequest
 from teachers.tasks.siblings import Siblings
@@ -100,7 +100,7 @@ def test_arrays_are_chosen_and_equal_the_flat_path(
     assert running.teacher.metadata()["capture"] == "arrays"
     input_ids = sequence(31, seed=3)
     arrays = running(running.teacher.score(ScoringRequest(input_ids, 1)))
-    monkeypatch.setattr(running.teacher, "_capture", "flat")
+    monkeypatch.setattr(running.teacher.capture, "mode", "flat")
     flat = running(running.teacher.score(ScoringRequest(input_ids, 1)))
     np.testing.assert_array_equal(arrays.token_ids, flat.token_ids)
     np.testing.assert_array_equal(arrays.logprobs, flat.logprobs)
@@ -201,12 +201,12 @@ def test_shared_prompts_are_computed_once_and_give_the_same_rows(
     sharing: Running, monkeypatch: pytest.MonkeyPatch, capture: str
 ) -> None:
     assert sharing.teacher.metadata()["prefix_sharing"] is True
-    monkeypatch.setattr(sharing.teacher, "_capture", capture)
-    monkeypatch.setattr(sharing.teacher, "_shares_prefixes", False)
+    monkeypatch.setattr(sharing.teacher.capture, "mode", capture)
+    monkeypatch.setattr(sharing.teacher.capture, "shares_prefixes", False)
     apart = scored(sharing, ANSWERED)
     assert {rows.num_cached_tokens for rows in apart} == {0}
-    sharing(sharing.teacher._engine.reset_prefix_cache())
-    monkeypatch.setattr(sharing.teacher, "_shares_prefixes", True)
+    sharing(sharing.teacher.engine.llm.reset_prefix_cache())
+    monkeypatch.setattr(sharing.teacher.capture, "shares_prefixes", True)
     shared = scored(sharing, ANSWERED)
     assert_same_rows(shared, apart)
     for prompt, start in zip(PROMPTS, range(0, len(ANSWERED), 8), strict=True):
@@ -237,9 +237,9 @@ def test_rows_inside_the_cached_prefix_are_those_of_an_earlier_answer(
     answers = [begin + sequence(9 + i, seed=30 + i) for i in range(8)]
     requests = [(ids, len(prompt)) for ids in answers]
     with monkeypatch.context() as patch:
-        patch.setattr(sharing.teacher, "_shares_prefixes", False)
+        patch.setattr(sharing.teacher.capture, "shares_prefixes", False)
         apart = scored(sharing, requests)
-    sharing(sharing.teacher._engine.reset_prefix_cache())
+    sharing(sharing.teacher.engine.llm.reset_prefix_cache())
 
     async def together() -> list[CapturedRows]:
         siblings = Siblings()
@@ -258,16 +258,17 @@ def test_rows_inside_the_cached_prefix_are_those_of_an_earlier_answer(
 def test_either_sign_of_incomplete_rows_is_enough(
     sharing: Running, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
+    from teachers.engine.row_capture import scoring_parameters
+
     input_ids, first_index = sequence(60, seed=6), 40
     (expected,) = scored(sharing, [(input_ids, first_index)])
-    finish, num_requests = sharing.teacher._finish, 0
+    finish, num_requests = sharing.teacher.engine.finish, 0
 
     async def faulty_at_first(*request: Any) -> Any:
         nonlocal num_requests
         num_requests += 1
-        width = sharing.teacher._width
-        parameters = sharing.teacher._scoring_parameters(width, flat=False, read_prefixes=False)
-        output, states = await finish(request[0], parameters)
+        parameters = scoring_parameters(NUM_LOGPROBS, flat=False, read_prefixes=False)
+        output, hidden_states = await finish(request[0], parameters)
         if num_requests == 1 and fault == "too much is cached":
             output.num_cached_tokens = first_index
         elif num_requests == 1:
@@ -275,9 +276,9 @@ def test_either_sign_of_incomplete_rows_is_enough(
             token_ids = rows.token_ids.copy()
             token_ids[first_index - 1] = 7 * 10**8
             output.prompt_logprobs = replace(rows, token_ids=token_ids)
-        return output, states
+        return output, hidden_states
 
-    monkeypatch.setattr(sharing.teacher, "_finish", faulty_at_first)
+    monkeypatch.setattr(sharing.teacher.engine, "finish", faulty_at_first)
     (found,) = scored(sharing, [(input_ids, first_index)])
     assert found.is_rescored and num_requests == 2
     assert_same_rows([found], [expected])
@@ -288,7 +289,7 @@ def test_more_prompts_with_seeds_than_a_step_holds_are_answered(tiny_teacher_fol
     writer = replace(spec(tiny_teacher_folder), vllm={"enforce_eager": True}, num_logprobs=0)
     sampling = {"max_tokens": 4, "temperature": 1.0, "seed": 1, "ignore_eos": True}
     with started(writer) as running:
-        steps = running.teacher._config.scheduler_config.max_num_batched_tokens
+        steps = running.teacher.engine.config.scheduler_config.max_num_batched_tokens
         prompts = [sequence(41, seed=n) for n in range(2 * steps // 41)]
 
         async def answers() -> list:
@@ -312,9 +313,9 @@ def test_engines_of_one_model_say_the_same_of_the_canary(
     ours, other = running.teacher.canary(), sharing.teacher.canary()
     assert ours is not None and other is not None
     assert ours.gold_logprobs.shape == (32,)
-    refuse_difference("tiny", ours, other)
+    check_replicas_agree("tiny", ours, other)
     with pytest.raises(TeacherError, match="disagree"):
-        refuse_difference("tiny", ours, replace(other, gold_logprobs=other.gold_logprobs[::-1]))
+        check_replicas_agree("tiny", ours, replace(other, gold_logprobs=other.gold_logprobs[::-1]))
 
 
 def test_memory_that_runs_out_at_start_names_the_knobs(

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from teachers.endpoint.teacher import EndpointTeacher
-from teachers.pool.dispatch import PoolReport
+from teachers.pool.contracts import PoolReport
 from teachers.protocol import ScoringRequest
 from tests.support.fabricated import FakeTeacher
 
@@ -23,7 +23,7 @@ MAX_MODEL_LEN = 512
 
 @dataclass(frozen=True)
 class Response:
-    """What a server says; `content` None drops the connection without a word."""
+    """Response of a server; with `content` None the server drops the connection instead."""
 
     content: bytes | None
     status: int = 200
@@ -39,11 +39,11 @@ DROPPED = Response(None)
 
 @dataclass
 class Loopback:
-    """A server whose responses are a function of path and body.
+    """Server whose responses are a function of path and body.
 
     Attributes:
-        requests: path, body and headers of all that was posted, in order.
-        open_at_once: most requests that were open at the same time.
+        requests: path, body and headers of all POST requests, in order.
+        open_at_once: largest number of requests that were open at the same time.
     """
 
     respond: Callable[[str, Json], Response]
@@ -52,7 +52,7 @@ class Loopback:
     open_at_once: int = 0
 
     def bodies(self, path: str) -> list[Json]:
-        return [body for asked, body, _ in self.requests if asked == path]
+        return [body for its_path, body, _ in self.requests if its_path == path]
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def loopback(respond: Callable[[str, Json], Response]) -> Iterator[Loopback]:
                 self.wfile.write(response.content)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Says nothing."""
+            """Logs nothing."""
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.daemon_threads = True
@@ -106,9 +106,9 @@ def loopback(respond: Callable[[str, Json], Response]) -> Iterator[Loopback]:
 
 
 def chat_reply(text: str | None, finish_reason: str = "stop", **message: Any) -> Response:
-    """As of `/chat/completions`."""
-    said = {"role": "assistant", "content": text} | message
-    choice = {"index": 0, "message": said, "finish_reason": finish_reason}
+    """Response of `/chat/completions`."""
+    content = {"role": "assistant", "content": text} | message
+    choice = {"index": 0, "message": content, "finish_reason": finish_reason}
     return Response.of({"id": "c", "choices": [choice], "usage": {"completion_tokens": 3}})
 
 
@@ -120,11 +120,11 @@ def by_text(reply: Callable[[str], Response]) -> Callable[[str, Json], Response]
 
 @dataclass
 class FakeVllm:
-    """What a vLLM server says of a model that is a hash of the tokens before.
+    """vLLM server of a model whose distributions are a hash of the preceding tokens.
 
     Attributes:
-        salt: another one makes another model of it.
-        answer: token ids and finish reason of an answer, by prompt.
+        salt: part of the hash; another salt makes another model.
+        answer: function from a prompt to the token ids and finish reason of its answer.
     """
 
     salt: str = "model"
@@ -144,7 +144,7 @@ class FakeVllm:
         return Response.of({"choices": [choice]})
 
     def prompt_logprobs(self, prompt: list[int], width: int) -> list[Any]:
-        """As vLLM writes them: the gold token first, then the others in descending order."""
+        """Log-probabilities in vLLM's form: the gold token first, the others descending."""
         rows = asyncio.run(FakeTeacher(self.salt).score(ScoringRequest(prompt, 1)))
         positions: list[Any] = [None]
         for j, gold in enumerate(prompt[1:]):
@@ -162,21 +162,21 @@ class FakeVllm:
 
 
 async def at_once(seconds: float) -> None:
-    """Stands for `asyncio.sleep` where nobody wants to wait."""
+    """Stand-in for `asyncio.sleep` that does not wait."""
 
 
-def run_in_process(jobs: Sequence[Any]) -> dict[str, PoolReport]:
-    """Stands for `run_pools`: the real teacher of each endpoint, without Ray."""
-    return {job.name: asyncio.run(_run(job)) for job in jobs}
+def run_in_process(all_work: Sequence[Any]) -> dict[str, PoolReport]:
+    """Stand-in for `run_pools` with the real teacher of each endpoint, but without Ray."""
+    return {work.name: asyncio.run(_run(work)) for work in all_work}
 
 
-async def _run(job: Any) -> PoolReport:
+async def _run(work: Any) -> PoolReport:
     report = PoolReport()
-    if not job.tasks:
+    if not work.tasks:
         return report
-    teacher = await EndpointTeacher.start(job.spec, sleep=at_once)
+    teacher = await EndpointTeacher.start(work.spec, sleep=at_once)
     try:
-        report.results = [await task.run(teacher) for task in job.tasks]
+        report.results = [await task.run(teacher) for task in work.tasks]
         report.engines = [teacher.metadata() | {"peak_memory_bytes": None}]
     finally:
         teacher.shutdown()

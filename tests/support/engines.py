@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass
 class Running:
-    """A teacher and the event loop that it lives in."""
+    """A started teacher with its event loop; a call runs a coroutine in the loop."""
 
     teacher: VllmTeacher
     loop: asyncio.AbstractEventLoop

@@ -21,7 +21,7 @@ from pipeline.run.identities import cache_identities
 from pipeline.run.preparation import Prepared, preparation_key, save_prepared
 from pipeline.run.prepared_run import Run
 from pipeline.sequences import write_dataset, write_sequences
-from teachers.pool.dispatch import PoolReport
+from teachers.pool.contracts import PoolReport
 from teachers.protocol import CapturedRows, EarlierRows, ScoringRequest
 from tests.support.command_line import QUICKSTART
 

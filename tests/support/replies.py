@@ -1,4 +1,4 @@
-"""Replies such as instruction-tuned models give when they are asked for a new prompt."""
+"""Replies that instruction-tuned models typically give to a request for a new prompt."""
 
 OLD = "Ann has 3 apples and buys 4 more. How many has she?"
 

@@ -19,9 +19,9 @@ from pipeline.cache_care.verify import row_problems
 from pipeline.config.scoring import HeadAndSampled, Sampled, Selection
 from pipeline.errors import CacheError
 from pipeline.records import SparseLogprobs
-from teachers.pool.dispatch import PoolReport
+from teachers.pool.contracts import PoolReport
 from teachers.protocol import EngineSpec, ScoringRequest
-from teachers.tasks.rescore import SURPRISE, RescoringTask, draws_surprise, row_difference
+from teachers.tasks.rescore import SURPRISE, RescoreTask, draws_surprise, row_difference
 from tests.support.caches import flip_bit
 from tests.support.fabricated import (
     VOCABULARY,
@@ -228,7 +228,7 @@ def rescore(run: FabricatedRun, salt: str, name: str = "words") -> PoolReport:
     opened = open_caches(run.config)
     shards = {entry.shard for entry in opened.entries}
     tasks = [
-        RescoringTask(
+        RescoreTask(
             opened.layouts[name],
             f"{opened.run.layout.root}/{shard}",
             tuple(e.sequence_id for e in opened.entries if e.shard == shard),
@@ -271,11 +271,11 @@ def test_a_difference_is_measured_at_its_own_entry(good: SparseLogprobs) -> None
     same = row_difference(good, captured, rows)
     assert same.excess <= 0 and same.num_entries == len(good.token_ids)
     moved = row_difference(changed(good, "logprobs", 3, good.logprobs[3] - 0.25), captured, rows)
-    assert moved.head_max == pytest.approx(0.25, abs=0.01) and moved.gold_max == same.gold_max
+    assert moved.exact_max == pytest.approx(0.25, abs=0.01) and moved.gold_max == same.gold_max
     assert moved.excess == pytest.approx(0.25, abs=0.02)
     unknown = row_difference(changed(good, "token_ids", 0, 10**6), captured, rows)
     least = float(captured.logprobs[0, -1])
-    assert unknown.head_max == pytest.approx(float(good.logprobs[0]) - least, abs=0.01)
+    assert unknown.exact_max == pytest.approx(float(good.logprobs[0]) - least, abs=0.01)
 
 
 def drawn(rule: Selection, salt: str = "words", first: int = 4) -> SparseLogprobs:
@@ -312,7 +312,7 @@ def test_a_drawn_row_is_judged_by_gold_head_and_draws(rule: Selection) -> None:
     assert same.num_entries == len(row.logprobs) and same.num_draws == 8 * row.num_positions
     if len(row.logprobs):
         moved = row_difference(changed(row, "logprobs", 0, row.logprobs[0] + 0.25), captured, rows)
-        assert moved.head_max == pytest.approx(0.25, abs=0.01)
+        assert moved.exact_max == pytest.approx(0.25, abs=0.01)
     least = captured.token_ids[np.repeat(rows, row.num_entries), -1]
     wrong = np.where(row.is_exact_N, row.token_ids, least).astype(np.uint32)
     false = row_difference(replace(row, token_ids=wrong), captured, rows)

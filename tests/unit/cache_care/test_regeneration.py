@@ -26,7 +26,7 @@ from pipeline.cache_care.regeneration import find_damage, parse_where, set_aside
 from pipeline.errors import CacheError, ConfigError, TeacherError
 from pipeline.layout import CacheLayout
 from pipeline.run.training_spec import training_specs
-from teachers.tasks.score import ScoringTask
+from teachers.tasks.score import ScoreTask
 from tests.support.caches import flip_bit
 from tests.support.command_line import file_times
 from tests.support.fabricated import FabricatedRun, FakePools
@@ -377,7 +377,7 @@ class Sick(FakePools):
         return super().__call__([replace(job, tasks=[]) for job in jobs])
 
 
-def singles(task: ScoringTask) -> list[ScoringTask]:
+def singles(task: ScoreTask) -> list[ScoreTask]:
     return [replace(task, sequence_ids=(each,)) for each in task.sequence_ids]
 
 

@@ -44,7 +44,7 @@ def test_what_present_nodes_cannot_hold_is_a_caution() -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": 3.0}}]
     config = load_config(QUICKSTART, ["training.workers=3", "training.resources.num_cpus=2"])
     (caution,) = cautions(config, nodes)
-    assert caution.startswith("the cluster cannot hold the student (3 of {'CPU': 2")
+    assert caution.startswith("the cluster cannot hold the student: 3 of {'CPU': 2")
     assert cautions(load_config(QUICKSTART), nodes) == []
     grows = load_config(QUICKSTART, ["training.workers=9", "cluster.autoscaling=true"])
     assert cautions(grows, nodes) == []

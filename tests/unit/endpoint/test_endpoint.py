@@ -15,9 +15,9 @@ from pipeline.config.student import StudentConfig
 from pipeline.config.teachers import EndpointConfig
 from pipeline.errors import ConfigError, DistillationError, TeacherError
 from pipeline.records import Prompt
-from teachers.canary import ControlTask
 from teachers.endpoint.teacher import EndpointTeacher
 from teachers.protocol import EndpointSpec, GeneratedAnswer, ScoringRequest
+from teachers.tasks.control import ControlTask
 from tests.support.endpoints import (
     DROPPED,
     MAX_MODEL_LEN,
@@ -68,7 +68,7 @@ def text_spec(spec: EndpointSpec, url: str) -> EndpointSpec:
 def asked(
     spec: EndpointSpec, request: Callable[[EndpointTeacher], Coroutine[Any, Any, T]]
 ) -> tuple[T, EndpointTeacher]:
-    """What a started teacher says to one request."""
+    """Result of one request to a teacher that is started for it, and the teacher."""
 
     async def run() -> tuple[T, EndpointTeacher]:
         teacher = await EndpointTeacher.start(spec, at_once)
@@ -144,7 +144,7 @@ def _one_less(choice: Json) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_one_less, "log-probabilities at a position where 6 were asked for.*--max-logprobs"),
+        (_one_less, "log-probabilities at a position where 6 were asked for.*--max-logprobs 6"),
         (lambda c: c["prompt_logprobs"].pop(), "of 7 positions for 8 tokens"),
         (lambda c: c.pop("prompt_logprobs"), "of 0 positions for 8 tokens"),
         (
@@ -158,7 +158,10 @@ def _one_less(choice: Json) -> None:
             "--logprobs-mode raw_logprobs",
         ),
         (lambda c: c["prompt_token_ids"].pop(0), "read 7 tokens where 8 were sent"),
-        (lambda c: c["prompt_logprobs"][2].update(x={"logprob": 0}), "not the reply expected"),
+        (
+            lambda c: c["prompt_logprobs"][2].update(x={"logprob": 0}),
+            "reply is not as expected",
+        ),
     ],
     ids=["fewer", "short", "none", "another token", "logits", "cut prompt", "no token id"],
 )
@@ -222,7 +225,9 @@ def test_the_first_canary_is_kept_and_every_start_is_held_to_it(spec: EndpointSp
     with loopback(FakeVllm()) as server:
         asked(at(spec, server.url), nothing)
     with loopback(FakeVllm(salt="other weights")) as server:
-        with pytest.raises(TeacherError, match=r"nats apart on average.*model_identity"):
+        with pytest.raises(
+            TeacherError, match=r"mean difference .* nats.*tolerance 0\.002.*model_identity"
+        ):
             asked(at(spec, server.url), nothing)
         (_, body, _) = server.requests[-1]
         assert len(body["prompt"]) == 33 and max(body["prompt"]) < VOCABULARY

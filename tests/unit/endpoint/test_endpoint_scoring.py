@@ -15,7 +15,7 @@ from pipeline import storage
 from pipeline.cache.reader import open_cache
 from pipeline.errors import ConfigError, TeacherError
 from pipeline.sequences import SequenceReader
-from teachers.pool.dispatch import PoolReport
+from teachers.pool.contracts import PoolReport
 from teachers.protocol import EndpointSpec, ScoringRequest
 from tests.support.endpoints import DROPPED, FakeVllm, Json, Loopback, loopback, run_in_process
 from tests.support.fabricated import FabricatedRun, FakePools, FakeTeacher

@@ -1,4 +1,4 @@
-"""Requests to servers that misbehave: what is tried again, what is waited, what is said."""
+"""Requests to servers that misbehave: tries, waits and messages."""
 
 import asyncio
 import os
@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.config.teachers import EndpointConfig
 from pipeline.errors import ConfigError, DistillationError, TeacherError
-from teachers.endpoint.replies import ANYTHING, TEXT_REPLY
+from teachers.endpoint.replies import ANY_REPLY, TEXT_REPLY
 from teachers.endpoint.transport import LONGEST_WAIT_SECONDS, Requester
 from teachers.protocol import EngineDiedError
 from tests.support.endpoints import DROPPED, Loopback, Response, at_once, chat_reply, loopback
@@ -91,8 +91,9 @@ def test_the_server_says_how_long_to_wait() -> None:
 
 def test_a_wait_longer_than_any_answer_is_not_begun() -> None:
     (error,), waited, _ = ask([Response.of({}, 429, **{"Retry-After": "3600"})])
-    assert waited == [] and "asks to wait 3600 s, longer than endpoint.timeout_seconds" in str(
-        error
+    assert (
+        waited == []
+        and "asks to wait 3600 s, longer than 600 s (endpoint.timeout_seconds)" in str(error)
     )
 
 
@@ -118,14 +119,14 @@ def test_what_cannot_succeed_is_asked_once(
 
 
 def in_turn(url: str) -> list[Any]:
-    """What comes of a look at the models and two requests, one after another."""
+    """Outcomes of a request for the models and of two requests, one after another."""
 
     async def run() -> list[Any]:
         requester, found = Requester(endpoint(url), at_once), []
         try:
             for path, body in (("/models", None), ("/chat", {"a": 1}), ("/chat", {"a": 2})):
                 try:
-                    found.append(await requester.ask(path, ANYTHING, body))
+                    found.append(await requester.ask(path, ANY_REPLY, body))
                 except DistillationError as error:
                     found.append(error)
         finally:
@@ -184,7 +185,9 @@ def test_after_the_last_try_the_error_says_whether_the_server_is_gone(
 ) -> None:
     (error,), _, server = ask([response])
     assert type(error) is kind and len(server.requests) == 4
-    assert "given up after 4 tries (endpoint.max_retries)" in str(error) and len(str(error)) < 600
+    assert (
+        "given up after 4 tries (endpoint.max_retries: 3)" in str(error) and len(str(error)) < 600
+    )
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 

@@ -1,4 +1,4 @@
-"""What is concluded from canaries, and what they consist of."""
+"""Canaries: their token ids, and the conclusions from their rows."""
 
 import asyncio
 import math
@@ -10,15 +10,15 @@ import pytest
 
 from pipeline.errors import TeacherError
 from teachers.canary import (
+    HIDDEN_STATE_TOLERANCES,
     MEAN_TOLERANCES,
-    STATE_TOLERANCES,
-    ControlTask,
-    doubt_of_shared_states,
+    check_cache_canaries,
+    check_replicas_agree,
     full_step,
-    hold_to_cache,
-    refuse_difference,
+    reason_not_to_share_prefixes,
 )
-from teachers.protocol import HEAD_ENTRIES, Canary, CapturedRows
+from teachers.protocol import CANARY_ENTRIES, Canary, CapturedRows
+from teachers.tasks.control import ControlTask
 
 ENGINE = {"engine_version": "0.32.0", "dtype": "float32", "quantization": None, "device": "here"}
 
@@ -32,77 +32,82 @@ def canary(shift: float = 0.0, **engine: str) -> Canary:
     return Canary.of(rows, ENGINE | engine)
 
 
-def test_only_the_head_travels() -> None:
-    assert canary().head_logprobs.shape == (32, HEAD_ENTRIES)
+def test_only_the_most_probable_entries_travel() -> None:
+    assert canary().top_logprobs.shape == (32, CANARY_ENTRIES)
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("dtype", MEAN_TOLERANCES)
 def test_the_mean_difference_decides(dtype: str, sign: int) -> None:
-    whole = MEAN_TOLERANCES[dtype] * 32 * (1 + HEAD_ENTRIES)  # on one of the values alone
-    refuse_difference("teacher", canary(dtype=dtype), canary(sign * 0.99 * whole, dtype=dtype))
+    whole = MEAN_TOLERANCES[dtype] * 32 * (1 + CANARY_ENTRIES)  # on one of the values alone
+    ours = canary(dtype=dtype)
+    check_replicas_agree("teacher", ours, canary(sign * 0.99 * whole, dtype=dtype))
     with pytest.raises(TeacherError, match=r"position 7, gold token: -3\.00000 on here"):
-        refuse_difference("teacher", canary(dtype=dtype), canary(sign * 1.01 * whole, dtype=dtype))
+        check_replicas_agree(
+            "teacher", canary(dtype=dtype), canary(sign * 1.01 * whole, dtype=dtype)
+        )
 
 
 def test_a_value_that_is_no_number_is_refused() -> None:
     with pytest.raises(TeacherError, match="nan"):
-        refuse_difference("teacher", canary(), canary(math.nan))
+        check_replicas_agree("teacher", canary(), canary(math.nan))
 
 
 def test_masked_tokens_agree_with_each_other_and_with_nothing_else() -> None:
-    refuse_difference("teacher", canary(-math.inf), canary(-math.inf))
+    check_replicas_agree("teacher", canary(-math.inf), canary(-math.inf))
     with pytest.raises(TeacherError, match=r"-3\.00000 on here and -60\.00000 on here"):
-        refuse_difference("teacher", canary(), canary(-math.inf))
+        check_replicas_agree("teacher", canary(), canary(-math.inf))
 
 
 @pytest.mark.parametrize("key", ["engine_version", "dtype", "quantization"])
 def test_other_kinds_of_engine_are_refused_with_both_names(key: str) -> None:
     with pytest.raises(TeacherError, match=f"differ in {key}: {ENGINE[key]} and other"):
-        refuse_difference("teacher", canary(), canary(**{key: "other"}))
+        check_replicas_agree("teacher", canary(), canary(**{key: "other"}))
 
 
 def test_a_teacher_may_run_on_several_kinds_of_device() -> None:
-    refuse_difference("teacher", canary(), canary(device="there"))
+    check_replicas_agree("teacher", canary(), canary(device="there"))
 
 
 def test_later_engines_are_held_to_the_one_that_began_the_cache(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     paths = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
-    hold_to_cache(paths[:1], "teacher", canary())
+    check_cache_canaries(paths[:1], "teacher", canary())
     first = (tmp_path / "a.json").read_bytes()
-    hold_to_cache(paths, "teacher", canary(0.1, device="there", load_seconds="2"))
+    check_cache_canaries(paths, "teacher", canary(0.1, device="there", load_seconds="2"))
     assert (tmp_path / "a.json").read_bytes() == first and (tmp_path / "b.json").exists()
     assert not caplog.records
-    hold_to_cache(paths[:1], "teacher", canary(engine_version="0.33.0"))
-    assert "begun with engine_version 0.32.0, now 0.33.0" in caplog.text
+    check_cache_canaries(paths[:1], "teacher", canary(engine_version="0.33.0"))
+    assert "started with engine_version 0.32.0, now 0.33.0" in caplog.text
     for other, message in (
-        (canary(dtype="bfloat16"), r"tolerance for bfloat16.*; dtype float32, now bfloat16"),
+        (canary(dtype="bfloat16"), r"tolerance 0.06 \(bfloat16\); dtype float32, now bfloat16"),
         (canary(quantization="fp8"), "quantization None, now fp8"),
-        (canary(-3.0), r"0\.01042 nats apart on average.*--force"),
-        (canary(math.nan), "nan nats apart"),
+        (canary(-3.0), r"mean difference 0\.01042 nats.*tolerance 0\.002 \(float32\).*--force"),
+        (canary(math.nan), "mean difference nan nats"),
     ):
         with pytest.raises(TeacherError, match=message):
-            hold_to_cache(paths[:1], "teacher", other)
+            check_cache_canaries(paths[:1], "teacher", other)
 
 
-@pytest.mark.parametrize("dtype", STATE_TOLERANCES)
+@pytest.mark.parametrize("dtype", HIDDEN_STATE_TOLERANCES)
 def test_states_are_shared_where_some_were_read_and_all_agree(dtype: str) -> None:
     states = np.random.default_rng(0).normal(size=(32, 2, 8)).astype(np.float32)
-    most = STATE_TOLERANCES[dtype] * np.abs(states).max()
+    most = HIDDEN_STATE_TOLERANCES[dtype] * np.abs(states).max()
 
-    def doubt(shift: float, num_cached: int) -> str | None:
+    def reason(shift: float, num_cached: int) -> str | None:
         other = states.copy()
         other[5, 1, 3] += shift
         nothing = CapturedRows.without_distributions(32)
         anew, again = (replace(nothing, hidden_states=each) for each in (states, other))
-        return doubt_of_shared_states(anew, replace(again, num_cached_tokens=num_cached), dtype)
+        return reason_not_to_share_prefixes(
+            anew, replace(again, num_cached_tokens=num_cached), dtype
+        )
 
-    assert doubt(0.99 * most, 16) is None
-    assert "not those computed anew" in str(doubt(1.01 * most, 16))
-    assert "not those computed anew" in str(doubt(math.nan, 16))
-    assert "it shows nothing" in str(doubt(0, 0))
+    assert reason(0.99 * most, 16) is None
+    assert f"tolerance {HIDDEN_STATE_TOLERANCES[dtype]}" in str(reason(1.01 * most, 16))
+    assert "nan of the largest value" in str(reason(math.nan, 16))
+    assert "shows nothing" in str(reason(0, 0))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Which of the engine's rows are taken, and which are refused."""
+"""Checks of the engine's rows: complete ones are taken, others are refused."""
 
 import numpy as np
 import pytest
@@ -46,8 +46,8 @@ def test_rows_are_copies() -> None:
 @pytest.mark.parametrize(
     ("first_index", "present", "place", "value", "problem"),
     [
-        (3, 2, (0, 0), -4.0, r"shape \(2, 4\), wanted are \(3, 4\)"),
-        (1, 4, (0, 0), -4.0, r"shape \(4, 4\), wanted are \(5, 4\)"),
+        (3, 2, (0, 0), -4.0, r"shape \(2, 4\), needed is \(3, 4\)"),
+        (1, 4, (0, 0), -4.0, r"shape \(4, 4\), needed is \(5, 4\)"),
         (3, 5, (3, 2), np.nan, "NaN"),
         (3, 5, (3, 0), 0.5, "above 0"),
         (3, 5, (3, 2), -0.25, "descending"),

@@ -23,6 +23,8 @@ HEAVY = {
     # vLLM itself loads the connector, in the engine's process
     "vllm": {
         "teachers/engine/vllm_teacher.py",
+        "teachers/engine/running_engine.py",
+        "teachers/engine/row_capture.py",
         "teachers/engine/options.py",
         "teachers/engine/state_connector.py",
     },

@@ -32,9 +32,9 @@ from pipeline.sequences import SequenceReader, read_dataset
 from students.checkpoints.resume import check_resume, prepare_resume
 from students.initial_weights import checkpoint_weights
 from students.launch import train_student
-from teachers.canary import CANARY_TOKENS, hold_to_cache
+from teachers.canary import CANARY_TOKENS, check_cache_canaries
 from teachers.preflight.identity import student_identity
-from teachers.protocol import HEAD_ENTRIES, Canary
+from teachers.protocol import CANARY_ENTRIES, Canary
 from teachers.tokenizing import load_tokenizer
 from tests.support.old_run import WRITTEN, OldRun, copy_old_run, old_file_states
 from tests.unit.synthesis.test_recipes import Engines
@@ -184,12 +184,12 @@ def canary_of(cache: CacheLayout) -> tuple[dict[str, Any], np.ndarray]:
 def test_engines_are_held_to_the_old_canary(old: OldRun) -> None:
     cache = old.opened().cache_layouts()["first"]
     engine, values = canary_of(cache)
-    assert values.shape == (CANARY_TOKENS - 1, 1 + HEAD_ENTRIES)
+    assert values.shape == (CANARY_TOKENS - 1, 1 + CANARY_ENTRIES)
     same = Canary(engine, values[:, 0], values[:, 1:])
-    hold_to_cache([cache.canary], "first", same)
+    check_cache_canaries([cache.canary], "first", same)
     other = Canary(engine, values[:, 0] - 1, values[:, 1:])
-    with pytest.raises(TeacherError, match="does not say of the canary"):
-        hold_to_cache([cache.canary], "first", other)
+    with pytest.raises(TeacherError, match=r"disagrees with .* mean difference 0\.1111 nats"):
+        check_cache_canaries([cache.canary], "first", other)
 
 
 def test_the_training_resumes_from_the_old_checkpoint(old: OldRun) -> None:

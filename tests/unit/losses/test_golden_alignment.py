@@ -28,7 +28,7 @@ from students.losses.divergences import CrossEntropy, ForwardKL
 from students.micro_batch import MicroBatch
 from students.model import StudentModule
 from teachers.engine.prompt_topk import PromptTopK
-from teachers.tasks.score import Output, ScoringTask
+from teachers.tasks.score import CacheOutput, ScoreTask
 
 VOCABULARY, WIDTH = 8, 3
 KL_WEIGHT, CE_WEIGHT = 1.0, 0.5
@@ -132,10 +132,10 @@ def packed_rows(root, packing, captured, selection=KEPT):
     for teacher in ("near", "far"):
         caches[teacher] = layout.cache(teacher, "0" * 32)
         scored = tuple(name for name in TOKENS if (teacher, name) in captured)
-        task = ScoringTask(
+        task = ScoreTask(
             sequence_shard=f"{root}/{shard}",
             sequence_ids=scored,
-            outputs=(Output(teacher, caches[teacher], "0" * 32, selection, 8),),
+            outputs=(CacheOutput(teacher, caches[teacher], "0" * 32, selection, 8),),
         )
         asyncio.run(task.run(FromTheTables(teacher, captured)))
         for row in read_shard(caches[teacher].shard(digest_ids(scored))):

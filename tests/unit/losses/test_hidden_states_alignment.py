@@ -28,7 +28,7 @@ from students.losses.hidden_states import HiddenStatesLosses, layer_loss_from_co
 from students.micro_batch import MicroBatch
 from students.model import StudentModule
 from teachers.protocol import CapturedRows
-from teachers.tasks.score import Output, ScoringTask
+from teachers.tasks.score import CacheOutput, ScoreTask
 
 SPANS = {"a": [(2, 5)], "b": [(1, 3), (5, 7)], "c": [(3, 4)]}
 TOKENS = {"a": [1, 4, 2, 5, 3], "b": [3, 7, 5, 1, 2, 4, 6, 2], "c": [2, 2, 5, 6]}
@@ -62,8 +62,10 @@ def test_states_before_the_tokens_meet(tmp_path, padded):
     ]
     shard = write_sequences(layout, "d", sequences)
     cache = layout.cache(hidden_states_of("t"), "0" * 32)
-    output = Output(hidden_states_of("t"), cache, "0" * 32, HiddenStatesRule((1, 3), None, 0), 8)
-    task = ScoringTask(f"{tmp_path}/{shard}", tuple(TOKENS), (output,))
+    output = CacheOutput(
+        hidden_states_of("t"), cache, "0" * 32, HiddenStatesRule((1, 3), None, 0), 8
+    )
+    task = ScoreTask(f"{tmp_path}/{shard}", tuple(TOKENS), (output,))
     asyncio.run(task.run(FromTheTable()))  # pyright: ignore[reportArgumentType]
     assert load_index(cache)[0].positions == (3, 4, 1)
 

@@ -1,4 +1,4 @@
-"""The pool's decisions, with replicas that live in this process."""
+"""Decisions of the pool about tasks and replicas, with replicas that live in this process."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import pytest
 
 from pipeline.config.base import Resources
 from pipeline.errors import ClusterError, StorageError, TeacherError
-from teachers.canary import ControlTask
 from teachers.pool import dispatch
 from teachers.pool.actor import engine_env_vars
-from teachers.pool.dispatch import TASKS_IN_FLIGHT, Dispatcher, PoolReport, ReplicaDied
+from teachers.pool.contracts import PoolReport, ReplicaDied
+from teachers.pool.dispatch import TASKS_IN_FLIGHT, Dispatcher
 from teachers.pool.placement import check_placement
 from teachers.protocol import Canary, ItemsFailedError
+from teachers.tasks.control import ControlTask
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,8 @@ def test_replicas_that_disagree_are_refused_with_both_values() -> None:
     cluster = Cluster(gold_logprobs=[-2.0, -2.5])
     with pytest.raises(TeacherError, match=r"-2\.00000 on gpu 0 and -2\.50000 on gpu 1") as refusal:
         run(cluster, [4] * 4, replicas=2)
-    assert "0.25 nats apart on average, the tolerance for bfloat16 is 0.06" in str(refusal.value)
+    assert "mean difference 0.25 nats" in str(refusal.value)
+    assert "tolerance 0.06 (bfloat16)" in str(refusal.value)
 
 
 def test_the_successor_of_a_dead_replica_is_compared_with_the_first() -> None:
@@ -226,11 +228,11 @@ def test_the_successor_of_a_dead_replica_is_compared_with_the_first() -> None:
 
 def test_an_engine_whose_canary_is_refused_does_nothing() -> None:
     def refuse(canary: Canary) -> None:
-        raise TeacherError(f"{canary.engine['device']} is not what began the cache")
+        raise TeacherError(f"{canary.engine['device']} is not what started the cache")
 
     cluster, quarantined = Cluster(gold_logprobs=[-2.0]), []
     task = NumbersTask((0, 1), quarantined)
-    with pytest.raises(TeacherError, match="gpu 0 is not what began the cache"):
+    with pytest.raises(TeacherError, match="gpu 0 is not what started the cache"):
         asyncio.run(Dispatcher("fake", cluster.launch, 1, [task], check_canary=refuse).run())
     assert not cluster.calls and cluster.alive == 0
 
@@ -244,7 +246,7 @@ def test_an_engine_that_never_starts_is_given_up() -> None:
 
 def test_an_engine_that_dies_of_everything_is_given_up() -> None:
     cluster = Cluster(deadly=set(range(64)))
-    with pytest.raises(TeacherError, match="engines died and nothing was done"):
+    with pytest.raises(TeacherError, match="6 replicas died in a row and no task was finished"):
         run(cluster, [16] * 4, replicas=1)
 
 
@@ -261,7 +263,7 @@ def test_when_everything_fails_nothing_is_quarantined() -> None:
 def test_a_sick_engine_condemns_no_item_however_few_there_are(size: int) -> None:
     quarantined: list[tuple[int, str]] = []
     cluster, task = Cluster(is_sick=True), NumbersTask(tuple(range(size)), quarantined)
-    with pytest.raises(TeacherError, match=r"broken rows.*fails a control as well"):
+    with pytest.raises(TeacherError, match=r"broken rows.*control task fails as well"):
         asyncio.run(Dispatcher("fake", cluster.launch, 1, [task]).run())
     assert not quarantined
 
@@ -275,14 +277,14 @@ def test_an_engine_that_falls_sick_before_the_last_items_condemns_none() -> None
     def fall_sick(done: int, total: int, _: object) -> None:
         cluster.is_sick = True
 
-    with pytest.raises(TeacherError, match="fails a control as well"):
+    with pytest.raises(TeacherError, match="control task fails as well"):
         asyncio.run(Dispatcher("fake", cluster.launch, 1, tasks, fall_sick).run())
     assert not quarantined
 
 
 def test_replies_older_than_a_failure_do_not_condemn_its_item() -> None:
-    """The engine falls sick while two tasks are half done; the one that says so later has no word
-    for the items of the other.
+    """The engine falls sick while two tasks are half done; the items that the later task has done
+    say nothing about the items of the other.
     """
     quarantined: list[tuple[int, str]] = []
     first, second = (NumbersTask(pair, quarantined) for pair in ((0, 1), (2, 3)))
@@ -306,7 +308,7 @@ def test_replies_older_than_a_failure_do_not_condemn_its_item() -> None:
 
     cluster = Cluster(launched=1, alive=1)
     dispatcher = Dispatcher("fake", lambda: HalfDone(cluster), 1, [first, second])
-    with pytest.raises(TeacherError, match=r"2 items failed.*fails a control as well"):
+    with pytest.raises(TeacherError, match=r"2 items failed.*control task fails as well"):
         asyncio.run(asyncio.wait_for(dispatcher.run(), timeout=20))
     assert not quarantined
 

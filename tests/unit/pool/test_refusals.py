@@ -1,5 +1,5 @@
-"""One prompt that a server refuses, among many: who is asked how often, what is kept, who is set
-aside.
+"""One prompt that a server refuses, among many: how often each prompt is asked, what is kept, and
+what is quarantined.
 """
 
 import asyncio
@@ -18,13 +18,14 @@ from pipeline.layout import Layout
 from pipeline.records import Prompt
 from pipeline.synthesis.answered_shards import read_answered_shards
 from pipeline.synthesis.rewriting import PromptRequest
-from teachers.canary import CONTROL_MESSAGE
 from teachers.endpoint.teacher import EndpointTeacher
-from teachers.pool.dispatch import Dispatcher, PoolReport, ReplicaDied, Task
+from teachers.pool.contracts import PoolReport, ReplicaDied, Task
+from teachers.pool.dispatch import Dispatcher
 from teachers.protocol import EndpointSpec, EngineDiedError, ItemsFailedError
-from teachers.tasks.answer import SynthesisTask, plan_synthesis
-from teachers.tasks.judge import JudgingTask, plan_judging, read_grades
-from teachers.tasks.rewrite import WritingTask, plan_writing
+from teachers.tasks.answer import AnswerTask, plan_answers
+from teachers.tasks.control import CONTROL_MESSAGE
+from teachers.tasks.judge import JudgeTask, plan_judging, read_grades
+from teachers.tasks.rewrite import RewriteTask, plan_rewrites
 from tests.support.endpoints import Loopback, Response, at_once, by_text, chat_reply, loopback
 from tests.support.tokenizers_for_tests import save_byte_tokenizer
 
@@ -60,8 +61,8 @@ class EndpointReplica:
         await asyncio.sleep(0)
 
 
-def prompts_to_answer(server: Loopback) -> Counter[str]:
-    """How often each prompt was asked."""
+def asked_of(server: Loopback) -> Counter[str]:
+    """Number of requests for each prompt."""
     return Counter(body["messages"][-1]["content"] for _, body, _ in server.requests)
 
 
@@ -74,27 +75,27 @@ class Tasks:
         self.student = StudentConfig(model=str(root / "student"), initialization="random")
         self.sampling = {"max_tokens": 50}
 
-    def synthesis(self, names: Sequence[str], per_shard: int = COUNT) -> list[SynthesisTask]:
-        template = SynthesisTask(
+    def answers(self, names: Sequence[str], per_shard: int = COUNT) -> list[AnswerTask]:
+        template = AnswerTask(
             self.layout, "t", "recipe", (), self.student, self.sampling, 1, None, 1
         )
-        return plan_synthesis(template, [chat(name) for name in names], per_shard)
+        return plan_answers(template, [chat(name) for name in names], per_shard)
 
-    def writing(self, names: Sequence[str]) -> list[WritingTask]:
-        template = WritingTask(self.layout, "t", "recipe", (), self.student, self.sampling, 1)
+    def rewrites(self, names: Sequence[str]) -> list[RewriteTask]:
+        template = RewriteTask(self.layout, "t", "recipe", (), self.student, self.sampling, 1)
         requests = [PromptRequest(chat(name), chat(f"source of {name}")) for name in names]
-        return plan_writing(template, requests, COUNT)
+        return plan_rewrites(template, requests, COUNT)
 
-    def judging(self, names: Sequence[str]) -> list[JudgingTask]:
-        template = JudgingTask(self.layout, "recipe", (), self.student, is_bound=False)
+    def grades(self, names: Sequence[str]) -> list[JudgeTask]:
+        template = JudgeTask(self.layout, "recipe", (), self.student, is_bound=False)
         return plan_judging(template, [(name, chat(name)) for name in names], COUNT)
 
     def finished(self) -> set[str]:
-        """The prompts that have a record without an error."""
+        """Prompts that an answered shard holds without an error."""
         shards = read_answered_shards(self.layout, "recipe")
-        found = [name for s in shards for name in s.prompts if name not in s.errors]
-        assert len(found) == len(set(found)), "each is done once"
-        return set(found)
+        names = [name for s in shards for name in s.prompts if name not in s.errors]
+        assert len(names) == len(set(names)), "each is done once"
+        return set(names)
 
     def errors(self) -> dict[str, str]:
         shards = read_answered_shards(self.layout, "recipe")
@@ -113,7 +114,7 @@ def tasks(tmp_path: Path) -> Tasks:
 def dispatched(
     tasks: Tasks, todo: Sequence[Task], reply: Callable[[str], Response], **settings: Any
 ) -> tuple[PoolReport | ValueError, Loopback]:
-    """What becomes of tasks, and who was asked."""
+    """Report or error of a dispatcher that runs the tasks, and the server that was asked."""
     with loopback(by_text(reply)) as server:
         values = {"url": server.url, "model": "m", "api": "openai", "scores": False}
         endpoint = EndpointConfig.model_validate(values | {"max_retries": 0} | settings)
@@ -128,19 +129,19 @@ def dispatched(
 NAMES = [f"prompt {number}" for number in range(COUNT)]
 
 
-@pytest.mark.parametrize("kind", ["synthesis", "writing", "judging"])
+@pytest.mark.parametrize("kind", ["answers", "rewrites", "grades"])
 def test_one_refused_prompt_costs_no_other_a_second_request(tasks: Tasks, kind: str) -> None:
     todo = getattr(tasks, kind)(NAMES)
     report, server = dispatched(
         tasks, todo, lambda text: REFUSED if text == NAMES[40] else chat_reply("4")
     )
     assert isinstance(report, PoolReport)
-    asked = prompts_to_answer(server)
+    asked = asked_of(server)
     assert {asked[name] for name in NAMES if name != NAMES[40]} == {1}
     assert asked[NAMES[40]] == 2 and asked[CONTROL] == 1 and asked.total() == COUNT + 2
     ((label, error),) = report.quarantined
     assert "flagged" in error and "1 " in label
-    if kind == "judging":
+    if kind == "grades":
         grades = read_grades(tasks.layout, "recipe")
         assert grades == dict.fromkeys(NAMES, 4) | {NAMES[40]: None}
     else:
@@ -154,11 +155,11 @@ def test_many_refusals_in_many_shards_are_no_sign_of_a_sick_server(tasks: Tasks)
     refused = {*NAMES[3:32:8], *NAMES[33::2]}
     report, server = dispatched(
         tasks,
-        tasks.synthesis(NAMES, per_shard=8),
+        tasks.answers(NAMES, per_shard=8),
         lambda text: REFUSED if text in refused else chat_reply("yes"),
     )
     assert isinstance(report, PoolReport)
-    asked = prompts_to_answer(server)
+    asked = asked_of(server)
     assert {asked[name] for name in refused} == {2}
     assert {asked[name] for name in NAMES if name not in refused} == {1}
     assert len(report.quarantined) == len(refused) and tasks.errors().keys() == refused
@@ -172,8 +173,8 @@ def test_a_server_that_falls_sick_within_a_shard_condemns_no_prompt(tasks: Tasks
         asked.append(text)
         return chat_reply("yes") if len(asked) <= 30 else Response.of({"error": "oops"}, 500)
 
-    error, _ = dispatched(tasks, tasks.synthesis(NAMES), reply, max_concurrency=1)
-    assert "34 items failed" in str(error) and "fails a control as well" in str(error)
+    error, _ = dispatched(tasks, tasks.answers(NAMES), reply, max_concurrency=1)
+    assert "34 items failed" in str(error) and "control task fails as well" in str(error)
     assert tasks.errors() == {} and tasks.finished() == set(asked[:30])
 
 
@@ -184,7 +185,7 @@ def test_where_credit_ends_the_others_are_not_asked_any_more(tasks: Tasks) -> No
         asked.append(text)
         return chat_reply("yes") if len(asked) <= 11 else Response.of({"error": "empty"}, 402)
 
-    error, _ = dispatched(tasks, tasks.synthesis(NAMES, 10), reply, max_concurrency=1)
+    error, _ = dispatched(tasks, tasks.answers(NAMES, 10), reply, max_concurrency=1)
     assert type(error) is ConfigError and "no credit left" in str(error)
     # Each of six shards in flight is refused twice at most; what waited for its turn is dropped.
     assert len(asked) < 40 and len(tasks.finished()) == 10 and tasks.errors() == {}
@@ -193,18 +194,18 @@ def test_where_credit_ends_the_others_are_not_asked_any_more(tasks: Tasks) -> No
 def test_when_all_prompts_of_a_shard_are_refused_they_are_told_apart_by_halves(
     tasks: Tasks,
 ) -> None:
-    report, _ = dispatched(tasks, tasks.synthesis(NAMES[:3]), lambda text: REFUSED)
+    report, _ = dispatched(tasks, tasks.answers(NAMES[:3]), lambda text: REFUSED)
     assert type(report) is TeacherError and tasks.errors() == {}, "the control is refused as well"
     known = {CONTROL: chat_reply("yes")}
     report, server = dispatched(
-        tasks, tasks.synthesis(NAMES[:3]), lambda text: known.get(text, REFUSED)
+        tasks, tasks.answers(NAMES[:3]), lambda text: known.get(text, REFUSED)
     )
     assert isinstance(report, PoolReport) and tasks.errors().keys() == set(NAMES[:3])
-    assert max(prompts_to_answer(server).values()) <= 6
+    assert max(asked_of(server).values()) <= 6
 
 
 def test_the_error_that_says_which_items_failed_travels(tasks: Tasks) -> None:
-    (task,) = tasks.synthesis(NAMES[:1])
+    (task,) = tasks.answers(NAMES[:1])
     error = pickle.loads(pickle.dumps(ItemsFailedError({"shard": "s"}, [(task, "flagged")])))
     assert error.result == {"shard": "s"} and error.failed == [(task, "flagged")]
-    assert str(error) == f"1 failed, first {task.label}: flagged"
+    assert str(error) == f"1 item failed, the first is {task.label}: flagged"

@@ -257,7 +257,7 @@ def test_a_template_without_a_system_role_is_found_before_an_engine_starts(tmp_p
         (
             "synthesis.recipes=[{type: paraphrase, teacher: words, versions: 3, sampling: {"
             "max_tokens: 9, temperature: 0}}, {type: dataset}]",
-            "temperature is 0, so 3 answers to a prompt would be alike",
+            "temperature is 0, so the 3 answers to a prompt would be the same",
         ),
     ],
 )

@@ -32,9 +32,9 @@ from pipeline.sequences import SequenceReader, read_dataset
 from pipeline.synthesis.index import new_prompts
 from pipeline.synthesis.prompts import write_prompts
 from pipeline.synthesis.steps import steps_of, walk, with_system_prompts
-from teachers.pool.dispatch import PoolReport
+from teachers.pool.contracts import PoolReport
 from teachers.protocol import GeneratedAnswer
-from teachers.tasks.answer import SynthesisTask
+from teachers.tasks.answer import AnswerTask
 from tests.support.command_line import QUICKSTART
 from tests.support.replies import BAD_REPLIES
 from tests.support.tokenizers_for_tests import save_byte_tokenizer
@@ -378,7 +378,7 @@ def test_what_was_quarantined_is_asked_again_when_that_is_wanted(
         """Quarantines everything that is asked about the second prompt, except its answer."""
         for work in works:
             for task in work.tasks:
-                if "second" in str(task) and not isinstance(task, SynthesisTask):
+                if "second" in str(task) and not isinstance(task, AnswerTask):
                     task.quarantine("the engine died")
                 else:
                     asyncio.run(task.run(_Engine(run.engines, work.name)))

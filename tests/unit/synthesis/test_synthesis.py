@@ -16,7 +16,7 @@ from pipeline.sequences import read_sequences
 from pipeline.synthesis.answered_shards import AnsweredShard, read_answered_shards
 from pipeline.synthesis.index import answer_counts, build_dataset, sample_counts
 from teachers.protocol import GeneratedAnswer
-from teachers.tasks.answer import SynthesisTask, plan_synthesis
+from teachers.tasks.answer import AnswerTask, plan_answers
 from tests.support.tokenizers_for_tests import save_tokenizer
 
 
@@ -41,11 +41,11 @@ class ScriptedTeacher:
 
 
 @pytest.fixture
-def template(tmp_path: Path) -> SynthesisTask:
+def template(tmp_path: Path) -> AnswerTask:
     save_tokenizer(tmp_path / "student")
-    return SynthesisTask(
+    return AnswerTask(
         layout=Layout(str(tmp_path / "root"), "run"),
-        generator="t",
+        author="t",
         recipe_digest="recipe",
         prompts=(),
         student=StudentConfig(model=str(tmp_path / "student"), initialization="random"),
@@ -63,14 +63,14 @@ def prompts(*rows: tuple[str, str, str | None]) -> list[Prompt]:
     ]
 
 
-def run(task: SynthesisTask, answers: dict[str, list[str]]) -> AnsweredShard:
+def run(task: AnswerTask, answers: dict[str, list[str]]) -> AnsweredShard:
     tokenizer = save_tokenizer(Path(task.student.model))
     return asyncio.run(task.run(ScriptedTeacher(tokenizer, answers)))
 
 
-def test_what_is_empty_cut_or_double_is_dropped_and_counted(template: SynthesisTask) -> None:
+def test_what_is_empty_cut_or_double_is_dropped_and_counted(template: AnswerTask) -> None:
     rows = prompts(("1+1=", "d", "2"), ("a?", "d", None))
-    (task,) = plan_synthesis(template, rows, 10)
+    (task,) = plan_answers(template, rows, 10)
     record = run(task, {"1+1=": ["2", "3", "2"], "a?": ["", "abc…", "b"]})
     assert answer_counts(template.layout, "recipe", rows) == {
         "answers": 6,
@@ -92,11 +92,11 @@ def test_what_is_empty_cut_or_double_is_dropped_and_counted(template: SynthesisT
 
 
 def test_answers_that_become_no_sequence_lie_where_people_can_look(
-    template: SynthesisTask,
+    template: AnswerTask,
 ) -> None:
     short = replace(template, max_sequence_tokens=8)
     rows = prompts(("a?", "d", "x"), ("1+1+1+1=", "d", None))
-    (task,) = plan_synthesis(short, rows, 10)
+    (task,) = plan_answers(short, rows, 10)
     run(task, {"a?": ["", "abc…", "b"]})
     assert answer_counts(template.layout, "recipe", rows)["too_long"] == 3
     (path,) = Path(template.layout.root).glob("rejected/recipe/*.parquet")
@@ -109,30 +109,30 @@ def test_answers_that_become_no_sequence_lie_where_people_can_look(
     assert "8 tokens leaves no room" in found[0]["detail"]
 
 
-def test_only_new_prompts_are_planned_and_grouped_by_domain(template: SynthesisTask) -> None:
+def test_only_new_prompts_are_planned_and_grouped_by_domain(template: AnswerTask) -> None:
     rows = prompts(("a", "x", "1"), ("b", "y", "1"), ("c", "x", "1"))
-    tasks = plan_synthesis(template, rows, 1)
+    tasks = plan_answers(template, rows, 1)
     assert [[p.text for p in task.prompts] for task in tasks] == [["a"], ["c"], ["b"]]
     run(tasks[0], {"a": ["1"] * 3})
-    more = plan_synthesis(template, [*rows, *prompts(("d", "x", "1"))], 10)
+    more = plan_answers(template, [*rows, *prompts(("d", "x", "1"))], 10)
     assert [[p.text for p in task.prompts] for task in more] == [["b"], ["c", "d"]]
 
 
-def test_a_lost_sequence_shard_is_asked_again(template: SynthesisTask) -> None:
+def test_a_lost_sequence_shard_is_asked_again(template: AnswerTask) -> None:
     rows = prompts(("a", "x", "1"))
-    record = run(plan_synthesis(template, rows, 9)[0], {"a": ["1"] * 3})
+    record = run(plan_answers(template, rows, 9)[0], {"a": ["1"] * 3})
     Path(template.layout.root, record.shard).unlink()
-    assert len(plan_synthesis(template, rows, 9)) == 1
+    assert len(plan_answers(template, rows, 9)) == 1
 
 
-def test_a_quarantined_prompt_is_recorded_and_not_asked_again(template: SynthesisTask) -> None:
+def test_a_quarantined_prompt_is_recorded_and_not_asked_again(template: AnswerTask) -> None:
     rows = prompts(("a", "x", "1"))
-    plan_synthesis(template, rows, 9)[0].quarantine("the engine died")
-    assert plan_synthesis(template, rows, 9) == []
+    plan_answers(template, rows, 9)[0].quarantine("the engine died")
+    assert plan_answers(template, rows, 9) == []
     assert read_answered_shards(template.layout, "recipe")[0].errors == {"id-a": "the engine died"}
 
 
-def test_an_answered_shard_reads_back_from_its_file_with_its_keys(template: SynthesisTask) -> None:
+def test_an_answered_shard_reads_back_from_its_file_with_its_keys(template: AnswerTask) -> None:
     chat = Prompt("new", "x", "train", messages=({"role": "user", "content": "é"},))
     answered = AnsweredShard(
         author="t",
@@ -161,16 +161,16 @@ def test_an_answered_shard_reads_back_from_its_file_with_its_keys(template: Synt
     assert read_answered_shards(template.layout, "recipe") == [answered]
 
 
-def test_halves_hold_the_same_prompts(template: SynthesisTask) -> None:
-    (task,) = plan_synthesis(template, prompts(*((c, "x", "1") for c in "abcde")), 9)
+def test_halves_hold_the_same_prompts(template: AnswerTask) -> None:
+    (task,) = plan_answers(template, prompts(*((c, "x", "1") for c in "abcde")), 9)
     left, right = task.halves()
     assert left.prompts + right.prompts == task.prompts and len(left) == 2
 
 
-def test_the_dataset_follows_the_prompts_and_merges_equal_answers(template: SynthesisTask) -> None:
+def test_the_dataset_follows_the_prompts_and_merges_equal_answers(template: AnswerTask) -> None:
     rows = prompts(("a", "x", "1"), ("b", "y", "2"), ("c", "x", None))
     run_all(template, rows, {"a": ["1"] * 3, "b": ["2"] * 3, "c": ["q", "r", "q"]})
-    other = replace(template, generator="u", recipe_digest="other")
+    other = replace(template, author="u", recipe_digest="other")
     run_all(other, rows, {"a": ["1"] * 3, "b": ["3"] * 3, "c": ["r", "s", "s"]})
     entries = build_dataset(template.layout, rows, [("recipe", rows), ("other", rows)])
     assert [(e.prompt_id, e.authors) for e in entries] == [
@@ -187,36 +187,36 @@ def test_the_dataset_follows_the_prompts_and_merges_equal_answers(template: Synt
     )
 
 
-def run_all(template: SynthesisTask, rows: list[Prompt], answers: dict[str, list[str]]) -> None:
-    for task in plan_synthesis(template, rows, 10):
+def run_all(template: AnswerTask, rows: list[Prompt], answers: dict[str, list[str]]) -> None:
+    for task in plan_answers(template, rows, 10):
         run(task, answers)
 
 
-def test_given_references_become_sequences(template: SynthesisTask) -> None:
+def test_given_references_become_sequences(template: AnswerTask) -> None:
     rows = prompts(("q:", "x", "a1"), ("r:", "x", "b"))
-    record = plan_synthesis(replace(template, generator="dataset"), rows, 10)[0].from_references()
+    record = plan_answers(replace(template, generator="dataset"), rows, 10)[0].from_references()
     first, _ = read_sequences(storage.join(template.layout.root, record.shard))
     assert (
         first.finish_reason == "dataset" and first.num_positions == 4
     )  # space, two characters, end of sequence
 
 
-def test_every_prompt_has_its_own_seed(template: SynthesisTask) -> None:
+def test_every_prompt_has_its_own_seed(template: AnswerTask) -> None:
     tokenizer = save_tokenizer(Path(template.student.model))
     teacher = ScriptedTeacher(tokenizer, {c: ["1"] * 3 for c in "abc"})
-    (task,) = plan_synthesis(template, prompts(*((c, "x", "1") for c in "abc")), 9)
+    (task,) = plan_answers(template, prompts(*((c, "x", "1") for c in "abc")), 9)
     asyncio.run(task.run(teacher))
     assert len(set(teacher.seeds)) == 3
 
 
 def test_a_prompt_whose_content_changed_is_asked_again_and_old_answers_are_left_out(
-    template: SynthesisTask,
+    template: AnswerTask,
 ) -> None:
-    given = replace(template, generator="dataset")
+    given = replace(template, author="dataset")
     rows = prompts(("q:", "x", "a"), ("r:", "x", "b"))
-    plan_synthesis(given, rows, 10)[0].from_references()
+    plan_answers(given, rows, 10)[0].from_references()
     changed = [rows[0], replace(rows[1], reference="c")]
-    (task,) = plan_synthesis(given, changed, 10)
+    (task,) = plan_answers(given, changed, 10)
     assert task.prompts == (changed[1],)
     task.from_references()
     old, new = (
@@ -226,19 +226,19 @@ def test_a_prompt_whose_content_changed_is_asked_again_and_old_answers_are_left_
     assert old[0] == new[0] and old[1].sequence_id != new[1].sequence_id
 
 
-def test_another_split_of_a_prompt_needs_no_new_answer(template: SynthesisTask) -> None:
+def test_another_split_of_a_prompt_needs_no_new_answer(template: AnswerTask) -> None:
     rows = prompts(("a", "x", "1"))
     run_all(template, rows, {"a": ["1"] * 3})
     moved = [replace(rows[0], split="holdout")]
-    assert plan_synthesis(template, moved, 10) == []
+    assert plan_answers(template, moved, 10) == []
     (entry,) = build_dataset(template.layout, moved, [("recipe", moved)])
     assert entry.split == "holdout"
 
 
-def test_a_prompt_that_two_runs_answered_at_once_counts_once(template: SynthesisTask) -> None:
+def test_a_prompt_that_two_runs_answered_at_once_counts_once(template: AnswerTask) -> None:
     rows = prompts(("a", "x", None), ("b", "x", None))
-    both = plan_synthesis(template, rows, 10)
-    alone = plan_synthesis(template, rows[:1], 10)
+    both = plan_answers(template, rows, 10)
+    alone = plan_answers(template, rows[:1], 10)
     run(both[0], {"a": ["p", "q", "r"], "b": ["s", "t", "u"]})
     run(alone[0], {"a": ["v", "w", "y"]})
     entries = build_dataset(template.layout, rows, [("recipe", rows)])
@@ -247,7 +247,7 @@ def test_a_prompt_that_two_runs_answered_at_once_counts_once(template: Synthesis
 
 @pytest.mark.parametrize("together", [True, False], ids=["in one shard", "in two"])
 def test_answers_to_other_runs_prompts_are_not_counted(
-    template: SynthesisTask, together: bool
+    template: AnswerTask, together: bool
 ) -> None:
     rows = prompts(("a", "x", "1"), ("b", "x", "2"))
     answers = {"a": ["1", "2", "3"], "b": ["2", "3", "2"]}
@@ -265,12 +265,12 @@ def test_answers_to_other_runs_prompts_are_not_counted(
     assert sorted(samples.values()) == [1, 2] and {name for name, _ in samples} == {"id-b"}
 
 
-def test_every_sample_counts_whichever_recipe_it_is_of(template: SynthesisTask) -> None:
+def test_every_sample_counts_whichever_recipe_it_is_of(template: AnswerTask) -> None:
     """One teacher in two recipes, another in a third, and one of the recipes in two steps."""
     rows = prompts(("a", "x", None))
     run_all(template, rows, {"a": ["1", "1", "1"]})
     run_all(replace(template, recipe_digest="warmer"), rows, {"a": ["1", "2", "1"]})
-    run_all(replace(template, generator="u", recipe_digest="other"), rows, {"a": ["2", "1", "3"]})
+    run_all(replace(template, author="u", recipe_digest="other"), rows, {"a": ["2", "1", "3"]})
     asked = [("recipe", rows), ("recipe", rows), ("warmer", rows), ("other", rows)]
     counts = sample_counts(template.layout, asked)
     texts = [entry.sequence_id for entry in build_dataset(template.layout, rows, asked)]

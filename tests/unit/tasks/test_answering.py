@@ -12,13 +12,13 @@ from pipeline.config.student import StudentConfig
 from pipeline.errors import ConfigError
 from pipeline.records import Prompt
 from teachers.protocol import GeneratedAnswer
-from teachers.tasks.holdout import AnsweringTask
+from teachers.tasks.holdout import HoldoutTask
 from tests.support.tokenizers_for_tests import save_tokenizer
 
 
 def test_prompts_that_all_leave_no_room_are_refused_with_what_to_change(tmp_path: Path) -> None:
     save_tokenizer(tmp_path / "student")
-    task = AnsweringTask(
+    task = HoldoutTask(
         model="t",
         prompts=(Prompt("p", "d", "holdout", text="1+1="),),
         student=StudentConfig(model=str(tmp_path / "student"), initialization="random"),
@@ -27,7 +27,9 @@ def test_prompts_that_all_leave_no_room_are_refused_with_what_to_change(tmp_path
         checker=None,
         answers_path=str(tmp_path / "answers.jsonl"),
     )
-    with pytest.raises(ConfigError, match=r"longer than 3 tokens.*max_sequence_tokens"):
+    with pytest.raises(
+        ConfigError, match=r"longer than 3 tokens.*max_tokens \(5\).*max_sequence_tokens \(8\)"
+    ):
         asyncio.run(task.run(cast(Any, None)))
 
 
@@ -44,7 +46,7 @@ def test_prompts_that_are_too_long_are_counted_beside_the_others(
     monkeypatch.setattr("teachers.tasks.holdout.MEASURED_SECONDS", 0.01)
     save_tokenizer(tmp_path / "student")
     prompts = [Prompt(t, "d", "holdout", text=t, reference="1") for t in ("1+", "2+", "1+1+1+1+")]
-    task = AnsweringTask(
+    task = HoldoutTask(
         model="t",
         prompts=tuple(prompts),
         student=StudentConfig(model=str(tmp_path / "student"), initialization="random"),
@@ -78,13 +80,13 @@ def raising(answer, reference):
 def test_every_verdict_counts_as_yes_or_no(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    """As in the filter, which asks for truth and not for `True`."""
+    """Any true value counts, like in the filter, not only `True`."""
     monkeypatch.setattr("teachers.tasks.holdout.MEASURED_SECONDS", 0.01)
     (tmp_path / "odd_rules.py").write_text(RULES)
     monkeypatch.syspath_prepend(tmp_path)
     save_tokenizer(tmp_path / "student")
     prompts = [Prompt(t, "d", "holdout", text=t, reference="1") for t in ("1+", "2+", "3+")]
-    task = AnsweringTask(
+    task = HoldoutTask(
         model="t",
         prompts=(*prompts, Prompt("q", "d", "holdout", text="1")),
         student=StudentConfig(model=str(tmp_path / "student"), initialization="random"),
@@ -99,8 +101,9 @@ def test_every_verdict_counts_as_yes_or_no(
     assert [line["correct"] for line in lines] == [True, False, False, None]
     problem = "ZeroDivisionError: division by zero" if name == "raising" else None
     assert [line.get("error") for line in lines] == [None, problem, problem, None]
-    said = [record.message for record in caplog.records]
-    assert len(said) == (1 if problem else 0) and all("odd_rules.raising" in each for each in said)
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == (1 if problem else 0)
+    assert all("odd_rules.raising" in message for message in messages)
     assert answered.checker_errors == (2 if problem else 0)
     line = answers_line({}, answered, "a.jsonl")
     said = "raised an error at 2 answers, which count as wrong: a.jsonl"

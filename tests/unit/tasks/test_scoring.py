@@ -18,13 +18,13 @@ from pipeline.sequences import write_sequences
 from teachers.protocol import CapturedRows, ScoringRequest
 from teachers.tasks.score import (
     TASK_BYTES,
-    Output,
+    CacheOutput,
     ScoredShard,
-    ScoringTask,
+    ScoreTask,
     plan_scoring,
     siblings_together,
 )
-from teachers.tasks.siblings import Earlier, Siblings
+from teachers.tasks.siblings import EarlierAnswers, Siblings
 
 WIDTH = 4
 SPANS = {"one": ((3, 9),), "two": ((2, 4), (6, 10)), "last": ((11, 12),)}
@@ -39,7 +39,9 @@ class Recorder:
     def metadata(self) -> dict[str, str | float]:
         return {"engine": "recorder", "load_seconds": 1.5}
 
-    async def score(self, request: ScoringRequest, earlier: Earlier | None = None) -> CapturedRows:
+    async def score(
+        self, request: ScoringRequest, earlier: EarlierAnswers | None = None
+    ) -> CapturedRows:
         input_ids, first_index = request.input_ids, request.first_index
         assert request.distributions and not request.hidden_states
         self.asked.append(input_ids[0])
@@ -72,8 +74,8 @@ def scored(root: Path, sequences: list[TokenSequence]) -> tuple[Recorder, Scored
     shard = write_sequences(layout, "d", sequences)
     cache = layout.cache("t", "0" * 32)
     identifiers = tuple(each.sequence_id for each in sequences)
-    output = Output("t", cache, "0" * 32, TopK(type="top_k", max_entries=2), 8)
-    task = ScoringTask(f"{root}/{shard}", identifiers, (output,))
+    output = CacheOutput("t", cache, "0" * 32, TopK(type="top_k", max_entries=2), 8)
+    task = ScoreTask(f"{root}/{shard}", identifiers, (output,))
     teacher = Recorder()
     report = asyncio.run(task.run(teacher))  # pyright: ignore[reportArgumentType]
     return teacher, report, read_shard(cache.shard(digest_ids(identifiers)))
@@ -111,8 +113,10 @@ def test_shards_of_whole_states_stay_small(tmp_path: Path) -> None:
         for i, positions in enumerate([512] * 1000 + [100_000, 1, 512])
     ]
     outputs = [
-        Output("t", layout.cache("t", "0" * 32), "0" * 32, TopK(type="top_k", max_entries=8), 47),
-        Output(
+        CacheOutput(
+            "t", layout.cache("t", "0" * 32), "0" * 32, TopK(type="top_k", max_entries=8), 47
+        ),
+        CacheOutput(
             states, layout.cache(states, "0" * 32), "0" * 32, HiddenStatesRule((3,), None, 0), 8192
         ),
     ]
@@ -143,7 +147,9 @@ class Cached:
         self.num_cached, self.fails = num_cached, fails
         self.known: list[CapturedRows | None] = []
 
-    async def score(self, request: ScoringRequest, earlier: Earlier | None = None) -> CapturedRows:
+    async def score(
+        self, request: ScoringRequest, earlier: EarlierAnswers | None = None
+    ) -> CapturedRows:
         input_ids, first_index = request.input_ids, request.first_index
         assert earlier is not None and request.distributions and not request.hidden_states
         for _ in range(20 - 2 * len(earlier.answers)):

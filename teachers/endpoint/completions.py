@@ -1,0 +1,139 @@
+"""Completions of a server: rows and answers, each with its request and the checks of its reply.
+
+T are the tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from pydantic import TypeAdapter
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.errors import ConfigError, TeacherError
+from pipeline.records import Prompt
+from teachers.endpoint.replies import TEXT_REPLY, TOKEN_REPLY, TokenChoice, sorted_rows
+from teachers.endpoint.transport import Requester
+from teachers.engine.prompt_topk import BrokenRowsError
+from teachers.protocol import CapturedRows, EndpointSpec, GeneratedAnswer
+
+FINISHED = {
+    "vllm": ("stop", "length", "repetition"),
+    "openai": ("stop", "length", "content_filter"),
+}
+PLAIN_SAMPLING = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+"""Defaults of vLLM's `SamplingParams`. They are sent in full, because a server takes the defaults
+of the model's generation config for those left out."""
+
+
+class Completions:
+    """Completions of one endpoint, for requests that fit into its context."""
+
+    def __init__(
+        self, spec: EndpointSpec, requester: Requester, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        self._endpoint, self._eos_token_ids = spec.endpoint, spec.eos_token_ids
+        self._requester = requester
+        self._tokenizer: Any = tokenizer  # upstream's stubs are too wide
+
+    async def rows(self, input_ids: list[int], first_index: int, width: int) -> CapturedRows:
+        """Captures the distributions over the tokens at indices `first_index` to T - 1.
+
+        Raises:
+            TeacherError: the server refuses the sequence, or its rows break an invariant.
+        """
+        body = {
+            "prompt": input_ids,
+            "add_special_tokens": False,
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprobs": width,
+            "return_token_ids": True,
+        }
+        choice = await self._choice("/completions", TOKEN_REPLY, body)
+        self._check_prompt(choice, input_ids)
+        positions = choice.get("prompt_logprobs")
+        if positions is None or len(positions) != len(input_ids):
+            raise BrokenRowsError(
+                f"{self._endpoint.url} returned log-probabilities of {len(positions or ())} "
+                f"positions for {len(input_ids)} tokens: check that it is a vLLM server"
+            )
+        entries = [position or {} for position in positions[first_index:]]
+        captured = sorted_rows(entries, input_ids[first_index:], width, self._endpoint.url)
+        return captured.rows([*input_ids], first_index, width)
+
+    async def token_answer(
+        self, prompt_ids: list[int], sampling: dict[str, Any]
+    ) -> GeneratedAnswer:
+        """Generates an answer to token ids, as token ids; for servers with `api: vllm`."""
+        started = time.monotonic()
+        end_ids = () if sampling.get("ignore_eos") else self._eos_token_ids
+        body = PLAIN_SAMPLING | sampling
+        body |= {
+            "prompt": prompt_ids,
+            "add_special_tokens": False,
+            "return_token_ids": True,
+            "stop_token_ids": [*sampling.get("stop_token_ids", ()), *end_ids],
+        }
+        choice = await self._choice("/completions", TOKEN_REPLY, body)
+        self._check_prompt(choice, prompt_ids)
+        token_ids = choice.get("token_ids")
+        if token_ids is None:
+            raise ConfigError(
+                f"{self._endpoint.url} returns no token ids, so it is no vLLM server or an old "
+                "one: update it, or set `api: openai` and `scores: false`"
+            )
+        finish_reason = self._finish_reason(choice.get("finish_reason"))
+        return GeneratedAnswer(token_ids, finish_reason, time.monotonic() - started)
+
+    async def text_answer(self, prompt: Prompt, sampling: dict[str, Any]) -> GeneratedAnswer:
+        """Generates an answer to text, as text; for servers with `api: openai`.
+
+        The student's tokenizer turns the answer into token ids.
+        """
+        started = time.monotonic()
+        if prompt.messages is None:
+            path, question = "/completions", {"prompt": prompt.text}
+        else:
+            path, question = "/chat/completions", {"messages": list(prompt.messages)}
+        choice = await self._choice(path, TEXT_REPLY, sampling | question)
+        message = choice.get("message", {})
+        text = choice.get("text") or message.get("content") or message.get("refusal") or ""
+        finish_reason = self._finish_reason(choice.get("finish_reason"))
+        # What looks like a special token in a reply is text like any other.
+        token_ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        end = [self._tokenizer.eos_token_id] if finish_reason == "stop" else []
+        return GeneratedAnswer(
+            [*token_ids["input_ids"], *end], finish_reason, time.monotonic() - started
+        )
+
+    async def _choice(self, path: str, kind: TypeAdapter[Any], body: dict[str, Any]) -> Any:
+        named = {"model": self._endpoint.model, **body}
+        return (await self._requester.ask(path, kind, named))["choices"][0]
+
+    def _check_prompt(self, choice: TokenChoice, input_ids: list[int]) -> None:
+        """Refuses a server that cut or changed the prompt."""
+        theirs = choice.get("prompt_token_ids")
+        if theirs is not None and theirs != input_ids:
+            raise TeacherError(
+                f"{self._endpoint.url} read {len(theirs)} tokens where {len(input_ids)} were sent, "
+                "or other ones: the server must take token ids unchanged"
+            )
+
+    def _finish_reason(self, reason: str | None) -> str:
+        proper = FINISHED[self._endpoint.api]
+        if reason not in proper:
+            raise TeacherError(
+                f"{self._endpoint.url}: an answer ended by {reason!r}, and only "
+                f"{', '.join(proper)} are proper ends"
+            )
+        return reason
