@@ -20,32 +20,40 @@ if len(_ROOTS) != 1 or None in _ROOTS:
 
 import argparse  # noqa: E402
 import json  # noqa: E402
+import logging  # noqa: E402
 
 from jobs.bookkeeping.plan import STAGE_NAMES  # noqa: E402
 from jobs.caches.commands import add_cache_commands  # noqa: E402
+from jobs.console import log_to_console, write  # noqa: E402
 from pipeline.config.load import check_shared_paths, dump_config, load_config  # noqa: E402
 from pipeline.config.run import Config  # noqa: E402
 from pipeline.errors import ClusterError, ConfigError, DistillationError  # noqa: E402
 
+# This module has another name when it is run as a program.
+logger = logging.getLogger("jobs")
 INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C has ended, as in shells."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, or 1 for an error that a user can act on."""
     options = parse(arguments)
+    log_to_console()
     try:
-        options.action(options)
+        product = options.action(options)
     except DistillationError as error:
-        print(f"polystill: {error}", file=sys.stderr)
+        logger.error("polystill: %s", error)
         return 1
     except KeyboardInterrupt:
-        print("polystill: interrupted; run the same command again to go on", file=sys.stderr)
+        logger.error("polystill: interrupted; run the same command again to go on")
         return INTERRUPTED
+    if product is not None:
+        write(product)
     return 0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Parses; overrides may also stand behind options, where argparse does not look for them."""
+    """Parses arguments; overrides may also follow options, where argparse does not expect them."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     misplaced = [text for text in rest if text.startswith("-") or "overrides" not in options]
@@ -157,18 +165,13 @@ def _load(options: argparse.Namespace, *overrides: str) -> Config:
     return load_config(options.config, [*options.overrides, *allowed, *overrides])
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> str | None:
     config = _load(options)
     if options.dry_run:
         from jobs.dry_run import dry_run_text
 
-        _say(dump_config(config))
-        _say(dry_run_text(config, options.address))
-        return
+        write(dump_config(config))  # before the plan, which may refuse it
+        return dry_run_text(config, options.address)
     from jobs import distill
     from jobs.cluster.connection import connect, job_server_address_inside_job
     from jobs.cluster.stage_jobs import submit
@@ -176,15 +179,17 @@ def _run(options: argparse.Namespace) -> None:
 
     if not options.detach:
         inside = options.inside_job and job_server_address_inside_job()
-        distill.run(config, inside or options.address, _say)
-        return
+        distill.run(config, inside or options.address)
+        return None
     if options.address is None:
         raise ConfigError("--detach leaves the run to a cluster, so it needs --address")
     check_shared_paths(config)
     client = connect(options.address)
     identifier = submit(client, config, DETACHED, ["run", "--inside-job"])
-    _say(f"submitted {identifier}")
-    _say(f"follow it with: polystill logs {identifier} --address {options.address} --follow")
+    logger.info("submitted %s", identifier)
+    following = f"polystill logs {identifier} --address {options.address} --follow"
+    logger.info("follow it with: %s", following)
+    return None
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -195,7 +200,7 @@ def _train(options: argparse.Namespace) -> None:
         path = str(Path(options.from_checkpoint).resolve())
         overrides = [f"student.initial_weights={json.dumps(path)}"]
     config = _load(options, *overrides)
-    distill.run(config, options.address, _say, STAGE_NAMES[: STAGE_NAMES.index("export") + 1])
+    distill.run(config, options.address, STAGE_NAMES[: STAGE_NAMES.index("export") + 1])
 
 
 def _submit(options: argparse.Namespace) -> None:
@@ -206,28 +211,31 @@ def _submit(options: argparse.Namespace) -> None:
     check_shared_paths(config)
     client = connect(options.address)
     if options.detach:
-        _say(f"submitted {submit(client, config, options.stage, ['stage', options.stage])}")
+        identifier = submit(client, config, options.stage, ["stage", options.stage])
+        logger.info("submitted %s", identifier)
     else:
-        submit_and_follow_stage(client, options.address, config, options.stage, _say)
+        submit_and_follow_stage(client, options.address, config, options.stage)
 
 
-def _status(options: argparse.Namespace) -> None:
+def _status(options: argparse.Namespace) -> str:
     from jobs.cluster.connection import connect
-    from jobs.cluster.submit import describe_jobs
+    from jobs.cluster.submit import job_table
 
-    _say(describe_jobs(connect(options.address), options.run))
+    return job_table(connect(options.address), options.run)
 
 
-def _logs(options: argparse.Namespace) -> None:
+def _logs(options: argparse.Namespace) -> str | None:
     from jobs.cluster.connection import connect
     from jobs.cluster.follow import follow
     from jobs.cluster.submit import job_logs
 
     client = connect(options.address)
     if not options.follow:
-        _say(job_logs(client, options.submission_id))
-    elif (status := follow(client, options.submission_id, _say)) != "SUCCEEDED":
+        return job_logs(client, options.submission_id)
+    status = follow(client, options.submission_id, write)
+    if status != "SUCCEEDED":
         raise ClusterError(f"the job {options.submission_id} ended as {status}")
+    return None
 
 
 def _stop(options: argparse.Namespace) -> None:
@@ -235,7 +243,7 @@ def _stop(options: argparse.Namespace) -> None:
     from jobs.cluster.submit import stop_with_stages
 
     for name, status in stop_with_stages(connect(options.address), options.submission_id):
-        _say(f"{name}: {status}")
+        logger.info("%s: %s", name, status)
 
 
 def _stage(options: argparse.Namespace) -> None:

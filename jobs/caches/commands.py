@@ -1,4 +1,7 @@
-"""`polystill cache …`: the arguments of its commands, and which function each one calls."""
+"""`polystill cache …`: the arguments of its commands, and the function that each one calls.
+
+A command that makes a text returns it; the command line prints it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def add_cache_commands(
     parser = commands.add_parser("cache", help="look after the caches of teachers' rows")
     inner = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, action: Callable[[argparse.Namespace], None], text: str) -> Any:
+    def add(name: str, action: Callable[[argparse.Namespace], str | None], text: str) -> Any:
         command = add_command(inner, name, action, text)
         add_config(command)
         return command
@@ -93,14 +96,10 @@ def _load(options: argparse.Namespace) -> Config:
     return load_config(options.config, options.overrides)
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-def _status(options: argparse.Namespace) -> None:
+def _status(options: argparse.Namespace) -> str:
     from jobs.caches.actions import status
 
-    _say(status(open_caches(_load(options))))
+    return status(open_caches(_load(options)))
 
 
 def _regenerate(options: argparse.Namespace) -> None:
@@ -110,46 +109,46 @@ def _regenerate(options: argparse.Namespace) -> None:
         options.teacher, parse_where(options.where), options.force
     )
     if options.inside_job:
-        regenerate.regenerate_inside_job(_load(options), request, _say)
+        regenerate.regenerate_inside_job(_load(options), request)
     else:
-        regenerate.regenerate(_load(options), options.address, request, _say)
+        regenerate.regenerate(_load(options), options.address, request)
 
 
 def _verify(options: argparse.Namespace) -> None:
     from jobs.caches import verify
 
-    config, asked = _load(options), (options.teacher, options.rescore, options.seed)
+    config, choice = _load(options), (options.teacher, options.rescore, options.seed)
     if options.inside_job:
-        verify.verify_inside_job(config, *asked, _say)
+        verify.verify_inside_job(config, *choice)
     else:
-        verify.verify_rows(config, options.address, *asked, _say)
+        verify.verify_rows(config, options.address, *choice)
 
 
-def _retry(options: argparse.Namespace) -> None:
+def _retry(options: argparse.Namespace) -> str:
     from jobs.caches.actions import retry
 
-    _say(retry(_load(options)))
+    return retry(_load(options))
 
 
-def _show(options: argparse.Namespace) -> None:
+def _show(options: argparse.Namespace) -> str:
     from jobs.caches.actions import show
 
-    _say(show(open_caches(_load(options)), options.teacher, options.sequence))
+    return show(open_caches(_load(options)), options.teacher, options.sequence)
 
 
-def _export(options: argparse.Namespace) -> None:
+def _export(options: argparse.Namespace) -> str:
     from jobs.caches.actions import export
 
-    _say(export(open_caches(_load(options)), options.teacher, options.format, options.output))
+    return export(open_caches(_load(options)), options.teacher, options.format, options.output)
 
 
-def _import(options: argparse.Namespace) -> None:
+def _import(options: argparse.Namespace) -> str:
     from jobs.caches.actions import import_distillkit
 
-    _say(import_distillkit(open_caches(_load(options)), options.teacher, options.input))
+    return import_distillkit(open_caches(_load(options)), options.teacher, options.input)
 
 
-def _gc(options: argparse.Namespace) -> None:
+def _gc(options: argparse.Namespace) -> str:
     from jobs.caches.actions import collect_garbage
 
-    _say(collect_garbage(_load(options), options.dry_run, options.unfinished))
+    return collect_garbage(_load(options), options.dry_run, options.unfinished)

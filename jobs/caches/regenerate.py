@@ -6,13 +6,14 @@ it submits itself as a Ray job, which comes here again with `--inside-job` and d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from jobs.caches.run_caches import RunCaches, open_caches
 from jobs.cluster.connection import connect
 from jobs.cluster.stage_jobs import cluster, is_visible, submit_and_follow
-from jobs.stages.entry import join_cluster, log_our_lines, run_stage
+from jobs.stages.entry import join_cluster, run_stage
 from jobs.stages.score import fill_caches, new_shards, scored_summary
 from pipeline import storage
 from pipeline.cache.generations import (
@@ -42,7 +43,7 @@ from pipeline.records import DatasetEntry
 from pipeline.run.identities import provenance_of
 from teachers.pool.contracts import PoolReport
 
-Say = Callable[[str], object]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class CacheWork:
     source: CacheLayout | None = None
 
 
-def regenerate(config: Config, address: str | None, request: RegenerationRequest, say: Say) -> None:
+def regenerate(config: Config, address: str | None, request: RegenerationRequest) -> None:
     """Scores stale, missing or corrupt rows in a Ray job; if there are none, starts no cluster.
 
     Raises:
@@ -94,31 +95,32 @@ def regenerate(config: Config, address: str | None, request: RegenerationRequest
         caches = open_caches(config)
         lines = _open_work(caches, request)
         for line in lines:
-            say(line)
+            logger.info(line)
         if not lines and caches.is_current:
-            say("nothing to do: every sequence asked for has a row in a shard that can be read")
+            logger.info(
+                "nothing to do: every sequence asked for has a row in a shard that can be read"
+            )
             return
     command = ["cache", "regenerate", "--inside-job", *request.arguments]
-    submit_job(config, address, "regenerate", command, say)
+    submit_job(config, address, "regenerate", command)
 
 
-def regenerate_inside_job(config: Config, request: RegenerationRequest, say: Say) -> None:
+def regenerate_inside_job(config: Config, request: RegenerationRequest) -> None:
     """Does the work of `regenerate`, in its job.
 
     Raises:
         CacheError: another forced regeneration is unfinished, or the new generation is not whole.
         TeacherError: an engine cannot run.
     """
-    log_our_lines()
     caches = prepared_caches(config)
-    work = {name: _begin(caches, name, request, say) for name in caches.chosen(request.teacher)}
+    work = {name: _begin(caches, name, request) for name in caches.chosen(request.teacher)}
     join_cluster()
     reports = fill_caches(caches.run, {name: (w.cache, w.entries) for name, w in work.items()})
     for name, of_cache in work.items():
         report = reports[teacher_of(name)]
         _publish(caches, name, of_cache, report)
-        say(scored_summary(name, report, len(quarantined(of_cache.cache))))
-        say(_who_uses(caches, name, of_cache))
+        logger.info(scored_summary(name, report, len(quarantined(of_cache.cache))))
+        logger.info(_who_uses(caches, name, of_cache))
     if request.force:
         # Ended only when all are published: after an interruption the same command must know
         # which generations are complete.
@@ -126,9 +128,7 @@ def regenerate_inside_job(config: Config, request: RegenerationRequest, say: Say
             end_generation(of_cache.cache)
 
 
-def submit_job(
-    config: Config, address: str | None, name: str, command: list[str], say: Say
-) -> None:
+def submit_job(config: Config, address: str | None, name: str, command: list[str]) -> None:
     """Runs a cache command as a job, on a cluster or on a local Ray head.
 
     Args:
@@ -143,7 +143,7 @@ def submit_job(
     with cluster(config, address) as url:
         # Equal commands share a name, so that the second one attaches to the first one's job.
         job = f"{name}-{digest_json(command)[:8]}"
-        submit_and_follow(connect(url), address, config, job, command, say)
+        submit_and_follow(connect(url), address, config, job, command)
 
 
 def prepared_caches(config: Config) -> RunCaches:
@@ -175,19 +175,19 @@ def _open_work(caches: RunCaches, request: RegenerationRequest) -> list[str]:
     return lines
 
 
-def _begin(caches: RunCaches, name: str, request: RegenerationRequest, say: Say) -> CacheWork:
+def _begin(caches: RunCaches, name: str, request: RegenerationRequest) -> CacheWork:
     """Sets corrupt shards aside and, with `force`, begins or continues the next generation."""
     chosen, cache = matching(caches.entries, request.where), caches.layouts[name]
     if request.force:
         cache = CacheLayout(cache.folder, current_generation(cache.folder))
     damage = find_damage(cache, caches.fingerprint(name))
-    _mend(cache, damage, name, say)
+    _mend(cache, damage, name)
     entries = sequences_to_score(caches.run.layout, cache, chosen, damage.lost)
     if not request.force or not storage.list_files(cache.shards_folder, ".parquet"):
         return CacheWork(cache, entries)
     purpose = {"dataset": caches.dataset, "where": dict(request.where)}
     if is_regenerated(cache, purpose):
-        say(
+        logger.info(
             f"{name}: generation {cache.generation} was complete when this command was "
             "interrupted, so nothing is scored now; run the command once more to score anew"
         )
@@ -198,7 +198,7 @@ def _begin(caches: RunCaches, name: str, request: RegenerationRequest, say: Say)
     anew = {entry.sequence_id for entry in chosen}
     retry_quarantined(target, anew)
     taken = take_over(cache, target, anew, caches.fingerprint(name))
-    say(
+    logger.info(
         f"{name}: generation {target.generation} takes over {taken} shards of generation "
         f"{cache.generation}"
     )
@@ -220,13 +220,13 @@ def _publish(caches: RunCaches, name: str, work: CacheWork, report: PoolReport) 
         publish(cache, identity, provenance_of(run.config, name), written)
 
 
-def _mend(cache: CacheLayout, damage: Damage, name: str, say: Say) -> None:
+def _mend(cache: CacheLayout, damage: Damage, name: str) -> None:
     for digest, reason in damage.corrupt.items():
-        say(f"{name}: shard {digest} is corrupt and set aside in {cache.aside}: {reason}")
+        logger.info(f"{name}: shard {digest} is corrupt and set aside in {cache.aside}: {reason}")
     if damage.index is not None:
-        say(f"{name}: the index {cache.index} is made anew: {damage.index}")
+        logger.info(f"{name}: the index {cache.index} is made anew: {damage.index}")
     for digest in sorted(damage.gone):
-        say(f"{name}: shard {digest} is gone")
+        logger.info(f"{name}: shard {digest} is gone")
     set_aside(cache, damage)
 
 

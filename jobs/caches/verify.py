@@ -6,14 +6,15 @@ comes here again with `--inside-job`.
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from jobs.caches.actions import verify
 from jobs.caches.regenerate import prepared_caches, submit_job
 from jobs.caches.run_caches import RunCaches, open_caches
 from jobs.cluster.stage_jobs import is_visible
-from jobs.stages.entry import join_cluster, log_our_lines
+from jobs.stages.entry import join_cluster
 from jobs.stages.score import longest_sequence
 from jobs.stages.teacher_pools import teacher_work
 from pipeline import storage
@@ -25,7 +26,7 @@ from teachers.pool.contracts import PoolReport
 from teachers.pool.pool import run_pools
 from teachers.tasks.rescore import SURPRISE, TOLERANCE, RescoreTask, RowDifference
 
-Say = Callable[[str], object]
+logger = logging.getLogger(__name__)
 
 
 def verify_rows(
@@ -34,7 +35,6 @@ def verify_rows(
     teacher: str | None,
     rescore: int,
     seed: int | None,
-    say: Say,
 ) -> None:
     """Checks caches; with `rescore` also scores that many rows of each teacher again, in a Ray job.
 
@@ -47,34 +47,31 @@ def verify_rows(
         CacheError: something is wrong; every problem was logged before.
     """
     if rescore == 0 and is_visible(config, address):
-        _say_checks(verify(open_caches(config), teacher), say)
+        _log_checks(verify(open_caches(config), teacher))
         return
     command = ["cache", "verify", "--inside-job", "--rescore", str(rescore)]
     command += [] if teacher is None else ["--teacher", teacher]
     command += [] if seed is None else ["--seed", str(seed)]
     if is_visible(config, address):
         open_caches(config).chosen(teacher)  # refuses an unknown teacher before a job starts
-    submit_job(config, address, "verify", command, say)
+    submit_job(config, address, "verify", command)
 
 
-def verify_inside_job(
-    config: Config, teacher: str | None, rescore: int, seed: int | None, say: Say
-) -> None:
+def verify_inside_job(config: Config, teacher: str | None, rescore: int, seed: int | None) -> None:
     """Does the work of `verify_rows`, in its job.
 
     Raises:
         CacheError: something is wrong; every problem was logged before.
         TeacherError: an engine cannot run.
     """
-    log_our_lines()
     caches = prepared_caches(config)
-    _say_checks(verify(caches, teacher), say)
+    _log_checks(verify(caches, teacher))
     if rescore:
         join_cluster()
         seed = config.seed if seed is None else seed
         names = caches.distributions(teacher)
         tasks = {name: rows_to_rescore(caches, name, rescore, seed) for name in names}
-        _say_differences(run_rescoring(caches, tasks), say)
+        _log_differences(run_rescoring(caches, tasks))
 
 
 def run_rescoring(
@@ -113,47 +110,52 @@ def rows_to_rescore(caches: RunCaches, name: str, count: int, seed: int) -> list
     ]
 
 
-def _say_checks(found: Mapping[str, CheckedCache], say: Say) -> None:
-    for name, checked in found.items():
+def _log_checks(caches: Mapping[str, CheckedCache]) -> None:
+    """Logs every problem, and one line for each cache.
+
+    Raises:
+        CacheError: there is a problem.
+    """
+    for name, checked in caches.items():
         for problem in checked.problems:
-            say(f"{name}: {problem}")
-        say(
+            logger.info(f"{name}: {problem}")
+        logger.info(
             f"{name}: {checked.num_shards} shards, {checked.num_rows} rows checked, "
             f"{checked.num_compared} of them against their tokens: "
             f"{len(checked.problems) or 'no'} problems"
         )
-    bad = sum(len(checked.problems) for checked in found.values())
+    bad = sum(len(checked.problems) for checked in caches.values())
     if bad:
         raise CacheError(
-            f"{bad} problems in the caches, listed above; `polystill cache regenerate CONFIG` sets "
-            "corrupt shards aside and scores their sequences again, with --force and --where also "
-            "rows that were written wrongly"
+            f"the caches have {bad} problems, listed above; `polystill cache regenerate CONFIG` "
+            "sets corrupt shards aside and scores their sequences again; with --force and --where "
+            "it also scores again rows that were written wrongly"
         )
 
 
-def _say_differences(reports: Mapping[str, PoolReport], say: Say) -> None:
-    """Prints mean and largest differences, and every row beyond the tolerance.
+def _log_differences(reports: Mapping[str, PoolReport]) -> None:
+    """Logs mean and largest differences, and every row beyond the tolerance.
 
     Raises:
-        CacheError: a row is beyond it, or could not be scored again.
+        CacheError: a row is beyond the tolerance, or could not be scored again.
     """
     bad = 0
     for name, report in reports.items():
         rows: list[RowDifference] = [row for result in report.results for row in result]
         for label, error in report.quarantined:
-            say(f"{name}: {label}: {error}")
+            logger.info(f"{name}: {label}: {error}")
         bad += len(report.quarantined)
         if not rows:
-            say(f"{name}: no row scored again")
+            logger.info(f"{name}: no row scored again")
             continue
         dtype = report.engines[0]["dtype"]
         tolerance = TOLERANCE[dtype]
         wrong = [row for row in rows if row.is_beyond(tolerance)]
         for row in wrong:
-            say(f"{name}: sequence {row.sequence_id} {_described(row)}")
+            logger.info(f"{name}: sequence {row.sequence_id} {_described(row)}")
         positions = max(1, sum(row.num_positions for row in rows))
         entries = max(1, sum(row.num_entries for row in rows))
-        say(
+        logger.info(
             f"{name}: {len(rows)} rows scored again; gold differs by "
             f"{sum(row.gold_sum for row in rows) / positions:.2e} nats in the mean, "
             f"{max(row.gold_max for row in rows):.2e} at most; entries by "
@@ -163,7 +165,10 @@ def _say_differences(reports: Mapping[str, PoolReport], say: Say) -> None:
         )
         bad += len(wrong)
     if bad:
-        raise CacheError(f"{bad} rows are not what their teacher says now; they are listed above")
+        raise CacheError(
+            f"{bad} rows, listed above, differ from what their teacher says now; score them again "
+            "with `polystill cache regenerate CONFIG --force` and --where"
+        )
 
 
 def _described(row: RowDifference) -> str:

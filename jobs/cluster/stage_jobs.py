@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,21 +25,26 @@ from pipeline.errors import ClusterError, StorageError
 from pipeline.fingerprint import digest_json
 
 PACKAGES_ROOT = Path(jobs.__file__).resolve().parent.parent
-Say = Callable[[str], object]
+logger = logging.getLogger(__name__)
 
 
 def submit_and_follow_stage(
-    client: JobSubmissionClient, address: str | None, config: Config, stage: str, say: Say
+    client: JobSubmissionClient, address: str | None, config: Config, stage: str, prefix: str = ""
 ) -> None:
-    """Submits one stage, or attaches to it where it already runs, and follows it to its end.
+    """Submits one stage, or attaches to its job if it already runs, and follows it to its end.
 
     Args:
-        address: of the cluster; None for a local head, whose logs are kept with the run's outputs.
+        client: client of the job server.
+        address: URL of the cluster's job server; None for a local Ray head, whose job logs are
+            kept with the run's outputs.
+        config: config of the round.
+        stage: name of the stage.
+        prefix: beginning of every line that is logged.
 
     Raises:
         ClusterError: the job failed or was stopped; the message has its last lines.
     """
-    submit_and_follow(client, address, config, stage, ["stage", stage], say)
+    submit_and_follow(client, address, config, stage, ["stage", stage], prefix)
 
 
 def submit_and_follow(
@@ -47,28 +53,41 @@ def submit_and_follow(
     config: Config,
     name: str,
     command: Sequence[str],
-    say: Say,
+    prefix: str = "",
 ) -> None:
-    """Submits one of our commands as a job, or attaches to it where it already runs, and follows it
-    to its end.
+    """Submits a polystill command as a job, or attaches to its job, and follows it to its end.
+
+    An interrupt only ends the following, unless the job runs on a local Ray head, which ends with
+    this process.
 
     Args:
-        name: of the work, as it stands in the job's id; equal names mean equal commands.
-
-    An interrupt ends the following alone, unless the job's head ends with this command.
+        client: client of the job server.
+        address: URL of the cluster's job server; None for a local Ray head.
+        config: config of the round.
+        name: name of the work in the job's id; equal names mean equal commands.
+        command: words of the command line, without the config.
+        prefix: beginning of every line that is logged.
 
     Raises:
         ClusterError: the job failed or was stopped; the message has its last lines.
     """
     identifier = submit(client, config, name, command)
-    say(f"job {identifier}")
+    logger.info("%sjob %s", prefix, identifier)
+
+    def log_line(line: str) -> None:
+        if not PREAMBLE.match(line):
+            logger.info("%s%s", prefix, line)
+
     try:
-        status = follow(client, identifier, lambda line: PREAMBLE.match(line) or say(line))
+        status = follow(client, identifier, log_line)
     except KeyboardInterrupt:
         if address is not None:
-            say(
-                f"the job {identifier} goes on; stop it with: polystill stop {identifier} "
-                f"--address {address}"
+            logger.info(
+                "%sthe job %s goes on; stop it with: polystill stop %s --address %s",
+                prefix,
+                identifier,
+                identifier,
+                address,
             )
         raise
     show_all = f"polystill logs {identifier} --address {address}"
@@ -79,22 +98,23 @@ def submit_and_follow(
 
 
 def _keep_log(config: Config, client: JobSubmissionClient, identifier: str) -> str:
-    """Keeps the log of a job whose head is about to end; returns the command that shows it.
+    """Keeps the log of a job whose Ray head is about to end; returns the command that shows it.
 
-    A job that failed because nothing can be written there must still say so.
+    If the log cannot be written, the error is returned instead: the job may have failed for the
+    same reason, and its message must still reach the user.
     """
-    kept = layout_of(config).job_log(identifier)
+    path = layout_of(config).job_log(identifier)
     try:
-        storage.write_bytes(kept, job_logs(client, identifier).encode())
+        storage.write_bytes(path, job_logs(client, identifier).encode())
     except StorageError as error:
         return f"not kept: {error}"
-    return f"less {kept}"
+    return f"less {path}"
 
 
 def submit(client: JobSubmissionClient, config: Config, stage: str, command: Sequence[str]) -> str:
     """Uploads packages and config, submits `python -m jobs <command> …`; returns the job's id."""
-    # The orchestration of a detached run asks for nothing, which keeps it beside the job server on
-    # the head node.
+    # A detached run only submits and follows stages. It reserves nothing, so that Ray runs it on
+    # the head node, beside the job server.
     resources = Resources(num_cpus=0) if stage == DETACHED else config.cluster.job_resources
     with tempfile.TemporaryDirectory(prefix="polystill-upload-") as folder:
         upload = build_upload(PACKAGES_ROOT, dump_config(config), Path(folder))
@@ -114,13 +134,13 @@ def submit(client: JobSubmissionClient, config: Config, stage: str, command: Seq
 
 
 def stage_environment(config: Config) -> dict[str, str]:
-    """The environment of all stages; what the config names wins. Job logs are no place for bars."""
+    """Environment variables of all stages: no progress bars, unless the config says otherwise."""
     return {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", **config.cluster.env_vars}
 
 
 @contextmanager
 def cluster(config: Config, address: str | None) -> Iterator[str]:
-    """The job server to use: that at `address`, or of a head that lives as long as the context."""
+    """Yields the URL of the job server: `address`, or that of a local Ray head for the context."""
     if address is not None:
         yield address
         return
@@ -130,7 +150,7 @@ def cluster(config: Config, address: str | None) -> Iterator[str]:
 
 
 def is_visible(config: Config, address: str | None) -> bool:
-    """Whether this machine sees the run's files, so that a finished stage needs no job to tell."""
+    """Whether this machine sees the run's files, and so knows without a job what is finished."""
     if address is None:
         return True
     inputs = [path for key, path in local_paths(config).items() if not key.startswith("storage.")]

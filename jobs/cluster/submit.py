@@ -194,7 +194,7 @@ def list_jobs(client: JobSubmissionClient, run: str | None = None) -> list[JobDe
     return sorted(jobs, key=lambda job: job.start_time or 0)
 
 
-def describe_jobs(client: JobSubmissionClient, run: str | None = None) -> str:
+def job_table(client: JobSubmissionClient, run: str | None = None) -> str:
     """Lists jobs for people, oldest first, one a line: id, status, start (UTC) and seconds so far.
 
     Raises:

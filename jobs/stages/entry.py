@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -29,6 +28,8 @@ from pipeline.errors import ConfigError
 from pipeline.layout import Layout
 from pipeline.run.prepared_run import Run
 
+logger = logging.getLogger(__name__)
+
 ALONE = ("train", "export")
 """Stages that write files in place. All other stages may run twice at once, since both processes
 write the same.
@@ -46,12 +47,11 @@ def run_stage(stage: str, config: Config) -> None:
     layout = layout_of(config)
     plans = {plan.stage: plan for plan in make_plan(config)}
     if plans[stage].todo == 0:
-        print(f"up to date ({plans[stage].summary})", flush=True)
+        logger.info("up to date (%s)", plans[stage].summary)
         return
     needed = USES_OUTPUT_OF.get(stage)
     if needed and plans[needed].todo:
         raise ConfigError(f"{needed} is not complete for this config: let it run first")
-    log_our_lines()
     started = time.time()
     unended = unended_attempts(layout, stage)
     storage.write_json(layout.unended_attempts(stage), unended + 1)
@@ -67,7 +67,7 @@ def run_stage(stage: str, config: Config) -> None:
         attempt["seconds"] = time.time() - started
     _keep_record(layout, stage, record.model_copy(update=attempt))
     storage.write_json(layout.unended_attempts(stage), 0)
-    print(record.summary, flush=True)
+    logger.info(record.summary)
 
 
 def _prepare(config: Config) -> StageRecord:
@@ -76,7 +76,7 @@ def _prepare(config: Config) -> StageRecord:
     run = prepare(config)
     prepared = run.prepared
     for line in [*stale_caches(run), *length_cautions(config, prepared.longest_prompt)]:
-        print(line, flush=True)
+        logger.info(line)
     counts = ", ".join(f"{name} {count}" for name, count in prepared.prompt_counts.items())
     return StageRecord(key=prepared.key, summary=f"prompts: {counts}; vocabularies agree")
 
@@ -86,7 +86,7 @@ def _synthesize(config: Config) -> StageRecord:
     from jobs.stages.synthesize import synthesize
 
     for line in cautions(config, ray.nodes()):
-        print(f"caution: {line}", flush=True)
+        logger.info("caution: %s", line)
     return synthesize(Run.open(config))
 
 
@@ -141,10 +141,3 @@ def _keep_record(layout: Layout, stage: str, record: StageRecord) -> None:
 def join_cluster() -> None:
     """Makes this process, which runs inside a job, a driver of the job's cluster."""
     ray.init(log_to_driver=False, logging_level=logging.WARNING)
-
-
-def log_our_lines() -> None:
-    """Shows what this project's modules log, and of all others only warnings."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
-    for package in ("pipeline", "teachers", "students", "jobs"):
-        logging.getLogger(package).setLevel(logging.INFO)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +16,10 @@ from teachers.pool.contracts import PoolReport
 from teachers.pool.pool import TeacherWork
 from teachers.protocol import EndpointSpec, EngineSpec
 
+logger = logging.getLogger(__name__)
+
 PROGRESS_SECONDS = 10.0
+"""Least time between two progress lines of a pool."""
 
 
 def teacher_work(
@@ -102,14 +106,14 @@ def engine_seconds(
 
 
 def _progress(unit: str, name: str) -> Callable[[int, int, Any], None]:
-    """Prints a line at most every ten seconds, and at the end."""
+    """Progress callback of a pool; it logs now and then, and at the end."""
     started = last = time.monotonic()
 
-    def say(done: int, total: int, _: Any) -> None:
+    def log_progress(done: int, total: int, _: Any) -> None:
         nonlocal last
         now = time.monotonic()
         if done == total or now - last >= PROGRESS_SECONDS:
             last = now
-            print(f"{name}: {done}/{total} {unit}, {now - started:.0f} s", flush=True)
+            logger.info("%s: %d/%d %s, %.0f s", name, done, total, unit, now - started)
 
-    return say
+    return log_progress

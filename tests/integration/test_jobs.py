@@ -18,8 +18,8 @@ from jobs.cluster.local_head import LocalHead
 from jobs.cluster.submit import (
     PACKAGES,
     build_upload,
-    describe_jobs,
     job_logs,
+    job_table,
     list_jobs,
     stop_job,
     stop_with_stages,
@@ -137,9 +137,9 @@ def test_jobs_are_listed_by_run(client):
     job = submit(client, "list", "pass", run="tests-list")
     assert [found.submission_id for found in list_jobs(client, run="tests-list")] == [job]
     assert job in [found.submission_id for found in list_jobs(client)]
-    [row] = describe_jobs(client, run="tests-list").splitlines()
+    [row] = job_table(client, run="tests-list").splitlines()
     assert row.startswith(f"{job}  ") and row.endswith(" s")
-    assert describe_jobs(client, run="tests-none") == "no jobs of the run tests-none"
+    assert job_table(client, run="tests-none") == "no jobs of the run tests-none"
     with pytest.raises(ClusterError, match="no-such-job"):
         job_logs(client, "no-such-job")
     with pytest.raises(ClusterError, match="no-such-job"):

@@ -40,6 +40,7 @@ from pipeline.run.training_spec import training_specs
 from pipeline.sequences import read_dataset
 from students.data.batches import BatchSource, Share
 from tests.support.fabricated import HIDDEN, VOCABULARY, FabricatedRun, FakePools, make_sequence
+from tests.support.logs import logged
 
 LOSS = "{type: hidden_state, weight: 1.0, teacher: words, layers: {4: 2, 1: 1}, measure: mse, "
 LOSSES = [f"training.losses=[{{type: forward_kl, weight: 1.0}}, {LOSS} projection: learned}}]"]
@@ -307,8 +308,8 @@ def test_a_corrupt_shard_of_states_is_captured_again(run: FabricatedRun, pools: 
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
     pools.asked.clear()
-    said: list[str] = []
-    regenerate_inside_job(run.config, Request(), said.append)
+    with logged("jobs.caches") as said:
+        regenerate_inside_job(run.config, Request())
     assert any("is corrupt and set aside" in line for line in said)
     assert pools.asked == [(False, True)] * 4
     assert path.read_bytes() == whole
@@ -316,7 +317,7 @@ def test_a_corrupt_shard_of_states_is_captured_again(run: FabricatedRun, pools: 
 
 def test_a_forced_regeneration_captures_both_again(run: FabricatedRun, pools: FakePools) -> None:
     pools.asked.clear()
-    regenerate_inside_job(run.config, Request("words", {"domain": "words"}, True), str)
+    regenerate_inside_job(run.config, Request("words", {"domain": "words"}, True))
     assert pools.asked == [(True, True)] * 4
     for name in ("words", NAME):
         cache = replace(open_caches(run.config).layouts[name], generation=2)

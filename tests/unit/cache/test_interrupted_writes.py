@@ -86,7 +86,7 @@ def score(run: FabricatedRun) -> None:
 
 
 def regenerate(**asked) -> Command:
-    return lambda run: regenerate_inside_job(run.config, Request(**asked), lambda line: None)
+    return lambda run: regenerate_inside_job(run.config, Request(**asked))
 
 
 def caches(run: FabricatedRun) -> dict[str, bytes]:

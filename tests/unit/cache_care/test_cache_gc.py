@@ -37,7 +37,7 @@ def garbage(run: FabricatedRun, **options) -> dict[str, str]:
 
 
 def force(run: FabricatedRun, teacher: str = "words") -> None:
-    regenerate_inside_job(run.config, Request(teacher=teacher, force=True), lambda line: None)
+    regenerate_inside_job(run.config, Request(teacher=teacher, force=True))
 
 
 def test_what_a_run_uses_is_not_garbage(run: FabricatedRun) -> None:
@@ -116,7 +116,7 @@ def test_corrupt_shards_old_unfinished_writes_and_outdated_quarantine_go(
     cache = open_caches(run.config).layouts["words"]
     bad = next(iter(run.shards("words")))
     flip_bit(Path(cache.shard(bad)))
-    regenerate_inside_job(run.config, Request(), lambda line: None)
+    regenerate_inside_job(run.config, Request())
     leftover = run.root / "sequences/words/.x.parquet.0123abcd.tmp"
     leftover.write_bytes(b"half")
     scored, refused = run.entries()[0].sequence_id, "f" * 32

@@ -10,7 +10,7 @@ import pytest
 
 from jobs.caches.actions import verify
 from jobs.caches.run_caches import open_caches
-from jobs.caches.verify import _say_differences, rows_to_rescore, verify_rows
+from jobs.caches.verify import _log_differences, rows_to_rescore, verify_rows
 from pipeline import storage
 from pipeline.cache.manifest import publish
 from pipeline.cache.selection import select
@@ -30,6 +30,7 @@ from tests.support.fabricated import (
     FakeTeacher,
     make_sequence,
 )
+from tests.support.logs import logged
 
 SEQUENCE = make_sequence("words", 3)
 SAMPLED = Sampled(type="sampled", num_draws=8)
@@ -179,9 +180,11 @@ def test_a_bad_shard_is_named_and_the_exit_is_an_error(
     opened = open_caches(run.config)
     path = Path(opened.layouts["words"].shard(next(iter(run.shards("words")))))
     harm(path, read_shard(str(path)), opened.fingerprint("words"))
-    said: list[str] = []
-    with pytest.raises(CacheError, match=r"problems in the caches.*cache regenerate CONFIG"):
-        verify_rows(run.config, None, None, 0, None, said.append)
+    with (
+        logged("jobs.caches") as said,
+        pytest.raises(CacheError, match=r"caches have \d problems.*cache regenerate CONFIG"),
+    ):
+        verify_rows(run.config, None, None, 0, None)
     assert any(line.startswith(f"words: {path}") and message in line for line in said)
     assert any(line.startswith("arithmetic:") and "no problems" in line for line in said)
 
@@ -250,16 +253,18 @@ def test_another_seed_draws_other_rows(run: FabricatedRun) -> None:
 
 
 def test_rows_scored_again_by_the_same_teacher_agree(run: FabricatedRun) -> None:
-    said: list[str] = []
-    _say_differences({"words": rescore(run, "words")}, said.append)
+    with logged("jobs.caches") as said:
+        _log_differences({"words": rescore(run, "words")})
     (line,) = said
     assert "8 rows scored again" in line and "no rows beyond it" in line
 
 
 def test_rows_of_another_teacher_are_named(run: FabricatedRun) -> None:
-    said: list[str] = []
-    with pytest.raises(CacheError, match="8 rows are not what their teacher says now"):
-        _say_differences({"words": rescore(run, "another")}, said.append)
+    with (
+        logged("jobs.caches") as said,
+        pytest.raises(CacheError, match=r"8 rows, .* differ from what their teacher says now"),
+    ):
+        _log_differences({"words": rescore(run, "another")})
     assert sum(": sequence " in line for line in said) == 8
 
 
@@ -357,9 +362,9 @@ def test_draws_of_another_teacher_are_named_in_rows_scored_again(
     run.prepare()
     run.write_answers(0, 4)
     run.score()
-    said: list[str] = []
-    _say_differences({"words": rescore(run, "words")}, said.append)
+    with logged("jobs.caches") as said:
+        _log_differences({"words": rescore(run, "words")})
     assert "the least likely draws of a row have e^-" in said[0] and "no rows beyond" in said[0]
-    with pytest.raises(CacheError):
-        _say_differences({"words": rescore(run, "another")}, said.append)
+    with logged("jobs.caches") as said, pytest.raises(CacheError):
+        _log_differences({"words": rescore(run, "another")})
     assert any("its draws have a probability of e^-" in line for line in said)

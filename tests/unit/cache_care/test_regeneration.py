@@ -30,6 +30,7 @@ from teachers.tasks.score import ScoreTask
 from tests.support.caches import flip_bit
 from tests.support.command_line import file_times
 from tests.support.fabricated import FabricatedRun, FakePools
+from tests.support.logs import logged
 
 FORCE = Request(force=True)
 
@@ -47,8 +48,8 @@ def run(tmp_path: Path, pools: FakePools) -> FabricatedRun:
 
 
 def redo(run: FabricatedRun, request: Request = Request()) -> list[str]:  # noqa: B008
-    said: list[str] = []
-    regenerate_inside_job(run.config, request, said.append)
+    with logged("jobs.caches") as said:
+        regenerate_inside_job(run.config, request)
     return said
 
 
@@ -73,13 +74,16 @@ def test_with_nothing_to_do_no_cluster_is_started(
     run: FabricatedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forbid_clusters(monkeypatch)
-    said: list[str] = []
-    regenerate.regenerate(run.config, None, Request(), said.append)
+    with logged("jobs.caches") as said:
+        regenerate.regenerate(run.config, None, Request())
     (line,) = said
     assert line.startswith("nothing to do")
     os.unlink(cache_of(run).shard(next(iter(run.shards("words")))))
-    with pytest.raises(AssertionError, match="a cluster was asked for"):
-        regenerate.regenerate(run.config, None, Request(), said.append)
+    with (
+        logged("jobs.caches") as said,
+        pytest.raises(AssertionError, match="a cluster was asked for"),
+    ):
+        regenerate.regenerate(run.config, None, Request())
     assert said[-1] == "words: 1 shards that are gone, 4 sequences without a row"
 
 
@@ -229,12 +233,16 @@ def test_the_manifest_names_every_engine_whose_rows_are_there(
 def test_a_stale_manifest_is_written_again(
     run: FabricatedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache, said = cache_of(run), []
+    cache = cache_of(run)
     manifest = storage.read_json(cache.manifest)
     storage.write_json(cache.manifest, manifest | {"totals": {}})
-    with monkeypatch.context() as patch, pytest.raises(AssertionError, match="a cluster was asked"):
+    with (
+        logged("jobs.caches") as said,
+        monkeypatch.context() as patch,
+        pytest.raises(AssertionError, match="a cluster was asked"),
+    ):
         forbid_clusters(patch)
-        regenerate.regenerate(run.config, None, Request(), said.append)
+        regenerate.regenerate(run.config, None, Request())
     assert said == ["words: an index or a manifest to be written"]
     redo(run)
     assert storage.read_json(cache.manifest) == manifest
@@ -520,7 +528,7 @@ def test_what_does_not_exist_is_named(
 ) -> None:
     forbid_clusters(monkeypatch)
     with pytest.raises(ConfigError, match=message):
-        regenerate.regenerate(run.config, None, request_, print)
+        regenerate.regenerate(run.config, None, request_)
 
 
 def test_conditions_are_checked() -> None:

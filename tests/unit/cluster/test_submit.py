@@ -34,6 +34,7 @@ from jobs.stages import entry
 from pipeline.config.load import load_config
 from pipeline.config.rounds import layout_of
 from pipeline.errors import ClusterError, ConfigError
+from tests.support.logs import logged
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -182,9 +183,8 @@ def test_an_interrupt_says_what_goes_on_in_a_cluster(
 
     monkeypatch.setattr(stage_jobs, "submit", lambda *_: "r-train-a-a1")
     monkeypatch.setattr(stage_jobs, "follow", interrupted)
-    said: list[str] = []
-    with pytest.raises(KeyboardInterrupt):
-        stage_jobs.submit_and_follow_stage(None, address, config, "train", said.append)  # pyright: ignore
+    with logged() as said, pytest.raises(KeyboardInterrupt):
+        stage_jobs.submit_and_follow_stage(None, address, config, "train")  # pyright: ignore
     stopping = "stop it with: polystill stop r-train-a-a1 --address http://head"
     goes_on = [f"the job r-train-a-a1 goes on; {stopping}"] if address else []
     assert said == ["job r-train-a-a1", *goes_on]
@@ -240,11 +240,11 @@ def test_two_commands_with_heads_of_their_own_do_not_share_a_folder(
     monkeypatch.setattr(distill, "cluster", lambda *_: pytest.fail("a head is started"))
     lock = layout_of(config).lock
     with alone(lock("run"), "x"), pytest.raises(ClusterError, match="the run r goes on"):
-        distill.run(config, None, lambda line: None)
+        distill.run(config, None)
     # On a cluster jobs tell, so the lock is not asked for.
     with alone(lock("run"), "x"), pytest.raises(pytest.fail.Exception, match="a head"):
         shared = config.storage.model_copy(update={"shared_roots": ["/"]})
-        distill.run(config.model_copy(update={"storage": shared}), "http://h", lambda line: None)
+        distill.run(config.model_copy(update={"storage": shared}), "http://h")
 
 
 @pytest.mark.parametrize("stage", entry.ALONE)

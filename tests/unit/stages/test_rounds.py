@@ -32,6 +32,7 @@ from pipeline.run.training_spec import training_specs
 from pipeline.sequences import read_dataset, write_dataset
 from tests.support.command_line import QUICKSTART
 from tests.support.fabricated import FabricatedRun, FakePools
+from tests.support.logs import logged
 from tests.support.tokenizers_for_tests import save_byte_tokenizer
 from tests.unit.stages.test_plan import PREPARED
 from tests.unit.synthesis.test_recipes import ANSWER, Engines, Run, chat, scripted
@@ -244,7 +245,7 @@ def test_stages_run_round_by_round_and_one_evaluates(
 ) -> None:
     shared = f"storage.shared_roots=[{tmp_path}, {QUICKSTART}]"
     config = quickstart(*TWO_ROUNDS, f"storage.root={tmp_path}", shared)
-    submitted, said = [], []
+    submitted = []
 
     @contextmanager
     def cluster(*_: Any) -> Iterator[str]:
@@ -261,7 +262,8 @@ def test_stages_run_round_by_round_and_one_evaluates(
     monkeypatch.setattr(stage_jobs, "submit_stage", submit_stage)
     monkeypatch.setattr(stage_jobs, "follow", lambda *_: stage_jobs.JobStatus.SUCCEEDED)
     monkeypatch.setattr(distill, "is_visible", lambda *_: False)
-    distill.run(config, "http://head", said.append)
+    with logged() as said:
+        distill.run(config, "http://head")
     assert {run for run, _, _ in submitted} == {"quickstart"}
     assert [stage for _, stage, _ in submitted] == [
         *STAGE_NAMES[:-1], *(f"round2-{stage}" for stage in STAGE_NAMES)

@@ -245,7 +245,7 @@ def test_train_starts_from_a_checkpoint_and_ends_with_the_export(monkeypatch, tm
     monkeypatch.setattr("jobs.distill.run", lambda *arguments: called.append(arguments))
     monkeypatch.chdir(tmp_path)
     assert main(["train", str(CONFIG), "--from-checkpoint", "old: 1", "name=again"]) == 0
-    ((config, address, _, stages),) = called
+    ((config, address, stages),) = called
     assert config.student.initial_weights == str(tmp_path / "old: 1")
     assert (config.name, address) == ("again", None)
     assert stages == ("prepare", "synthesize", "score", "train", "export")
