@@ -1,4 +1,4 @@
-"""The command line: `polystill …`, the same as `python -m jobs …` from the repository's root."""
+"""The command line: `polystill …`, or `python -m jobs …` in the repository's root."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ROOTS = {
 if len(_ROOTS) != 1 or None in _ROOTS:
     sys.exit(
         f"polystill: its packages come from different places ({_ROOTS}); run it from its own "
-        "environment or root."
+        "environment or from its repository's root"
     )
 
 import argparse  # noqa: E402
@@ -69,68 +69,58 @@ def _parser() -> argparse.ArgumentParser:
         prog="polystill", description="Distil several large language models into one."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_run_commands(commands)
+    _add_job_commands(commands)
+    add_cache_commands(commands, _command, _config_arguments)
+    text = "run one stage in this process, as the stage's Ray job does"
+    stage = _command(commands, "stage", _stage, text)
+    stage.add_argument("stage", choices=STAGE_NAMES)
+    _config_arguments(stage)
+    _allow_argument(stage)
+    return parser
 
+
+def _add_run_commands(commands) -> None:
+    """Adds the commands that run all stages, or the first few."""
+    address = "job server of a cluster; without it a local Ray head is started"
     run = _command(commands, "run", _run, "run all stages as Ray jobs, doing only what is missing")
     _config_arguments(run)
     _allow_argument(run)
-    run.add_argument(
-        "--address",
-        metavar="URL",
-        help="job server of a cluster; without it a local head is started",
-    )
-    run.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print the resolved config and the plan, start nothing",
-    )
-    run.add_argument(
-        "--detach", action="store_true", help="leave the run to the cluster; needs --address"
-    )
+    run.add_argument("--address", metavar="URL", help=address)
+    text = "print the resolved config and the plan; start nothing"
+    run.add_argument("--dry-run", action="store_true", help=text)
+    text = "leave the run to the cluster; needs --address"
+    run.add_argument("--detach", action="store_true", help=text)
     run.add_argument("--inside-job", action="store_true", help=argparse.SUPPRESS)
 
-    train = _command(
-        commands, "train", _train, "run the stages up to the export of the trained student"
-    )
+    text = "run the stages up to the export of the trained student"
+    train = _command(commands, "train", _train, text)
     _config_arguments(train)
     _allow_argument(train)
-    train.add_argument(
-        "--from-checkpoint",
-        metavar="PATH",
-        help="start from the weights of a complete checkpoint or of an exported student",
-    )
-    train.add_argument(
-        "--address",
-        metavar="URL",
-        help="job server of a cluster; without it a local head is started",
-    )
+    text = "start from the weights of a complete checkpoint or of an exported student"
+    train.add_argument("--from-checkpoint", metavar="PATH", help=text)
+    train.add_argument("--address", metavar="URL", help=address)
 
+
+def _add_job_commands(commands) -> None:
+    """Adds the commands about single jobs of a cluster."""
     submit = _command(commands, "submit", _submit, "submit one stage and follow it")
     submit.add_argument("stage", choices=STAGE_NAMES)
     _config_arguments(submit)
     _allow_argument(submit)
     submit.add_argument("--address", metavar="URL", required=True)
-    submit.add_argument("--detach", action="store_true", help="do not follow it")
+    submit.add_argument("--detach", action="store_true", help="submit it without following it")
 
     status = _command(commands, "status", _status, "list the jobs of a cluster")
     status.add_argument("--address", metavar="URL", required=True)
-    status.add_argument("--run", metavar="NAME", help="of one run only")
+    status.add_argument("--run", metavar="NAME", help="list the jobs of this run only")
 
-    logs = _command(commands, "logs", _logs, "print all of a job's log")
-    logs.add_argument("--follow", action="store_true", help="and what it prints until it ends")
-    stop = _command(commands, "stop", _stop, "stop a job; with a detached run also its stage")
+    logs = _command(commands, "logs", _logs, "print the log of a job")
+    logs.add_argument("--follow", action="store_true", help="also print new lines until it ends")
+    stop = _command(commands, "stop", _stop, "stop a job; if it is a detached run, also its stage")
     for command in (logs, stop):
         command.add_argument("submission_id")
         command.add_argument("--address", metavar="URL", required=True)
-
-    add_cache_commands(commands, _command, _config_arguments)
-
-    stage = _command(
-        commands, "stage", _stage, "run one stage in this process; what a stage's Ray job does"
-    )
-    stage.add_argument("stage", choices=STAGE_NAMES)
-    _config_arguments(stage)
-    _allow_argument(stage)
-    return parser
 
 
 def _command(commands, name: str, action, text: str) -> argparse.ArgumentParser:
@@ -155,7 +145,7 @@ def _allow_argument(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         action="append",
         default=[],
-        help="resume although this differs from the checkpoint, e.g. caches, losses, "
+        help="resume even if this differs from the checkpoint, e.g. caches, losses, "
         "training.learning_rate",
     )
 

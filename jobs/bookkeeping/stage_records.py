@@ -22,7 +22,7 @@ from pipeline.run.training_spec import training_specs
 
 
 class StageRecord(BaseModel):
-    """What one stage did, as it stands in `runs/<name>/stages/<stage>.json`.
+    """The record of one stage, as it stands in `runs/<name>/stages/<stage>.json`.
 
     Only the fields that a stage has set are written. A record of an earlier version may lack some
     of them, and keeps those that this version does not know.
@@ -33,8 +33,8 @@ class StageRecord(BaseModel):
         unended: attempts that did not end.
         key: hash of everything that decides the outcome of the stage.
         dataset: digest of the dataset that synthesize or score has written.
-        counts: what became of the answers of each step, by its label (synthesize).
-        filters: what each filter has seen and dropped (synthesize and score).
+        counts: numbers of answers that each step has kept and dropped, by its label (synthesize).
+        filters: numbers of sequences that each filter has seen and dropped (synthesize, score).
         engines: descriptions of the engines, by teacher (score).
         quarantined: number of quarantined sequences, by cache name (score).
         figures: summary of each student (train and export).

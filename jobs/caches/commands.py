@@ -23,63 +23,67 @@ def add_cache_commands(
     commands: Any, add_command: Command, add_config: Callable[[argparse.ArgumentParser], None]
 ) -> None:
     """Adds `cache` and its own commands to the command line."""
-    parser = commands.add_parser("cache", help="look after the caches of teachers' rows")
+    parser = commands.add_parser("cache", help="inspect and repair the caches of teachers' rows")
     inner = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, action: Callable[[argparse.Namespace], str | None], text: str) -> Any:
+    def add(
+        name: str, action: Callable[[argparse.Namespace], str | None], text: str
+    ) -> argparse.ArgumentParser:
         command = add_command(inner, name, action, text)
         add_config(command)
         return command
 
-    add("status", _status, "shards, missing, stale and quarantined rows, and who uses them")
-    for name, action, text in (
-        ("regenerate", _regenerate, "score what is stale, missing or corrupt, and no more"),
-        ("verify", _verify, "check every shard and row; exit code 1 if something is wrong"),
-    ):
-        command = add(name, action, text)
-        _teacher(command, "of one teacher only")
-        command.add_argument("--address", metavar="URL", help="job server of a cluster")
-        command.add_argument("--inside-job", action="store_true", help=argparse.SUPPRESS)
-        if name == "verify":
-            command.add_argument(
-                "--rescore", type=_count, default=0, metavar="N", help="score N rows again"
-            )
-            command.add_argument(
-                "--seed",
-                type=_count,
-                metavar="S",
-                help="draws them; the config's if not given",
-            )
-        else:
-            command.add_argument(
-                "--where",
-                action="append",
-                default=[],
-                metavar="FIELD=VALUE",
-                help="of these sequences only, such as domain=words; all conditions must hold",
-            )
-            command.add_argument(
-                "--force", action="store_true", help="into a new generation, rows or not"
-            )
-    add("retry", _retry, "forget what was quarantined: the next run asks for it again")
+    add("status", _status, "shards, missing, stale and quarantined rows, and runs that use them")
+    command = add("regenerate", _regenerate, "score stale, missing or corrupt rows, and no others")
+    _regenerate_arguments(command)
+    text = "check every shard and row; exit code 1 if something is wrong"
+    _verify_arguments(add("verify", _verify, text))
+    add("retry", _retry, "forget quarantine notes, so that the next run asks again")
     command = add("show", _show, "one sequence, token by token")
-    _teacher(command, "of one teacher only")
-    command.add_argument(
-        "--sequence", metavar="ID", help="or its beginning; the first if not given"
-    )
+    _teacher(command, "the caches of this teacher only")
+    text = "id or beginning of the id; default: the first one"
+    command.add_argument("--sequence", metavar="ID", help=text)
     command = add("export", _export, "write a teacher's rows in another format")
-    _teacher(command, "whose rows", required=True)
+    _teacher(command, "teacher whose rows are written", required=True)
     command.add_argument("--format", choices=EXPORTS, required=True)
     command.add_argument("--output", metavar="FOLDER", required=True)
     command = add("import", _import, "take rows from another project's format")
-    _teacher(command, "whose rows they are", required=True)
+    _teacher(command, "teacher whose rows they are", required=True)
     command.add_argument("--format", choices=IMPORTS, required=True)
     command.add_argument("--input", metavar="FOLDER", required=True)
-    command = add("gc", _gc, "remove what no run, checkpoint or manifest names")
-    command.add_argument("--dry-run", action="store_true", help="list it, remove nothing")
+    command = add("gc", _gc, "remove everything that no run, checkpoint or manifest names")
+    command.add_argument("--dry-run", action="store_true", help="list the garbage; remove nothing")
+    text = "also remove unfinished forced regenerations"
+    command.add_argument("--unfinished", action="store_true", help=text)
+
+
+def _regenerate_arguments(command: argparse.ArgumentParser) -> None:
+    _job_arguments(command)
     command.add_argument(
-        "--unfinished", action="store_true", help="forced regenerations that have not ended as well"
+        "--where",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="these sequences only, e.g. domain=words; all conditions must hold",
     )
+    text = "score sequences that have a row, too, into a new generation"
+    command.add_argument("--force", action="store_true", help=text)
+
+
+def _verify_arguments(command: argparse.ArgumentParser) -> None:
+    _job_arguments(command)
+    command.add_argument(
+        "--rescore", type=_count, default=0, metavar="N", help="score N rows again"
+    )
+    text = "seed that draws these rows; default: the config's seed"
+    command.add_argument("--seed", type=_count, metavar="S", help=text)
+
+
+def _job_arguments(command: argparse.ArgumentParser) -> None:
+    """Arguments of the commands that need engines, and therefore a job."""
+    _teacher(command, "the caches of this teacher only")
+    command.add_argument("--address", metavar="URL", help="job server of a cluster")
+    command.add_argument("--inside-job", action="store_true", help=argparse.SUPPRESS)
 
 
 def _teacher(command: argparse.ArgumentParser, text: str, required: bool = False) -> None:
@@ -88,7 +92,7 @@ def _teacher(command: argparse.ArgumentParser, text: str, required: bool = False
 
 def _count(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
 
 

@@ -189,7 +189,7 @@ def _begin(caches: RunCaches, name: str, request: RegenerationRequest) -> CacheW
     if is_regenerated(cache, purpose):
         logger.info(
             f"{name}: generation {cache.generation} was complete when this command was "
-            "interrupted, so nothing is scored now; run the command once more to score anew"
+            "interrupted, so nothing is scored now; run the command once more to score it anew"
         )
         return CacheWork(cache, entries)
     if not storage.exists(cache.manifest):

@@ -60,7 +60,7 @@ class RunCaches:
         if teacher not in known:
             teachers = [name for name in known if not holds_hidden_states(name)]
             if teacher in config.teachers and teacher not in config.scoring_teachers:
-                raise ConfigError(f"teacher {teacher!r} only writes: it has no cache")
+                raise ConfigError(f"teacher {teacher!r} only writes, so it has no cache")
             raise ConfigError(f"there is no teacher {teacher!r}; {closest(teacher, teachers)}")
         return [name for name in known if teacher in (name, teacher_of(name))]
 

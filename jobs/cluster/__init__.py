@@ -1,11 +1,12 @@
-"""The cluster: its job server, a local Ray head, and jobs on it.
+"""The cluster: its job server, a local Ray head, and the jobs that run on either.
 
-stage_jobs     a stage as a Ray job, followed to its end
-submit         upload, submission, list, stop
-follow         log lines as they come, the end of a failed job
+stage_jobs     a stage or a cache command as a Ray job, followed to its end
+upload         packages and config of a job
+submit         submission, list, stop and logs of jobs
+follow         log lines as they come, and the message of a failed job
 connection     address and token of a job server
 local_head     a Ray head that lives as long as one command
-head_guardian  ends that head with the command, even a killed one
+head_guardian  ends the local Ray head with its command, even if the command is killed
 placement      whether the cluster has room for every stage
 run_lock       one command at a time in a run's folder
 """

@@ -1,4 +1,4 @@
-"""Opens a cluster's job server: the address, the token, one clear error for each way to fail."""
+"""Connection to a cluster's job server: address, token, one clear error for each way to fail."""
 
 import logging
 import os
@@ -14,40 +14,43 @@ from ray.job_submission import JobSubmissionClient
 from pipeline.errors import ClusterError
 
 CONNECT_SECONDS, ANSWER_SECONDS = 5, 60
-# Ray prefers these to an address that its caller passes.
+# Ray prefers these variables to an address that its caller passes.
 ADDRESS_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
-# They tell of every upload and every closed connection.
+# These loggers report every upload and every closed connection.
 CHATTY_LOGGERS = (
     "ray.dashboard.modules.job.sdk",
     "ray.dashboard.modules.dashboard_sdk",
     "ray._private.runtime_env.packaging",
 )
 HOW_TO_AUTHENTICATE = (
-    "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's token or RAY_AUTH_TOKEN_PATH to "
-    "a file that holds it."
+    "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's token or RAY_AUTH_TOKEN_PATH to "
+    "a file that holds the token"
 )
 
 
 class _Client(JobSubmissionClient):
-    """Ray's client without endless waiting: its requests have no time limit of their own."""
+    """Ray's client with a time limit for every request; Ray's own sets none."""
 
     def _do_request(self, *args: Any, **kwargs: Any) -> requests.Response:
         return super()._do_request(*args, timeout=(CONNECT_SECONDS, ANSWER_SECONDS), **kwargs)
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """Opens a client for the job server at `address`, with the token that the environment names.
+    """Opens a client for a job server, with the token that the environment names.
 
-    `address` wins over RAY_ADDRESS and RAY_API_SERVER_ADDRESS, which Ray's own client prefers.
+    `address` takes precedence over RAY_ADDRESS and RAY_API_SERVER_ADDRESS, which Ray's own client
+    would prefer.
+
+    Args:
+        address: URL of the job server.
 
     Raises:
-        ClusterError: the address is no URL, nothing or something else answers there (known within
-            10 seconds), or the token is missing or wrong.
+        ClusterError: the address is no URL, no job server answers there (this is known within 10
+            seconds), or the token is missing or wrong.
     """
     if not address.startswith(("http://", "https://")):
         raise ClusterError(
-            f"The address {address!r} is not the URL of a job server, such as "
-            "http://head-node:8265."
+            f"the address {address!r} is not the URL of a job server, such as http://head-node:8265"
         )
     address = address.rstrip("/")
     headers = _authorization()
@@ -55,33 +58,36 @@ def connect(address: str) -> JobSubmissionClient:
         answer = requests.get(f"{address}/api/version", headers=headers, timeout=CONNECT_SECONDS)
     except requests.RequestException as error:
         raise ClusterError(
-            f"No Ray job server can be reached at {address} ({type(error).__name__}). Is the "
-            "cluster up, is this its dashboard's port (8265 by default), is a tunnel or a proxy in "
-            "between?"
+            f"no Ray job server can be reached at {address} ({type(error).__name__}): check that "
+            "the cluster is up, that this is the port of its dashboard (8265 by default), and any "
+            "tunnel or proxy in between"
         ) from error
-    # A proxy refuses with the same codes, but does not speak of tokens.
+    # A proxy refuses with the same codes, but its answer does not mention tokens.
     about_token = "authentication token" in answer.text
     if about_token and answer.status_code == requests.codes.unauthorized:
         raise ClusterError(
-            f"The cluster at {address} asks for a token and none was sent. {HOW_TO_AUTHENTICATE}"
+            f"the cluster at {address} asks for a token and none was sent: {HOW_TO_AUTHENTICATE}"
         )
     if about_token and answer.status_code == requests.codes.forbidden:
         raise ClusterError(
-            f"The cluster at {address} does not accept this token. {HOW_TO_AUTHENTICATE}"
+            f"the cluster at {address} does not accept this token: {HOW_TO_AUTHENTICATE}"
         )
     if not answer.ok or "ray_version" not in answer.text:
         raise ClusterError(
             f"{address} answers with HTTP {answer.status_code}, but not as a Ray job server does: "
-            f"{answer.text[:200]!r}. If a proxy answers, add the host to NO_PROXY."
+            f"{answer.text[:200]!r}; if a proxy answers, add the host to NO_PROXY"
         )
     for name in CHATTY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
-    with _without_address_variables(), cluster_errors(f"Cannot connect to {address}"):
+    with _without_address_variables(), cluster_errors(f"cannot connect to {address}"):
         return _Client(address, headers=headers)
 
 
 def _authorization() -> dict[str, str]:
-    """The header for the environment's token; Ray's own lookup is remembered for the process."""
+    """HTTP header with the environment's token.
+
+    Ray's own lookup is not used, since it keeps the first token for the whole process.
+    """
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         return {}
     token = os.environ.get("RAY_AUTH_TOKEN", "").strip()
@@ -89,7 +95,7 @@ def _authorization() -> dict[str, str]:
         path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
         if not path.is_file():
             raise ClusterError(
-                f"RAY_AUTH_MODE is token, but there is no token ({path} is missing). "
+                f"RAY_AUTH_MODE is token, but there is no token ({path} is missing): "
                 f"{HOW_TO_AUTHENTICATE}"
             )
         token = path.read_text(encoding="utf-8").strip()
@@ -106,30 +112,30 @@ def _without_address_variables() -> Iterator[None]:
 
 
 @contextmanager
-def cluster_errors(what: str) -> Iterator[None]:
-    """Turns what Ray's client raises into one ClusterError."""
+def cluster_errors(failure: str) -> Iterator[None]:
+    """Turns every error of Ray's client into a ClusterError that begins with `failure`."""
     try:
         yield
     except AuthenticationError as error:
         raise ClusterError(
-            f"{what}: the cluster refused the token. {HOW_TO_AUTHENTICATE}"
+            f"{failure}: the cluster refused the token; {HOW_TO_AUTHENTICATE}"
         ) from error
     except (RuntimeError, OSError) as error:  # requests' errors are OSErrors
-        raise ClusterError(f"{what}: {error}") from error
+        raise ClusterError(f"{failure}: {error}") from error
 
 
 def job_server_address_inside_job() -> str:
     """Finds the URL of the job server from inside a Ray job.
 
-    A job's RAY_ADDRESS is the address of the cluster's control store, which knows the job server;
-    the token comes with the environment that the job inherits from its node.
+    A job's RAY_ADDRESS is the address of the cluster's control store, which knows the job server.
+    The token is in the environment that the job inherits from its node.
 
     Raises:
-        ClusterError: this process is no Ray job, or the cluster cannot be asked.
+        ClusterError: this process is no Ray job, or the cluster cannot be reached.
     """
     if not os.environ.get("RAY_ADDRESS"):
         raise ClusterError(
-            "RAY_ADDRESS is not set: this process does not run inside a Ray job. Give --address."
+            "RAY_ADDRESS is not set, so this process does not run inside a Ray job: give --address"
         )
-    with cluster_errors("The job server of this job's cluster cannot be reached"):
+    with cluster_errors("the job server of this job's cluster cannot be reached"):
         return JobSubmissionClient().get_address()

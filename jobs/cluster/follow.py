@@ -1,4 +1,4 @@
-"""Follows one Ray job: its log line by line as it comes, its end, and a message if it failed."""
+"""Follows one Ray job: its log, line by line as it comes, its end, and a message if it failed."""
 
 import asyncio
 import re
@@ -12,29 +12,32 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from jobs.cluster.submit import job_logs
 from pipeline.errors import ClusterError
 
-# What Ray's client raises when a connection drops or the server cannot answer now.
+# Errors of Ray's client if a connection drops or the server cannot answer now.
 DROPPED = (RuntimeError, OSError, aiohttp.ClientError)
 LONGEST_PAUSE_SECONDS = 30.0
 OUT_OF_MEMORY = re.compile(r"OutOfMemory|based on the killing policy|running low on memory")
 MEMORY_ADVICE = (
-    "Ray ended processes of it because the node ran out of memory: free some, or give the stage a "
-    "larger node."
+    "Ray ended processes of the job because the node ran out of memory: free some, or give the "
+    "stage a larger node"
 )
 WRONG_PYTHON = re.compile(
     r"\bpython: (command )?not found|No module named '?(ray|yaml|pydantic|pyarrow)"
 )
 PYTHON_ADVICE = (
     "Jobs run the `python` that the node's Ray finds first: put polystill's .venv/bin at the start "
-    "of PATH there, then start Ray again."
+    "of PATH there, then start Ray again"
 )
 COMMAND_ERROR = "polystill: "
-LONGEST_REASON = 60  # lines; a few teachers' vocabularies fit, a worker's traceback does not
+LONGEST_REASON = 60  # lines; the vocabularies of a few teachers fit, a traceback does not
 # Ray's own two lines at the top of every job's log.
 PREAMBLE = re.compile(r"Running entrypoint for job |.*Runtime env is setting up\.$")
 
 
 class LogLines:
-    """Makes whole lines of a log's pieces; skips what was seen when the log is sent once more."""
+    """Puts the pieces of a log together to lines.
+
+    The log may be sent again from its start; everything that was seen before is then skipped.
+    """
 
     def __init__(self, write: Callable[[str], object]) -> None:
         self.write = write
@@ -43,7 +46,7 @@ class LogLines:
         self._unfinished = ""
 
     def rewind(self) -> None:
-        """Tells that the next piece is the start of the log."""
+        """Declares that the next piece is the start of the log."""
         self._position = 0
 
     def feed(self, piece: str) -> None:
@@ -56,7 +59,7 @@ class LogLines:
             self.write(line)
 
     def close(self) -> None:
-        """Writes a last line that the job did not end."""
+        """Writes the last line, if the job did not end it with a newline."""
         if self._unfinished:
             self.write(self._unfinished)
             self._unfinished = ""
@@ -75,12 +78,15 @@ def follow(
     Must not be called from a running event loop.
 
     Args:
-        write: takes one line without its newline, as `print` does.
-        poll_seconds: time between two looks at the job's status.
-        patience_seconds: how long the job server may be out of reach.
+        client: client of the job server.
+        submission_id: id of the job.
+        write: function that takes one line without its newline.
+        poll_seconds: time between two requests for the job's status.
+        patience_seconds: time for which the job server may be out of reach.
 
     Raises:
-        ClusterError: the job is unknown, or the server stayed out of reach; the job itself goes on.
+        ClusterError: the job is unknown, or the server stayed out of reach. The job itself
+            continues.
     """
     return asyncio.run(
         _follow(client, submission_id, LogLines(write), poll_seconds, patience_seconds)
@@ -100,17 +106,17 @@ async def _follow(
         try:
             status = await asyncio.to_thread(client.get_job_status, submission_id)
         except AuthenticationError as error:
-            raise ClusterError(f"The cluster no longer accepts the token: {error}") from error
+            raise ClusterError(f"the cluster no longer accepts the token: {error}") from error
         except DROPPED as error:
             if "does not exist" in str(error):
-                raise ClusterError(f"The cluster knows no job {submission_id}.") from error
+                raise ClusterError(f"the cluster knows no job {submission_id}") from error
             if time.monotonic() - last_answer > patience_seconds:
                 raise ClusterError(
-                    f"The job server has not answered for {patience_seconds:.0f} seconds "
-                    f"({error}). The job {submission_id} may still run; the same command attaches "
-                    "to it again."
+                    f"the job server has not answered for {patience_seconds:.0f} seconds "
+                    f"({error}); the job {submission_id} may still run: run the same command again "
+                    "to attach to it"
                 ) from error
-            # What broke the request may have silenced the stream without closing it: open another.
+            # The stream may be silent without being closed, for the same reason: open another.
             stream.cancel()
             stream = asyncio.create_task(_stream(client, submission_id, lines, poll_seconds))
         else:
@@ -135,7 +141,7 @@ async def _follow(
 async def _stream(
     client: JobSubmissionClient, submission_id: str, lines: LogLines, pause_seconds: float
 ) -> None:
-    """Reads the log's stream, and opens it again whenever it ends, until cancelled."""
+    """Reads the log as a stream, which is opened again whenever it ends, until cancelled."""
     pause = pause_seconds
     while True:
         opened = time.monotonic()
@@ -144,9 +150,9 @@ async def _stream(
             async for piece in client.tail_job_logs(submission_id):
                 lines.feed(piece)
         except DROPPED:
-            pass  # opened again below; whether the job still runs is for the status to say
-        # Each opening sends the log from its start, so a stream that keeps breaking is tried ever
-        # more rarely.
+            pass  # the stream is opened again below; the job's status tells whether it still runs
+        # Each opening sends the log from its start, so a stream that keeps breaking is opened less
+        # and less often.
         lasted = time.monotonic() - opened > 60
         pause = pause_seconds if lasted else min(2 * pause, LONGEST_PAUSE_SECONDS)
         await asyncio.sleep(pause)
@@ -155,8 +161,13 @@ async def _stream(
 def failure_message(
     client: JobSubmissionClient, submission_id: str, show_all: str, lines: int = 15
 ) -> str:
-    """Says how a job ended: the reason that our command line gave, else the last `lines` of its
-    log; and `show_all`, which shows all of it.
+    """Describes how a job ended, with the reason if the log has one, else with its last lines.
+
+    Args:
+        client: client of the job server.
+        submission_id: id of the job.
+        show_all: command that shows the whole log.
+        lines: number of last lines.
 
     Raises:
         ClusterError: the job is unknown or the job server cannot be reached.
@@ -164,34 +175,34 @@ def failure_message(
     try:
         info = client.get_job_info(submission_id)
     except DROPPED as error:
-        raise ClusterError(f"The job {submission_id} cannot be looked up: {error}") from error
+        raise ClusterError(f"the job {submission_id} cannot be looked up: {error}") from error
     try:
         log = [line for line in job_logs(client, submission_id).splitlines() if line.strip()]
     except ClusterError as error:
         log = [str(error)]
     printed = [line for line in log if not PREAMBLE.match(line)]
-    # What the command line says last is the whole reason; a traceback needs what stands before it.
+    # A message of the command line is the whole reason; of a traceback the last lines are shown.
     starts = [i for i, line in enumerate(printed) if line.startswith(COMMAND_ERROR)]
     if starts:
         shown = _ends(printed[starts[-1] :], LONGEST_REASON)
     else:
-        shown = (printed or (info.message or "Ray gives no reason.").splitlines())[-lines:]
-    told = [*log, *(info.message or "").splitlines()]
+        shown = (printed or (info.message or "Ray gives no reason").splitlines())[-lines:]
+    all_lines = [*log, *(info.message or "").splitlines()]
     causes = {MEMORY_ADVICE: OUT_OF_MEMORY, PYTHON_ADVICE: WRONG_PYTHON}
-    why = [advice for advice, words in causes.items() if any(map(words.search, told))]
+    remedies = [remedy for remedy, words in causes.items() if any(map(words.search, all_lines))]
     code = "" if info.driver_exit_code is None else f" with exit code {info.driver_exit_code}"
     return "\n".join(
         [
-            f"The job {submission_id} ended as {info.status}{code}. Its last lines:",
+            f"the job {submission_id} ended as {info.status}{code}; its last lines:",
             *(f"  {line}" for line in shown),
-            *why,
+            *remedies,
             f"All of it: {show_all}",
         ]
     )
 
 
 def _ends(lines: list[str], most: int) -> list[str]:
-    """The lines; of more than `most` the first, which say what is wrong, and the last."""
+    """The lines, or their beginning and end if there are more than `most`."""
     if len(lines) <= most:
         return lines
     half = most // 2

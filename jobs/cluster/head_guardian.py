@@ -1,12 +1,12 @@
 """Keeps one local Ray head from outliving the process that asked for it.
 
-`local_head` starts this script with a pipe as its standard input and holds the other end. However
-the holder ends, a SIGKILL included, the pipe closes, and the guardian stops the head and everything
-that the head started: job drivers and workers are in sessions of their own, so a process group is
-not enough. The guardian therefore becomes the one to which orphans below it are handed
-(`PR_SET_CHILD_SUBREAPER`) and stops its own descendants, by id only.
+`local_head` starts this script with a pipe as its standard input and holds the other end. The pipe
+closes however the holder ends, even by SIGKILL. The guardian then stops the head and everything
+that the head has started. Job drivers and workers are in sessions of their own, so stopping a
+process group is not enough. The guardian therefore adopts the orphans among its descendants
+(`PR_SET_CHILD_SUBREAPER`) and stops all its descendants, by id only.
 
-Runs as a plain script, apart from the four packages, and imports nothing of ours.
+It runs as a plain script, apart from the four packages, and imports none of their modules.
 """
 
 import ctypes
@@ -35,13 +35,13 @@ def _request_stop(_signal: int, _frame: FrameType | None) -> None:
 
 
 def _prctl(option: int, value: int) -> None:
-    """Sets a process attribute; Linux only, elsewhere the tree is followed by parent ids alone."""
+    """Sets a process attribute, on Linux only. Elsewhere descendants are found by parent ids."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 def _reap(head_pid: int) -> bool:
-    """Collects ended children, adopted ones too. Returns whether the head is among them."""
+    """Collects ended children, including adopted ones; returns whether the head is among them."""
     head_ended = False
     while True:
         try:
@@ -65,7 +65,7 @@ def _wait_for_end(head_pid: int) -> bool:
 
 
 def _stop_everything(head_pid: int, head_running: bool) -> None:
-    """Asks the head to stop, then kills what is left of everything below this process."""
+    """Asks the head to stop, then kills all descendants of this process that are left."""
     me = psutil.Process()
     family = set(me.children(recursive=True))
     if head_running:
@@ -92,7 +92,7 @@ def _stop_everything(head_pid: int, head_running: bool) -> None:
 def main(folder: str, command: list[str]) -> int:
     """Runs `command` until the holder of standard input is gone; then removes `folder`.
 
-    If the command ends by itself, the folder is left to the holder, who reads the log in it.
+    If the command ends by itself, the folder stays: the holder reads the log in it.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _request_stop)

@@ -1,8 +1,8 @@
-"""A private Ray head for one command: started when a run names no cluster, gone with the command.
+"""The local Ray head: a private cluster for one command that names none, gone with the command.
 
-Token authentication is on with a token made for this head alone, the dashboard (which is the job
-server) listens on loopback, and every port is a free one, so other Ray clusters on the machine
-neither see it nor are touched by it.
+Token authentication is on, with a token made for this head alone. The dashboard, which is the job
+server, listens on loopback. Every port is a free one. So other Ray clusters on the machine neither
+see this head nor are touched by it.
 """
 
 import json
@@ -24,13 +24,13 @@ import requests
 
 from pipeline.errors import ClusterError
 
-# Below the range that systems hand out by themselves and above the one where Ray puts workers by
-# default.
+# Below the range from which systems choose ports, and above the one from which Ray chooses the
+# ports of workers.
 PORTS = range(20_000, 32_000)
 # Ray appends about 64 characters of session and socket name; a Unix socket's path has at most 107
 # (103 on macOS).
 MAX_FOLDER_CHARACTERS = 38
-# Settings of another cluster: with them the head would join or answer for that one.
+# Settings of another cluster: with them the head would join that cluster or stand for it.
 FOREIGN_SETTINGS = (
     "RAY_ADDRESS",
     "RAY_API_SERVER_ADDRESS",
@@ -44,7 +44,14 @@ GUARDIAN = Path(__file__).with_name("head_guardian.py")
 
 @dataclass(frozen=True)
 class LocalHead:
-    """A running head: its job server's URL, the host:port for `ray.init`, its token and folder."""
+    """A running local Ray head.
+
+    Attributes:
+        address: URL of its job server.
+        gcs_address: host and port for `ray.init`.
+        token: token that its clients need.
+        folder: its own folder, with sockets, logs and spilled objects.
+    """
 
     address: str
     gcs_address: str
@@ -60,22 +67,22 @@ def local_head(
     temp_dir: Path | None = None,
     start_timeout_seconds: float = 120.0,
 ) -> Iterator[LocalHead]:
-    """Starts a Ray head; stops it and all that it started on leaving or if this process is killed.
+    """Starts a Ray head; stops it with all its processes at the end or if this process is killed.
 
-    Within the context the environment of this process points Ray's clients to the head
-    (`RAY_AUTH_MODE`, `RAY_AUTH_TOKEN`, loopback excepted from proxies); it is restored afterwards.
+    Within the context, the environment of this process points Ray's clients to the head
+    (`RAY_AUTH_MODE`, `RAY_AUTH_TOKEN`, no proxy for loopback). It is restored afterwards.
 
     Args:
         num_cpus: logical CPUs of the head.
-        num_gpus: logical GPUs; None lets Ray count them.
+        num_gpus: logical GPUs of the head; None lets Ray count them.
         custom_resources: further resources by name.
-        temp_dir: where to make the head's own folder (sockets, logs, spilled objects); None means
-            the system's.
-        start_timeout_seconds: how long the job server may take to answer.
+        temp_dir: parent of the head's own folder (sockets, logs, spilled objects); None means the
+            system's folder for temporary files.
+        start_timeout_seconds: time within which the job server must answer.
 
     Raises:
-        ClusterError: the folder's path is too long, or the head did not start; with the last lines
-            of its log.
+        ClusterError: the folder's path is too long, or the head did not start; the message has the
+            last lines of its log.
     """
     folder = _private_folder(temp_dir)
     token = secrets.token_hex(32)
@@ -102,7 +109,7 @@ def local_head(
 
 
 def _private_folder(parent: Path | None) -> Path:
-    """Makes the head's own folder; 0700, as `mkdtemp` makes it."""
+    """Makes the head's own folder, which nobody else can read (mode 0700)."""
     folder = Path(tempfile.mkdtemp(prefix="ps-", dir=parent)).resolve()
     if len(str(folder)) > MAX_FOLDER_CHARACTERS and parent is None:
         folder.rmdir()
@@ -110,8 +117,8 @@ def _private_folder(parent: Path | None) -> Path:
     if len(str(folder)) > MAX_FOLDER_CHARACTERS:
         folder.rmdir()
         raise ClusterError(
-            f"The folder {folder} is too long for Ray's Unix sockets: {len(str(folder))} "
-            f"characters, at most {MAX_FOLDER_CHARACTERS}. Choose a shorter temporary folder."
+            f"the folder {folder} is too long for Ray's Unix sockets ({len(str(folder))} "
+            f"characters, at most {MAX_FOLDER_CHARACTERS}): choose a shorter temporary folder"
         )
     return folder
 
@@ -128,7 +135,7 @@ def _free_ports(count: int) -> list[int]:
         free.append(port)
         if len(free) == count:
             return free
-    raise ClusterError(f"No free port between {PORTS.start} and {PORTS.stop}.")
+    raise ClusterError(f"no port between {PORTS.start} and {PORTS.stop} is free")
 
 
 def _ray_start(
@@ -139,7 +146,7 @@ def _ray_start(
     num_gpus: int | None,
     custom_resources: dict[str, float],
 ) -> list[str]:
-    """The command that starts the head; port 0 lets each part of Ray take a free one itself."""
+    """Command that starts the head; port 0 lets each part of Ray choose a free one itself."""
     any_port = [
         f"--{name}=0"
         for name in (
@@ -172,7 +179,10 @@ def _ray_start(
 
 
 def _client_environment(token: str) -> dict[str, str]:
-    """What Ray's clients need; both spellings of the exception, since libraries read either."""
+    """Variables that Ray's clients need.
+
+    Some libraries read `NO_PROXY` and others `no_proxy`, so both are set.
+    """
     exceptions = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     loopback = ",".join(filter(None, [exceptions, "127.0.0.1", "localhost"]))
     return {
@@ -185,7 +195,10 @@ def _client_environment(token: str) -> dict[str, str]:
 
 
 def _path_with_this_python() -> str:
-    """A job's `python` must be this one, also when its environment was never activated."""
+    """PATH that begins with this interpreter, so that a job's `python` is the same one.
+
+    The virtual environment need not be activated for it.
+    """
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
@@ -195,7 +208,7 @@ def _without_foreign_settings() -> dict[str, str]:
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Sets variables of this process, drops those of other clusters, and restores all of them."""
+    """Sets variables of this process and drops those of other clusters; restores all at the end."""
     names = [*values, *FOREIGN_SETTINGS]
     before = {name: os.environ[name] for name in names if name in os.environ}
     for name in FOREIGN_SETTINGS:
@@ -224,7 +237,7 @@ def _wait_until_ready(
         session.trust_env = False  # no proxy, no netrc: this is loopback
         while time.monotonic() < deadline:
             if guardian.poll() is not None:
-                raise ClusterError(f"The local Ray head did not start:\n{_last_lines(folder)}")
+                raise ClusterError(f"the local Ray head did not start:\n{_last_lines(folder)}")
             if address_file.exists():
                 try:
                     answer = session.get(
@@ -238,7 +251,7 @@ def _wait_until_ready(
                     return address_file.read_text().strip()
             time.sleep(0.1)
     raise ClusterError(
-        f"The local Ray head was not ready after {timeout_seconds:.0f} seconds:\n"
+        f"the local Ray head was not ready after {timeout_seconds:.0f} seconds:\n"
         f"{_last_lines(folder)}"
     )
 
@@ -249,7 +262,7 @@ def _last_lines(folder: Path, count: int = 15) -> str:
 
 
 def _stop(guardian: subprocess.Popen[bytes], folder: Path) -> None:
-    """Lets the guardian stop the head; it does so as soon as its standard input is closed."""
+    """Lets the guardian stop the head, by closing the guardian's standard input."""
     assert guardian.stdin is not None
     guardian.stdin.close()
     try:

@@ -1,4 +1,4 @@
-"""Is there room for what a run still asks for? Looked at before anything is computed."""
+"""Placement: whether the cluster has room for a run's stages, before anything is computed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from pipeline.errors import ClusterError
 from teachers.pool.placement import check_placement
 
 LOCAL_CUSTOM_RESOURCE = 1000.0
-"""What a head of its own has of every custom resource: it is the only node."""
+"""Amount of every custom resource that a local Ray head has, since it is the only node."""
 
 
-def asked_resources(
+def stage_resources(
     config: Config, stages: Collection[str] = STAGE_NAMES
 ) -> Iterator[tuple[str, Resources, int]]:
-    """Whatever must fit at once in these stages: its name, the resources of each part, and how many
-    parts.
+    """Resources that must be there at once in the given stages.
+
+    Yields:
+        Name of what needs them, resources of one part, and the number of parts.
     """
     if not {"synthesize", "score", "evaluate"}.isdisjoint(stages):
         for name, teacher in config.teachers.items():
@@ -32,39 +34,41 @@ def asked_resources(
 
 
 def local_custom_resources(config: Config) -> dict[str, float]:
-    """The custom resources of a head of its own."""
-    asked = [resources.custom for _, resources, _ in asked_resources(config)]
-    return {name: LOCAL_CUSTOM_RESOURCE for custom in asked for name in custom}
+    """Custom resources of a local Ray head: all that the config names."""
+    named = [resources.custom for _, resources, _ in stage_resources(config)]
+    return {name: LOCAL_CUSTOM_RESOURCE for custom in named for name in custom}
 
 
 def check_local_head(config: Config, stages: Collection[str]) -> None:
-    """Checks that a head of its own would hold the stages.
+    """Checks that a local Ray head would hold the stages.
 
     Raises:
-        ClusterError: `cluster.local_num_cpus` or `cluster.local_num_gpus` do not suffice.
+        ClusterError: `cluster.local_num_cpus` or `cluster.local_num_gpus` is too small.
     """
     head: dict[str, float] = {"CPU": config.cluster.local_num_cpus}
     if config.cluster.local_num_gpus is not None:
         head["GPU"] = config.cluster.local_num_gpus
     node = {"Alive": True, "Resources": head | local_custom_resources(config)}
-    for name, resources, count in asked_resources(config, stages):
+    for name, resources, count in stage_resources(config, stages):
         if "GPU" not in head:  # Ray counts them when it starts
             resources = resources.model_copy(update={"num_gpus": 0})
         check_placement(name, resources, [node], count)
 
 
 def cautions(config: Config, nodes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the nodes could not hold as they are now; some may join before it is asked for.
+    """Parts of a run that the present nodes cannot hold, one line each.
+
+    Other nodes may join before the parts are started.
 
     Args:
-        nodes: what `ray.nodes()` returns.
+        nodes: the result of `ray.nodes()`.
     """
     if config.cluster.autoscaling:
         return []
-    found = []
-    for name, resources, count in asked_resources(config):
+    lines = []
+    for name, resources, count in stage_resources(config):
         try:
             check_placement(name, resources, nodes, count)
         except ClusterError as error:
-            found.append(str(error))
-    return found
+            lines.append(str(error))
+    return lines

@@ -1,7 +1,8 @@
-"""One command at a time: a lock on a file, which is gone with the process that holds it.
+"""Run lock: lets one command at a time work in a run's folder.
 
-It stands where jobs cannot know of one another: two commands with a head of their own, two
-clusters, a stage started by hand.
+The lock is on a file and ends with the process that holds it. It is needed wherever jobs cannot
+know of one another: for two commands with local Ray heads, two clusters, or a stage that is started
+by hand.
 """
 
 from __future__ import annotations
@@ -17,21 +18,23 @@ from pathlib import Path
 from pipeline import storage
 from pipeline.errors import ClusterError
 
-# What file systems without such locks answer.
+# Errors of file systems that have no such locks.
 UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
 def alone(path: str, work: str) -> Iterator[None]:
-    """Holds the lock of some work; a file system that has none is trusted.
+    """Holds the lock of some work within the context.
+
+    On a file system without locks nothing is checked.
 
     Args:
-        path: of the lock's file, which stays: it names the last holder.
-        work: what is done, for the message.
+        path: path of the lock's file, which is never removed and names the last holder.
+        work: name of the work, for the message.
 
     Raises:
-        ClusterError: another process holds it, on this machine or, where the file system tells its
-            nodes of locks, on another.
+        ClusterError: another process holds the lock, on this machine or, if the file system shares
+            locks between its nodes, on another one.
         StorageError: the file cannot be written.
     """
     with storage.explained("write", path):
@@ -43,8 +46,8 @@ def alone(path: str, work: str) -> Iterator[None]:
         except BlockingIOError as error:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
             raise ClusterError(
-                f"{work} goes on in another process already ({holder}; its lock is {path}): wait "
-                "for its end, or give this run another name"
+                f"{work} is already going on in another process ({holder}; its lock is {path}): "
+                "wait for its end, or give this run another name"
             ) from error
         except OSError as error:
             if error.errno not in UNKNOWN:

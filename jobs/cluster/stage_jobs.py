@@ -1,4 +1,4 @@
-"""A stage or a cache command as a Ray job: uploaded, submitted, followed to its end."""
+"""Stages and cache commands as Ray jobs: uploaded, submitted, followed to their end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import jobs
 from jobs.cluster.follow import PREAMBLE, failure_message, follow
 from jobs.cluster.local_head import local_head
 from jobs.cluster.placement import local_custom_resources
-from jobs.cluster.submit import DETACHED, build_upload, job_logs, submit_stage
+from jobs.cluster.submit import DETACHED, job_logs, submit_stage
+from jobs.cluster.upload import build_upload
 from pipeline import storage
 from pipeline.config.base import Resources
 from pipeline.config.load import dump_config, local_paths

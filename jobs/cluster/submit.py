@@ -1,12 +1,11 @@
-"""Submits stages as Ray jobs: the upload, the attempt to use, and all that is done by job id.
+"""Submission of Ray jobs: the number of the attempt, and the list, the stop and the logs of jobs.
 
-Every stage is a Ray job with an idempotent entry point, so this module never decides whether work
-is needed: it attaches to the job of the same run, stage and config that is still going, or submits
+The entry point of every stage is idempotent, so this module never decides whether work is needed.
+If a job of the same run, stage and config has not ended, it attaches to it; otherwise it submits
 the next attempt.
 """
 
 import re
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,58 +18,16 @@ from jobs.bookkeeping.plan import STAGE_NAMES
 from jobs.cluster.connection import cluster_errors
 from pipeline.errors import ClusterError, ConfigError
 
-# Code, configs and templates; never results that somebody keeps inside a package's folder.
-UPLOADED_SUFFIXES = (".py", ".yaml", ".j2", ".txt")
-PACKAGES = ("pipeline", "teachers", "students", "jobs")
-# Metadata of our jobs; a run is found by these, since its name may hold the hyphens that separate a
-# submission id.
+# Metadata keys of our jobs. A run is found by its metadata, since its name may hold the hyphens
+# that separate the parts of a submission id.
 RUN, STAGE, DIGEST = "polystill.run", "polystill.stage", "polystill.digest"
 FOLDER = "polystill.folder"
-# The stage of a job that submits all others of its run.
+# Stage name of a detached run: the job that submits all other jobs of its run.
 DETACHED = "run"
 
 
-def build_upload(packages_root: Path, config_text: str, folder: Path) -> Path:
-    """Stages what a job unpacks: the four packages with their data files, and `config.yaml`.
-
-    Ray names the upload by a hash of relative names and contents, so equal inputs are uploaded
-    once.
-
-    Args:
-        packages_root: the folder that holds the four packages.
-        config_text: content of `config.yaml`.
-        folder: where to stage; made here, or empty.
-
-    Returns:
-        `folder`.
-
-    Raises:
-        ConfigError: a package is missing, or `folder` holds something.
-    """
-    missing = [name for name in PACKAGES if not (packages_root / name / "__init__.py").is_file()]
-    if missing:
-        raise ConfigError(
-            f"{packages_root} has no package {', '.join(missing)}; an upload needs all of "
-            f"{', '.join(PACKAGES)}."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise ConfigError(f"The staging folder {folder} is not empty.")
-    for name in PACKAGES:
-        for source in sorted((packages_root / name).rglob("*")):
-            relative = source.relative_to(packages_root)
-            hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
-            if hidden or source.suffix not in UPLOADED_SUFFIXES or not source.is_file():
-                continue
-            target = folder / relative
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
-    (folder / "config.yaml").write_text(config_text, encoding="utf-8")
-    return folder
-
-
 def submission_id(run: str, stage: str, digest: str, attempt: int) -> str:
-    """Names one attempt: `<run>-<stage>-<digest>-a<attempt>`.
+    """Submission id of one attempt: `<run>-<stage>-<digest>-a<attempt>`.
 
     Raises:
         ConfigError: the id cannot stand in a URL and a file name.
@@ -78,8 +35,8 @@ def submission_id(run: str, stage: str, digest: str, attempt: int) -> str:
     name = f"{run}-{stage}-{digest}-a{attempt}"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name):
         raise ConfigError(
-            f"{name!r} cannot be a job's id: a run's name has letters, digits, '.', '_' and '-' "
-            "only, starts with a letter or digit, and the id has at most 200 characters."
+            f"{name!r} cannot be a job's id: give the run a name of letters, digits, '.', '_' and "
+            "'-' that starts with a letter or digit; the id has at most 200 characters"
         )
     return name
 
@@ -87,16 +44,21 @@ def submission_id(run: str, stage: str, digest: str, attempt: int) -> str:
 def choose_submission(
     jobs: Iterable[tuple[str, JobStatus]], run: str, stage: str, digest: str
 ) -> tuple[str, bool]:
-    """Picks an id: (the attempt that still goes, True) or (the next attempt, False)."""
+    """Chooses an attempt.
+
+    Returns:
+        Submission id of the attempt, and whether its job has not ended yet. If every job has ended,
+        the id is that of the next attempt.
+    """
     prefix = submission_id(run, stage, digest, 1).removesuffix("1")
     attempts = {
         int(name.removeprefix(prefix)): status
         for name, status in jobs
         if name.startswith(prefix) and name.removeprefix(prefix).isdecimal()
     }
-    going = [attempt for attempt, status in attempts.items() if not status.is_terminal()]
-    if going:
-        return f"{prefix}{max(going)}", True
+    alive = [attempt for attempt, status in attempts.items() if not status.is_terminal()]
+    if alive:
+        return f"{prefix}{max(alive)}", True
     return f"{prefix}{max(attempts, default=0) + 1}", False
 
 
@@ -114,25 +76,29 @@ def submit_stage(
     num_gpus: float = 0,
     custom_resources: Mapping[str, float] | None = None,
 ) -> str:
-    """Submits a stage, or attaches to its job of the same run and digest if that still goes.
+    """Submits a stage, or attaches to its job of the same run and digest that has not ended.
 
     Args:
-        folder: of the run; a stage works in it with one config at a time.
-        entrypoint: shell command; it runs in the unpacked upload.
-        working_dir: the staged upload; None for none.
-        env_vars: for the job and all its tasks and actors. Ray expands `$NAME` in the values, and
-            whoever can reach the job server can read them.
-        num_cpus: reserved for the entry point alone. With all three resources zero it runs on the
-            head node.
-        num_gpus: likewise.
-        custom_resources: likewise.
+        client: client of the job server.
+        run: name of the run.
+        stage: name of the stage.
+        digest: digest of the config.
+        folder: folder of the run, in which a stage works with one config at a time.
+        entrypoint: shell command, which runs in the unpacked upload.
+        working_dir: folder of the upload; None for none.
+        env_vars: environment variables of the job and all its tasks and actors. Ray expands `$NAME`
+            in the values, and everybody who can reach the job server can read them.
+        num_cpus: CPUs that are reserved for the entry point alone. If all three resources are zero,
+            it runs on the head node.
+        num_gpus: GPUs that are reserved for the entry point alone.
+        custom_resources: custom resources that are reserved for the entry point alone.
 
     Returns:
         The submission id of the job.
 
     Raises:
-        ClusterError: the stage still goes with another config, or the job server refused or cannot
-            be reached.
+        ClusterError: the stage runs with another config, or the job server has refused the job or
+            cannot be reached.
     """
     runtime_env: dict[str, Any] = {"env_vars": dict(env_vars)}
     if working_dir is not None:
@@ -140,8 +106,8 @@ def submit_stage(
     for _ in range(3):
         jobs = list_jobs(client)
         known = [(job.submission_id or "", job.status) for job in jobs]
-        name, going = choose_submission(known, run, stage, digest)
-        if going:
+        name, is_alive = choose_submission(known, run, stage, digest)
+        if is_alive:
             return name
         _refuse_other_configs(jobs, run, stage, folder)
         try:
@@ -155,39 +121,46 @@ def submit_stage(
                 entrypoint_resources=dict(custom_resources or {}),
             )
         except (RuntimeError, requests.RequestException) as error:
-            # Another submitter was quicker: look again and attach to its job.
+            # Another submitter was quicker: list the jobs again and attach to its job.
             if "already exists" not in str(error):
-                raise ClusterError(f"The cluster did not take the job {name}: {error}") from error
+                raise ClusterError(f"the cluster did not take the job {name}: {error}") from error
     raise ClusterError(
-        f"The ids of {run}-{stage}-{digest} are all taken: other submitters are quicker. Try again."
+        f"other submitters have taken three ids of {run}-{stage}-{digest} in a row: try again"
     )
 
 
 def _refuse_other_configs(jobs: Iterable[JobDetails], run: str, stage: str, folder: str) -> None:
-    """Two trainings in one folder would write one another's checkpoints.
+    """Refuses a stage that already runs in the folder with another config.
+
+    Otherwise two trainings would overwrite one another's checkpoints. A job with the same config
+    does not come here, since the caller attaches to it.
 
     Raises:
-        ClusterError: the stage still goes in this folder; with another config, or its job would
-            have been attached to.
+        ClusterError: the stage runs in this folder.
     """
     for job in jobs:
-        found = job.metadata or {}
-        if job.status.is_terminal() or (found.get(STAGE), found.get(FOLDER)) != (stage, folder):
+        metadata = job.metadata or {}
+        place = metadata.get(STAGE), metadata.get(FOLDER)
+        if job.status.is_terminal() or place != (stage, folder):
             continue
         raise ClusterError(
-            f"The job {job.submission_id} does {stage} of the run {run} with another config. Wait "
+            f"the job {job.submission_id} runs {stage} of the run {run} with another config: wait "
             f"for its end, stop it (polystill stop {job.submission_id} --address …), or give this "
-            "run another name."
+            "run another name"
         )
 
 
 def list_jobs(client: JobSubmissionClient, run: str | None = None) -> list[JobDetails]:
-    """Lists submitted jobs, oldest first: those of one run, or all, whoever submitted them.
+    """Submitted jobs, oldest first; those of other submitters, too.
+
+    Args:
+        client: client of the job server.
+        run: name of a run; None for the jobs of all runs, and for jobs that are not polystill's.
 
     Raises:
         ClusterError: the job server cannot be reached.
     """
-    with cluster_errors("The jobs cannot be listed"):
+    with cluster_errors("the jobs cannot be listed"):
         jobs = [job for job in client.list_jobs() if job.submission_id is not None]
     if run is not None:
         jobs = [job for job in jobs if (job.metadata or {}).get(RUN) == run]
@@ -195,7 +168,7 @@ def list_jobs(client: JobSubmissionClient, run: str | None = None) -> list[JobDe
 
 
 def job_table(client: JobSubmissionClient, run: str | None = None) -> str:
-    """Lists jobs for people, oldest first, one a line: id, status, start (UTC) and seconds so far.
+    """Jobs as a table for people, oldest first: id, status, start (UTC) and seconds so far.
 
     Raises:
         ClusterError: the job server cannot be reached.
@@ -214,20 +187,22 @@ def job_table(client: JobSubmissionClient, run: str | None = None) -> str:
 
 
 def stop_job(client: JobSubmissionClient, submission_id: str, timeout: float = 60.0) -> JobStatus:
-    """Stops a job and waits until it has ended; its own last status if it had ended before.
+    """Stops a job, waits until it has ended, and returns its last status.
 
     Ray sends SIGTERM to the entry point and what it started, and SIGKILL after
     RAY_JOB_STOP_WAIT_TIME_S (3) seconds.
 
     Args:
+        client: client of the job server.
+        submission_id: id of the job.
         timeout: seconds to wait for the end.
 
     Raises:
-        ClusterError: the job is unknown or has not ended in time; a job that still waits for
-            resources cannot be stopped before it starts.
+        ClusterError: the job is unknown or has not ended in time. A job that waits for resources
+            cannot be stopped before it starts.
     """
     deadline = time.monotonic() + timeout
-    with cluster_errors(f"The job {submission_id} cannot be stopped"):
+    with cluster_errors(f"the job {submission_id} cannot be stopped"):
         client.stop_job(submission_id)
         while True:
             status = client.get_job_status(submission_id)
@@ -237,46 +212,46 @@ def stop_job(client: JobSubmissionClient, submission_id: str, timeout: float = 6
                 break
             time.sleep(0.25)
     raise ClusterError(
-        f"The job {submission_id} is still {status}, {timeout:.0f} seconds after it was asked to "
-        "stop."
+        f"the job {submission_id} is still {status}, {timeout:.0f} seconds after it was asked to "
+        "stop: try again, or look at its log"
     )
 
 
 def stop_with_stages(
     client: JobSubmissionClient, submission_id: str, timeout: float = 60.0
 ) -> Iterator[tuple[str, JobStatus]]:
-    """Stops a job; with the job of a detached run also that of the stage which it has begun.
+    """Stops a job. If it is a detached run, also stops the job of the stage that it has begun.
 
     Yields:
-        The id and last status of each, as it has ended.
+        Submission id and last status of each job, once it has ended.
 
     Raises:
         ClusterError: as in `stop_job`.
     """
-    # In this order: else the run would begin its next stage.
+    # The run is stopped before its stage; otherwise it would begin the next stage.
     yield submission_id, stop_job(client, submission_id, timeout)
     jobs = list_jobs(client)
     stopped = next((job.metadata or {} for job in jobs if job.submission_id == submission_id), {})
     if stopped.get(STAGE) != DETACHED:
         return
-    going = {
-        job.submission_id or "": found[STAGE]
+    alive = {
+        job.submission_id or "": metadata[STAGE]
         for job in jobs
         if not job.status.is_terminal()
-        and (found := job.metadata or {}).get(FOLDER) == stopped[FOLDER]
+        and (metadata := job.metadata or {}).get(FOLDER) == stopped[FOLDER]
     }
-    if DETACHED in going.values():
-        return  # a later attempt, whose stages these are
-    for name, stage in going.items():
+    if DETACHED in alive.values():
+        return  # the stages belong to a later attempt of the run
+    for name, stage in alive.items():
         if re.sub(r"^round\d+-", "", stage) in STAGE_NAMES:
             yield name, stop_job(client, name, timeout)
 
 
 def job_logs(client: JobSubmissionClient, submission_id: str) -> str:
-    """Returns everything that a job has printed.
+    """Log of a job: everything that it has printed.
 
     Raises:
         ClusterError: the job is unknown, or the node that holds its log is gone.
     """
-    with cluster_errors(f"The log of {submission_id} cannot be read"):
+    with cluster_errors(f"the log of {submission_id} cannot be read"):
         return client.get_job_logs(submission_id)

@@ -51,7 +51,7 @@ def run_stage(stage: str, config: Config) -> None:
         return
     needed = USES_OUTPUT_OF.get(stage)
     if needed and plans[needed].todo:
-        raise ConfigError(f"{needed} is not complete for this config: let it run first")
+        raise ConfigError(f"{needed} is not complete for this config: submit it first")
     started = time.time()
     unended = unended_attempts(layout, stage)
     storage.write_json(layout.unended_attempts(stage), unended + 1)

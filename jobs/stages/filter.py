@@ -40,7 +40,7 @@ class Filtered:
 
     Attributes:
         entries: entries that are left.
-        counts: what each filter has seen and dropped.
+        counts: numbers of sequences that each filter has seen and dropped.
         engine_seconds: seconds of the judges' engines, by teacher.
     """
 

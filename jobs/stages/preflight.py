@@ -30,7 +30,10 @@ from teachers.engine.options import check_sampling_parameters
 from teachers.tasks.judge import grade_tokens
 from teachers.tokenizing import load_tokenizer
 
-_NO_PLACE = "system_prompt, and {} prompts are raw `text`, which has no place for one"
+_NO_PLACE = (
+    "system_prompt has no place in raw `text`, and {} prompts are raw `text`: remove it, or give "
+    "all prompts as `messages`"
+)
 Identities = Mapping[str, dict[str, str]]
 
 
@@ -81,17 +84,21 @@ def check_recipes(config: Config, prompts: Sequence[Prompt]) -> None:
                 f"`domains`; the teachers name {sorted(owned)}"
             )
         if isinstance(recipe, Complete) and not raw:
-            raise ConfigError(f"{place} continues raw `text`, and all prompts are chat `messages`")
+            raise ConfigError(
+                f"{place} continues raw `text`, and all prompts are chat `messages`: use `answer`"
+            )
         if isinstance(recipe, Answer) and recipe.system_prompt is not None and raw:
-            raise ConfigError(f"{place} has a {_NO_PLACE.format(len(raw))}")
+            raise ConfigError(f"{place}: {_NO_PLACE.format(len(raw))}")
         without = sum(prompt.reference is None for prompt in prompts)
         if isinstance(recipe, GivenAnswers) and without:
             raise ConfigError(
-                f"{place} takes references as answers; {without} of {len(prompts)} prompts have "
-                "none"
+                f"{place} takes references as answers, and {without} of {len(prompts)} prompts "
+                "have none: add references, or use another recipe"
             )
         if isinstance(recipe, Writing) and not make_requests(recipe, prompts, config.seed):
-            raise ConfigError(f"{place} rewrites train prompts of one turn, and there is none")
+            raise ConfigError(
+                f"{place} rewrites train prompts of one turn, and there is no such prompt"
+            )
 
 
 def check_lengths(config: Config, prompts: Sequence[Prompt], tokens: Mapping[str, int]) -> None:
@@ -144,7 +151,10 @@ def check_filters(config: Config, prompts: Sequence[Prompt]) -> None:
     checker = config.prompts.checker
     trained = {prompt.domain for prompt in prompts if prompt.split == "train"}
     if checker and all(prompt.reference is None for prompt in prompts):
-        raise ConfigError(f"prompts.checker is {checker}, but no prompt has a reference")
+        raise ConfigError(
+            f"prompts.checker is {checker}, but no prompt has a reference: add references, or set "
+            "prompts.checker: null"
+        )
     if checker:
         find_checker(checker)
     for key, file in evaluation_files(config).items():
@@ -153,8 +163,8 @@ def check_filters(config: Config, prompts: Sequence[Prompt]) -> None:
     for rule in config.synthesis.filters:
         if isinstance(rule, Balance) and rule.shares.keys() != trained:
             raise ConfigError(
-                f"filter balance has shares of {sorted(rule.shares)}; the domains of train prompts "
-                f"are {sorted(trained)}"
+                f"filter balance has shares for {sorted(rule.shares)}, and the domains of train "
+                f"prompts are {sorted(trained)}: give one share for each domain"
             )
         if isinstance(rule, Judge):
             rubric_of(rule)

@@ -204,12 +204,12 @@ def _check_prompts(config: Config, prompts: Sequence[Prompt]) -> None:
     for split, change in advice.items():
         if split not in splits:
             raise ConfigError(
-                f"no prompt of {len(prompts)} is in the {split} split; give a source "
+                f"none of the {len(prompts)} prompts is in the {split} split: give a source "
                 f"`split: {split}`, or in `prompts` {change}"
             )
     weights = config.combine.weights
     if isinstance(weights, ByDomainWeights) and (unnamed := domains - weights.domains.keys()):
-        raise ConfigError(f"combine.weights.domains has no weights for {sorted(unnamed)}")
+        raise ConfigError(f"combine.weights.domains has no weights for {sorted(unnamed)}: add them")
     learnable = {prompt.domain for prompt in prompts if prompt.split == LEARNED_SPLIT}
     if isinstance(weights, LearnedWeights) and (unknown := domains - learnable):
         raise ConfigError(
@@ -227,11 +227,11 @@ def _check_vocabulary_sizes(config: Config) -> None:
         size = text_config(model).vocab_size
         if size < used:
             raise ConfigError(
-                f"{name}: the model has {size} rows in its vocabulary, the tokenizer uses ids up "
-                f"to {used - 1}"
+                f"{name}: the model has {size} rows in its vocabulary, and the tokenizer uses ids "
+                f"up to {used - 1}: use the tokenizer that belongs to the model"
             )
         if name != "student" and size < config.scoring.num_logprobs:
             raise ConfigError(
                 f"scoring.num_logprobs is {config.scoring.num_logprobs}, but teacher {name!r} has "
-                f"only {size} tokens"
+                f"only {size} tokens: lower it to at most {size}"
             )

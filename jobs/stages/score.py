@@ -222,7 +222,7 @@ def longest_sequence(entries: Sequence[DatasetEntry]) -> int:
 
 
 def scored_summary(name: str, report: PoolReport, num_quarantined: int) -> str:
-    """What was scored into one cache, in one line for people."""
+    """One line for people about the rows that were scored into one cache."""
     done: list[ScoredShard] = [shard for shard in report.results if name in shard.entries]
     positions = sum(shard.entries[name].num_positions for shard in done)
     size = sum(shard.entries[name].num_bytes for shard in done)

@@ -44,8 +44,8 @@ def synthesize(run: Run) -> StageRecord:
             seconds.update(_write_prompts(run, work))
     answering = [work for work in steps if not isinstance(work.step.recipe, Writing)]
     seconds.update(_write_answers(run, answering))
-    asked = [(work.digest, work.prompts) for work in answering]
-    entries = build_dataset(layout, all_prompts(steps, prompts), asked)
+    answered = [(work.digest, work.prompts) for work in answering]
+    entries = build_dataset(layout, all_prompts(steps, prompts), answered)
     counts = {w.step.label: answer_counts(layout, w.digest, w.prompts) for w in steps}
     _check_splits({entry.split for entry in entries}, counts)
     written = ", ".join(
@@ -78,8 +78,8 @@ def _write_prompts(run: Run, work: StepWork) -> dict[str, float]:
         max_model_len=config.teachers[name].max_model_len,
     )
     tasks = plan_rewrites(template, work.requests, config.synthesis.prompts_per_shard)
-    asked = [request.prompt for task in tasks for request in task.requests]
-    need = _longest(config, asked) + template.sampling["max_tokens"]
+    requests = [request.prompt for task in tasks for request in task.requests]
+    need = _longest(config, requests) + template.sampling["max_tokens"]
     pool = teacher_work(
         run,
         name,
@@ -163,6 +163,6 @@ def _check_splits(splits: set[str], counts: Mapping[str, dict[str, int]]) -> Non
         if split not in splits:
             raise TeacherError(
                 f"no answer of the {split} split was kept; the answers of each step were counted "
-                f"as {json.dumps(counts)}. Check the sampling (max_tokens), the length bound and "
-                "the references; all answers stay on disk"
+                f"as {json.dumps(counts)}; check the sampling (max_tokens), the length bound and "
+                "the references, and run again: finished answers are kept"
             )

@@ -40,7 +40,7 @@ class Run:
         run = Run.find(config)
         if run is None:
             raise ConfigError(
-                f"run {config.name} is not prepared for this config: submit prepare first"
+                f"run {config.name} is not prepared for this config: submit the stage prepare first"
             )
         return run
 

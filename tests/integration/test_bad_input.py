@@ -153,14 +153,14 @@ def test_no_answer_left_is_explained_and_the_prepared_run_stays(tmp_path: Path) 
 @pytest.mark.parametrize("command", [["status"], ["logs", "some-job"], ["stop", "some-job"]])
 def test_an_unreachable_cluster_is_named(command: list[str]) -> None:
     finished = polystill(*command, "--address", NOBODY)
-    assert_refused(finished, f"No Ray job server can be reached at {NOBODY}", "8265")
+    assert_refused(finished, f"no Ray job server can be reached at {NOBODY}", "8265")
 
 
 def test_a_run_for_an_unreachable_cluster_writes_nothing(tmp_path: Path) -> None:
     root = tmp_path / "out"
     settings = [f"storage.root={root}", "storage.shared_roots=[/]"]
     finished = polystill("run", CONFIG, *settings, "--address", NOBODY)
-    assert_refused(finished, f"No Ray job server can be reached at {NOBODY}")
+    assert_refused(finished, f"no Ray job server can be reached at {NOBODY}")
     assert not root.exists()
 
 

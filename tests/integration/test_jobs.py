@@ -16,8 +16,6 @@ from jobs.cluster.connection import connect
 from jobs.cluster.follow import failure_message, follow
 from jobs.cluster.local_head import LocalHead
 from jobs.cluster.submit import (
-    PACKAGES,
-    build_upload,
     job_logs,
     job_table,
     list_jobs,
@@ -25,6 +23,7 @@ from jobs.cluster.submit import (
     stop_with_stages,
     submit_stage,
 )
+from jobs.cluster.upload import PACKAGES, build_upload
 from pipeline.errors import ClusterError
 
 pytestmark = pytest.mark.timeout(180)
@@ -197,7 +196,7 @@ def test_an_unreachable_address_is_known_soon():
         for address in (refused, f"http://127.0.0.1:{silent.getsockname()[1]}"):
             started = time.monotonic()
             with pytest.raises(
-                ClusterError, match=f"No Ray job server can be reached at {address}"
+                ClusterError, match=f"no Ray job server can be reached at {address}"
             ):
                 connect(address)
             assert time.monotonic() - started < 10

@@ -1,4 +1,4 @@
-"""What lies in a storage root, read with pyarrow alone: no code of ours stands in between."""
+"""Contents of a storage root, read with pyarrow alone and none of our own code."""
 
 import json
 from collections import Counter
@@ -19,7 +19,7 @@ class StoredSequence:
 
 
 def dataset(root: Path, run: str) -> dict[str, StoredSequence]:
-    """The sequences of a run's dataset, by sequence id, in order."""
+    """Sequences of a run's dataset, by sequence id, in order."""
     digest = json.loads((root / "runs" / run / "stages/synthesize.json").read_text())["dataset"]
     entries = pq.read_table(root / "datasets" / f"{digest}.parquet").to_pylist()
     rows = {
@@ -46,7 +46,7 @@ def cache_folder(root: Path, teacher: str) -> Path:
 
 
 def shards(root: Path, teacher: str) -> list[Path]:
-    """The complete shards of a teacher's cache; none before its first one."""
+    """Complete shards of a teacher's cache; an empty list before the first one."""
     return sorted((root / "caches").glob(f"{teacher}-*/g1/[!.]*.parquet"))
 
 
@@ -77,7 +77,7 @@ def _arrays(row: dict) -> dict[str, np.ndarray]:
 def assert_rows_agree(
     found: dict[str, dict[str, np.ndarray]], expected: dict[str, dict[str, np.ndarray]]
 ) -> None:
-    """Two scorings of the same sequences by the same engine.
+    """Compares two scorings of the same sequences by the same engine.
 
     Batches are composed differently each time, which moves a float32 log-probability by about
     1e-5 nats, and that may round to the neighbouring float16: 2**-10 of its size.

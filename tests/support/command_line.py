@@ -1,4 +1,4 @@
-"""The command line as a user meets it: a process of its own, its exit code and what it prints."""
+"""The command line as a user meets it: a process of its own, its exit code and its output."""
 
 import os
 import signal
@@ -14,18 +14,18 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "examples/quickstart"
 POLYSTILL = (sys.executable, "-m", "jobs")
-# What points at a cluster; a command must not inherit a head that another test has started.
+# Variables that point at a cluster; a command must not inherit the head of another test.
 CLUSTER_VARIABLES = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 def environment(changes: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment without a cluster's, and the given changes."""
+    """This process's environment without the cluster variables, and with the given changes."""
     kept = {name: value for name, value in os.environ.items() if name not in CLUSTER_VARIABLES}
     return kept | dict(changes)
 
 
 def token_environment(token: str) -> dict[str, str]:
-    """What a user sets to reach a cluster with a token."""
+    """Variables that a user sets to reach a cluster with a token."""
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
 
 
@@ -45,14 +45,14 @@ def polystill(
 
 @dataclass(frozen=True)
 class RunningCommand:
-    """A command that still runs, in the files that take what it prints."""
+    """A command that still runs, and the files that take its output."""
 
     process: subprocess.Popen[bytes]
     stdout: Path
     stderr: Path
 
     def wait_until(self, what: str, condition: Callable[[], bool], seconds: float) -> None:
-        """Polls a condition, which must come true before the deadline and the command's end."""
+        """Waits for a condition, which must come true before the deadline and the command's end."""
         deadline = time.monotonic() + seconds
         while not condition():
             ended = self.process.poll()
@@ -65,12 +65,12 @@ class RunningCommand:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def printed(self) -> str:
-        """Both streams so far, for messages."""
+        """Output of both streams so far, for messages."""
         return self.stdout.read_text() + self.stderr.read_text()
 
 
 def hear_interrupts() -> None:
-    """Undoes what a background job inherits from its shell: that interrupts are ignored."""
+    """Makes this process hear interrupts, which a shell lets its background processes ignore."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

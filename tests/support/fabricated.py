@@ -1,4 +1,4 @@
-"""A run with sequences and caches made on the spot, and teachers that need no engine."""
+"""A run whose sequences and caches are made on the spot, and teachers that need no engine."""
 
 import asyncio
 import json
@@ -32,11 +32,12 @@ ENGINE = {"engine": "fake", "dtype": "float32", "capture": "arrays", "prefix_sha
 
 @dataclass
 class FakeTeacher:
-    """Scores by a hash of the tokens so far; `salt` makes another model of it.
+    """A teacher that scores by a hash of the tokens so far.
 
     Attributes:
-        layers: whose states it captures; each state begins with its layer and the index of its
-            token.
+        salt: enters the hash; another salt makes another model.
+        layers: layers whose hidden states it captures. Each state begins with its layer and the
+            index of its token.
     """
 
     salt: str
@@ -68,7 +69,7 @@ class FakeTeacher:
         )
 
     def metadata(self) -> dict[str, Any]:
-        """The teacher's contract."""
+        """Fulfils the protocol."""
         return ENGINE | {"engine_version": self.version, "max_model_len": 99}
 
     def _hidden_states(self, input_ids: list[int], first_index: int) -> np.ndarray:
@@ -88,13 +89,14 @@ class FakeTeacher:
 
 @dataclass
 class FakePools:
-    """Stands for `run_pools`: runs every task at once, and keeps what each teacher scored.
+    """Stands for `run_pools`: runs every task at once, and keeps the sequences that were scored.
 
     Attributes:
-        salts: by teacher; changing one changes its numbers.
-        version: of the engines.
-        fails: raised instead of the second task, as if the job had been killed there.
-        asked: of every sequence scored, whether for distributions and for states.
+        salts: salts by teacher; another salt changes the teacher's numbers.
+        version: version of the engines.
+        fails: error that is raised instead of the second task, as if the job were killed there.
+        scored: teacher and id of every sequence that was scored.
+        asked: for every such sequence, whether distributions and hidden states were asked for.
     """
 
     salts: dict[str, str] = field(default_factory=dict)
@@ -103,25 +105,25 @@ class FakePools:
     scored: list[tuple[str, str]] = field(default_factory=list)
     asked: list[tuple[bool, bool]] = field(default_factory=list)
 
-    def __call__(self, jobs: Sequence[Any]) -> dict[str, PoolReport]:
+    def __call__(self, works: Sequence[Any]) -> dict[str, PoolReport]:
         reports = {}
-        for job in jobs:
-            salt = self.salts.get(job.name, job.name)
-            teacher = FakeTeacher(salt, job.spec.hidden_layers, self.version, self.asked)
+        for work in works:
+            salt = self.salts.get(work.name, work.name)
+            teacher = FakeTeacher(salt, work.spec.hidden_layers, self.version, self.asked)
             report = PoolReport()
-            for number, task in enumerate(job.tasks):
+            for number, task in enumerate(work.tasks):
                 if self.fails is not None and number == 1:
                     raise self.fails
                 report.results.append(asyncio.run(task.run(teacher)))
-                self.scored += [(job.name, identifier) for identifier in task.sequence_ids]
-            report.engines = [teacher.metadata()] if job.tasks else []
-            reports[job.name] = report
+                self.scored += [(work.name, identifier) for identifier in task.sequence_ids]
+            report.engines = [teacher.metadata()] if work.tasks else []
+            reports[work.name] = report
         return reports
 
 
 @dataclass
 class FabricatedRun:
-    """A run below `root` whose prompts, answers and identities exist only in its records."""
+    """A run below `root` whose prompts, answers and identities exist only in its files."""
 
     root: Path
     name: str = "quickstart"
@@ -129,7 +131,7 @@ class FabricatedRun:
 
     @property
     def arguments(self) -> list[str]:
-        """Of the command line."""
+        """Arguments of the command line."""
         own = [f"storage.root={self.root}", f"name={self.name}", "scoring.num_logprobs=16"]
         return [str(QUICKSTART / "config.yaml"), *own, *self.overrides]
 
@@ -163,7 +165,7 @@ class FabricatedRun:
         return Run(config, self.layout, prepared)
 
     def write_answers(self, first: int, last: int) -> list[DatasetEntry]:
-        """One shard of the sequences `first` to `last` for each domain, added to the dataset."""
+        """Adds one shard for each domain, with the sequences `first` to `last`, to the dataset."""
         entries = self.entries()
         for domain in ("arithmetic", "words"):
             sequences = [make_sequence(domain, number) for number in range(first, last)]
@@ -186,7 +188,7 @@ class FabricatedRun:
         return entries
 
     def entries(self) -> list[DatasetEntry]:
-        """What the dataset holds so far."""
+        """Entries that the dataset holds so far."""
         from pipeline.sequences import read_dataset
 
         path = Path(self.layout.stage_record("synthesize"))
@@ -201,8 +203,8 @@ class FabricatedRun:
 
     def shards(self, teacher: str, generation: int = 1) -> dict[str, tuple[int, int]]:
         """Modification time in ns and inode of every shard, by name."""
-        found = self.root.glob(f"caches/{teacher}-*/g{generation}/*.parquet")
-        return {p.stem: (p.stat().st_mtime_ns, p.stat().st_ino) for p in sorted(found)}
+        paths = self.root.glob(f"caches/{teacher}-*/g{generation}/*.parquet")
+        return {p.stem: (p.stat().st_mtime_ns, p.stat().st_ino) for p in sorted(paths)}
 
 
 def make_sequence(domain: str, number: int) -> TokenSequence:

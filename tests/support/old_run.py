@@ -19,7 +19,7 @@ from tests.support.command_line import ROOT
 
 WRITTEN = ROOT / "tests/data/written_by_ead47cf"
 PLACE = "/tmp/polystill_old_run"
-"""Folder in which the run was made; its records name it, and so does the key of its preparation."""
+"""Folder in which the run was made. Its files name it, and it enters the key of its preparation."""
 FILES = {
     "prompts.sources.0.path": "train.jsonl",
     "prompts.sources.1.path": "validation.jsonl",
@@ -28,7 +28,7 @@ FILES = {
     "teachers.second.model": "second",
     "student.model": "student",
 }
-"""Files that the config names, by the key that names them."""
+"""Files that the config names, by their keys."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class OldRun:
 
     @property
     def root(self) -> Path:
-        """Its storage root."""
+        """Storage root of the run."""
         return self.folder / "output"
 
     @property
@@ -48,7 +48,7 @@ class OldRun:
 
     @property
     def path(self) -> str:
-        """Its config file."""
+        """Path of its config file."""
         return str(self.folder / "config.yaml")
 
     def config(self, *overrides: str) -> Config:
@@ -56,8 +56,9 @@ class OldRun:
         return load_config(self.path, list(overrides))
 
     def in_its_old_place(self) -> list[str]:
-        """Overrides that name prompts and models where they lay when the run was made; what the run
-        has written is read from the copy.
+        """Overrides with the paths of prompts and models from the time when the run was made.
+
+        The files that the run has written are read from the copy.
         """
         return [f"{key}={PLACE}/{name}" for key, name in FILES.items()]
 
@@ -97,6 +98,6 @@ def copy_old_run(folder: Path) -> OldRun:
 
 
 def old_file_states(path: str) -> list[tuple[str, int, int]]:
-    """Names, sizes and times that files had in the old place, in place of `storage.file_states`."""
+    """Stands for `storage.file_states`: names, sizes and times of files in the old place."""
     recorded: dict[str, list[Any]] = json.loads((WRITTEN / "file_states.json").read_text())
     return [(name, size, time) for name, size, time in recorded[path]]

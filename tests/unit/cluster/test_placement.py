@@ -1,4 +1,4 @@
-"""Is there room for all stages? It is looked at before the first one starts."""
+"""Placement: room for all stages is checked before the first one starts."""
 
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from pipeline.errors import ClusterError, ConfigError
 QUICKSTART = Path(__file__).resolve().parents[3] / "examples/quickstart/config.yaml"
 
 
-def test_a_head_too_small_for_a_later_stage_is_not_started(tmp_path: Path) -> None:
+def test_a_local_head_too_small_for_a_later_stage_is_not_started(tmp_path: Path) -> None:
     more = ["training.workers=3", "training.resources.num_cpus=2"]
     config = load_config(QUICKSTART, [f"storage.root={tmp_path}", *more])
     for refused in (dry_run_text, partial(distill.run, address=None)):
@@ -22,7 +22,7 @@ def test_a_head_too_small_for_a_later_stage_is_not_started(tmp_path: Path) -> No
             refused(config)
     fits = load_config(QUICKSTART, [f"storage.root={tmp_path}", *more, "cluster.local_num_cpus=6"])
     assert "student: 3 x 2 CPU" in dry_run_text(fits)
-    # GPUs are counted by Ray when its head starts, unless the config says how many.
+    # Ray counts GPUs when its head starts, unless the config gives their number.
     gpus = [*more, "cluster.local_num_cpus=6", "training.resources.num_gpus=1"]
     dry_run_text(load_config(QUICKSTART, [f"storage.root={tmp_path}", *gpus]))
     gpus.append("cluster.local_num_gpus=2")
@@ -30,8 +30,8 @@ def test_a_head_too_small_for_a_later_stage_is_not_started(tmp_path: Path) -> No
         dry_run_text(load_config(QUICKSTART, [f"storage.root={tmp_path}", *gpus]))
 
 
-def test_a_head_need_not_hold_what_is_done(tmp_path: Path) -> None:
-    """Teachers on large machines, and a student that is trained on a small one afterwards."""
+def test_a_local_head_need_not_hold_finished_stages(tmp_path: Path) -> None:
+    """Teachers have run on large machines, and the student is trained on a small one afterwards."""
     large = "teachers.words.resources.num_cpus=64"
     config = load_config(QUICKSTART, [f"storage.root={tmp_path}", large])
     check_local_head(config, {"train", "export"})

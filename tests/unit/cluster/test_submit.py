@@ -1,4 +1,4 @@
-"""Submission ids, uploads and log lines: what needs no cluster."""
+"""Submission ids, uploads, locks and log lines, without a cluster."""
 
 import os
 import subprocess
@@ -21,15 +21,14 @@ from jobs.cluster.run_lock import alone
 from jobs.cluster.submit import (
     DIGEST,
     FOLDER,
-    PACKAGES,
     RUN,
     STAGE,
-    build_upload,
     choose_submission,
     stop_with_stages,
     submission_id,
     submit_stage,
 )
+from jobs.cluster.upload import PACKAGES, build_upload
 from jobs.stages import entry
 from pipeline.config.load import load_config
 from pipeline.config.rounds import layout_of
@@ -61,7 +60,7 @@ def test_ids_name_run_stage_digest_and_attempt():
             {"r-score-d-a9": JobStatus.FAILED, "r-score-d-a10": JobStatus.FAILED},
             ("r-score-d-a11", False),
         ),
-        # Other stages, digests, runs and foreign ids do not count.
+        # Jobs of other stages, digests and runs do not count, nor do foreign ids.
         (
             {
                 "r-score-e-a1": JobStatus.RUNNING,
@@ -78,7 +77,7 @@ def test_a_going_job_is_attached_to_and_an_ended_one_followed(known, expected):
 
 
 class JobServer:
-    """A job server that takes whatever it is offered."""
+    """A job server that accepts every job."""
 
     def __init__(self, *jobs: SimpleNamespace):
         self.jobs = list(jobs)
@@ -91,9 +90,9 @@ class JobServer:
         return submission_id
 
     def stop_job(self, submission_id: str) -> None:
-        found = self._job(submission_id)
-        if not found.status.is_terminal():
-            found.status = JobStatus.STOPPED
+        stopped = self._job(submission_id)
+        if not stopped.status.is_terminal():
+            stopped.status = JobStatus.STOPPED
 
     def get_job_status(self, submission_id: str) -> JobStatus:
         return self._job(submission_id).status
@@ -124,7 +123,7 @@ def test_a_stage_that_goes_with_another_config_is_not_started_beside_it(status: 
     server = JobServer()
     first = submit(server, digest="old")
     server.jobs[0].status = status
-    with pytest.raises(ClusterError, match=rf"{first} does train of the run r .*stop {first} "):
+    with pytest.raises(ClusterError, match=rf"{first} runs train of the run r .*stop {first} "):
         submit(server)
     assert submit(server, digest="old") == first and len(server.jobs) == 1
     server.jobs[0].status = JobStatus.FAILED
@@ -154,7 +153,7 @@ def test_with_a_detached_run_its_stage_is_stopped_and_nothing_else():
         submit(server, stage="train", folder="/out/runs/another"),
         submit(server, stage="regenerate-0a1b"),
     ]
-    # The run first, or it would begin its next stage.
+    # The run comes first; otherwise it would begin its next stage.
     assert list(stop(server, run).items()) == [
         (run, JobStatus.STOPPED), (stage, JobStatus.STOPPED)
     ]  # fmt: skip
@@ -219,7 +218,7 @@ def test_a_lock_is_held_by_one_process_and_gone_with_it(tmp_path: Path):
     )
     assert holder.stdout is not None and holder.stdout.readline() == b"1\n"
     with pytest.raises(
-        ClusterError, match=rf"the run r goes on .*process {holder.pid} on "
+        ClusterError, match=rf"the run r is already going on .*process {holder.pid} on "
     ) as told:
         alone(path, "the run r").__enter__()
     assert path in str(told.value)
@@ -231,7 +230,7 @@ def test_a_lock_is_held_by_one_process_and_gone_with_it(tmp_path: Path):
         pass
 
 
-def test_two_commands_with_heads_of_their_own_do_not_share_a_folder(
+def test_two_commands_with_local_heads_do_not_share_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = load_config(
@@ -239,9 +238,12 @@ def test_two_commands_with_heads_of_their_own_do_not_share_a_folder(
     )
     monkeypatch.setattr(distill, "cluster", lambda *_: pytest.fail("a head is started"))
     lock = layout_of(config).lock
-    with alone(lock("run"), "x"), pytest.raises(ClusterError, match="the run r goes on"):
+    with (
+        alone(lock("run"), "x"),
+        pytest.raises(ClusterError, match="the run r is already going on"),
+    ):
         distill.run(config, None)
-    # On a cluster jobs tell, so the lock is not asked for.
+    # On a cluster the list of jobs is enough, so no lock is taken.
     with alone(lock("run"), "x"), pytest.raises(pytest.fail.Exception, match="a head"):
         shared = config.storage.model_copy(update={"shared_roots": ["/"]})
         distill.run(config.model_copy(update={"storage": shared}), "http://h")
@@ -260,7 +262,7 @@ def test_a_stage_that_writes_in_place_runs_once_whoever_starts_it(
     monkeypatch.setitem(entry.STAGE_FUNCTIONS, stage, lambda *_: pytest.fail("it runs"))
     with (
         alone(layout_of(config).lock(stage), "x"),
-        pytest.raises(ClusterError, match=f"{stage} of the run r goes on"),
+        pytest.raises(ClusterError, match=f"{stage} of the run r is already going on"),
     ):
         entry.run_stage(stage, config)
 
@@ -365,7 +367,7 @@ def failure(*log: str) -> list[str]:
         get_job_logs=lambda _: "\n".join(log),
     )
     first, *shown, last = failure_message(client, "id", "less id.log").splitlines()  # pyright: ignore
-    assert first.startswith("The job id ended as FAILED") and last == "All of it: less id.log"
+    assert first.startswith("the job id ended as FAILED") and last == "All of it: less id.log"
     return [line.removeprefix("  ") for line in shown]
 
 

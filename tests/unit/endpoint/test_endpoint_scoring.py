@@ -147,5 +147,5 @@ def test_one_that_only_writes_has_no_cache_and_says_so(tmp_path: Path, student: 
     opened = open_caches(run.config)
     assert sorted(opened.layouts) == ["arithmetic", "words"]
     assert not list((tmp_path / "out").glob("endpoints/*"))
-    with pytest.raises(ConfigError, match="teacher 'third' only writes: it has no cache"):
+    with pytest.raises(ConfigError, match="teacher 'third' only writes, so it has no cache"):
         opened.chosen("third")

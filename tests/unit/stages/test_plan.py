@@ -1,4 +1,4 @@
-"""The plan of a run over caches that other runs have filled."""
+"""Plans of a run: what each stage still has to do, and what a dry run refuses."""
 
 import json
 import re
@@ -68,7 +68,7 @@ def test_the_plan_of_scoring_bounds_the_bytes(tmp_path: Path) -> None:
 def test_the_plan_of_scoring_counts_hidden_states(
     dimensions: int | None, bytes_each: int, tmp_path: Path
 ) -> None:
-    """Of two layers, 2 bytes a dimension; and 47 bytes of the distributions."""
+    """A position takes 2 bytes for each dimension of two layers, and 47 bytes of distributions."""
     projection = None if dimensions is None else {"dimensions": dimensions, "seed": 0}
     identities = PREPARED.cache_identities | {
         "t+features": {"layers": [1, 2], "projection": projection}
@@ -293,7 +293,7 @@ def test_attempts_that_did_not_end_are_counted(
 def test_the_examples_for_open_weights_can_be_planned(
     name: str, address: str | None, tmp_path: Path
 ) -> None:
-    """With prompts and a tokenizer of this machine; no hub and no bucket is asked."""
+    """Prompts and tokenizer come from this machine; no hub and no bucket is asked."""
     seen = [str(tmp_path), str(QUICKSTART.parent), "/shared"]
     changes = [f"storage.shared_roots={json.dumps(seen)}"]
     changes += [f"storage.root={tmp_path}", f"storage.models_root={tmp_path}"]

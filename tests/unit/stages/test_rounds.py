@@ -1,4 +1,4 @@
-"""Rounds: who is asked what in which of them, where each lies, and what a run of several does."""
+"""Rounds: the prompts that each one asks, the folder of each, and a run of several rounds."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,7 +60,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def in_round(run: Run, number: int, *recipes: dict[str, Any], **others: Any) -> dict[str, Any]:
-    """The synthesize stage of one of two rounds; `asked` is what it asked."""
+    """The record of synthesize in one of two rounds, with the prompts that it `asked`."""
     run.engines.asked.clear()
     evaluation = {"sampling": {"max_tokens": 9}, "twin": False}
     values = {"rounds": 2, "round": number, "evaluation": evaluation}

@@ -528,5 +528,5 @@ def test_where_answers_have_a_system_prompt_the_evaluation_says_whether_it_has_o
     assert with_system_prompts(alike, run.prompts) == forms[:4]
     raw = [*run.prompts, Prompt("raw", "words", "train", text="Once")]
     only_evaluated = {"evaluation": sampling | {"system_prompt": "Be brief."}}
-    with pytest.raises(ConfigError, match=r"evaluation.system_prompt, and 1 prompts are raw"):
+    with pytest.raises(ConfigError, match=r"evaluation.system_prompt .* 1 prompts are raw"):
         check_recipes(run.config([ANSWER], others=only_evaluated), raw)
