@@ -7,23 +7,19 @@ import logging
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import metadata
-from typing import Any
-
-import numpy as np
 
 from jobs.bookkeeping.plan import students_of
 from jobs.bookkeeping.stage_records import StageRecord, read_record, stage_key, unended_attempts
-from jobs.stages.holdout import HoldoutFigures, holdout_figures, renormalised_sequences
+from jobs.stages.holdout import holdout_figures, renormalised_sequences
 from jobs.stages.rounds_report import round_rows, stage_rows
 from jobs.stages.serving import (
-    answers_line,
+    ServedModel,
     compared_sequences,
-    domain_figures,
-    exact_match_words,
     holdout_prompts,
-    serve_model,
+    measure_former_student,
+    measure_model,
 )
 from pipeline import storage
 from pipeline.cache.index import load_index
@@ -34,14 +30,11 @@ from pipeline.config.run import Config
 from pipeline.config.synthesis import STUDENT
 from pipeline.errors import TrainingError
 from pipeline.layout import Layout
-from pipeline.records import Prompt, TokenSequence
 from pipeline.report.models import (
     CacheFigures,
-    DomainFigures,
     EvaluateStageFigures,
     ExportCheck,
     FilterCounts,
-    ModelFigures,
     Report,
     RunProvenance,
 )
@@ -51,7 +44,6 @@ from pipeline.run.costs import stage_cost
 from pipeline.run.prepared_run import Run
 from pipeline.sequences import read_dataset
 from pipeline.synthesis.prompts import load_prompts
-from teachers.tasks.holdout import AnsweredPrompts
 
 logger = logging.getLogger(__name__)
 
@@ -79,14 +71,14 @@ def evaluate(run: Run, dataset: str) -> StageRecord:
     former = round_layouts(config)[:-1]
     figures = holdout_figures(run, holdout, compared, students_of(config), former)
     served = [
-        _serve(run, name, prompts, compared, figures)
+        measure_model(run, name, prompts, compared, figures)
         for name in [*config.scoring_teachers, *students_of(config)]
     ]
     models = [model.figures for model in served]
     took = {model.figures.name: model.seconds for model in served}
     begun = time.monotonic()
     students = [
-        _former_student(replace(run, layout=former_layout), prompts, likelihoods)
+        measure_former_student(replace(run, layout=former_layout), prompts, likelihoods)
         for former_layout, likelihoods in zip(former, figures.former, strict=True)
     ]
     took[STUDENT] += time.monotonic() - begun
@@ -117,69 +109,6 @@ def evaluate(run: Run, dataset: str) -> StageRecord:
     return StageRecord(key=stage_key(run, "evaluate"), engine_seconds=took, summary=summary)
 
 
-@dataclass(frozen=True)
-class ServedModel:
-    """One model after it was served.
-
-    Attributes:
-        seconds: time with its engine, start included.
-        num_too_long: prompts that were too long to ask.
-        difference: largest difference in nats between the log-probabilities of a student's engine
-            and of its trained weights; None for a teacher.
-    """
-
-    figures: ModelFigures
-    seconds: float
-    num_too_long: int
-    difference: float | None
-
-
-def _serve(
-    run: Run,
-    name: str,
-    prompts: tuple[Prompt, ...],
-    compared: tuple[TokenSequence, ...],
-    holdout: HoldoutFigures,
-) -> ServedModel:
-    """Serves one model and logs a line about its answers."""
-    begun = time.monotonic()
-    answered, engine = serve_model(run, name, prompts, compared)
-    seconds = time.monotonic() - begun
-    figures = model_figures(run.config, name, answered, engine, holdout.models[name])
-    line = answers_line(figures.domains, answered, run.layout.answers(name))
-    logger.info("%s: %s", name, line)
-    trained = holdout.gold_logprobs.get(name)
-    difference = None if trained is None else largest_difference(trained, answered.gold_logprobs)
-    return ServedModel(figures, seconds, answered.num_too_long, difference)
-
-
-def model_figures(
-    config: Config,
-    name: str,
-    answered: AnsweredPrompts,
-    engine: dict[str, Any],
-    likelihoods: Mapping[str, DomainFigures],
-) -> ModelFigures:
-    """Figures of one model, from its answers, its engine and its likelihoods by domain."""
-    teacher = config.teachers.get(name)
-    cost = teacher.cost_per_hour if teacher else config.student.cost_per_hour
-    speed = answered.tokens_per_second
-    return ModelFigures(
-        name=name,
-        role="teacher" if teacher else name,
-        domains=domain_figures(answered, likelihoods),
-        parameters=engine["num_parameters"],
-        weight_bytes=engine["weight_bytes"],
-        peak_memory_bytes=engine["peak_memory_bytes"],
-        tokens_per_second=speed,
-        tokens_per_second_range=answered.tokens_per_second_range,
-        latency_seconds=answered.latency_seconds,
-        cost_per_hour=cost,
-        price_per_million_tokens=cost / (speed * 3600) * 1e6 if cost else None,
-        engine=engine,
-    )
-
-
 def run_provenance(run: Run, dataset: str, device: str) -> RunProvenance:
     """Provenance of the run.
 
@@ -198,27 +127,6 @@ def run_provenance(run: Run, dataset: str, device: str) -> RunProvenance:
         caches={name: cache.shards_folder for name, cache in run.cache_layouts().items()},
         identities={name: run.prepared.identities[name] for name in config.teachers},
     )
-
-
-def largest_difference(
-    trained: Mapping[str, list[float]], served: Mapping[str, list[float]]
-) -> float:
-    """Largest difference in nats over all tokens of all sequences; not a number, if any is none."""
-    differences = [
-        np.abs(np.subtract(trained[identifier], values)) for identifier, values in served.items()
-    ]
-    return float(np.max(np.concatenate(differences)))
-
-
-def _former_student(
-    run: Run, prompts: tuple[Prompt, ...], likelihoods: Mapping[str, DomainFigures]
-) -> dict[str, DomainFigures]:
-    """Figures by domain of a former round's student."""
-    answered, _ = serve_model(run, STUDENT, prompts, compared=())
-    domains = domain_figures(answered, likelihoods)
-    words = ", ".join(exact_match_words(domains))
-    logger.info("%s: %s", run.layout.export_folder(STUDENT), words)
-    return domains
 
 
 def _own_row(

@@ -1,18 +1,25 @@
-"""Serves each model alone on its hardware and asks it the hold-out prompts."""
+"""Serves each model alone on its hardware, and makes its figures from its answers."""
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from jobs.stages.holdout import HoldoutFigures
 from jobs.stages.teacher_pools import endpoint_spec
 from pipeline import storage
 from pipeline.config.base import Resources
 from pipeline.config.run import Config
+from pipeline.config.synthesis import STUDENT
 from pipeline.config.teachers import EndpointTeacherConfig
 from pipeline.layout import Layout
 from pipeline.records import DatasetEntry, Prompt, TokenSequence
-from pipeline.report.models import DomainFigures
+from pipeline.report.models import DomainFigures, ModelFigures
 from pipeline.run.prepared_run import Run
 from pipeline.sequences import read_sequences
 from teachers.pool.pool import TeacherWork, run_pools
@@ -20,7 +27,63 @@ from teachers.protocol import EndpointSpec, EngineSpec
 from teachers.tasks.holdout import AnsweredPrompts, HoldoutTask
 from teachers.tokenizing import prompt_ids, student_tokenizer
 
+logger = logging.getLogger(__name__)
+
 SEQUENCES_COMPARED = 16
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One model after it was served.
+
+    Attributes:
+        seconds: time with its engine, start included.
+        num_too_long: prompts that were too long to ask.
+        difference: largest difference in nats between the log-probabilities of a student's engine
+            and of its trained weights; None for a teacher.
+    """
+
+    figures: ModelFigures
+    seconds: float
+    num_too_long: int
+    difference: float | None
+
+
+def measure_model(
+    run: Run,
+    name: str,
+    prompts: tuple[Prompt, ...],
+    compared: tuple[TokenSequence, ...],
+    holdout: HoldoutFigures,
+) -> ServedModel:
+    """Serves one model, adds its answers to its likelihoods, and logs a line about them.
+
+    Args:
+        holdout: likelihoods of all models.
+
+    Raises:
+        TeacherError: the model cannot be served.
+    """
+    begun = time.monotonic()
+    answered, engine = serve_model(run, name, prompts, compared)
+    seconds = time.monotonic() - begun
+    figures = model_figures(run.config, name, answered, engine, holdout.models[name])
+    line = answers_line(figures.domains, answered, run.layout.answers(name))
+    logger.info("%s: %s", name, line)
+    trained = holdout.gold_logprobs.get(name)
+    difference = None if trained is None else largest_difference(trained, answered.gold_logprobs)
+    return ServedModel(figures, seconds, answered.num_too_long, difference)
+
+
+def measure_former_student(
+    run: Run, prompts: tuple[Prompt, ...], likelihoods: Mapping[str, DomainFigures]
+) -> dict[str, DomainFigures]:
+    """Figures by domain of a former round's student."""
+    answered, _ = serve_model(run, STUDENT, prompts, compared=())
+    domains = domain_figures(answered, likelihoods)
+    words = ", ".join(exact_match_words(domains))
+    logger.info("%s: %s", run.layout.export_folder(STUDENT), words)
+    return domains
 
 
 def serve_model(
@@ -111,6 +174,33 @@ def compared_sequences(
     return tuple(sequences.values())[:SEQUENCES_COMPARED]
 
 
+def model_figures(
+    config: Config,
+    name: str,
+    answered: AnsweredPrompts,
+    engine: dict[str, Any],
+    likelihoods: Mapping[str, DomainFigures],
+) -> ModelFigures:
+    """Figures of one model, from its answers, its engine and its likelihoods by domain."""
+    teacher = config.teachers.get(name)
+    cost = teacher.cost_per_hour if teacher else config.student.cost_per_hour
+    speed = answered.tokens_per_second
+    return ModelFigures(
+        name=name,
+        role="teacher" if teacher else name,
+        domains=domain_figures(answered, likelihoods),
+        parameters=engine["num_parameters"],
+        weight_bytes=engine["weight_bytes"],
+        peak_memory_bytes=engine["peak_memory_bytes"],
+        tokens_per_second=speed,
+        tokens_per_second_range=answered.tokens_per_second_range,
+        latency_seconds=answered.latency_seconds,
+        cost_per_hour=cost,
+        price_per_million_tokens=cost / (speed * 3600) * 1e6 if cost else None,
+        engine=engine,
+    )
+
+
 def domain_figures(
     answered: AnsweredPrompts, likelihoods: Mapping[str, DomainFigures]
 ) -> dict[str, DomainFigures]:
@@ -158,3 +248,13 @@ def _longest_request(config: Config, prompts: Sequence[Prompt]) -> int:
     longest = max(len(prompt_ids(tokenizer, prompt)) for prompt in prompts)
     need = longest + config.evaluation.sampling["max_tokens"]
     return min(need, config.synthesis.max_sequence_tokens or need)
+
+
+def largest_difference(
+    trained: Mapping[str, list[float]], served: Mapping[str, list[float]]
+) -> float:
+    """Largest difference in nats over all tokens of all sequences; not a number, if any is none."""
+    differences = [
+        np.abs(np.subtract(trained[identifier], values)) for identifier, values in served.items()
+    ]
+    return float(np.max(np.concatenate(differences)))

@@ -18,7 +18,7 @@ def test_a_local_head_too_small_for_a_later_stage_is_not_started(tmp_path: Path)
     more = ["training.workers=3", "training.resources.num_cpus=2"]
     config = load_config(QUICKSTART, [f"storage.root={tmp_path}", *more])
     for refused in (dry_run_text, partial(distill.run, address=None)):
-        with pytest.raises(ClusterError, match=r"cannot hold the student \(3 of .*'CPU': 2"):
+        with pytest.raises(ClusterError, match=r"cannot hold the student: 3 of .*'CPU': 2"):
             refused(config)
     fits = load_config(QUICKSTART, [f"storage.root={tmp_path}", *more, "cluster.local_num_cpus=6"])
     assert "student: 3 x 2 CPU" in dry_run_text(fits)

@@ -51,6 +51,11 @@ ALLOWED_PREFIXES = {"deepspeed"}  # the dependency's name, not a concept of ours
 CEILING, MEDIAN, MOST_MODULES = 400, 150, 15
 
 
+FRAGMENTS = re.compile(
+    r"(What|Of|Who|Those|Whatever|Whose|Which|How|Where|When|As|By|To|In|On|For|From|With)\b"
+)
+
+
 def imported(path: Path) -> set[str]:
     """Top-level names imported anywhere in a module, inside functions too; type-checking blocks
     count.
@@ -142,6 +147,14 @@ def test_modules_are_short() -> None:
     lengths = {module: len((ROOT / module).read_text().splitlines()) for module in MODULES}
     assert {module: length for module, length in lengths.items() if length > CEILING} == {}
     assert statistics.median(lengths.values()) <= MEDIAN
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_docstrings_have_a_subject(module: Path) -> None:
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module
+    nodes = [n for n in ast.walk(ast.parse((ROOT / module).read_text())) if isinstance(n, kinds)]
+    docstrings = [text for node in nodes if (text := ast.get_docstring(node))]
+    assert [text for text in docstrings if FRAGMENTS.match(text)] == []
 
 
 def test_pipeline_imports_fast_and_light() -> None:

@@ -22,7 +22,7 @@ from pipeline.config.load import load_config
 from pipeline.config.losses import Loss
 from pipeline.config.run import Config
 from pipeline.config.scoring import Selection
-from pipeline.config.synthesis import Answer, Recipe
+from pipeline.config.synthesis import Answer, Recipe, authors_of
 from tests.support.command_line import ROOT
 from tests.support.documents import (
     DOCS,
@@ -159,7 +159,7 @@ def test_the_config_of_the_readme_loads(tmp_path: Path) -> None:
     assert config.storage.root == str(tmp_path / "output")
     (recipe,) = config.synthesis.recipes
     assert isinstance(recipe, Answer)
-    assert config.generators_of(recipe) == list(config.teachers)
+    assert authors_of(recipe, config.teachers) == list(config.teachers)
 
 
 @pytest.mark.parametrize("page", DOCS, ids=[page.name for page in DOCS])

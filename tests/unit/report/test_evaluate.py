@@ -14,8 +14,9 @@ from ray.remote_function import RemoteFunction
 
 from jobs.stages import evaluate, holdout, serving
 from jobs.stages import export as export_stage
-from jobs.stages.evaluate import largest_difference, model_figures, run_provenance
+from jobs.stages.evaluate import run_provenance
 from jobs.stages.holdout import HoldoutFigures
+from jobs.stages.serving import largest_difference, model_figures
 from pipeline.config.load import load_config
 from pipeline.config.rounds import layout_of
 from pipeline.config.run import Config
@@ -127,7 +128,7 @@ def test_the_same_measurements_make_the_same_report(
     figures = HoldoutFigures(
         likelihoods, {"student": {"s": [-1.0]}}, [], written.weights, written.product
     )
-    monkeypatch.setattr(evaluate, "serve_model", serve)
+    monkeypatch.setattr(serving, "serve_model", serve)
     monkeypatch.setattr(evaluate, "holdout_figures", lambda *_: figures)
     outcome = evaluate.evaluate(run, old.dataset())
     found = json.loads(Path(layout.report_json).read_text())

@@ -194,7 +194,7 @@ def run_all(template: AnswerTask, rows: list[Prompt], answers: dict[str, list[st
 
 def test_given_references_become_sequences(template: AnswerTask) -> None:
     rows = prompts(("q:", "x", "a1"), ("r:", "x", "b"))
-    record = plan_answers(replace(template, generator="dataset"), rows, 10)[0].from_references()
+    record = plan_answers(replace(template, author="dataset"), rows, 10)[0].from_references()
     first, _ = read_sequences(storage.join(template.layout.root, record.shard))
     assert (
         first.finish_reason == "dataset" and first.num_positions == 4
