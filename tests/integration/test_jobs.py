@@ -105,7 +105,7 @@ def test_a_running_job_is_attached_to_and_stopped_then_followed_by_a_new_attempt
     job = submit(client, "sleep", sleeper, custom_resources={"polystill_test": 0.5})
     wait_for_line(client, job, "asleep\n")
     assert submit(client, "sleep", sleeper) == job
-    with pytest.raises(ClusterError, match=f"{job} does sleep of the run tests with another"):
+    with pytest.raises(ClusterError, match=f"{job} runs sleep of the run tests with another"):
         submit(client, "sleep", "pass", digest="other")
     assert stop_job(client, job, timeout=30) == JobStatus.STOPPED
     assert stop_job(client, job, timeout=30) == JobStatus.STOPPED
