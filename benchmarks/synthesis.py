@@ -161,15 +161,17 @@ class Bench:
         with patch.object(synthesize, "run_pools", self._run_pools):
             return synthesize.synthesize(run)
 
-    def _run_pools(self, jobs: Sequence[TeacherWork]) -> dict[str, PoolReport]:
+    def _run_pools(self, all_work: Sequence[TeacherWork]) -> dict[str, PoolReport]:
         """The pool's own dispatcher with the engine of this process."""
-        (job,) = jobs
-        self.tasks, started = job.tasks, time.perf_counter()
-        dispatcher = Dispatcher(job.name, lambda: Replica(self._teacher), job.replicas, job.tasks)
+        (work,) = all_work
+        self.tasks, started = work.tasks, time.perf_counter()
+        dispatcher = Dispatcher(
+            work.name, lambda: Replica(self._teacher), work.replicas, work.tasks
+        )
         running = asyncio.run_coroutine_threadsafe(dispatcher.run(), self._loop)
         report = running.result()
         self.seconds_asking.append(time.perf_counter() - started)
-        return {job.name: report}
+        return {work.name: report}
 
 
 async def measure(bench: Bench, rounds: int) -> list[dict[str, Any]]:
@@ -186,9 +188,9 @@ async def measure(bench: Bench, rounds: int) -> list[dict[str, Any]]:
             asking = bench.seconds_asking[-1] if name == "stage" else seconds
             shares[name].append(asking / seconds)
         print(f"round {turn + 1} of {rounds}", flush=True)
-    counts = bench.outcome["counts"][TEACHER]
+    counts = bench.record.counts[TEACHER]
     kept = {"engine": None, "stage": int(counts["kept"])}
-    dropped = {"engine": None, "stage": sum(each["dropped"] for each in bench.outcome["filters"])}
+    dropped = {"engine": None, "stage": sum(each["dropped"] for each in bench.record.filters)}
     return [
         {
             "way": name,

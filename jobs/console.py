@@ -16,9 +16,12 @@ class ConsoleHandler(logging.Handler):
     """Prints messages as they are, to the streams that the process has at that moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Prints one message and flushes it."""
+        """Prints one message and flushes it; a closed terminal must not stop the work."""
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
-        print(self.format(record), file=stream, flush=True)
+        try:
+            print(self.format(record), file=stream, flush=True)
+        except (OSError, ValueError):
+            self.handleError(record)
 
 
 def log_to_console() -> None:

@@ -60,7 +60,7 @@ def _open(uri: str) -> tuple[fs.FileSystem, str]:
         filesystem, path = fs.FileSystem.from_uri(uri + options)
     except (pa.ArrowInvalid, OSError) as error:
         raise StorageError(
-            f"cannot reach {uri}: {error}. Check its scheme (s3://, gs://), its bucket and the "
+            f"cannot reach {uri}: {error}; check its scheme (s3://, gs://), its bucket and the "
             "credentials of this machine"
         ) from error
     return filesystem, path
@@ -81,7 +81,7 @@ def explained(action: str, uri: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageError(
-                f"cannot {action} {uri}: the disk is full. Everything finished so far is kept; "
+                f"cannot {action} {uri}: the disk is full; everything finished so far is kept; "
                 "free some space and run the same command again"
             ) from error
         is_object = "://" in uri and not uri.startswith("file://")

@@ -49,7 +49,9 @@ def train_student(spec: TrainingSpec) -> dict[str, Any]:
         StorageError: the disk is full; the training's checkpoints are kept.
     """
     if storage.exists(spec.summary_path):
-        return _finished(spec)
+        summary = _finished(spec)
+        logger.info("%s: training is complete -> %s", spec.student, spec.folder)
+        return summary
     check_deepspeed_options(spec.config.training.deepspeed)
     resume, training = prepare_resume(spec), spec.config.training
     logger.info(
@@ -221,5 +223,4 @@ def _finished(spec: TrainingSpec) -> dict[str, Any]:
             + "\nto keep it, restore the old values; to train anew, choose another `name` for the "
             "run or remove that folder"
         )
-    logger.info("%s: training is complete -> %s", spec.student, spec.folder)
     return summary

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from pipeline import storage
-from pipeline.config.losses import StateLoss
+from pipeline.config.losses import HiddenStatesLoss
 from pipeline.config.training import TrainingConfig
 from pipeline.errors import TrainingError
 from pipeline.run.training_spec import TrainingSpec
@@ -188,7 +188,7 @@ def distribution_losses(spec: TrainingSpec) -> tuple[DistributionLoss, ...]:
     return tuple(
         loss_from_config(loss.name, loss.model_dump())
         for loss in spec.losses
-        if not isinstance(loss, StateLoss)
+        if not isinstance(loss, HiddenStatesLoss)
     )
 
 
@@ -204,7 +204,7 @@ def hidden_states_losses(
     losses = tuple(
         layer_loss_from_config(loss.name, loss.model_dump(), stored_layers[loss.teacher])
         for loss in spec.losses
-        if isinstance(loss, StateLoss)
+        if isinstance(loss, HiddenStatesLoss)
     )
     if not losses:
         return None

@@ -270,7 +270,7 @@ class Teacher(Protocol):
         ...
 
     def canary(self) -> Canary | None:
-        """The canary that this teacher has scored; None if none of its rows are kept."""
+        """The canary that this teacher has scored; None if its rows are not stored."""
         ...
 
     def metadata(self) -> dict[str, Any]:

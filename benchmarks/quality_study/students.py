@@ -118,7 +118,8 @@ SOURCES = [
         "students/model.py",
         "students/losses/distillation.py",
     ),
-    *("students/losses/outcomes.py", "students/losses/divergences.py"),
+    *("students/losses/chunk.py", "students/losses/divergences.py"),
+    *("students/losses/inputs.py", "students/losses/outcomes.py"),
 ]
 """The modules that decide a student's losses, beside those that decide the material."""
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline import storage
 from pipeline.config.combine import LearnedWeights
 from pipeline.config.run import Config
 from pipeline.config.synthesis import STUDENT
 from pipeline.config.teachers import TeacherConfig
+from pipeline.errors import CorruptFileError
 from pipeline.fingerprint import digest_json
 from pipeline.layout import Layout
 from pipeline.run.prepared_run import Run
@@ -61,9 +62,20 @@ class StageRecord(BaseModel):
 
 
 def read_record(layout: Layout, stage: str) -> StageRecord:
-    """The record of a stage; one without a key if the stage has never finished."""
+    """The record of a stage; one without a key if the stage has never finished.
+
+    Raises:
+        CorruptFileError: the file is no stage record.
+    """
     path = layout.stage_record(stage)
-    return StageRecord.model_validate(storage.read_json(path) if storage.exists(path) else {})
+    stored = storage.read_json(path) if storage.exists(path) else {}
+    try:
+        return StageRecord.model_validate(stored)
+    except ValidationError as error:
+        raise CorruptFileError(
+            f"{path} is no record of the stage {stage}: {error.errors()[0]['msg']}; remove the "
+            "file and let the stage run again"
+        ) from error
 
 
 def write_record(layout: Layout, stage: str, record: StageRecord) -> None:

@@ -33,8 +33,16 @@ def add_cache_commands(
         add_config(command)
         return command
 
-    add("status", _status, "shards, missing, stale and quarantined rows, and runs that use them")
-    command = add("regenerate", _regenerate, "score stale, missing or corrupt rows, and no others")
+    add(
+        "status",
+        _status,
+        "shards, stale caches, missing and quarantined rows, and runs that use them",
+    )
+    command = add(
+        "regenerate",
+        _regenerate,
+        "score rows that are missing, corrupt or asked for anew, and no others",
+    )
     _regenerate_arguments(command)
     text = "check every shard and row; exit code 1 if something is wrong"
     _verify_arguments(add("verify", _verify, text))
@@ -51,7 +59,9 @@ def add_cache_commands(
     _teacher(command, "teacher whose rows they are", required=True)
     command.add_argument("--format", choices=IMPORTS, required=True)
     command.add_argument("--input", metavar="FOLDER", required=True)
-    command = add("gc", _gc, "remove everything that no run, checkpoint or manifest names")
+    command = add(
+        "gc", _gc, "remove caches and generations that no run, checkpoint or manifest names"
+    )
     command.add_argument("--dry-run", action="store_true", help="list the garbage; remove nothing")
     text = "also remove unfinished forced regenerations"
     command.add_argument("--unfinished", action="store_true", help=text)

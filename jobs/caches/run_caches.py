@@ -80,7 +80,7 @@ class RunCaches:
 
 
 def open_caches(config: Config) -> RunCaches:
-    """Opens the caches of a run; if its config has changed, those that it asks for now.
+    """Opens the caches of a run, or those of its new config if that has changed since prepare.
 
     A run of several rounds has the sequences of all, and the caches of the newest round.
 

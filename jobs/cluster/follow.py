@@ -196,7 +196,7 @@ def failure_message(
             f"the job {submission_id} ended as {info.status}{code}; its last lines:",
             *(f"  {line}" for line in shown),
             *remedies,
-            f"All of it: {show_all}",
+            f"the whole log: {show_all}",
         ]
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -44,8 +43,6 @@ from pipeline.run.costs import stage_cost
 from pipeline.run.prepared_run import Run
 from pipeline.sequences import read_dataset
 from pipeline.synthesis.prompts import load_prompts
-
-logger = logging.getLogger(__name__)
 
 ENGINE_TOLERANCE = {"float32": 1e-2, "bfloat16": 0.5}
 """Largest difference in nats between the engine's and the trained weights' log-probabilities of the

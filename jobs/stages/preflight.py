@@ -136,7 +136,7 @@ def _check_room(config: Config, place: str, name: str, prompt: int, answer: int)
     if not teacher.returns_text and need > (teacher.max_model_len or need):
         raise ConfigError(
             f"{place}: {name} holds max_model_len = {teacher.max_model_len} tokens; the longest "
-            f"prompt ({prompt}) and sampling.max_tokens ({answer}) need {need}. Raise "
+            f"prompt ({prompt}) and sampling.max_tokens ({answer}) need {need}: raise "
             "max_model_len, lower max_tokens, or set synthesis.max_sequence_tokens to at most "
             f"{teacher.max_model_len}: prompts that leave no room are then dropped and counted"
         )

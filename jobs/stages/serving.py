@@ -234,7 +234,7 @@ def answers_line(
 
 
 def exact_match_words(domains: Mapping[str, DomainFigures]) -> list[str]:
-    """Each domain with a model's exact match there, where it was measured."""
+    """Domains with the model's exact match in each; domains without a measurement are left out."""
     return [
         f"{domain} {figures.exact_match:.1%}"
         for domain, figures in domains.items()
@@ -253,7 +253,7 @@ def _longest_request(config: Config, prompts: Sequence[Prompt]) -> int:
 def largest_difference(
     trained: Mapping[str, list[float]], served: Mapping[str, list[float]]
 ) -> float:
-    """Largest difference in nats over all tokens of all sequences; not a number, if any is none."""
+    """Largest difference in nats over all tokens of all sequences; NaN if any of them is NaN."""
     differences = [
         np.abs(np.subtract(trained[identifier], values)) for identifier, values in served.items()
     ]

@@ -28,7 +28,7 @@ from teachers.tokenizing import prompt_ids, student_tokenizer
 
 
 def synthesize(run: Run) -> StageRecord:
-    """Has the missing prompts and answers of all recipes written, and writes the run's dataset.
+    """Lets teachers write the missing prompts and answers of all recipes, and writes the dataset.
 
     Raises:
         TeacherError: no answer of the train or hold-out split was kept, or an engine cannot run.
@@ -70,7 +70,7 @@ def _write_prompts(run: Run, work: StepWork) -> dict[str, float]:
     template = RewriteTask(
         layout=run.layout,
         author=name,
-        recipe_digest=work.digest,
+        identity_digest=work.digest,
         requests=(),
         student=config.student,
         sampling=sampling_of(recipe, name),
@@ -128,7 +128,7 @@ def _template(run: Run, work: StepWork) -> AnswerTask:
     return AnswerTask(
         layout=run.layout,
         author=work.step.author,
-        recipe_digest=work.digest,
+        identity_digest=work.digest,
         prompts=(),
         student=config.student,
         sampling=sampling_of(recipe, work.step.author),

@@ -1,4 +1,4 @@
-"""Generations of a cache: the one that a run uses, all that are named, and the start of the next.
+"""Generations of a cache: which one a run uses, which ones are named, and how the next one begins.
 
     caches/<teacher>-<hash>/  manifest.json  g1/  g1.index.parquet  g2/  g2.regeneration.json
 

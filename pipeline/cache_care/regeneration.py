@@ -196,7 +196,7 @@ def check_complete(source: CacheLayout, target: CacheLayout) -> None:
     """Checks that a generation has a row for every sequence of the generation before it.
 
     Raises:
-        CacheError: a sequence has no row, for instance since it could not be scored again.
+        CacheError: a sequence has no row, for instance because it could not be scored again.
     """
     before = {identifier for entry in load_index(source) for identifier in entry.sequence_ids}
     after = {identifier for entry in load_index(target) for identifier in entry.sequence_ids}
@@ -207,7 +207,7 @@ def check_complete(source: CacheLayout, target: CacheLayout) -> None:
     reason = f"; could not be scored again: {', '.join(sorted(named)[:3])}" if named else ""
     raise CacheError(
         f"{target.shards_folder} lacks {len(lost)} of the {len(before)} sequences of generation "
-        f"{source.generation}, which stays the current one{reason}. Rerun the command to try them "
+        f"{source.generation}, which stays the current one{reason}: rerun the command to try them "
         "again; or discard the new generation with `polystill cache gc CONFIG --unfinished` and "
         "exclude them with `--where sequence_id!=ID`, which keeps the old row of a sequence"
     )

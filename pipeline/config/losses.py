@@ -97,7 +97,7 @@ class JensenShannon(TeacherLoss):
         if not 0 < beta < 1:
             raise ValueError(
                 f"beta ({beta:g}) must lie between 0 and 1, both excluded: at either end this "
-                "divergence is 0 for every student. Use forward_kl or reverse_kl, which others "
+                "divergence is 0 for every student; use forward_kl or reverse_kl, which others "
                 "call its ends"
             )
         return beta
@@ -143,7 +143,7 @@ class CrossEntropy(LossSection):
     type: Literal["cross_entropy"]
 
 
-class StateLoss(LossSection):
+class HiddenStatesLoss(LossSection):
     """Fields that all losses between hidden states of one teacher and of the student share.
 
     Both are taken at the indices whose logits are trained. The teacher's hidden states are captured
@@ -173,7 +173,7 @@ class StateLoss(LossSection):
         return "_".join([self.type, self.kind, self.teacher, *layers])
 
 
-class HiddenState(StateLoss):
+class HiddenState(HiddenStatesLoss):
     """Distance between the hidden states of student and teacher at each position."""
 
     type: Literal["hidden_state"]
@@ -189,7 +189,7 @@ class HiddenState(StateLoss):
         return self.measure
 
 
-class Relation(StateLoss):
+class Relation(HiddenStatesLoss):
     """Difference between student and teacher in the relations among hidden states.
 
     Relations need no equal sizes and no projection.

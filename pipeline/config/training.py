@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pipeline.config.base import Count, Fraction, Positive, Resources, Section
 from pipeline.config.deepspeed import check_deepspeed
-from pipeline.config.losses import Loss, StateLoss
+from pipeline.config.losses import HiddenStatesLoss, Loss
 
 IDENTITY = (
     "seed",
@@ -131,7 +131,7 @@ class TrainingConfig(Section):
         """Layers whose hidden states the losses need, in ascending order, by teacher."""
         layers: dict[str, set[int]] = {}
         for loss in self.losses:
-            if isinstance(loss, StateLoss):
+            if isinstance(loss, HiddenStatesLoss):
                 layers.setdefault(loss.teacher, set()).update(loss.layers)
         return {teacher: tuple(sorted(numbers)) for teacher, numbers in layers.items()}
 

@@ -8,6 +8,7 @@ scoring. Dropped answers are written with their reasons before the next filter r
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -25,6 +26,8 @@ from pipeline.layout import Layout
 from pipeline.records import DatasetEntry
 from pipeline.storage import files_below, join, read_bytes
 from pipeline.synthesis.rejected import Rejected, write_rejected
+
+logger = logging.getLogger(__name__)
 
 FILTERS: dict[str, Callable[[Any, Sequence[Candidate], Evidence], dict[int, str]]] = {
     "length": length,
@@ -85,13 +88,14 @@ def run_filters(
             details = FILTERS[rule.type](rule, [left[i] for i in seen], evidence)
         except FilterError as error:
             raise FilterError(
-                f"{error}; dropped so far: {filter_summary(done) or 'nothing'}. All answers are "
+                f"{error}; dropped so far: {filter_summary(done) or 'nothing'}; all answers are "
                 "kept, and no teacher is asked again"
             ) from error
         dropped = {seen[i]: detail for i, detail in details.items()}
         path = layout.rejected(digest, f"{position}-{rule.type}")
         if dropped:
             write_rejected(path, [_rejected(left[i], rule, why) for i, why in dropped.items()])
+            logger.info("filter %s dropped %d answers, see %s", rule.type, len(dropped), path)
         done.append(_counts(rule, len(seen), [left[i].entry for i in dropped], dropped.values()))
         splits = {candidate.entry.split for candidate in left}
         left = [candidate for i, candidate in enumerate(left) if i not in dropped]
@@ -177,7 +181,7 @@ def _check_left(
         last = json.dumps(done[-1]["examples"][:2], ensure_ascii=False)
         raise FilterError(
             f"the filter {rule.type} leaves no sequence of the {split} split; dropped so far: "
-            f"{filter_summary(done)}; by {rule.type}, for example: {last}. The dropped answers lie "
-            f"in {path}. Loosen the filter, remove it, or give other prompts; all answers are "
+            f"{filter_summary(done)}; by {rule.type}, for example: {last}; the dropped answers lie "
+            f"in {path}: loosen the filter, remove it, or give other prompts; all answers are "
             "kept, and no teacher is asked again"
         )

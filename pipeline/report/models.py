@@ -58,7 +58,7 @@ class DomainFigures(FrozenModel):
     kl_to_mixture: float | None = None
     """KL divergence to the mixture of the teachers, in nats per token."""
     kl_bounded_mass: float | None = None
-    """Share of the mixture's mass that makes the KL divergence a lower bound; 0 for exact ones."""
+    """Share of the mixture's mass that makes the KL divergence a lower bound; 0 if it is exact."""
     top1_agreement: float | None = None
     """Share of positions at which the model's likeliest token is the mixture's."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline import storage
 from pipeline.cache import hidden_states, logprobs
@@ -20,7 +20,7 @@ from pipeline.config.run import Config
 from pipeline.config.scoring import selection_of
 from pipeline.config.synthesis import Writing
 from pipeline.config.teachers import NEUTRAL_ENDPOINT_KEYS
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, CorruptFileError
 from pipeline.filters.answer_checkers import checker_identity
 from pipeline.fingerprint import digest_json
 from pipeline.layout import Layout
@@ -155,9 +155,9 @@ def read_prepared(layout: Layout) -> Prepared:
     """The outcome of the last prepare stage, whatever has changed since.
 
     Raises:
-        StorageError: the run was never prepared.
+        StorageError: the run was never prepared, or the file is corrupt.
     """
-    return Prepared.model_validate(storage.read_json(layout.prepared))
+    return _validated(layout, storage.read_json(layout.prepared))
 
 
 def load_prepared(config: Config, layout: Layout) -> Prepared | None:
@@ -165,7 +165,18 @@ def load_prepared(config: Config, layout: Layout) -> Prepared | None:
     if not storage.exists(layout.prepared):
         return None
     stored = storage.read_json(layout.prepared)
-    return Prepared.model_validate(stored) if stored["key"] == preparation_key(config) else None
+    is_current = isinstance(stored, dict) and stored.get("key") == preparation_key(config)
+    return _validated(layout, stored) if is_current else None
+
+
+def _validated(layout: Layout, stored: Any) -> Prepared:
+    try:
+        return Prepared.model_validate(stored)
+    except ValidationError as error:
+        raise CorruptFileError(
+            f"{layout.prepared} is not what the prepare stage writes: "
+            f"{error.errors()[0]['msg']}; remove the file and let prepare run again"
+        ) from error
 
 
 def save_prepared(layout: Layout, prepared: Prepared) -> None:

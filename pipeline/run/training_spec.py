@@ -10,7 +10,13 @@ from pipeline.cache.projection import hidden_states_of
 from pipeline.combine.learned import learned_weights, with_learned
 from pipeline.combine.weights import required_teachers
 from pipeline.config.combine import ByDomainWeights, CombineConfig
-from pipeline.config.losses import CrossEntropy, Loss, StateLoss, TeacherLoss, sequences_together
+from pipeline.config.losses import (
+    CrossEntropy,
+    HiddenStatesLoss,
+    Loss,
+    TeacherLoss,
+    sequences_together,
+)
 from pipeline.config.run import Config
 from pipeline.layout import CacheLayout, Layout
 from pipeline.run.prepared_run import Run
@@ -101,7 +107,7 @@ class TrainingSpec:
     @property
     def hidden_states_teachers(self) -> list[str]:
         """The teachers whose hidden states a loss needs."""
-        return sorted({loss.teacher for loss in self.losses if isinstance(loss, StateLoss)})
+        return sorted({loss.teacher for loss in self.losses if isinstance(loss, HiddenStatesLoss)})
 
     @property
     def sequences_together(self) -> int:

@@ -27,7 +27,7 @@ def check_placement(
     request = {key: amount for key, amount in request.items() if amount > 0}
     offers = [node["Resources"] for node in nodes if node["Alive"]]
     if sum(_fitting(request, offer, count) for offer in offers) < count:
-        # Not asked for by anyone here, like the `node:<address>` resources.
+        # No actor asks for these, nor for `node:<address>`, so the message leaves them out.
         hidden = ("memory", "object_store_memory")
         shown = [
             {key: n for key, n in offer.items() if key not in hidden and ":" not in key}

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from pipeline.config.base import ModelFiles
-from pipeline.config.losses import HiddenState, StateLoss
+from pipeline.config.losses import HiddenState, HiddenStatesLoss
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
 
@@ -22,7 +22,7 @@ def check_layers(config: Config) -> None:
     """
     student = text_config(config.student.files)
     for loss in config.training.losses:
-        if not isinstance(loss, StateLoss):
+        if not isinstance(loss, HiddenStatesLoss):
             continue
         files = config.teachers[loss.teacher].files
         assert files is not None, "the config refuses losses on hidden states of an endpoint"

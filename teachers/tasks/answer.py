@@ -1,8 +1,8 @@
 """Answers: one prompt shard becomes one sequence shard.
 
-`synthesis/<recipe digest>/<prompt shard digest>.json`, the answered shard, is written last and maps
-the prompts to their sequence shard. A prompt is new if no answered shard of its recipe knows its
-content. The dataset of a run is built from the answered shards.
+`synthesis/<identity digest>/<prompt shard digest>.json`, the answered shard, is written last and
+maps the prompts to their sequence shard. A prompt is new if no answered shard of its identity knows
+its content. The dataset of a run is built from the answered shards.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class AnswerTask:
     Attributes:
         layout: layout of the run.
         author: name of the teacher that answers, `student`, or `dataset` for given references.
-        recipe_digest: digest that names the recipe's folder.
+        identity_digest: digest of the recipe's identity, which names its folder.
         prompts: the prompts.
         student: student, whose tokenizer is used.
         sampling: parameters of vLLM's `SamplingParams`.
@@ -51,7 +51,7 @@ class AnswerTask:
 
     layout: Layout
     author: str
-    recipe_digest: str
+    identity_digest: str
     prompts: tuple[Prompt, ...]
     student: StudentConfig
     sampling: dict[str, Any]
@@ -152,7 +152,7 @@ class AnswerTask:
 
     def _write(self, outcome: ShardReplies) -> AnsweredShard:
         return write_answered_shard(
-            self.layout, self.recipe_digest, self.author, self.prompts, outcome
+            self.layout, self.identity_digest, self.author, self.prompts, outcome
         )
 
     def _sequence(
@@ -191,7 +191,7 @@ def plan_answers(
         prompts_per_shard: largest number of prompts of a task.
     """
     groups: dict[str, list[Prompt]] = {}
-    for prompt in new_prompts(template.layout, template.recipe_digest, prompts):
+    for prompt in new_prompts(template.layout, template.identity_digest, prompts):
         groups.setdefault(prompt.domain, []).append(prompt)
     return [
         replace(template, prompts=tuple(group[start : start + prompts_per_shard]))

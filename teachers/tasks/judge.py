@@ -3,8 +3,8 @@
 The engine may write nothing but one digit, so every reply is a grade. A teacher that exchanges text
 cannot be limited in this way; its replies that are no grade count as ungraded.
 
-`judgements/<recipe digest>/<digest of the sequence ids>.json` holds the grades of a shard; a
-sequence is graded once under a recipe.
+`judgements/<identity digest>/<digest of the sequence ids>.json` holds the grades of a shard; a
+sequence is graded once under an identity.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class JudgeTask:
 
     Attributes:
         layout: layout of the run.
-        recipe_digest: digest that names the folder of the grades.
+        identity_digest: digest that names the folder of the grades.
         questions: sequence ids, each with the rubric into which prompt and answer are filled.
         student: student, whose tokenizer is used.
         is_bound: the judge can be kept from writing anything but a grade.
     """
 
     layout: Layout
-    recipe_digest: str
+    identity_digest: str
     questions: tuple[tuple[str, Prompt], ...]
     student: StudentConfig
     is_bound: bool = True
@@ -104,7 +104,7 @@ class JudgeTask:
 
     def _write(self, grades: dict[str, int | None]) -> None:
         name = digest_ids(grades)
-        storage.write_json(self.layout.judgements(self.recipe_digest, f"{name}.json"), grades)
+        storage.write_json(self.layout.judgements(self.identity_digest, f"{name}.json"), grades)
 
 
 def read_grade(reply: str) -> int | None:
@@ -135,21 +135,21 @@ def grade_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, int]:
     return grade_of
 
 
-def read_grades(layout: Layout, recipe_digest: str) -> dict[str, int | None]:
-    """All grades under a recipe by sequence id; None for an answer that could not be graded."""
+def read_grades(layout: Layout, identity_digest: str) -> dict[str, int | None]:
+    """All grades under an identity by sequence id; None for an answer that could not be graded."""
     grades: dict[str, int | None] = {}
-    folder = layout.judgements(recipe_digest)
+    folder = layout.judgements(identity_digest)
     for info in storage.list_files(folder, ".json"):
         grades |= storage.read_json(storage.join(folder, info.base_name))
     return grades
 
 
-def forget_ungraded(layout: Layout, recipe_digest: str) -> int:
+def forget_ungraded(layout: Layout, identity_digest: str) -> int:
     """Forgets the answers that could not be graded, so that they are asked again; returns their
     number.
     """
     num_forgotten = 0
-    folder = layout.judgements(recipe_digest)
+    folder = layout.judgements(identity_digest)
     for info in storage.list_files(folder, ".json"):
         path = storage.join(folder, info.base_name)
         grades = storage.read_json(path)

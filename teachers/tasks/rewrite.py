@@ -31,7 +31,7 @@ class RewriteTask:
     Attributes:
         layout: layout of the run.
         author: name of the teacher that writes.
-        recipe_digest: digest that names the recipe's folder.
+        identity_digest: digest of the recipe's identity, which names its folder.
         requests: the requests.
         student: student, whose tokenizer is used.
         sampling: parameters of vLLM's `SamplingParams`.
@@ -42,7 +42,7 @@ class RewriteTask:
 
     layout: Layout
     author: str
-    recipe_digest: str
+    identity_digest: str
     requests: tuple[PromptRequest, ...]
     student: StudentConfig
     sampling: dict[str, Any]
@@ -117,7 +117,9 @@ class RewriteTask:
 
     def _write(self, outcome: ShardReplies) -> AnsweredShard:
         prompts = [request.prompt for request in self.requests]
-        return write_answered_shard(self.layout, self.recipe_digest, self.author, prompts, outcome)
+        return write_answered_shard(
+            self.layout, self.identity_digest, self.author, prompts, outcome
+        )
 
 
 def plan_rewrites(
@@ -131,7 +133,9 @@ def plan_rewrites(
         requests_per_shard: largest number of requests of a task.
     """
     prompts = [request.prompt for request in requests]
-    new_ones = new_prompts(template.layout, template.recipe_digest, prompts, template.max_model_len)
+    new_ones = new_prompts(
+        template.layout, template.identity_digest, prompts, template.max_model_len
+    )
     new = {prompt.prompt_id for prompt in new_ones}
     groups: dict[str, list[PromptRequest]] = {}
     for request in requests:

@@ -78,7 +78,7 @@ def test_a_failed_job_shows_its_last_lines_and_how_to_see_all(client, ray_head):
     assert f"{job} ended as FAILED with exit code 1" in message
     assert "no such teacher: qwen" in message
     assert "line 49\n" in message and "line 30\n" not in message
-    assert message.endswith("All of it: less job.log") and "memory" not in message
+    assert message.endswith("the whole log: less job.log") and "memory" not in message
     # A failed attempt gives way to the next one.
     assert submit(client, "broken", "pass") == "tests-broken-0a1b-a2"
 

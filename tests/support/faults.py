@@ -307,7 +307,7 @@ def assert_whole(
             assert_same_rows(some, {name: expected[name] for name in some})
     errors = store.quarantined()
     assert errors.keys() == {material.poison}
-    assert "has ids outside 0 to" in errors[material.poison]
+    assert "token ids outside 0 to" in errors[material.poison]
     assert_derived_from_shards(store)
     return {name: found[0] for name, found in rows.items()}
 

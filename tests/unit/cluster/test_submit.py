@@ -367,7 +367,7 @@ def failure(*log: str) -> list[str]:
         get_job_logs=lambda _: "\n".join(log),
     )
     first, *shown, last = failure_message(client, "id", "less id.log").splitlines()  # pyright: ignore
-    assert first.startswith("the job id ended as FAILED") and last == "All of it: less id.log"
+    assert first.startswith("the job id ended as FAILED") and last == "the whole log: less id.log"
     return [line.removeprefix("  ") for line in shown]
 
 

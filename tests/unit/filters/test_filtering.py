@@ -1,9 +1,12 @@
 """Filters inside their stages: a new dataset, no new answers, no new rows."""
 
+import logging
 import math
+import re
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow.parquet as pq
 import pytest
 
@@ -24,10 +27,11 @@ from pipeline.run.prepared_run import Run
 from pipeline.sequences import read_dataset
 from pipeline.synthesis.prompts import read_prompts, write_prompts
 from tests.support import fabricated
-from tests.support.command_line import QUICKSTART
+from tests.support.command_line import QUICKSTART, ROOT
 from tests.support.fabricated import FakePools
 from tests.support.quickstart import some_prompts
 
+SYNTHESIS_PAGE = ROOT / "docs/synthesis.md"
 NUM_TRAIN, NUM_HOLDOUT = 8, 3  # prompts of each domain
 
 
@@ -87,7 +91,10 @@ def stage(config: Config, name: str) -> dict[str, Any]:
     return record.model_dump(exclude_unset=True)
 
 
-def test_another_filter_makes_another_dataset_and_asks_nobody_again(arguments: list[str]) -> None:
+def test_another_filter_makes_another_dataset_and_asks_nobody_again(
+    arguments: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     config = config_with(arguments, "[]")
     whole = stage(config, "synthesize")
     layout = layout_of(config)
@@ -106,6 +113,11 @@ def test_another_filter_makes_another_dataset_and_asks_nobody_again(arguments: l
     (path,) = Path(layout.root).glob("rejected/*/0-length.parquet")
     row = next(r for r in pq.read_table(path).to_pylist() if r["split"] == "train")
     assert row["prompt"].startswith("reverse ") and len(row["answer"]) == 4
+    said = [r.getMessage() for r in caplog.records if r.name == "pipeline.filters.run"]
+    assert said == [f"filter length dropped {NUM_TRAIN + NUM_HOLDOUT} answers, see {path}"]
+    (block,) = re.findall(r"SELECT .* = 'ID'", SYNTHESIS_PAGE.read_text())
+    query = block.replace("ROOT", layout.root).replace("'ID'", f"'{row['prompt_id']}'")
+    assert duckdb.sql(query).fetchall() == [(row["reason"], row["detail"], row["answer"])]
 
 
 def test_the_filters_of_the_quickstart_find_bad_answers(

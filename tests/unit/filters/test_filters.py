@@ -272,7 +272,7 @@ def test_balance_without_a_sequence_of_a_domain_says_what_was_dropped(tmp_path: 
     shares = rule(type="balance", shares={"d": 1.0, "e": 1.0}, spares=["student"])
     rules = [rule(type="length", max_tokens=3), shares]
     with pytest.raises(
-        FilterError, match=r"balance finds no sequence of \['e'\].*dropped so far: length 1/4\."
+        FilterError, match=r"balance finds no sequence of \['e'\].*dropped so far: length 1/4;"
     ):
         run_filters(Layout(str(tmp_path), "run"), "digest", rules, rows, Evidence())
 

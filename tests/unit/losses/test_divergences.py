@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from pipeline.config.losses import Loss, StateLoss
+from pipeline.config.losses import HiddenStatesLoss, Loss
 from students.losses.chunk import figure_names
 from students.losses.distillation import (
     Targets,
@@ -193,7 +193,9 @@ def test_the_config_of_a_loss_gives_its_parameters(settings, expected):
 def test_every_loss_of_the_config_has_a_class():
     sections = get_args(get_args(Loss)[0])
     types = {section: get_args(section.model_fields["type"].annotation) for section in sections}
-    on_hidden_states = {types[section][0] for section in sections if issubclass(section, StateLoss)}
+    on_hidden_states = {
+        types[section][0] for section in sections if issubclass(section, HiddenStatesLoss)
+    }
     assert on_hidden_states == LAYER_LOSSES.keys()
     assert {name for names in types.values() for name in names} - on_hidden_states == LOSSES.keys()
 

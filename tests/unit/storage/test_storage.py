@@ -35,7 +35,7 @@ def test_an_object_store_is_written_read_and_listed(bucket: str) -> None:
 
 
 def test_an_unknown_scheme_is_named_with_what_to_check() -> None:
-    with pytest.raises(StorageError, match=r"cannot reach nowhere://bucket/x.*Check its scheme"):
+    with pytest.raises(StorageError, match=r"cannot reach nowhere://bucket/x.*check its scheme"):
         storage.exists("nowhere://bucket/x")
 
 

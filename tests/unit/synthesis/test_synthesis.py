@@ -46,7 +46,7 @@ def template(tmp_path: Path) -> AnswerTask:
     return AnswerTask(
         layout=Layout(str(tmp_path / "root"), "run"),
         author="t",
-        recipe_digest="recipe",
+        identity_digest="recipe",
         prompts=(),
         student=StudentConfig(model=str(tmp_path / "student"), initialization="random"),
         sampling={"max_tokens": 5},
@@ -170,7 +170,7 @@ def test_halves_hold_the_same_prompts(template: AnswerTask) -> None:
 def test_the_dataset_follows_the_prompts_and_merges_equal_answers(template: AnswerTask) -> None:
     rows = prompts(("a", "x", "1"), ("b", "y", "2"), ("c", "x", None))
     run_all(template, rows, {"a": ["1"] * 3, "b": ["2"] * 3, "c": ["q", "r", "q"]})
-    other = replace(template, author="u", recipe_digest="other")
+    other = replace(template, author="u", identity_digest="other")
     run_all(other, rows, {"a": ["1"] * 3, "b": ["3"] * 3, "c": ["r", "s", "s"]})
     entries = build_dataset(template.layout, rows, [("recipe", rows), ("other", rows)])
     assert [(e.prompt_id, e.authors) for e in entries] == [
@@ -269,8 +269,8 @@ def test_every_sample_counts_whichever_recipe_it_is_of(template: AnswerTask) -> 
     """One teacher in two recipes, another in a third, and one of the recipes in two steps."""
     rows = prompts(("a", "x", None))
     run_all(template, rows, {"a": ["1", "1", "1"]})
-    run_all(replace(template, recipe_digest="warmer"), rows, {"a": ["1", "2", "1"]})
-    run_all(replace(template, author="u", recipe_digest="other"), rows, {"a": ["2", "1", "3"]})
+    run_all(replace(template, identity_digest="warmer"), rows, {"a": ["1", "2", "1"]})
+    run_all(replace(template, author="u", identity_digest="other"), rows, {"a": ["2", "1", "3"]})
     asked = [("recipe", rows), ("recipe", rows), ("warmer", rows), ("other", rows)]
     counts = sample_counts(template.layout, asked)
     texts = [entry.sequence_id for entry in build_dataset(template.layout, rows, asked)]
