@@ -223,7 +223,9 @@ def test_ci_runs_the_make_commands_of_the_readme_and_the_linter() -> None:
 
 
 def test_make_help_lists_every_target_in_lines_of_a_terminal() -> None:
-    made = subprocess.run(["make", "help"], cwd=ROOT, check=True, capture_output=True, text=True)
+    # Below another `make`, such as `make test`, the folders would be printed as well.
+    command = ["make", "--no-print-directory", "help"]
+    made = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     lines = made.stdout.splitlines()
     (targets,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert {line.split()[0] for line in lines if not line.startswith(" ")} == set(targets.split())
