@@ -6,7 +6,7 @@ dictionary of `pipeline/filters/run.py`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -23,7 +23,9 @@ Compared = Literal["prompt", "answer", "both"]
 class FilterSection(Section):
     """Fields that all filters share."""
 
-    type: str
+    if TYPE_CHECKING:  # each subclass has its field, behind the shared ones
+        type: str
+
     spares: list[Name] = Field(default_factory=list)
     """Authors whose answers the filter neither looks at nor drops: names of teachers, `student` or
     `dataset`. Use `[student]` for a student on its own policy, which learns from its mistakes."""

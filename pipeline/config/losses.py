@@ -7,7 +7,7 @@ A new loss needs its model here, in the union `Loss`, and its value and gradient
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -23,7 +23,9 @@ class LossSection(Section):
     """Whether the loss is unbiased if the teachers' probabilities are estimated by draws, because
     it is linear in them or does not use them. A loss that does not say so is refused for draws."""
 
-    type: str
+    if TYPE_CHECKING:  # each subclass has its field, behind the shared ones
+        type: str
+
     weight: Positive
     """Factor of this loss in the sum of all losses that is minimised. Only the ratio to the weights
     of the other losses and the learning rate matter."""
