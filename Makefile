@@ -21,7 +21,7 @@ setup: ## make .venv from the lock file: two minutes; at once if nothing has cha
 unit: setup ## every unit test: two minutes
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile tests/unit $(PYTEST_ARGS)
 
-test: setup ## the whole test suite, with real Ray, vLLM and DeepSpeed: 40 minutes
+test: setup ## the whole test suite, with real Ray, vLLM and DeepSpeed: half an hour
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 FAULTS := test_faults.py test_object_store.py test_vllm_teacher.py::test_poison_is_set_aside_though_it_kills_its_actor_each_time
