@@ -12,7 +12,7 @@ from pipeline.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
 QUICKSTART = ROOT / "examples/quickstart/config.yaml"
-SHIPPED = sorted([QUICKSTART, *(ROOT / "examples").glob("[!q]*/*.yaml")])
+SHIPPED = sorted((ROOT / "examples").glob("*/*.yaml"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
