@@ -6,6 +6,7 @@ A new loss needs its model here, in the union `Loss`, and its value and gradient
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -164,9 +165,10 @@ class HiddenStatesLoss(LossSection):
     `scoring.features`."""
 
     @property
+    @abstractmethod
     def kind(self) -> str:
         """Kind of comparison, which is part of the name."""
-        raise NotImplementedError
+        ...
 
     @property
     def name(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -123,9 +124,10 @@ class Writing(Section):
         return 1
 
     @property
+    @abstractmethod
     def template_files(self) -> list[TemplateFile]:
         """Templates from which the requests of the recipe are filled."""
-        raise NotImplementedError
+        ...
 
 
 class Paraphrase(Writing):

@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.cache.shard import read_shard
 from pipeline.config.combine import CombineConfig, GoldLikelihoodWeights
@@ -29,6 +28,7 @@ from students.micro_batch import MicroBatch
 from students.model import StudentModule
 from teachers.engine.prompt_topk import PromptTopK
 from teachers.tasks.score import CacheOutput, ScoreTask
+from tests.support.tiny_models import tiny_llama
 
 VOCABULARY, WIDTH = 8, 3
 KL_WEIGHT, CE_WEIGHT = 1.0, 0.5
@@ -169,18 +169,7 @@ def places(name):
 @pytest.fixture(scope="module")
 def model():
     """A causal model whose logits differ much from place to place."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        initializer_range=0.5,
-    )
-    return LlamaForCausalLM(config)
+    return tiny_llama(VOCABULARY, initializer_range=0.5)
 
 
 def expected_loss(model, shift_logits=0, shift_rows=0, shift_gold=0, drawn=None):

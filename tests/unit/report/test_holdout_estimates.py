@@ -5,14 +5,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.cache.selection import select
 from pipeline.config.scoring import Sampled, Selection, TopP
 from pipeline.records import CombinedTargets, DatasetEntry, SparseLogprobs, TokenSequence
 from students.data.examples import example_of
 from students.evaluation import holdout_numbers, teacher_holdout_numbers
+from tests.support.tiny_models import save_tiny_llama
 
 VOCABULARY, POSITIONS = 12, 5
 SEQUENCE = TokenSequence("s", np.arange(6, dtype=np.int32), ((1, 6),), "p", "words", ("t",), "stop")
@@ -31,19 +30,7 @@ def row_of(rule: Selection, teacher: str) -> SparseLogprobs:
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("student")
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return save_tiny_llama(tmp_path_factory.mktemp("student"), VOCABULARY)
 
 
 @pytest.mark.parametrize(
