@@ -55,6 +55,16 @@ class Loopback:
         return [body for its_path, body, _ in self.requests if its_path == path]
 
 
+class PatientServer(ThreadingHTTPServer):
+    """A server with room for all connections that a teacher opens at once.
+
+    The standard library's queue holds five; a busy machine loses further connections, whose
+    requests then wait for more than a minute.
+    """
+
+    request_queue_size = 256
+
+
 @contextmanager
 def loopback(respond: Callable[[str, Json], Response]) -> Iterator[Loopback]:
     server, lock, now_open = Loopback(respond), threading.Lock(), 0
@@ -92,7 +102,7 @@ def loopback(respond: Callable[[str, Json], Response]) -> Iterator[Loopback]:
         def log_message(self, format: str, *args: Any) -> None:
             """Logs nothing."""
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http = PatientServer(("127.0.0.1", 0), Handler)
     http.daemon_threads = True
     server.url = f"http://127.0.0.1:{http.server_port}/v1"
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
