@@ -41,7 +41,7 @@ from tests.support.documents import of_kind, with_stand_ins
 from tests.support.quickstart import DOMAINS, read_lines, some_prompts
 
 pytestmark = pytest.mark.timeout(900)
-TEACHERS, RUN, KILLED = DOMAINS, "features", "killed"
+TEACHERS, RUN, KILLED = DOMAINS, "hidden_states", "killed"
 STATE_LOSSES = ("hidden_state_cosine_words_4_2", "relation_distance_arithmetic_4_2")
 STAGE_NAMES = ("prepare", "synthesize", "score", "train", "export", "evaluate")
 NUM_TRAIN, NUM_HOLDOUT = 150, 20  # prompts of each domain
