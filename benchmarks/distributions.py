@@ -22,7 +22,9 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerF
 from examples.gsm8k import make_teachers as gsm8k
 from pipeline.fingerprint import digest_bytes
 from pipeline.records import TokenSequence
-from students.model import body_hidden_states, lm_head_of, load_model
+from students.architecture.body import body_hidden_states
+from students.architecture.build import load_model
+from students.architecture.head import lm_head_of
 
 VOCABULARY = 4096
 CAPTURED = 4096

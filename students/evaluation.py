@@ -23,12 +23,14 @@ import torch
 
 from pipeline.cache.reader import CacheReader
 from pipeline.records import DatasetEntry, SparseLogprobs
+from students.architecture.body import body_hidden_states
+from students.architecture.build import load_model
+from students.architecture.head import lm_head_of, logit_softcap
 from students.data.examples import Example, Examples
 from students.data.packing import pack, plan_micro_batches, refuse_long_sequences
 from students.losses.distillation import position_figures
 from students.losses.divergences import ForwardKL
 from students.micro_batch import MicroBatch
-from students.model import body_hidden_states, lm_head_of, load_model, logit_softcap
 
 MASS_FLOOR = 1e-4
 """Least mass of an id or a bucket outside the kept ids: a stored tail of 0 may be a tail that

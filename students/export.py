@@ -29,9 +29,9 @@ from pipeline.config.teachers import EndpointTeacherConfig, TeacherConfig
 from pipeline.errors import TrainingError
 from pipeline.run.training_spec import TrainingSpec
 from pipeline.sequences import read_sequences
+from students.architecture.build import DTYPES
+from students.architecture.initial_weights import fit_weights
 from students.disk_space import full_disk_explained
-from students.initial_weights import fit_weights
-from students.model import DTYPES
 from students.reference import gold_logprobs
 
 TOKENIZER_FILES = [

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from pipeline.records import TokenSequence
-from students.model import load_model
+from students.architecture.build import load_model
 
 POSITIONS_AT_ONCE = 512
 """Positions whose logits are cast to float32 together: with 152,000 ids they take 300 MiB."""

@@ -24,6 +24,9 @@ from pipeline.config.losses import HiddenStatesLoss
 from pipeline.config.training import TrainingConfig
 from pipeline.errors import TrainingError
 from pipeline.run.training_spec import TrainingSpec
+from students.architecture.build import build_student
+from students.architecture.checks import check_architecture
+from students.architecture.head import lm_head_of
 from students.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from students.checkpoints.resume import TrainingState, agreed_resume, allowed_changes
 from students.data.batches import StepBatch
@@ -31,7 +34,7 @@ from students.deepspeed_engine import DeepSpeedStudent
 from students.losses.divergences import DistributionLoss, loss_from_config
 from students.losses.hidden_states import HiddenStatesLosses, layer_loss_from_config
 from students.micro_batch import MicroBatch
-from students.model import StudentModule, build_student, check_architecture, lm_head_of
+from students.model import StudentModule
 from students.progress import MetricsLog, read_metrics
 from students.training_data import TrainingData
 

@@ -38,7 +38,8 @@ from pipeline.layout import Layout
 from pipeline.records import SparseLogprobs, TokenSequence
 from pipeline.sequences import read_sequences, write_sequences
 from pipeline.storage import read_json, write_json
-from students.model import StudentModule, load_model
+from students.architecture.build import load_model
+from students.model import StudentModule
 from teachers.tokenizing import tokenizer_hash
 
 DOMAINS = ("gsm8k", "code")

@@ -15,11 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.records import CombinedTargets, TokenSequence
+from students.architecture.body import body_hidden_states
+from students.architecture.head import lm_head_of
 from students.data.examples import Example, example_of
 from students.data.packing import pack, plan_micro_batches
 from students.losses.divergences import CrossEntropy, ForwardKL
 from students.micro_batch import MicroBatch
-from students.model import StudentModule, body_hidden_states, lm_head_of
+from students.model import StudentModule
 
 CROSS_ENTROPY = (CrossEntropy(name="cross_entropy", weight=1.0),)
 FORWARD_KL = (ForwardKL(name="forward_kl", weight=1.0),)

@@ -29,8 +29,8 @@ from pipeline.layout import CacheLayout
 from pipeline.records import HiddenStates, SparseLogprobs
 from pipeline.run.preparation import load_prepared
 from pipeline.sequences import SequenceReader, read_dataset
+from students.architecture.initial_weights import checkpoint_weights
 from students.checkpoints.resume import check_resume, prepare_resume
-from students.initial_weights import checkpoint_weights
 from students.launch import train_student
 from teachers.canary import CANARY_TOKENS, check_cache_canaries
 from teachers.preflight.identity import student_identity

@@ -21,6 +21,7 @@ from pipeline.config.training import IDENTITY
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.layout import Layout
 from pipeline.run.training_spec import TrainingSpec
+from students.architecture.initial_weights import checkpoint_weights
 from students.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from students.checkpoints.resume import (
     TrainingState,
@@ -29,7 +30,6 @@ from students.checkpoints.resume import (
     prepare_resume,
 )
 from students.deepspeed_engine import make_optimizer
-from students.initial_weights import checkpoint_weights
 
 CONFIG = Path(__file__).resolve().parents[3] / "examples/quickstart/config.yaml"
 WORKS = {(0, 0), (1, 1), (1, 2), (2, 1), (2, 2), (3, 3)}

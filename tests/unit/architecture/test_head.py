@@ -6,17 +6,14 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from pipeline.config.student import StudentConfig
 from pipeline.errors import TrainingError
+from students.architecture.build import build_student
+from students.architecture.checks import check_architecture
+from students.architecture.head import logit_softcap, refuse_lm_head_settings
 from students.data.examples import Example
 from students.data.packing import pack
 from students.losses.divergences import CrossEntropy, ReverseKL
 from students.micro_batch import MicroBatch
-from students.model import (
-    StudentModule,
-    build_student,
-    check_architecture,
-    logit_softcap,
-    refuse_lm_head_settings,
-)
+from students.model import StudentModule
 from tests.support.loss_reference import reference_loss
 
 VOCABULARY = 11

@@ -1,0 +1,61 @@
+"""The student from its config, and any model from a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from pipeline.config.student import StudentConfig
+from pipeline.errors import TrainingError
+from students.architecture.head import refuse_lm_head_settings
+from students.architecture.initial_weights import load_initial_weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
+    """The student on the CPU in its training dtype; random weights depend on the seed alone, not on
+    the rank.
+
+    Raises:
+        TrainingError: the student cannot be loaded, its logits are not LM head times last hidden
+            state, or the weights to start from do not fit it.
+    """
+    source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    options = {"dtype": DTYPES[config.dtype], "attn_implementation": config.attn_implementation}
+    try:
+        model_config = AutoConfig.from_pretrained(config.model, **source)
+        refuse_lm_head_settings(model_config.to_dict())
+        if config.initialization == "pretrained" and config.initial_weights is None:
+            model = AutoModelForCausalLM.from_pretrained(
+                config.model, use_safetensors=True, **source, **options
+            )
+        else:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                trust = config.trust_remote_code
+                # drawn in float32 and then cast, so that the dtype does not change the draw
+                model = AutoModelForCausalLM.from_config(
+                    model_config, trust_remote_code=trust, **options | {"dtype": torch.float32}
+                ).to(options["dtype"])
+    except (OSError, ImportError) as error:
+        raise TrainingError(f"student.model {config.model!r} cannot be loaded: {error}") from error
+    if config.initial_weights is not None:
+        load_initial_weights(model, config.initial_weights, config.trust_remote_code)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def load_model(
+    folder: str | Path, trust_remote_code: bool = False, device: str = "cpu"
+) -> PreTrainedModel:
+    """The model in a Hugging Face folder, in its own dtype, for inference."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", trust_remote_code=trust_remote_code, use_safetensors=True
+    )
+    nn.Module.to(model, torch.device(device))
+    return model.eval()
