@@ -48,7 +48,8 @@ def student_tokenizer(files: ModelFiles) -> tuple[PreTrainedTokenizerBase, str]:
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Token ids of a prompt: messages go through the chat template up to the start of the answer,
-    text is tokenized unchanged.
+    text is tokenized unchanged. A text that already begins with the token that the tokenizer puts
+    before it keeps one of the two.
 
     Raises:
         ConfigError: the prompt has messages, but the tokenizer has no chat template or its template
@@ -57,6 +58,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     ids: Any  # upstream's stubs name what the other options return as well
     if prompt.messages is None:
         ids = tokenizer(prompt.text)["input_ids"]
+        if repeats_bos(tokenizer, str(prompt.text)):
+            ids = ids[1:]
     elif tokenizer.chat_template is None:
         raise ConfigError(
             f"prompt {prompt.prompt_id} has chat messages, but the student's tokenizer has no chat "
@@ -76,6 +79,15 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     if not ids:
         raise ConfigError(f"prompt {prompt.prompt_id} has no tokens: remove it from its dataset")
     return list(ids)
+
+
+def repeats_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether a text begins with the beginning-of-sequence token that its tokenizer adds anyway."""
+    bos = tokenizer.bos_token
+    if not isinstance(bos, str) or not text.startswith(bos):
+        return False
+    added: Any = tokenizer("")["input_ids"]
+    return added[:1] == [tokenizer.bos_token_id]
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:

@@ -5,6 +5,7 @@ It needs no engine and no GPU.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -38,7 +39,9 @@ from teachers.engine.options import check_engine_arguments, check_sampling_param
 from teachers.preflight.identity import check_model, check_weights, model_identity, student_identity
 from teachers.preflight.model_layers import check_layers, hidden_sizes, text_config
 from teachers.preflight.vocabulary import check_vocabularies
-from teachers.tokenizing import load_tokenizer, prompt_ids
+from teachers.tokenizing import load_tokenizer, prompt_ids, repeats_bos
+
+logger = logging.getLogger(__name__)
 
 
 def prepare(config: Config) -> Run:
@@ -62,6 +65,13 @@ def prepare(config: Config) -> Run:
     tokenizer = load_tokenizer(config.student.files)
     lengths = {prompt.digest: len(prompt_ids(tokenizer, prompt)) for prompt in asked_prompts}
     check_lengths(config, prompts, lengths)
+    repeated = sum(p.text is not None and repeats_bos(tokenizer, p.text) for p in prompts)
+    if repeated:
+        logger.info(
+            "%d text prompts begin with %s, which the tokenizer adds by itself: they get it once",
+            repeated,
+            tokenizer.bos_token,
+        )
     identities = _model_identities(config, layout)
     eos_token_id = tokenizer.eos_token_id
     assert isinstance(eos_token_id, int), "a tokenizer without one is refused above"

@@ -17,6 +17,7 @@ from teachers.endpoint.replies import TEXT_REPLY, TOKEN_REPLY, TokenChoice, sort
 from teachers.endpoint.transport import Requester
 from teachers.engine.prompt_topk import BrokenRowsError
 from teachers.protocol import CapturedRows, EndpointSpec, GeneratedAnswer
+from teachers.tokenizing import repeats_bos
 
 FINISHED = {
     "vllm": ("stop", "length", "repetition"),
@@ -102,7 +103,10 @@ class Completions:
         """
         started = time.monotonic()
         if prompt.messages is None:
-            path, question = "/completions", {"prompt": prompt.text}
+            text = str(prompt.text)
+            if repeats_bos(self._tokenizer, text):  # the server adds its own
+                text = text.removeprefix(self._tokenizer.bos_token)
+            path, question = "/completions", {"prompt": text}
         else:
             path, question = "/chat/completions", {"messages": list(prompt.messages)}
         choice = await self._choice(path, TEXT_REPLY, sampling | question)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from tokenizers import processors
 
 from pipeline.config.load import load_config
 from pipeline.config.run import Config
@@ -92,6 +93,19 @@ def test_prompts_become_ids(tmp_path: Path) -> None:
         "<assistant>",
     ]
     assert tokenizer.decode(prompt_ids(tokenizer, PROMPTS[1])).replace(" ", "") == "x=1"
+
+
+def test_a_text_has_one_beginning_of_sequence(tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(tmp_path)
+    tokenizer.bos_token = "<user>"
+    ids = [prompt_ids(tokenizer, Prompt("p", "d", "train", text=t)) for t in ("ab", "<user>ab")]
+    assert ids == [[4, 5], [2, 4, 5]]  # it adds none, and the text's own stays
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<user> $A", special_tokens=[("<user>", 2)]
+    )
+    texts = ("ab", "<user>ab", "<user><user>ab")
+    ids = [prompt_ids(tokenizer, Prompt("p", "d", "train", text=text)) for text in texts]
+    assert ids == [[2, 4, 5], [2, 4, 5], [2, 2, 4, 5]]
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
