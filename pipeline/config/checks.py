@@ -6,8 +6,11 @@ Each check takes the sections that it compares, and raises a `ValueError` with a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping
+from typing import Any
 
+from pipeline.config.base import Resources
 from pipeline.config.combine import LINEAR_METHODS, CombineConfig
 from pipeline.config.filters import BestOf, Checker, Filter
 from pipeline.config.losses import TeacherLoss
@@ -26,11 +29,23 @@ from pipeline.config.synthesis import (
     is_asked,
     is_by_student,
 )
-from pipeline.config.teachers import AnyTeacher, EndpointTeacherConfig, scoring_teachers
+from pipeline.config.teachers import (
+    AnyTeacher,
+    EndpointTeacherConfig,
+    TeacherConfig,
+    scoring_teachers,
+)
 from pipeline.config.training import TrainingConfig
 from pipeline.messages import closest
 
 Teachers = Mapping[str, AnyTeacher]
+PARALLEL_SIZES = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "prefill_context_parallel_size",
+)
+"""Engine arguments whose product is the number of an engine's processes, one on each GPU."""
 
 
 def check_teacher_names(teachers: Teachers) -> None:
@@ -294,3 +309,46 @@ def check_endpoints(teachers: Teachers, num_logprobs: int, env_vars: Container[s
                 "the config and Ray's job list would show it: remove it there, and export it "
                 "before Ray is started"
             )
+
+
+def check_engine_devices(teachers: Teachers, student: StudentConfig, evaluation: Resources) -> None:
+    """Checks that each engine asks Ray for as many GPUs as its parallel sizes take.
+
+    On CPUs every process of an engine needs at least one CPU. Engines that Ray itself spreads over
+    nodes reserve their GPUs outside the actor and are left alone.
+
+    Args:
+        evaluation: resources of the engines that serve the student.
+    """
+    for name, teacher in teachers.items():
+        if isinstance(teacher, TeacherConfig):
+            place = f"teachers.{name}"
+            _check_devices(f"{place}.vllm", teacher.vllm, f"{place}.resources", teacher.resources)
+    _check_devices("student.vllm", student.vllm, "evaluation.resources", evaluation)
+
+
+def _check_devices(
+    place: str, block: Mapping[str, Any], resources_place: str, resources: Resources
+) -> None:
+    backends = ("distributed_executor_backend", "data_parallel_backend")
+    sizes = {key: block[key] for key in PARALLEL_SIZES if key in block}
+    is_known = all(isinstance(size, int) and size > 0 for size in sizes.values())
+    if any(block.get(key) == "ray" for key in backends) or not is_known:
+        return
+    processes, gpus = math.prod(sizes.values()), resources.num_gpus
+    said = ", ".join(f"{key}: {size}" for key, size in sizes.items()) or "no parallel size"
+    if gpus == 0 and resources.num_cpus < processes > 1:
+        raise ValueError(
+            f"{place} with {said} runs {processes} processes, but {resources_place} reserves no "
+            f"GPU and {resources.num_cpus:g} CPUs: set num_gpus: {processes} there, or num_cpus: "
+            f"{processes} or more for an engine on CPUs"
+        )
+    number = "1 process, on a GPU of its own"
+    if processes > 1:
+        number = f"{processes} processes, each on a GPU of its own"
+    if gpus > 0 and math.ceil(gpus) != processes:
+        raise ValueError(
+            f"{place} with {said} runs {number}, but "
+            f"{resources_place}.num_gpus is {gpus:g}: set num_gpus: {processes} there, or change "
+            "the parallel sizes"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import typing
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,9 @@ def absolute_paths(config: Config, folder: Path) -> Config:
     """Config with every relative path made absolute against `folder`.
 
     Raises:
-        ConfigError: a model may be a hub id as well as a folder.
+        ConfigError: a model may be a hub id as well as a folder, or a URI has options.
     """
+    _check_uris(_file_paths(config))
     values = config.model_dump(mode="json")
     for i, root in enumerate(config.storage.shared_roots):
         values["storage"]["shared_roots"][i] = _absolute(root, folder)
@@ -82,6 +84,23 @@ def absolute_paths(config: Config, folder: Path) -> Config:
                 f"./{model} for the folder"
             )
     return Config.model_validate(values)
+
+
+def _check_uris(paths: dict[str, str]) -> None:
+    """Refuses URIs with a query or a fragment, since paths are appended to URIs.
+
+    Args:
+        paths: paths and URIs by the key that holds each.
+    """
+    for key, path in paths.items():
+        if "://" in path and ("?" in path or "#" in path):
+            plain = re.split(r"[?#]", path)[0]
+            raise ConfigError(
+                f"{key} is {path!r}, and the part behind {path[len(plain)]!r} would become a part "
+                f"of file names: write {plain!r}, and name region and endpoint in the environment "
+                "of this machine and of every node (AWS_DEFAULT_REGION and AWS_ENDPOINT_URL for "
+                "s3://)"
+            )
 
 
 def is_folder(model: str) -> bool:

@@ -15,6 +15,7 @@ from pipeline.config.base import Count, Name, Resources, Section
 from pipeline.config.checks import (
     check_draws,
     check_endpoints,
+    check_engine_devices,
     check_filter_needs,
     check_hidden_states,
     check_recipe_authors,
@@ -43,7 +44,8 @@ class StorageConfig(Section):
 
     root: str
     """Folder or URI (`s3://…`, `gs://…`) of all outputs: prompts, answers, caches and runs. Runs
-    with the same root share answers and caches, so nothing is written or scored twice."""
+    with the same root share answers and caches, so nothing is written or scored twice. A URI has no
+    options behind a `?`; the environment names the region and the endpoint of a store."""
     models_root: str | None = None
     """Folder for checkpoints and exported models that all nodes mount. It is required if `root` is
     a URI, since DeepSpeed and vLLM read and write models on a file system; otherwise `root`
@@ -156,6 +158,7 @@ class Config(Section):
         check_system_prompts(synthesis, "system_prompt" in self.evaluation.model_fields_set)
         check_filter_needs(synthesis, self.prompts, teachers)
         check_endpoints(teachers, self.scoring.num_logprobs, self.cluster.env_vars)
+        check_engine_devices(teachers, self.student, self.evaluation.resources)
         return self
 
     @property

@@ -86,12 +86,49 @@ def test_overrides_reach_lists_and_nested_keys() -> None:
         ("teachers.words.domains=[arithmetic]", "claimed by teachers"),
         ("name=a/b", "name"),
         ("storage.root=s3://bucket/x", "models_root must be a folder"),
+        (
+            "storage={root: 's3://bucket/x?region=eu-central-1', models_root: /mnt/models}",
+            "storage.root is 's3://bucket/x?region=eu-central-1'",
+        ),
+        ("storage={root: 's3://b/x?scheme=http', models_root: /m}", "AWS_ENDPOINT_URL"),
+        ("prompts.sources.0.path=s3://b/x.jsonl#part", "write 's3://b/x.jsonl'"),
+        (
+            "teachers.words.vllm.tensor_parallel_size=4",
+            "teachers.words.vllm with tensor_parallel_size: 4 runs 4 processes",
+        ),
+        (
+            "teachers.words={model: a/b, vllm: {tensor_parallel_size: 2, pipeline_parallel_size: "
+            "2}, resources: {num_gpus: 2}}",
+            "teachers.words.resources.num_gpus is 2: set num_gpus: 4 there",
+        ),
+        (
+            "teachers.words={model: a/b, resources: {num_gpus: 2}}",
+            "no parallel size runs 1 process, on a GPU of its own",
+        ),
+        (
+            "evaluation.resources={num_gpus: 2}",
+            "student.vllm with no parallel size",
+        ),
     ],
 )
 def test_a_mistake_is_one_clear_message(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(QUICKSTART, [override])
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("block", "resources"),
+    [
+        ("{}", "{num_gpus: 0.5}"),
+        ("{tensor_parallel_size: 2}", "{num_cpus: 2}"),
+        ("{tensor_parallel_size: 2, data_parallel_size: 2}", "{num_gpus: 4}"),
+        ("{tensor_parallel_size: 8, distributed_executor_backend: ray}", "{num_gpus: 0}"),
+    ],
+)
+def test_resources_that_hold_an_engine_are_accepted(block: str, resources: str) -> None:
+    words = f"{{model: a/b, domains: [words], vllm: {block}, resources: {resources}}}"
+    assert load_config(QUICKSTART, [f"teachers.words={words}"]).teachers["words"].replicas == 1
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
