@@ -29,7 +29,7 @@ from pipeline.config.teachers import EndpointTeacherConfig, TeacherConfig
 from pipeline.errors import TrainingError
 from pipeline.run.training_spec import TrainingSpec
 from pipeline.sequences import read_sequences
-from students.architecture.build import DTYPES
+from students.architecture.dtypes import DTYPES, as_loaded
 from students.architecture.initial_weights import fit_weights
 from students.disk_space import full_disk_explained
 from students.reference import gold_logprobs
@@ -130,7 +130,7 @@ def trained_model(spec: TrainingSpec, source: str) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust, dtype=torch.float32)
     weights = Path(spec.layout.final_weights(spec.student))
     fit_weights(model, load_file(weights), str(weights))
-    return model.to(DTYPES[spec.config.student.dtype]).eval()
+    return as_loaded(model, DTYPES[spec.config.student.dtype]).eval()
 
 
 def copy_tokenizer(source: str, target: Path) -> None:

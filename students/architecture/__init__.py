@@ -1,6 +1,7 @@
 """The architecture: how a model is built, where its parts are, and if it can be trained.
 
 build            the student from its config, and a model from a folder
+dtypes           number formats as transformers loads them
 initial_weights  old weights that a training starts from
 body             hidden states of packed or padded sequences
 head             the LM head, and what follows it

@@ -10,10 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.config.student import StudentConfig
 from pipeline.errors import TrainingError
+from students.architecture.dtypes import DTYPES, as_loaded
 from students.architecture.head import refuse_lm_head_settings
 from students.architecture.initial_weights import load_initial_weights
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
@@ -38,9 +37,10 @@ def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
                 torch.manual_seed(seed)
                 trust = config.trust_remote_code
                 # drawn in float32 and then cast, so that the dtype does not change the draw
-                model = AutoModelForCausalLM.from_config(
+                drawn = AutoModelForCausalLM.from_config(
                     model_config, trust_remote_code=trust, **options | {"dtype": torch.float32}
-                ).to(options["dtype"])
+                )
+                model = as_loaded(drawn, options["dtype"])
     except (OSError, ImportError) as error:
         raise TrainingError(f"student.model {config.model!r} cannot be loaded: {error}") from error
     if config.initial_weights is not None:

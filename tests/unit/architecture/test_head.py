@@ -4,9 +4,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from pipeline.config.student import StudentConfig
 from pipeline.errors import TrainingError
-from students.architecture.build import build_student
 from students.architecture.checks import check_architecture
 from students.architecture.head import logit_softcap, refuse_lm_head_settings
 from students.data.examples import Example
@@ -74,14 +72,3 @@ def test_other_settings_of_the_lm_head_are_still_refused():
     refuse_lm_head_settings({"final_logit_softcapping": 30.0, "logit_scale": 1.0})
     with pytest.raises(TrainingError, match=r"logit_scale=0\.5.* choose another student\.model"):
         refuse_lm_head_settings({"logit_scale": 0.5})
-
-
-def test_a_pretrained_student_is_never_unpickled(gemma, tmp_path):
-    gemma.save_pretrained(tmp_path)
-    student = StudentConfig(model=str(tmp_path), initialization="pretrained")
-    loaded = build_student(student, seed=0).state_dict()
-    assert all(torch.equal(loaded[name], value) for name, value in gemma.state_dict().items())
-    (tmp_path / "model.safetensors").unlink()
-    torch.save(gemma.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(TrainingError, match=r"student\.model .* cannot be loaded"):
-        build_student(student, seed=0)
