@@ -8,12 +8,12 @@ deepspeed_options  checks of the `deepspeed` block by DeepSpeed itself
 progress           metrics, TensorBoard, progress lines
 micro_batch        a packed micro-batch as tensors
 training_data      a worker's data: steps read ahead, hold-out, probe
-export             Hugging Face folder, checked against the training
 evaluation         hold-out loss, KL, agreement
 reference          log-probabilities by transformers alone
 disk_space         one message for a full disk
 architecture/      how the student is built, its parts, and their checks
 losses/            the losses, in closed form and bounded memory
 data/              examples, batches and packing; numpy alone
+export/            Hugging Face folder, checked against the training
 checkpoints/       complete checkpoints, resume and its refusals
 """

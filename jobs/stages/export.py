@@ -17,7 +17,7 @@ def export(run: Run) -> StageRecord:
         TrainingError: an exported student computes other numbers than the trained one.
     """
     from jobs.stages.holdout import run_on_evaluation_resources
-    from students.export import export_student
+    from students.export.folder import export_student
 
     summaries = {
         spec.student: run_on_evaluation_resources(

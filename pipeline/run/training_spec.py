@@ -63,6 +63,7 @@ class TrainingSpec:
         start: identity of the model that the student starts from.
         tokenizer: hash of the tokenizer of all sequences.
         learned: learned weights, by domain and teacher; empty if the weights are not learned.
+        end_of_answer: token that ends an answer; it decides nothing but the export's end tokens.
     """
 
     config: Config
@@ -75,6 +76,7 @@ class TrainingSpec:
     start: dict[str, str] = field(default_factory=dict)
     tokenizer: str = ""
     learned: dict[str, dict[str, float]] = field(default_factory=dict)
+    end_of_answer: int | None = None
 
     @property
     def seed(self) -> int:
@@ -175,6 +177,7 @@ def training_specs(run: Run, dataset_digest: str) -> list[TrainingSpec]:
             start=run.prepared.student_identity,
             tokenizer=run.prepared.tokenizer_hash,
             learned=learned,
+            end_of_answer=run.prepared.eos_token_id,
         )
         for label, terms in losses.items()
     ]

@@ -19,7 +19,7 @@ from pipeline.sequences import read_dataset, read_sequences
 from students.architecture.build import build_student
 from students.checkpoints.resume import latest_complete
 from students.data.batches import DataOrder
-from students.export import export_student
+from students.export.folder import export_student
 from students.progress import read_metrics
 from tests.support.trainings import TOLERANCE, WEIGHTS_TOLERANCE, curve, final_weights, make_spec
 

@@ -18,7 +18,7 @@ from pipeline.sequences import read_dataset, write_dataset
 from pipeline.storage import read_json
 from students.checkpoints.resume import latest_complete
 from students.data.batches import DataOrder
-from students.export import export_student
+from students.export.folder import export_student
 from students.launch import remove_stale_build_locks, train_student
 from tests.support.disks import small_disk
 from tests.support.trainings import (

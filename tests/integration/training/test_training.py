@@ -14,7 +14,7 @@ from pipeline.sequences import read_dataset, read_sequences
 from students.architecture.build import build_student
 from students.checkpoints.resume import latest_complete
 from students.data.batches import DataOrder
-from students.export import export_student
+from students.export.folder import export_student
 from students.launch import train_student
 from students.progress import read_metrics
 from tests.support.trainings import (

@@ -16,7 +16,7 @@ from students.architecture.build import build_student
 from students.checkpoints.resume import latest_complete
 from students.data.examples import open_examples
 from students.evaluation import holdout_numbers, teacher_holdout_numbers
-from students.export import export_student
+from students.export.folder import export_student
 from teachers.preflight.identity import student_identity
 from tests.support.trainings import DOMAINS, VOCABULARY, curve, final_weights, make_spec, steps_of
 

@@ -210,7 +210,7 @@ def test_a_student_is_exported_where_it_is_served(
     monkeypatch.setattr(
         export_stage, "training_specs", lambda *_: [SimpleNamespace(student="twin")]
     )
-    monkeypatch.setattr("students.export.export_student", lambda spec, folder: exported)
+    monkeypatch.setattr("students.export.folder.export_student", lambda spec, folder: exported)
     config = evaluated_on("{num_cpus: 3, custom: {big: 0.5}}")
     prepared: Any = None
     record = export_stage.export(Run(config, layout_of(config), prepared))

@@ -9,7 +9,7 @@ import yaml
 
 from pipeline import storage
 from pipeline.config.load import load_config
-from students.export import model_card
+from students.export.card import model_card
 
 QUICKSTART = Path(__file__).resolve().parents[3] / "examples/quickstart/config.yaml"
 HUB_TEACHER = "teachers.words.model=org/teacher"

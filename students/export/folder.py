@@ -5,13 +5,11 @@ trained weights.
 from __future__ import annotations
 
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from transformers import (
@@ -24,14 +22,19 @@ from transformers import (
 
 from pipeline import storage
 from pipeline.config.load import is_folder
-from pipeline.config.run import Config
-from pipeline.config.teachers import EndpointTeacherConfig, TeacherConfig
 from pipeline.errors import TrainingError
 from pipeline.run.training_spec import TrainingSpec
 from pipeline.sequences import read_sequences
 from students.architecture.dtypes import DTYPES, as_loaded
 from students.architecture.initial_weights import fit_weights
 from students.disk_space import full_disk_explained
+from students.export.card import model_card
+from students.export.generation import (
+    GENERATION_CONFIG,
+    generation_settings,
+    set_end_tokens,
+    write_generation_settings,
+)
 from students.reference import gold_logprobs
 
 TOKENIZER_FILES = [
@@ -47,8 +50,6 @@ PROBE_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
 """Largest difference in nats between a log-probability in training and in the exported model. The
 two forwards differ in packing and, at bfloat16, in rounding: a logit near 20 moves by up to 0.06.
 """
-LIBRARIES = ("torch", "transformers", "deepspeed", "ray")
-"""Libraries whose versions stand in the model card."""
 
 
 def export_student(spec: TrainingSpec, folder: str) -> dict[str, Any]:
@@ -96,26 +97,25 @@ def _write(spec: TrainingSpec, target: Path) -> PreTrainedModel:
     tokenizer = AutoTokenizer.from_pretrained(
         source, trust_remote_code=spec.config.student.trust_remote_code
     )
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    settings = generation_settings(source, tokenizer, spec.end_of_answer)
+    set_end_tokens(model.config, settings["eos_token_id"])
+    model.generation_config = GenerationConfig()
     model.save_pretrained(target)
+    write_generation_settings(target, settings)
     copy_tokenizer(source, target)
     (target / "README.md").write_text(model_card(spec))
     return model
 
 
 def model_folder(spec: TrainingSpec) -> str:
-    """A local folder with the student's config and tokenizer files."""
+    """A local folder with the student's config, generation config and tokenizer files."""
     student = spec.config.student
     if is_folder(student.model):
         return student.model
     return snapshot_download(
         student.model,
         revision=student.revision,
-        allow_patterns=["config.json", "*.py", *TOKENIZER_FILES],
+        allow_patterns=["config.json", GENERATION_CONFIG, "*.py", *TOKENIZER_FILES],
     )
 
 
@@ -127,6 +127,8 @@ def trained_model(spec: TrainingSpec, source: str) -> PreTrainedModel:
     """
     trust = spec.config.student.trust_remote_code
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
+    # the trained weights are not quantised, whatever the student's own files were
+    vars(config).pop("quantization_config", None)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust, dtype=torch.float32)
     weights = Path(spec.layout.final_weights(spec.student))
     fit_weights(model, load_file(weights), str(weights))
@@ -157,71 +159,3 @@ def probe_difference(spec: TrainingSpec, folder: Path) -> float:
     exported = gold_logprobs(folder, sequences, spec.config.student.trust_remote_code, "cpu")
     differences = [np.subtract(exported[name], trained[name]) for name in trained]
     return float(np.abs(np.concatenate(differences)).max())
-
-
-def model_card(spec: TrainingSpec) -> str:
-    """The text of README.md, with a YAML header: the full origin of the model."""
-    config, summary = spec.config, storage.read_json(spec.summary_path)
-    header = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["distillation", "polystill"],
-    }
-    if (base := _base_model(config)) is not None:
-        header["base_model"] = base
-    provenance = {
-        "run": config.name,
-        "student": spec.student,
-        "teachers": {
-            name: _origin(teacher) | {"cache": spec.cache_fingerprints.get(name)}
-            for name, teacher in config.teachers.items()
-        },
-        "round": config.round,
-        "initial_weights": config.student.initial_weights,
-        "dataset": spec.dataset_digest,
-        "steps": summary["steps"],
-        "final": summary["final"],
-        "versions": {library: version(library) for library in LIBRARIES},
-        "identity": summary["identity"],
-        "changes": summary["changes"],
-    }
-    teachers = ", ".join(map(_named, config.teachers, config.teachers.values()))
-    origin = f"distilled from {teachers}"
-    if spec.student == "twin":
-        origin = (
-            "trained by cross-entropy alone on the data of the student that was distilled from "
-            f"{teachers},"
-        )
-    # programs read the provenance as well: one YAML block
-    return (
-        f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {config.name}\n\n"
-        f"A causal language model {origin} with polystill.\n\n"
-        f"## Provenance\n\n```yaml\n{yaml.safe_dump(provenance, sort_keys=False)}```\n"
-    )
-
-
-def _base_model(config: Config) -> str | None:
-    """Hub id of the model that the student was fine-tuned from, which is what the Hub calls
-    `base_model`; None if it is unknown or there is none.
-
-    Rounds after the first start from a student of this run; other initial weights have an origin
-    that is not known here.
-    """
-    student = config.student
-    is_known = student.initial_weights is None or config.round > 1
-    is_tuned = student.initialization == "pretrained" and is_known
-    return student.model if is_tuned and not is_folder(student.model) else None
-
-
-def _named(name: str, teacher: TeacherConfig | EndpointTeacherConfig) -> str:
-    """A teacher's name, with its hub id if it has one."""
-    if isinstance(teacher, EndpointTeacherConfig) or is_folder(teacher.model):
-        return name
-    return f"{name} ({teacher.model})"
-
-
-def _origin(teacher: TeacherConfig | EndpointTeacherConfig) -> dict[str, str | None]:
-    """The model behind a teacher."""
-    if isinstance(teacher, EndpointTeacherConfig):
-        return {"endpoint_model": teacher.endpoint.model, "identity": teacher.model_identity}
-    return {"model": teacher.model, "revision": teacher.revision}

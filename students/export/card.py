@@ -1,0 +1,84 @@
+"""The model card of an exported student: where its data, its teachers and its numbers come from."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import yaml
+
+from pipeline import storage
+from pipeline.config.load import is_folder
+from pipeline.config.run import Config
+from pipeline.config.teachers import EndpointTeacherConfig, TeacherConfig
+from pipeline.run.training_spec import TrainingSpec
+
+LIBRARIES = ("torch", "transformers", "deepspeed", "ray")
+"""Libraries whose versions stand in the model card."""
+
+
+def model_card(spec: TrainingSpec) -> str:
+    """The text of README.md, with a YAML header: the full origin of the model."""
+    config, summary = spec.config, storage.read_json(spec.summary_path)
+    header = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["distillation", "polystill"],
+    }
+    if (base := _base_model(config)) is not None:
+        header["base_model"] = base
+    provenance = {
+        "run": config.name,
+        "student": spec.student,
+        "teachers": {
+            name: _origin(teacher) | {"cache": spec.cache_fingerprints.get(name)}
+            for name, teacher in config.teachers.items()
+        },
+        "round": config.round,
+        "initial_weights": config.student.initial_weights,
+        "dataset": spec.dataset_digest,
+        "steps": summary["steps"],
+        "final": summary["final"],
+        "versions": {library: version(library) for library in LIBRARIES},
+        "identity": summary["identity"],
+        "changes": summary["changes"],
+    }
+    teachers = ", ".join(map(_named, config.teachers, config.teachers.values()))
+    origin = f"distilled from {teachers}"
+    if spec.student == "twin":
+        origin = (
+            "trained by cross-entropy alone on the data of the student that was distilled from "
+            f"{teachers},"
+        )
+    # programs read the provenance as well: one YAML block
+    return (
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {config.name}\n\n"
+        f"A causal language model {origin} with polystill.\n\n"
+        f"## Provenance\n\n```yaml\n{yaml.safe_dump(provenance, sort_keys=False)}```\n"
+    )
+
+
+def _base_model(config: Config) -> str | None:
+    """Hub id of the model that the student was fine-tuned from, which is what the Hub calls
+    `base_model`; None if it is unknown or there is none.
+
+    Rounds after the first start from a student of this run; other initial weights have an origin
+    that is not known here.
+    """
+    student = config.student
+    is_known = student.initial_weights is None or config.round > 1
+    is_tuned = student.initialization == "pretrained" and is_known
+    return student.model if is_tuned and not is_folder(student.model) else None
+
+
+def _named(name: str, teacher: TeacherConfig | EndpointTeacherConfig) -> str:
+    """A teacher's name, with its hub id if it has one."""
+    if isinstance(teacher, EndpointTeacherConfig) or is_folder(teacher.model):
+        return name
+    return f"{name} ({teacher.model})"
+
+
+def _origin(teacher: TeacherConfig | EndpointTeacherConfig) -> dict[str, str | None]:
+    """The model behind a teacher."""
+    if isinstance(teacher, EndpointTeacherConfig):
+        return {"endpoint_model": teacher.endpoint.model, "identity": teacher.model_identity}
+    return {"model": teacher.model, "revision": teacher.revision}
