@@ -13,6 +13,7 @@ from jobs.bookkeeping.stage_records import (
 )
 from pipeline import storage
 from pipeline.cache.index import missing_sequences
+from pipeline.cache.kinds import entries_of, holds_holdout, widest
 from pipeline.cache.logprobs import position_bytes
 from pipeline.config.load import check_model_folders
 from pipeline.config.rounds import rounds_of
@@ -118,9 +119,11 @@ def _room(config: Config, step: Step) -> int | None:
 
 def plan_score(run: Run, entries: Sequence[DatasetEntry]) -> StagePlan:
     """Plan of the score stage: sequences that a cache lacks and that are not quarantined."""
-    missing, most_bytes = {}, 0
-    for name, cache in run.cache_layouts().items():
-        unscored = missing_sequences(entries, cache)
+    missing, most_bytes, is_scored = {}, 0, scored_dataset(run) is not None
+    for name, cache in run.all_layouts().items():
+        if is_scored and holds_holdout(name) and run.began_without(cache):
+            continue  # a finished run of an earlier version stays finished
+        unscored = missing_sequences(entries_of(name, entries), cache)
         missing[name] = len(unscored)
         num_positions = sum(entry.num_positions for entry in unscored)
         most_bytes += num_positions * run.prepared.position_bytes(name)
@@ -128,7 +131,7 @@ def plan_score(run: Run, entries: Sequence[DatasetEntry]) -> StagePlan:
     if most_bytes:
         summary += f"; caches grow by at most {_mebibytes(most_bytes)}"
     # If another run has filled the caches, this one still has to write the dataset to train on.
-    todo = sum(missing.values()) or int(scored_dataset(run) is None)
+    todo = sum(missing.values()) or int(not is_scored)
     return StagePlan("score", todo, summary)
 
 
@@ -177,7 +180,8 @@ def _plan_of_a_new_run(config: Config) -> list[StagePlan]:
     """Plans of a run that is not prepared, from its config and its prompts alone."""
     check_model_folders(config)
     prompts, counts = read_prompts(config.prompts)
-    num_answers, longest = 0, 0
+    held_out = [prompt for prompt in prompts if prompt.split == "holdout"]
+    num_answers, num_holdout, longest = 0, 0, 0
     for recipe in config.synthesis.recipes:
         samples, most = 1, config.synthesis.max_sequence_tokens
         if isinstance(recipe, Answering):
@@ -186,12 +190,17 @@ def _plan_of_a_new_run(config: Config) -> list[StagePlan]:
         if not isinstance(recipe, Writing):
             num_asked = sum(is_asked(recipe, prompt.split, config.round) for prompt in prompts)
             num_answers += num_asked * samples
+            num_holdout += len(held_out) * is_asked(recipe, "holdout", config.round) * samples
             longest = max(longest, (most or 0) if num_asked else 0)
     steps = " -> ".join(recipe.type for recipe in config.synthesis.recipes)
     num_scoring = len(config.scoring_teachers)
     size = f"{num_answers} sequences for each of {num_scoring} teachers"
     if longest:
-        cache_bytes = num_answers * longest * position_bytes(config.scoring.selection.max_entries)
+        scoring = config.scoring
+        cache_bytes = num_answers * longest * position_bytes(scoring.selection.max_entries)
+        if scoring.selection.is_drawn:
+            wide = widest(scoring.num_logprobs)
+            cache_bytes += num_holdout * longest * position_bytes(wide.max_entries)
         size += f"; caches at most {_mebibytes(cache_bytes * num_scoring)}"
     summaries = {
         "prepare": _counts(counts),

@@ -16,8 +16,8 @@ from jobs.caches.run_caches import RunCaches, round_dataset
 from pipeline import storage
 from pipeline.cache.generations import named_generations
 from pipeline.cache.index import forget_quarantined, missing_sequences
+from pipeline.cache.kinds import holds_holdout, teacher_of
 from pipeline.cache.manifest import publish
-from pipeline.cache.projection import teacher_of
 from pipeline.cache.reader import open_cache
 from pipeline.cache.shard import write_shard
 from pipeline.cache_care.distillkit import (
@@ -49,9 +49,9 @@ from teachers.tokenizing import load_tokenizer
 def status(caches: RunCaches) -> str:
     """Contents and gaps of each cache, the runs that name it, and stale caches, as a table."""
     run = caches.run
-    identities, names = run.prepared.cache_identities, named_generations(run.layout)
+    identities, names = run.prepared.all_cache_identities, named_generations(run.layout)
     statuses = [
-        teacher_status(run.layout, name, identities[name], cache, caches.entries, names)
+        teacher_status(run.layout, name, identities[name], cache, caches.entries_of(name), names)
         for name, cache in caches.layouts.items()
     ]
     lines = [status_table(run.config.name, caches.entries, statuses)]
@@ -117,13 +117,13 @@ def export(caches: RunCaches, teacher: str, form: str, folder: str) -> str:
         written = export_long(_pairs(caches, name), folder)
     else:
         most = most_entries(_pairs(caches, name))
-        vocabulary = vocabulary_of(caches.run.config, name)
+        vocabulary = vocabulary_of(caches.run.config, teacher_of(name))
         written = export_distillkit(_pairs(caches, name), folder, vocabulary, most)
     if not written:
         raise CacheError(
             f"the cache of {name} has no row of this run's sequences: let the score stage run first"
         )
-    return f"{written} of {len(caches.entries)} sequences written to {folder}"
+    return f"{written} of {len(caches.entries_of(name))} sequences written to {folder}"
 
 
 def import_distillkit(caches: RunCaches, teacher: str, folder: str) -> str:
@@ -136,6 +136,11 @@ def import_distillkit(caches: RunCaches, teacher: str, folder: str) -> str:
         CacheError: the dataset cannot be read, or none of it fits the run.
     """
     (name,) = caches.distributions(teacher)
+    if holds_holdout(name):
+        raise ConfigError(
+            f"{name} holds wide rows for the report, which the score stage writes: name the "
+            f"teacher {teacher_of(name)} instead"
+        )
     if not caches.is_current:
         raise ConfigError(
             "the config has changed since it was prepared: let the run's prepare stage run first"
@@ -214,7 +219,7 @@ def _retry_round(run: Run) -> Counter[str]:
                 write_record(layout, stage, record.model_copy(update={"key": ""}))
     dataset = round_dataset(run.config)
     entries = [] if dataset is None else read_dataset(layout, dataset)
-    for cache in run.cache_layouts().values():
+    for cache in run.all_layouts().values():
         counts["rows"] += forget_quarantined(cache, {entry.sequence_id for entry in entries})
     return counts
 

@@ -23,8 +23,8 @@ from pipeline.cache.generations import (
     is_regenerated,
 )
 from pipeline.cache.index import missing_sequences, quarantined
+from pipeline.cache.kinds import entries_of, teacher_of
 from pipeline.cache.manifest import is_published, publish
-from pipeline.cache.projection import teacher_of
 from pipeline.cache_care.regeneration import (
     Damage,
     check_complete,
@@ -160,14 +160,14 @@ def _open_work(caches: RunCaches, request: RegenerationRequest) -> list[str]:
     chosen = matching(caches.entries, request.where)
     lines = []
     for name in caches.chosen(request.teacher):
-        cache = caches.layouts[name]
+        cache, own = caches.layouts[name], entries_of(name, chosen)
         damage = find_damage(cache, caches.fingerprint(name))
         parts = [f"{len(damage.corrupt)} corrupt shards"] if damage.corrupt else []
         parts += [f"{len(damage.gone)} shards that are gone"] if damage.gone else []
         parts += ["an index that is wrong"] if damage.index else []
-        if request.force:
-            parts.append(f"{len(chosen)} sequences to score anew")
-        elif not damage.corrupt and (missing := missing_sequences(chosen, cache)):
+        if request.force and own:
+            parts.append(f"{len(own)} sequences to score anew")
+        elif not damage.corrupt and (missing := missing_sequences(own, cache)):
             parts.append(f"{len(missing)} sequences without a row")
         elif not parts and not is_published(cache):
             parts.append("an index or a manifest to be written")
@@ -177,13 +177,15 @@ def _open_work(caches: RunCaches, request: RegenerationRequest) -> list[str]:
 
 def _begin(caches: RunCaches, name: str, request: RegenerationRequest) -> CacheWork:
     """Sets corrupt shards aside and, with `force`, begins or continues the next generation."""
-    chosen, cache = matching(caches.entries, request.where), caches.layouts[name]
+    chosen = entries_of(name, matching(caches.entries, request.where))
+    cache = caches.layouts[name]
     if request.force:
         cache = CacheLayout(cache.folder, current_generation(cache.folder))
     damage = find_damage(cache, caches.fingerprint(name))
     _mend(cache, damage, name)
     entries = sequences_to_score(caches.run.layout, cache, chosen, damage.lost)
-    if not request.force or not storage.list_files(cache.shards_folder, ".parquet"):
+    is_new = not storage.list_files(cache.shards_folder, ".parquet")
+    if not request.force or not chosen or is_new:
         return CacheWork(cache, entries)
     purpose = {"dataset": caches.dataset, "where": dict(request.where)}
     if is_regenerated(cache, purpose):
@@ -216,7 +218,7 @@ def _publish(caches: RunCaches, name: str, work: CacheWork, report: PoolReport) 
     if work.source is not None:
         check_complete(work.source, cache)
     if work.source is not None or written or not is_published(cache):
-        identity = run.prepared.cache_identities[name]
+        identity = run.prepared.all_cache_identities[name]
         publish(cache, identity, provenance_of(run.config, name), written)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from jobs.bookkeeping.stage_records import read_record
 from pipeline import storage
-from pipeline.cache.projection import holds_hidden_states, teacher_of
+from pipeline.cache.kinds import entries_of, holds_hidden_states, holds_holdout, teacher_of
 from pipeline.cache_care.status import expected_identities
 from pipeline.config.rounds import layout_of, rounds_of
 from pipeline.config.run import Config
@@ -39,7 +39,11 @@ class RunCaches:
     @property
     def layouts(self) -> dict[str, CacheLayout]:
         """Folders of the caches, by name, in the generations that the run uses."""
-        return self.run.cache_layouts()
+        return self.run.all_layouts()
+
+    def entries_of(self, name: str) -> list[DatasetEntry]:
+        """Sequences of the run that a cache shall hold."""
+        return entries_of(name, self.entries)
 
     def fingerprint(self, name: str) -> str:
         """Digest of a cache's identity."""
@@ -54,23 +58,26 @@ class RunCaches:
         Raises:
             ConfigError: there is none of that name.
         """
-        known, config = list(self.run.prepared.cache_identities), self.run.config
+        known, config = list(self.run.prepared.all_cache_identities), self.run.config
         if teacher is None:
             return known
         if teacher not in known:
-            teachers = [name for name in known if not holds_hidden_states(name)]
+            teachers = [name for name in known if name == teacher_of(name)]
             if teacher in config.teachers and teacher not in config.scoring_teachers:
                 raise ConfigError(f"teacher {teacher!r} only writes, so it has no cache")
             raise ConfigError(f"there is no teacher {teacher!r}; {closest(teacher, teachers)}")
         return [name for name in known if teacher in (name, teacher_of(name))]
 
     def distributions(self, teacher: str | None) -> list[str]:
-        """Names of the chosen caches that hold distributions; they are the teachers' names.
+        """Names of the chosen caches that hold distributions: the teachers' names, or the wide
+        cache that is asked for.
 
         Raises:
             ConfigError: there is none of that name, or it holds hidden states.
         """
-        names = [name for name in self.chosen(teacher) if not holds_hidden_states(name)]
+        chosen = self.chosen(teacher)
+        names = [name for name in chosen if not holds_hidden_states(name)]
+        names = [name for name in names if name == teacher or not holds_holdout(name)]
         if not names:
             raise ConfigError(
                 f"{teacher} holds hidden states, and this command is about distributions: name the "

@@ -19,6 +19,7 @@ from jobs.stages.score import longest_sequence
 from jobs.stages.teacher_pools import teacher_work
 from pipeline import storage
 from pipeline.cache.index import load_index
+from pipeline.cache.kinds import teacher_of
 from pipeline.cache_care.verify import CheckedCache
 from pipeline.config.run import Config
 from pipeline.errors import CacheError
@@ -84,7 +85,7 @@ def run_rescoring(
         [
             teacher_work(
                 caches.run,
-                name,
+                teacher_of(name),
                 own_tasks,
                 min_model_len=need,
                 num_logprobs=width,

@@ -28,7 +28,7 @@ from pipeline.config.rounds import round_layouts
 from pipeline.config.run import Config
 from pipeline.config.synthesis import STUDENT
 from pipeline.errors import TrainingError
-from pipeline.layout import Layout
+from pipeline.layout import CacheLayout, Layout
 from pipeline.report.models import (
     CacheFigures,
     EvaluateStageFigures,
@@ -121,7 +121,7 @@ def run_provenance(run: Run, dataset: str, device: str) -> RunProvenance:
         versions=_versions(),
         hardware=f"{device} ({platform.machine()})",
         dataset=dataset,
-        caches={name: cache.shards_folder for name, cache in run.cache_layouts().items()},
+        caches={name: cache.shards_folder for name, cache in _written(run).items()},
         identities={name: run.prepared.identities[name] for name in config.teachers},
     )
 
@@ -146,8 +146,15 @@ def _cache_figures(run: Run, quarantined: Mapping[str, int]) -> dict[str, CacheF
         name: CacheFigures(
             **totals(load_index(cache)).model_dump(), quarantined=quarantined.get(name, 0)
         )
-        for name, cache in run.cache_layouts().items()
+        for name, cache in _written(run).items()
     }
+
+
+def _written(run: Run) -> dict[str, CacheLayout]:
+    """Caches of the run; a run that scored before there were wide caches has none of these."""
+    wide = run.holdout_layouts().items()
+    begun = {name: cache for name, cache in wide if not run.began_without(cache)}
+    return run.cache_layouts() | begun
 
 
 def _export_check(config: Config, layout: Layout, served: Sequence[ServedModel]) -> ExportCheck:

@@ -11,13 +11,14 @@ import numpy as np
 import ray
 from ray.exceptions import RayTaskError
 
+from pipeline.cache.kinds import holdout_of
 from pipeline.cache.reader import CacheReader, open_cache
 from pipeline.combine.product import product_of
 from pipeline.combine.weights import combine_targets, required_teachers
 from pipeline.config.combine import CombineConfig
 from pipeline.config.run import Config
 from pipeline.errors import DistillationError
-from pipeline.layout import Layout
+from pipeline.layout import CacheLayout, Layout
 from pipeline.records import DatasetEntry, TokenSequence
 from pipeline.report.models import DomainFigures, ProductFigures
 from pipeline.run.prepared_run import Run
@@ -110,6 +111,25 @@ def renormalised_sequences(run: Run, entries: Sequence[DatasetEntry]) -> int:
     )
 
 
+def measured_layouts(run: Run, entries: Sequence[DatasetEntry]) -> dict[str, CacheLayout]:
+    """Folders of the caches that the hold-out split is measured with, by teacher: the wide cache
+    where it has the sequences, otherwise the cache that is trained on.
+
+    A run that scored before there were wide caches has none.
+
+    Args:
+        entries: sequences of the hold-out split.
+    """
+    caches, wide = run.distribution_layouts(), run.holdout_layouts()
+    for name, cache in list(caches.items()):
+        if holdout_of(name) in wide:
+            trained, measured = open_cache(cache), open_cache(wide[holdout_of(name)])
+            ids = [entry.sequence_id for entry in entries]
+            if all(i in measured or i not in trained for i in ids):
+                caches[name] = wide[holdout_of(name)]
+    return caches
+
+
 def _figures(
     run: Run,
     entries: Sequence[DatasetEntry],
@@ -121,7 +141,7 @@ def _figures(
     from students.evaluation import holdout_numbers, teacher_holdout_numbers
     from students.reference import gold_logprobs, vocabulary_size
 
-    config, layout, caches = run.config, run.layout, run.distribution_layouts()
+    config, layout, caches = run.config, run.layout, measured_layouts(run, entries)
     trust = config.student.trust_remote_code
     vocabulary = vocabulary_size(layout.export_folder(students[0]), trust)
     teachers, combine = config.scoring_teachers, run.combine()

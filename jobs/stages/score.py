@@ -14,13 +14,15 @@ from jobs.stages.filter import Filtered, filter_scored
 from jobs.stages.teacher_pools import engine_seconds, teacher_work
 from pipeline.cache.generations import pin_generations
 from pipeline.cache.index import quarantined
+from pipeline.cache.kinds import entries_of, holds_hidden_states, teacher_of
 from pipeline.cache.manifest import is_published, publish
-from pipeline.cache.projection import HiddenStatesRule, holds_hidden_states, teacher_of
+from pipeline.cache.projection import HiddenStatesRule
 from pipeline.combine.learned import learn_weights, with_learned
 from pipeline.combine.weights import required_teachers
 from pipeline.config.combine import CombineConfig, LearnedWeights
 from pipeline.config.losses import sequences_together
 from pipeline.config.run import Config
+from pipeline.config.scoring import selection_of
 from pipeline.config.teachers import TeacherConfig
 from pipeline.filters.run import filter_summary
 from pipeline.layout import CacheLayout
@@ -52,15 +54,16 @@ def score(run: Run, dataset: str) -> StageRecord:
     """
     layout, entries = run.layout, read_dataset(run.layout, dataset)
     _check_lengths(run.config, entries)
-    caches = run.cache_layouts()
+    caches = run.all_layouts()
     pin_generations(layout, caches.values())
     started = time.monotonic()
-    reports = fill_caches(run, {name: (cache, entries) for name, cache in caches.items()})
+    work = {name: (cache, entries_of(name, entries)) for name, cache in caches.items()}
+    reports = fill_caches(run, work)
     seconds = Counter(engine_seconds(run.config, reports, time.monotonic() - started))
     for name, cache in caches.items():
         written = new_shards(reports[teacher_of(name)], name)
         if written or not is_published(cache):
-            identity = run.prepared.cache_identities[name]
+            identity = run.prepared.all_cache_identities[name]
             publish(cache, identity, provenance_of(run.config, name), written)
     refused = {name: quarantined(cache) for name, cache in caches.items()}
     covered = _covered(run, dataset, entries, refused)
@@ -189,11 +192,9 @@ def _check_canary(
 
 def _output(run: Run, name: str, cache: CacheLayout) -> CacheOutput:
     prepared = run.prepared
-    rule = (
-        HiddenStatesRule.of_identity(prepared.cache_identities[name])
-        if holds_hidden_states(name)
-        else run.config.scoring.selection
-    )
+    identity = prepared.all_cache_identities[name]
+    is_states = holds_hidden_states(name)
+    rule = HiddenStatesRule.of_identity(identity) if is_states else selection_of(identity)
     fingerprint = prepared.cache_fingerprints[name]
     return CacheOutput(name, cache, fingerprint, rule, prepared.position_bytes(name))
 

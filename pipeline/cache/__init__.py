@@ -10,5 +10,6 @@ manifest       totals and engines of a cache, published with its index
 reader         random access to rows
 generations    versions of a cache: the one in use, the current one, the next one
 selection      captured entries that are kept or drawn
+kinds          kinds of caches, told by their names
 projection     hidden states that are kept, whole or projected
 """

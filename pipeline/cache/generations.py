@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from pipeline import storage
+from pipeline.cache.kinds import holdout_identities
 from pipeline.errors import CacheError
 from pipeline.fingerprint import digest_json
 from pipeline.layout import CacheLayout, Layout
@@ -158,6 +159,7 @@ def _prepared_caches(layout: Layout) -> list[CacheLayout]:
     if not storage.exists(layout.prepared):
         return []
     identities = storage.read_json(layout.prepared)["scoring_recipes"]
+    identities |= holdout_identities(identities)
     return [layout.cache(name, digest_json(identity)) for name, identity in identities.items()]
 
 

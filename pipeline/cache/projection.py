@@ -18,24 +18,6 @@ import numpy as np
 
 from pipeline.records import HiddenStates
 
-SUFFIX = "+features"
-"""End of the name of a cache of hidden states; teachers' names have no plus sign."""
-
-
-def hidden_states_of(teacher: str) -> str:
-    """Name of the cache of a teacher's hidden states."""
-    return teacher + SUFFIX
-
-
-def holds_hidden_states(cache: str) -> bool:
-    """Whether the cache of that name holds hidden states rather than distributions."""
-    return cache.endswith(SUFFIX)
-
-
-def teacher_of(cache: str) -> str:
-    """Name of the teacher that fills a cache."""
-    return cache.removesuffix(SUFFIX)
-
 
 @dataclass(frozen=True)
 class HiddenStatesRule:

@@ -9,8 +9,8 @@ from typing import Any
 from pipeline import storage
 from pipeline.cache.generations import Names, current_generation, generations, unfinished_generation
 from pipeline.cache.index import load_index, quarantined
+from pipeline.cache.kinds import teacher_of
 from pipeline.cache.manifest import CacheTotals, totals
-from pipeline.cache.projection import teacher_of
 from pipeline.errors import CorruptShardError
 from pipeline.fingerprint import differences
 from pipeline.layout import CacheLayout, Layout

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.cache.projection import teacher_of
+from pipeline.cache.kinds import teacher_of
 from pipeline.report.models import Report
 
 # Okabe and Ito's palette, which survives the common colour blindnesses, and two more colours.

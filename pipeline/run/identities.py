@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.cache import hidden_states, logprobs
-from pipeline.cache.projection import hidden_states_of, teacher_of
+from pipeline.cache.kinds import hidden_states_of, teacher_of
 from pipeline.config.filters import Judge
 from pipeline.config.run import Config
 from pipeline.config.synthesis import Answer, Answering, GivenAnswers, Recipe

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline import storage
 from pipeline.cache import hidden_states, logprobs
-from pipeline.cache.projection import HiddenStatesRule, holds_hidden_states, teacher_of
+from pipeline.cache.kinds import holdout_identities, holds_hidden_states, teacher_of
+from pipeline.cache.projection import HiddenStatesRule
 from pipeline.config.filters import Judge
 from pipeline.config.load import evaluation_files, is_folder
 from pipeline.config.run import Config
@@ -54,7 +55,7 @@ class Prepared(BaseModel):
         tokenizer_hash: hash of the vocabulary that all models share.
         eos_token_id: token that ends an answer.
         cache_identities: identity of every cache, by cache name: a teacher's distributions, or its
-            hidden states.
+            hidden states; wide caches follow from them (`all_cache_identities`).
         synthesis_identities: identity of every step, by its label (`pipeline/synthesis/steps.py`).
         student_identity: identity of the model that the student starts from.
         filters_before_scoring: identities of the filters that need text alone.
@@ -87,9 +88,14 @@ class Prepared(BaseModel):
     checker_identity: str | None = None
 
     @property
+    def all_cache_identities(self) -> dict[str, dict[str, Any]]:
+        """Identity of every cache by cache name, with the wide caches of the hold-out split."""
+        return self.cache_identities | holdout_identities(self.cache_identities)
+
+    @property
     def cache_fingerprints(self) -> dict[str, str]:
         """Digest of every cache's identity, by cache name."""
-        return {name: digest_json(identity) for name, identity in self.cache_identities.items()}
+        return {name: digest_json(i) for name, i in self.all_cache_identities.items()}
 
     @property
     def synthesis_digests(self) -> dict[str, str]:
@@ -104,7 +110,7 @@ class Prepared(BaseModel):
         Args:
             cache: name of the cache.
         """
-        identity = self.cache_identities[cache]
+        identity = self.all_cache_identities[cache]
         if not holds_hidden_states(cache):
             return logprobs.position_bytes(selection_of(identity).max_entries)
         rule = HiddenStatesRule.of_identity(identity)

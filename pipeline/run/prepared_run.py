@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from pipeline.cache.generations import generation_in_use
-from pipeline.cache.projection import holds_hidden_states
+from pipeline.cache.generations import generation_in_use, pinned_generations
+from pipeline.cache.kinds import holdout_identities, holds_hidden_states
 from pipeline.combine.learned import learned_weights, with_learned
 from pipeline.config.combine import CombineConfig
 from pipeline.config.rounds import layout_of
@@ -52,10 +54,32 @@ class Run:
         return None if prepared is None else Run(config, layout, prepared)
 
     def cache_layouts(self) -> dict[str, CacheLayout]:
-        """Folders of all caches of the run, by cache name, in the generations that it uses."""
+        """Folders of all caches that the run trains on, by cache name, in the generations that it
+        uses.
+        """
+        return self._layouts(self.prepared.cache_identities)
+
+    def holdout_layouts(self) -> dict[str, CacheLayout]:
+        """Folders of the wide caches of the hold-out split, by cache name; none where the caches
+        that are trained on serve the report.
+        """
+        return self._layouts(holdout_identities(self.prepared.cache_identities))
+
+    def all_layouts(self) -> dict[str, CacheLayout]:
+        """Folders of all caches of the run, by cache name."""
+        return self.cache_layouts() | self.holdout_layouts()
+
+    def began_without(self, cache: CacheLayout) -> bool:
+        """Whether the run has pinned its caches before it knew of this one, as runs of an earlier
+        version have.
+        """
+        pins = pinned_generations(self.layout)
+        return bool(pins) and cache.name not in pins
+
+    def _layouts(self, identities: Mapping[str, dict[str, Any]]) -> dict[str, CacheLayout]:
         return {
             name: generation_in_use(self.layout, cache_layout(self.layout, name, identity))
-            for name, identity in self.prepared.cache_identities.items()
+            for name, identity in identities.items()
         }
 
     def distribution_layouts(self) -> dict[str, CacheLayout]:

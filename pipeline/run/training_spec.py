@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache.projection import hidden_states_of
+from pipeline.cache.kinds import hidden_states_of
 from pipeline.combine.learned import learned_weights, with_learned
 from pipeline.combine.weights import required_teachers
 from pipeline.config.combine import ByDomainWeights, CombineConfig

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.cache.hidden_states import position_bytes
-from pipeline.cache.projection import hidden_states_of
+from pipeline.cache.kinds import hidden_states_of
 from pipeline.cache.reader import CacheReader, open_hidden_states
 from pipeline.errors import CacheError, TrainingError
 from pipeline.layout import CacheLayout

@@ -81,7 +81,7 @@ class CacheOutput:
     """One cache that a teacher fills.
 
     Attributes:
-        name: name of the cache, see `pipeline/cache/projection.py`.
+        name: name of the cache, see `pipeline/cache/kinds.py`.
         cache: layout of the cache.
         fingerprint: digest of the cache's identity.
         rule: selection of the distributions, or rule for the hidden states, that is stored.

@@ -164,7 +164,7 @@ class FabricatedRun:
         save_prepared(self.layout, prepared)
         return Run(config, self.layout, prepared)
 
-    def write_answers(self, first: int, last: int) -> list[DatasetEntry]:
+    def write_answers(self, first: int, last: int, split: str = "train") -> list[DatasetEntry]:
         """Adds one shard for each domain, with the sequences `first` to `last`, to the dataset."""
         entries = self.entries()
         for domain in ("arithmetic", "words"):
@@ -175,7 +175,7 @@ class FabricatedRun:
                     s.sequence_id,
                     s.prompt_id,
                     domain,
-                    "train",
+                    split,
                     s.authors,
                     shard,
                     len(s.input_ids),

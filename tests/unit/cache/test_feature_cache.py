@@ -19,12 +19,8 @@ from jobs.caches.regenerate import regenerate_inside_job
 from jobs.caches.run_caches import open_caches
 from pipeline import storage
 from pipeline.cache.generations import named_generations
-from pipeline.cache.projection import (
-    HiddenStatesRule,
-    hidden_states_of,
-    projection_matrix,
-    to_bfloat16,
-)
+from pipeline.cache.kinds import hidden_states_of
+from pipeline.cache.projection import HiddenStatesRule, projection_matrix, to_bfloat16
 from pipeline.cache.reader import open_cache, open_hidden_states
 from pipeline.cache.shard import (
     open_shard,

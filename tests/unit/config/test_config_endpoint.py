@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from jobs.dry_run import dry_run_text
-from pipeline.cache.projection import hidden_states_of
+from pipeline.cache.kinds import hidden_states_of
 from pipeline.config.load import dump_config, load_config, local_paths
 from pipeline.config.run import Config
 from pipeline.config.teachers import EndpointConfig, EndpointTeacherConfig, TeacherConfig

@@ -15,7 +15,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.cache.index import load_index
-from pipeline.cache.projection import HiddenStatesRule, hidden_states_of
+from pipeline.cache.kinds import hidden_states_of
+from pipeline.cache.projection import HiddenStatesRule
 from pipeline.config.losses import HiddenState
 from pipeline.layout import Layout
 from pipeline.records import DatasetEntry, TokenSequence

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from pipeline.cache.columns import Column
-from pipeline.cache.projection import HiddenStatesRule, hidden_states_of
+from pipeline.cache.kinds import hidden_states_of
+from pipeline.cache.projection import HiddenStatesRule
 from pipeline.cache.shard import read_shard
 from pipeline.config.scoring import TopK
 from pipeline.errors import CacheError
