@@ -70,10 +70,9 @@ def slugs(page: Path) -> set[str]:
 
 
 @functools.cache
-def generator() -> Any:
-    """`docs/make_configuration.py` as a module."""
-    path = ROOT / "docs/make_configuration.py"
-    spec = importlib.util.spec_from_file_location("make_configuration", path)
+def generator(name: str) -> Any:
+    """A script of `docs/` as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"docs/{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -118,12 +117,12 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
         assert name == "config.yaml" or any(place.exists() for place in places), name
 
 
-def test_the_field_reference_is_what_the_models_say() -> None:
-    module = generator()
+@pytest.mark.parametrize("name", ["make_configuration", "make_architectures"])
+def test_a_page_that_is_made_is_what_its_source_says(name: str) -> None:
+    module = generator(name)
     shown = module.PAGE.read_text()
     assert shown == module.page(shown), (
-        "docs/configuration.md is not what pipeline/config says; write it anew with "
-        f"`{module.COMMAND}`"
+        f"{module.PAGE.name} is not what its source says; write it anew with `{module.COMMAND}`"
     )
 
 

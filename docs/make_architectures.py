@@ -1,0 +1,71 @@
+"""Writes the tables in `docs/architectures.md` from `tests/support/architectures.py`.
+
+    .venv/bin/python docs/make_architectures.py
+
+The page's head, above the marker, is written by hand and kept. The tests try every architecture
+and fail if it does anything else than its row says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.support.architectures import ARCHITECTURES, Architecture
+
+PAGE = ROOT / "docs" / "architectures.md"
+COMMAND = ".venv/bin/python docs/make_architectures.py"
+MARKER = f"<!-- Made by `{COMMAND}` from here on; change the architectures, not this text. -->\n"
+STUDENTS = """
+## Students
+
+A student that trains has the gradients that transformers computes for each sequence alone: in both
+formats of `student.dtype`, packed and padded, with `student.gradient_checkpointing` and without it.
+The attention is the one that it was tried with.
+"""
+
+
+def main() -> None:
+    """Writes the page again; the command line has no options."""
+    argparse.ArgumentParser(description="Writes the tables of architectures.").parse_args()
+    PAGE.write_text(page(PAGE.read_text()))
+
+
+def page(before: str) -> str:
+    """The whole page: the head of the page as it is, and the tables as they should be."""
+    head, marker, _ = before.partition(MARKER)
+    if not marker:
+        raise ValueError(f"{PAGE.relative_to(ROOT)} has lost its marker: {MARKER!r}")
+    return head + MARKER + STUDENTS + "\n" + students_table(ARCHITECTURES)
+
+
+def students_table(architectures: Sequence[Architecture]) -> str:
+    """A row for every architecture: those that train first."""
+    rows = [
+        student_row(each) for each in sorted(architectures, key=lambda each: bool(each.refused))
+    ]
+    return table(("architecture", "`model_type`", "trains", "packs", "attention"), rows)
+
+
+def student_row(architecture: Architecture) -> tuple[str, ...]:
+    """The cells of an architecture."""
+    name, kind = architecture.name, f"`{architecture.kind}`"
+    if architecture.refused:
+        return name, kind, "refused", "", ""
+    packs = "yes" if architecture.packs else "`training.packing: false`"
+    return name, kind, "yes", packs, f"`{architecture.attention}`"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,344 @@
+"""Tiny configs of the architectures that are tried as models, and what each can do as a student.
+
+`tests/unit/architecture/test_matrix.py` tries each of them beside transformers, and
+`docs/make_architectures.py` writes the table of `docs/architectures.md`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+VOCABULARY = 128
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.15,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "attention_dropout": 0.0,
+}
+"""Settings that most configs share. Weights are large, so that every layer matters."""
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "num_local_experts": 4,
+}
+GPT2: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+    "initializer_range": 0.15,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""Settings of the configs that descend from GPT-2's."""
+ATTENTION_ONLY: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.15,
+    "init_std": 0.15,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+}
+"""Settings that architectures without the names of `SHAPE` share."""
+LATENT: dict[str, Any] = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+}
+"""Multi-head latent attention."""
+GROUPED: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
+"""Experts behind a router with a correction bias, after one dense layer."""
+LINEAR: dict[str, Any] = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "num_hidden_layers": 4,
+}
+"""Gated delta nets in three of four layers."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model with random weights, and what it can do as a student.
+
+    Attributes:
+        name: name in the tests and in the page.
+        kind: `model_type` of its config.
+        settings: the config's fields beside those of `SHAPE`.
+        whole: whether `settings` are all fields.
+        attention: `student.attn_implementation` with which it trains.
+        packs: whether its sequences can be packed.
+        refused: part of the sentence with which it is refused; empty if it trains.
+    """
+
+    name: str
+    kind: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    whole: bool = False
+    attention: str = "sdpa"
+    packs: bool = True
+    refused: str = ""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """All fields of the config."""
+        return self.settings if self.whole else SHAPE | self.settings
+
+
+def _windowed(size: int = 8) -> dict[str, Any]:
+    return {"sliding_window": size}
+
+
+_SCALED = "logits as LM head times last hidden state, without that step"
+
+ARCHITECTURES = (
+    Architecture("Llama", "llama"),
+    Architecture("Llama, tied", "llama", {"tie_word_embeddings": True}),
+    Architecture(
+        "Llama, YaRN",
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    Architecture("Mistral", "mistral", _windowed()),
+    Architecture("Ministral", "ministral", _windowed()),
+    Architecture("Mixtral", "mixtral", EXPERTS),
+    Architecture("Qwen2", "qwen2"),
+    Architecture("Qwen3", "qwen3"),
+    Architecture(
+        "Qwen3-MoE", "qwen3_moe", EXPERTS | {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    ),
+    Architecture(
+        "Qwen3-Next",
+        "qwen3_next",
+        EXPERTS | LINEAR | {"shared_expert_intermediate_size": 32, "full_attention_interval": 4},
+        packs=False,
+    ),
+    Architecture("Qwen3.5", "qwen3_5_text", LINEAR, packs=False),
+    Architecture("Gemma", "gemma"),
+    Architecture(
+        "Gemma 2",
+        "gemma2",
+        _windowed() | {"query_pre_attn_scalar": 16, "final_logit_softcapping": 3.0},
+    ),
+    Architecture("Gemma 3", "gemma3_text", _windowed() | {"query_pre_attn_scalar": 16}),
+    Architecture("Phi", "phi", {"partial_rotary_factor": 0.5, "resid_pdrop": 0.0}),
+    Architecture("Phi-3", "phi3", {"resid_pdrop": 0.0, "embd_pdrop": 0.0}),
+    Architecture("PhiMoE", "phimoe", EXPERTS | {"router_jitter_noise": 0.0}),
+    Architecture("OLMo 2", "olmo2"),
+    Architecture("OLMo 3", "olmo3", _windowed()),
+    Architecture("OLMoE", "olmoe", EXPERTS),
+    Architecture("SmolLM3", "smollm3", {"no_rope_layer_interval": 2, "num_hidden_layers": 4}),
+    Architecture("StarCoder 2", "starcoder2", {"residual_dropout": 0.0, "embedding_dropout": 0.0}),
+    Architecture("StableLM", "stablelm"),
+    Architecture("GLM", "glm", {"partial_rotary_factor": 0.5}),
+    Architecture("GLM-4", "glm4", {"partial_rotary_factor": 0.5}),
+    Architecture("GLM-4-MoE", "glm4_moe", EXPERTS | GROUPED | {"partial_rotary_factor": 0.5}),
+    Architecture("DeepSeek-V3", "deepseek_v3", EXPERTS | LATENT | GROUPED),
+    Architecture("gpt-oss", "gpt_oss", EXPERTS | _windowed(), attention="eager", packs=False),
+    Architecture("EXAONE 4", "exaone4", _windowed()),
+    Architecture("Seed-OSS", "seed_oss", {"residual_dropout": 0.0}),
+    Architecture("ERNIE 4.5", "ernie4_5"),
+    Architecture("Apertus", "apertus"),
+    Architecture("Arcee", "arcee"),
+    Architecture("Helium", "helium"),
+    Architecture("Nemotron", "nemotron"),
+    Architecture("NanoChat", "nanochat", {"final_logit_softcapping": 15.0}),
+    Architecture("GPT-2", "gpt2", GPT2, whole=True),
+    Architecture("GPT-BigCode", "gpt_bigcode", GPT2, whole=True),
+    Architecture("GPT-NeoX", "gpt_neox", {"hidden_dropout": 0.0}),
+    Architecture(
+        "GPT-Neo",
+        "gpt_neo",
+        ATTENTION_ONLY
+        | {
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 8,
+            "resid_dropout": 0.0,
+            "embed_dropout": 0.0,
+        },
+        whole=True,
+        attention="eager",
+    ),
+    Architecture(
+        "GPT-J",
+        "gptj",
+        GPT2 | {"rotary_dim": 8, "tie_word_embeddings": False},
+        whole=True,
+        attention="eager",
+    ),
+    Architecture(
+        "CodeGen",
+        "codegen",
+        GPT2 | {"rotary_dim": 8, "tie_word_embeddings": False},
+        whole=True,
+        attention="eager",
+    ),
+    Architecture(
+        "OPT",
+        "opt",
+        ATTENTION_ONLY | {"ffn_dim": 96, "word_embed_proj_dim": 64},
+        whole=True,
+        packs=False,
+    ),
+    Architecture(
+        "Falcon",
+        "falcon",
+        ATTENTION_ONLY | {"num_kv_heads": 2, "new_decoder_architecture": True, "alibi": False},
+        whole=True,
+        packs=False,
+    ),
+    Architecture(
+        "BLOOM",
+        "bloom",
+        ATTENTION_ONLY | {"n_layer": 2, "n_head": 4, "hidden_dropout": 0.0},
+        whole=True,
+        attention="eager",
+        packs=False,
+    ),
+    Architecture(
+        "MPT",
+        "mpt",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 64,
+            "n_heads": 4,
+            "n_layers": 2,
+            "max_seq_len": 256,
+            "initializer_range": 0.15,
+        },
+        whole=True,
+        attention="eager",
+        packs=False,
+    ),
+    Architecture(
+        "LFM2",
+        "lfm2",
+        {"block_ff_dim": 96, "conv_L_cache": 3, "layer_types": ["conv", "full_attention"]},
+        packs=False,
+    ),
+    Architecture(
+        "Falcon-H1, plain head",
+        "falcon_h1",
+        {
+            "mamba_d_ssm": 64,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 8,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+            "mamba_chunk_size": 16,
+            "lm_head_multiplier": 1.0,
+        },
+        packs=False,
+    ),
+    Architecture(
+        "Bamba",
+        "bamba",
+        {
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+            "mamba_chunk_size": 16,
+            "attn_layer_indices": [1],
+        },
+        packs=False,
+    ),
+    Architecture(
+        "Jamba",
+        "jamba",
+        {
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 8,
+            "num_experts": 2,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "use_mamba_kernels": False,
+        },
+        packs=False,
+    ),
+    Architecture(
+        "Nemotron-H",
+        "nemotron_h",
+        {
+            "layers_block_type": ["mamba", "attention"],
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 8,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "chunk_size": 16,
+        },
+        packs=False,
+    ),
+    Architecture(
+        "Granite",
+        "granite",
+        {
+            "logits_scaling": 8.0,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.015625,
+        },
+        refused=_SCALED,
+    ),
+    Architecture("Cohere", "cohere", {"logit_scale": 0.0625}, refused=_SCALED),
+    Architecture("Cohere 2", "cohere2", _windowed() | {"logit_scale": 0.0625}, refused=_SCALED),
+    Architecture(
+        "MiniCPM3",
+        "minicpm3",
+        LATENT | {"dim_model_base": 16, "scale_emb": 12, "scale_depth": 1.4},
+        refused="not supported",
+    ),
+    Architecture(
+        "RecurrentGemma",
+        "recurrent_gemma",
+        {
+            "num_hidden_layers": 3,
+            "lru_width": 64,
+            "attention_window_size": 64,
+            "logits_soft_cap": 30.0,
+        },
+        refused="not supported",
+    ),
+)
