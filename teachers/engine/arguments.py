@@ -47,6 +47,7 @@ COMPLETION_PARAMETERS = OPENAI_PARAMETERS | {
     "thinking_token_budget",
     "top_k",
 }
+CPU_BLOCK_SIZE = 32  # tokens; vLLM's own 128 would cache nothing of a short prompt
 ENDPOINT_PARAMETERS = {"vllm": COMPLETION_PARAMETERS, "openai": OPENAI_PARAMETERS}
 """Sampling parameters that each kind of endpoint honours; servers silently ignore all others."""
 
@@ -192,3 +193,33 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         "trust_remote_code": spec.trust_remote_code,
     }
     return defaults | spec.vllm | owned
+
+
+def cpu_arguments(
+    spec: EngineSpec, chosen: dict[str, Any], has_inner_state: bool
+) -> dict[str, Any]:
+    """Completes the arguments of an engine on a CPU, where vLLM 0.32 cannot do all that it can do
+    on a GPU.
+
+    Args:
+        chosen: arguments from `engine_arguments`.
+        has_inner_state: layers of the model carry a state from token to token, as those of Mamba
+            and other hybrids do. vLLM keeps a prefix cache of states by cutting prompts, and its
+            kernels for CPUs fail at that.
+
+    Raises:
+        TeacherError: the `vllm:` block asks for the prefix cache of a model with such layers.
+    """
+    if has_inner_state:
+        if spec.vllm.get("enable_prefix_caching"):
+            raise TeacherError(
+                f"{spec.model}: vllm.enable_prefix_caching is true, but some layers carry a state "
+                "from token to token, and vLLM cannot cache that on a CPU: leave it out"
+            )
+        chosen = chosen | {"enable_prefix_caching": False}
+    if chosen.get("enable_prefix_caching"):
+        chosen = {"block_size": CPU_BLOCK_SIZE} | chosen
+    if "max_num_batched_tokens" not in chosen:
+        # A step that cuts a prompt with a seed in two kills vLLM 0.32's engine on a CPU.
+        chosen = {"enable_chunked_prefill": False} | chosen
+    return chosen

@@ -37,6 +37,7 @@ class RowCapture:
         reason: reason for the mode.
         width: number of entries captured per token.
         shares_prefixes: rows are scored with the prefix cache.
+        sharing_reason: reason why they are not, although sequences share prompts; None otherwise.
     """
 
     def __init__(self, engine: RunningEngine) -> None:
@@ -44,6 +45,10 @@ class RowCapture:
         self.width = min(engine.spec.num_logprobs, engine.vocabulary)
         has_prefix_cache = engine.config.cache_config.enable_prefix_caching
         self.shares_prefixes = has_prefix_cache and self.width > 0
+        self.sharing_reason = None
+        asked = engine.spec.vllm.get("enable_prefix_caching", engine.spec.share_prefixes)
+        if self.width and asked and not has_prefix_cache:
+            self._compute_each_prompt("vLLM keeps no prefix cache of this model on this device")
         self.mode, self.reason = "none", "the engine only generates"
         self._restore: Callable[[], None] | None = None
 
@@ -84,10 +89,13 @@ class RowCapture:
         computed = await self.rows(request)
         cached = await self.rows(request, read_prefixes=True)
         reason = reason_not_to_share_prefixes(computed, cached, self._engine.dtype)
-        self.shares_prefixes = reason is None
         if reason is not None:
-            model = self._engine.spec.model
-            logger.warning("%s: prompts are computed once per answer: %s", model, reason)
+            self._compute_each_prompt(reason)
+
+    def _compute_each_prompt(self, reason: str) -> None:
+        self.shares_prefixes, self.sharing_reason = False, reason
+        model = self._engine.spec.model
+        logger.warning("%s: prompts are computed once per answer: %s", model, reason)
 
     def restore(self) -> None:
         """Undoes the override of vLLM's method."""

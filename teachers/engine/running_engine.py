@@ -26,8 +26,6 @@ from teachers.engine.hidden_states import HiddenStatesFolder, take_hidden_states
 from teachers.engine.options import check_engine_arguments
 from teachers.protocol import EngineDiedError, EngineSpec
 
-CPU_BLOCK_SIZE = 32  # tokens; vLLM's own 128 would cache nothing of a short prompt
-
 
 class RunningEngine:
     """One engine; all its requests run in the event loop that started it.
@@ -73,13 +71,11 @@ class RunningEngine:
         folder = HiddenStatesFolder() if spec.hidden_layers else None
         if folder is not None:
             chosen |= folder.engine_arguments(spec.hidden_layers, on_cpu=on_cpu)
-        if on_cpu and chosen.get("enable_prefix_caching"):
-            chosen.setdefault("block_size", CPU_BLOCK_SIZE)
-        if on_cpu and "max_num_batched_tokens" not in chosen:
-            # A step that cuts a prompt with a seed in two kills vLLM 0.32's engine on a CPU.
-            chosen.setdefault("enable_chunked_prefill", False)
         started, quiet = time.monotonic(), chosen["disable_log_stats"]
         try:
+            if on_cpu:
+                has_state = AsyncEngineArgs(**chosen).create_model_config().has_inner_state
+                chosen = arguments.cpu_arguments(spec, chosen, has_state)
             config = AsyncEngineArgs(**chosen).create_engine_config()
             llm = AsyncLLM.from_vllm_config(config, disable_log_stats=quiet)
         except (VLLMError, ValueError) as error:

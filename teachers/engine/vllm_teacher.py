@@ -123,6 +123,7 @@ class VllmTeacher:
             "capture": self.capture.mode,
             "capture_reason": self.capture.reason,
             "prefix_sharing": self.capture.shares_prefixes,
+            "prefix_sharing_reason": self.capture.sharing_reason,
             "hidden_layers": list(self._spec.hidden_layers),
             "dtype": self.engine.dtype,
             "quantization": config.model_config.quantization,
