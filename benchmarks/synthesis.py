@@ -284,7 +284,7 @@ async def run(data: Path, model: str | None, size: Size, vocabulary: int) -> lis
             min_model_len=prepared.longest_prompt + size.max_tokens,
             vllm=config.teachers[TEACHER].vllm,
             seed=config.seed,
-            eos_token_ids=(prepared.eos_token_id,),
+            eos_token_ids=prepared.answer_ends.ids,
         )
         teacher = await VllmTeacher.start(spec)
         print(json.dumps(teacher.metadata()), flush=True)

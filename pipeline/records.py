@@ -56,6 +56,28 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class AnswerEnds:
+    """Tokens of the student's vocabulary with which the answers of a run end.
+
+    Attributes:
+        chat: end of an answer to chat messages, which the chat template writes behind it.
+        text: end of an answer to raw text, the tokenizer's end-of-sequence token.
+    """
+
+    chat: int
+    text: int
+
+    def after(self, prompt: Prompt) -> int:
+        """Token that ends an answer to a prompt."""
+        return self.text if prompt.messages is None else self.chat
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The different ends: one or two."""
+        return tuple(dict.fromkeys((self.chat, self.text)))
+
+
+@dataclass(frozen=True)
 class TokenSequence:
     """A prompt with one answer, tokenised once; nothing downstream tokenises again.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -12,6 +13,10 @@ from pipeline.config.base import ModelFiles
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import digest_bytes, digest_json
 from pipeline.records import Prompt
+
+ANSWERS_TRIED = ("Yes.", "42", "Two lines:\n\n- it's the 2nd one!")
+"""Answers behind which the end of a message is looked for."""
+_MARKUP = re.compile(r"<\S+>|\[\S+\]")
 
 
 def load_tokenizer(model: ModelFiles) -> PreTrainedTokenizerBase:
@@ -81,6 +86,40 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     return list(ids)
 
 
+@lru_cache(maxsize=4)
+def chat_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Token that the chat template writes behind an assistant message, such as `<|im_end|>`.
+
+    It is often another one than the tokenizer's end-of-sequence token. The first special token
+    behind the message counts; white space and what follows the token do not.
+
+    Returns:
+        None if there is no template, or if it ends messages by no single token.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    ends = {_end_behind(tokenizer, text) for text in ANSWERS_TRIED}
+    return ends.pop() if len(ends) == 1 else None
+
+
+def _end_behind(tokenizer: PreTrainedTokenizerBase, answer: str) -> int | None:
+    messages = [{"role": "user", "content": "Go on"}, {"role": "assistant", "content": answer}]
+    try:
+        rendered = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except TemplateError:
+        return None
+    _, found, behind = rendered.rpartition(answer)
+    behind = behind.strip()
+    if not found or not behind:
+        return None
+    ids: Any = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    marked = next((token for token in ids if token in special), None)
+    if marked is None and len(ids) == 1 and _MARKUP.fullmatch(behind):
+        return ids[0]
+    return marked
+
+
 def repeats_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     """Whether a text begins with the beginning-of-sequence token that its tokenizer adds anyway."""
     bos = tokenizer.bos_token
@@ -91,7 +130,9 @@ def repeats_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
-    """Text of an answer, without special tokens."""
+    """Text of an answer, without special tokens and without its end."""
+    if token_ids and token_ids[-1] == chat_end(tokenizer):  # which need not be a special token
+        token_ids = token_ids[:-1]
     text = tokenizer.decode(token_ids, skip_special_tokens=True)
     assert isinstance(text, str), "one sequence of ids is one text"
     return text

@@ -173,16 +173,22 @@ def check_filters(config: Config, prompts: Sequence[Prompt]) -> None:
 
 
 def synthesis_identities(
-    config: Config, identities: Identities, tokenizer_hash: str
+    config: Config, identities: Identities, tokenizer_hash: str, chat_end: int | None = None
 ) -> dict[str, dict[str, Any]]:
     """Identities of all steps, by their labels.
 
     Args:
         identities: identities of the authors' models.
+        chat_end: token that ends an answer to a chat, if it is not the end-of-sequence token.
     """
     return {
         step.label: synthesis_identity(
-            config, step.recipe, step.author, identities.get(step.author, {}), tokenizer_hash
+            config,
+            step.recipe,
+            step.author,
+            identities.get(step.author, {}),
+            tokenizer_hash,
+            chat_end,
         )
         for step in steps_of(config)
     }

@@ -39,7 +39,7 @@ from teachers.engine.options import check_engine_arguments, check_sampling_param
 from teachers.preflight.identity import check_model, check_weights, model_identity, student_identity
 from teachers.preflight.model_layers import check_layers, hidden_sizes, text_config
 from teachers.preflight.vocabulary import check_vocabularies
-from teachers.tokenizing import load_tokenizer, prompt_ids, repeats_bos
+from teachers.tokenizing import chat_end, load_tokenizer, prompt_ids, repeats_bos
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,8 @@ def prepare(config: Config) -> Run:
     identities = _model_identities(config, layout)
     eos_token_id = tokenizer.eos_token_id
     assert isinstance(eos_token_id, int), "a tokenizer without one is refused above"
+    end = chat_end(tokenizer)
+    end = None if end == eos_token_id else end
     prepared = Prepared(
         key=preparation_key(config),
         prompts_digest=write_prompts(layout, prompts),
@@ -82,9 +84,10 @@ def prepare(config: Config) -> Run:
         longest_prompt=max(lengths.values()),
         tokenizer_hash=tokenizer_hash,
         eos_token_id=eos_token_id,
+        chat_end_token_id=end,
         student_identity=student_identity(config.student, layout),
         cache_identities=cache_identities(config, identities, tokenizer_hash),
-        synthesis_identities=synthesis_identities(config, identities, tokenizer_hash),
+        synthesis_identities=synthesis_identities(config, identities, tokenizer_hash, end),
         filters_before_scoring=filter_identities(
             config, config.synthesis.filters_before_scoring, identities, tokenizer_hash
         ),

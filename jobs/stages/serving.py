@@ -142,7 +142,7 @@ def _spec(run: Run, name: str, min_model_len: int) -> EngineSpec | EndpointSpec:
         num_logprobs=1,
         min_model_len=min_model_len,
         seed=config.seed,
-        eos_token_ids=(run.prepared.eos_token_id,),
+        eos_token_ids=run.prepared.stop_token_ids(name),
     )
 
 

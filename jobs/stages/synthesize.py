@@ -135,6 +135,7 @@ def _template(run: Run, work: StepWork) -> AnswerTask:
         samples_per_prompt=recipe.samples_per_prompt if isinstance(recipe, Answering) else 1,
         max_sequence_tokens=config.synthesis.max_sequence_tokens,
         seed=config.seed,
+        ends=run.prepared.answer_ends,
         finish_reasons=("stop", "length") if _may_be_cut(recipe) else ("stop",),
     )
 

@@ -59,7 +59,7 @@ def teacher_work(
             share_prefixes=share_prefixes,
             min_model_len=min_model_len,
             seed=config.seed,
-            eos_token_ids=(run.prepared.eos_token_id,),
+            eos_token_ids=run.prepared.stop_token_ids(name),
         )
     return TeacherWork(
         name,
@@ -86,7 +86,7 @@ def endpoint_spec(run: Run, name: str, *, min_model_len: int, num_logprobs: int)
         student=run.config.student,
         min_model_len=min_model_len,
         num_logprobs=num_logprobs,
-        eos_token_ids=(run.prepared.eos_token_id,),
+        eos_token_ids=run.prepared.stop_token_ids(name),
         canary_path=canary,
     )
 

@@ -135,6 +135,7 @@ def synthesis_identity(
     author: str,
     identity: dict[str, str],
     tokenizer_hash: str,
+    chat_end: int | None = None,
 ) -> dict[str, Any]:
     """The identity that names the folder of a step's answered shards.
 
@@ -143,6 +144,7 @@ def synthesis_identity(
 
     Args:
         identity: identity of the author's model; unused for given answers.
+        chat_end: token that ends a given answer to a chat, if it is not the end-of-sequence token.
 
     Raises:
         ConfigError: a template cannot be used.
@@ -154,6 +156,8 @@ def synthesis_identity(
         "schema_version": SYNTHESIS_SCHEMA_VERSION,
     }
     if isinstance(recipe, GivenAnswers):
+        if chat_end is not None:
+            common |= {"chat_end": chat_end}
         return common | {"max_sequence_tokens": config.synthesis.max_sequence_tokens}
     common |= {
         "model": identity,

@@ -25,6 +25,7 @@ from pipeline.errors import ConfigError, CorruptFileError
 from pipeline.filters.answer_checkers import checker_identity
 from pipeline.fingerprint import digest_json
 from pipeline.layout import Layout
+from pipeline.records import AnswerEnds
 from pipeline.synthesis.rewriting import rubric_of, templates_of
 
 NEUTRAL_TEACHER_KEYS: dict[str, Any] = {
@@ -41,6 +42,8 @@ JSON_KEYS = {
     "checker_identity": "checker",
 }
 """Attributes of `Prepared` that have another name in `prepared.json`."""
+NEWER_KEYS = ("chat_end_token_id", "own_end_token_ids")
+"""Keys of `prepared.json` that are left out where they hold their defaults, as older files do."""
 
 
 class Prepared(BaseModel):
@@ -53,7 +56,9 @@ class Prepared(BaseModel):
         longest_prompt: tokens of the longest given prompt, with the system prompts under which it
             is asked.
         tokenizer_hash: hash of the vocabulary that all models share.
-        eos_token_id: token that ends an answer.
+        eos_token_id: token that ends an answer to raw text.
+        chat_end_token_id: token that ends an answer to chat messages, if it is another one.
+        own_end_token_ids: further tokens with which teachers end answers of their own, by teacher.
         cache_identities: identity of every cache, by cache name: a teacher's distributions, or its
             hidden states; wide caches follow from them (`all_cache_identities`).
         synthesis_identities: identity of every step, by its label (`pipeline/synthesis/steps.py`).
@@ -78,6 +83,8 @@ class Prepared(BaseModel):
     longest_prompt: int
     tokenizer_hash: str
     eos_token_id: int
+    chat_end_token_id: int | None = None
+    own_end_token_ids: dict[str, list[int]] = {}
     cache_identities: dict[str, dict[str, Any]]
     synthesis_identities: dict[str, dict[str, Any]]
     student_identity: dict[str, str]
@@ -103,6 +110,21 @@ class Prepared(BaseModel):
         return {
             label: digest_json(identity) for label, identity in self.synthesis_identities.items()
         }
+
+    @property
+    def answer_ends(self) -> AnswerEnds:
+        """Tokens with which answers end, in the dataset and in the exported student."""
+        chat = self.chat_end_token_id
+        return AnswerEnds(self.eos_token_id if chat is None else chat, self.eos_token_id)
+
+    def stop_token_ids(self, model: str) -> tuple[int, ...]:
+        """Tokens at which an engine ends an answer: the run's ends, then the model's own.
+
+        Args:
+            model: name of a teacher, or `student` or `twin`.
+        """
+        own = self.own_end_token_ids.get(model, [])
+        return tuple(dict.fromkeys((*self.answer_ends.ids, *own)))
 
     def position_bytes(self, cache: str) -> int:
         """Most bytes that one position takes in a cache, before compression.
@@ -187,7 +209,11 @@ def _validated(layout: Layout, stored: Any) -> Prepared:
 
 def save_prepared(layout: Layout, prepared: Prepared) -> None:
     """Writes the outcome of the prepare stage."""
-    storage.write_json(layout.prepared, prepared.model_dump(by_alias=True))
+    values = prepared.model_dump(by_alias=True)
+    for key in NEWER_KEYS:
+        if values[key] == Prepared.model_fields[key].default:
+            del values[key]
+    storage.write_json(layout.prepared, values)
 
 
 def _checker_here(config: Config) -> str | None:

@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.config.student import StudentConfig
 from pipeline.fingerprint import sequence_id
 from pipeline.layout import Layout
-from pipeline.records import Prompt, TokenSequence
+from pipeline.records import AnswerEnds, Prompt, TokenSequence
 from pipeline.synthesis.answered_shards import (
     AnsweredShard,
     ShardReplies,
@@ -46,6 +46,7 @@ class AnswerTask:
         samples_per_prompt: number of answers to each prompt.
         max_sequence_tokens: largest number of tokens of prompt and answer; None for no limit.
         seed: seed of the run.
+        ends: tokens with which answers end.
         finish_reasons: proper ends of an answer; answers with others are dropped as `truncated`.
     """
 
@@ -58,6 +59,7 @@ class AnswerTask:
     samples_per_prompt: int
     max_sequence_tokens: int | None
     seed: int
+    ends: AnswerEnds
     finish_reasons: tuple[str, ...] = ("stop",)
 
     def __len__(self) -> int:
@@ -105,7 +107,8 @@ class AnswerTask:
         for (prompt, ids), samples in answered:
             for sample in samples:
                 outcome.count(prompt.prompt_id, generated_tokens=len(sample.token_ids))
-                text = answer_text(tokenizer, sample.token_ids)
+                answer = self._ended(sample, prompt)
+                text = answer_text(tokenizer, answer)
                 reason = sample.finish_reason
                 if reason not in self.finish_reasons:
                     detail = f"{reason} after {len(sample.token_ids)} tokens"
@@ -117,7 +120,6 @@ class AnswerTask:
                     detail = f"{len(ids) + len(sample.token_ids)} tokens"
                     outcome.reject(prompt, author, "too_long", detail, text)
                 else:
-                    answer = sample.token_ids
                     outcome.keep(self._sequence(prompt, ids, answer, reason, tokenizer_digest))
         lacking = {prompt.prompt_id for (prompt, _), _ in failed}
         done = tuple(prompt for prompt in self.prompts if prompt.prompt_id not in lacking)
@@ -132,15 +134,23 @@ class AnswerTask:
         sampling = self.sampling | {"seed": seed}
         return await teacher.generate(ids, sampling, self.samples_per_prompt, prompt)
 
+    def _ended(self, sample: GeneratedAnswer, prompt: Prompt) -> list[int]:
+        """Tokens of an answer. If the author ended it by an end token of its own, the run's end
+        stands in its place; a stop token that the recipe names is kept.
+        """
+        named = self.sampling.get("stop_token_ids") or ()
+        if sample.finish_reason != "stop" or any(i in named for i in sample.token_ids[-1:]):
+            return sample.token_ids
+        return [*sample.token_ids[:-1], self.ends.after(prompt)]
+
     def from_references(self) -> AnsweredShard:
         """Takes the given references as answers, without a teacher; returns the answered shard."""
         tokenizer, tokenizer_digest = student_tokenizer(self.student.files)
         outcome = ShardReplies()
         for prompt in self.prompts:
             assert prompt.reference is not None, "prompts without a reference are not asked"
-            answer = tokenizer(_separated(prompt), add_special_tokens=False)["input_ids"] + [
-                tokenizer.eos_token_id
-            ]
+            written = tokenizer(_separated(prompt), add_special_tokens=False)["input_ids"]
+            answer = [*written, self.ends.after(prompt)]
             ids = prompt_ids(tokenizer, prompt)
             sequence = self._sequence(prompt, ids, answer, "dataset", tokenizer_digest)
             if len(sequence.input_ids) > self._most_tokens:

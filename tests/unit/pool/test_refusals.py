@@ -15,7 +15,7 @@ from pipeline.config.student import StudentConfig
 from pipeline.config.teachers import EndpointConfig
 from pipeline.errors import ConfigError, TeacherError
 from pipeline.layout import Layout
-from pipeline.records import Prompt
+from pipeline.records import AnswerEnds, Prompt
 from pipeline.synthesis.answered_shards import read_answered_shards
 from pipeline.synthesis.rewriting import PromptRequest
 from teachers.endpoint.teacher import EndpointTeacher
@@ -77,7 +77,16 @@ class Tasks:
 
     def answers(self, names: Sequence[str], per_shard: int = COUNT) -> list[AnswerTask]:
         template = AnswerTask(
-            self.layout, "t", "recipe", (), self.student, self.sampling, 1, None, 1
+            self.layout,
+            "t",
+            "recipe",
+            (),
+            self.student,
+            self.sampling,
+            1,
+            None,
+            1,
+            AnswerEnds(1, 1),
         )
         return plan_answers(template, [chat(name) for name in names], per_shard)
 

@@ -10,8 +10,14 @@ from pipeline.config.run import Config
 from pipeline.errors import ConfigError, VocabularyMismatchError
 from pipeline.records import Prompt
 from teachers.preflight.vocabulary import check_vocabularies
-from teachers.tokenizing import load_tokenizer, prompt_ids, tokenizer_hash
-from tests.support.tokenizers_for_tests import CHARACTERS, CHAT_TEMPLATE, SPECIAL, save_tokenizer
+from teachers.tokenizing import chat_end, load_tokenizer, prompt_ids, tokenizer_hash
+from tests.support.tokenizers_for_tests import (
+    CHARACTERS,
+    CHAT_TEMPLATE,
+    SPECIAL,
+    save_byte_tokenizer,
+    save_tokenizer,
+)
 
 QUICKSTART = Path(__file__).resolve().parents[3] / "examples/quickstart/config.yaml"
 PROMPTS = [
@@ -128,3 +134,30 @@ def test_every_teacher_is_compared_whatever_the_others_lack(tmp_path: Path) -> N
         check_vocabularies(config(tmp_path), PROMPTS)
     assert "teacher 'arithmetic': the end-of-sequence token" in str(caught.value)
     assert "teacher 'words': prompt p renders as" in str(caught.value)
+
+
+def turns(message: str) -> str:
+    return "{% for m in messages %}<{{ m.role }}>" + message + "{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (turns("{{ m.content }}<eos>"), "<eos>"),
+        (turns("{{ m.content }}<turn>\n"), "<turn>"),
+        (turns("{{ m.content | trim }} <turn>\n<eos>"), "<turn>"),
+        (turns("<eos>{{ m.content }}"), None),
+        (turns("{{ m.content }}###"), None),
+        (turns("{{ m.content.upper() }}<turn>"), None),
+        ("{{ raise_exception('no') }}", None),
+        (None, None),
+    ],
+)
+def test_the_end_of_an_answer_is_what_the_template_writes_behind_it(
+    tmp_path: Path, template: str | None, end: str | None
+) -> None:
+    tokenizer = save_byte_tokenizer(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    tokenizer.chat_template = template
+    expected = None if end is None else tokenizer.convert_tokens_to_ids(end)
+    assert chat_end(tokenizer) == expected

@@ -69,7 +69,7 @@ def test_every_engine_of_ours_is_started_alike(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(serving, "run_pools", run_pools)
     monkeypatch.setattr(serving, "_longest_request", lambda *_: 40)
     config = load_config(QUICKSTART)
-    prepared: Any = SimpleNamespace(eos_token_id=1)
+    prepared: Any = SimpleNamespace(stop_token_ids=lambda name: (1,))
     run = Run(config, layout_of(config), prepared)
     for name in ("arithmetic", "words", "student", "twin"):
         serving.serve_model(run, name, (), ())

@@ -3,7 +3,7 @@
 import asyncio
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow.parquet as pq
 import pytest
@@ -11,7 +11,7 @@ import pytest
 from pipeline import storage
 from pipeline.config.student import StudentConfig
 from pipeline.layout import Layout
-from pipeline.records import Prompt
+from pipeline.records import AnswerEnds, Prompt
 from pipeline.sequences import read_sequences
 from pipeline.synthesis.answered_shards import AnsweredShard, read_answered_shards
 from pipeline.synthesis.index import answer_counts, build_dataset, sample_counts
@@ -53,6 +53,7 @@ def template(tmp_path: Path) -> AnswerTask:
         samples_per_prompt=3,
         max_sequence_tokens=None,
         seed=1,
+        ends=AnswerEnds(chat=1, text=1),
     )
 
 
@@ -275,3 +276,35 @@ def test_every_sample_counts_whichever_recipe_it_is_of(template: AnswerTask) -> 
     counts = sample_counts(template.layout, asked)
     texts = [entry.sequence_id for entry in build_dataset(template.layout, rows, asked)]
     assert [counts["id-a", name] for name in texts] == [6, 2, 1]
+
+
+def test_every_answer_ends_with_the_end_of_its_prompt(template: AnswerTask) -> None:
+    """An author's own end token (3) gives way; a stop token that the recipe names (0) stays."""
+    chat = Prompt("chat", "d", "train", messages=({"role": "user", "content": "a"},), reference="b")
+    text = Prompt("text", "d", "train", text="a", reference="b")
+    cut, stopped = (replace(text, prompt_id=name) for name in ("cut", "stopped"))
+    task = replace(
+        template,
+        ends=AnswerEnds(chat=2, text=1),
+        sampling={"max_tokens": 5, "stop_token_ids": [0]},
+        samples_per_prompt=1,
+        finish_reasons=("stop", "length"),
+        prompts=(chat, text, cut, stopped),
+    )
+
+    class Author:
+        async def generate(
+            self, ids: list[int], sampling: dict[str, Any], num_samples: int, prompt: Prompt
+        ) -> list[GeneratedAnswer]:
+            reason = "length" if prompt is cut else "stop"
+            return [GeneratedAnswer([4, 0 if prompt is stopped else 3], reason, 0.0)]
+
+    def answers(record: AnsweredShard) -> dict[str, list[int]]:
+        path = storage.join(template.layout.root, record.shard)
+        return {s.prompt_id: s.gold_ids.tolist() for s in read_sequences(path)}
+
+    written = asyncio.run(task.run(cast(Any, Author())))
+    expected = {"chat": [4, 2], "text": [4, 1], "cut": [4, 3], "stopped": [4, 0]}
+    assert answers(written) == expected
+    given = replace(task, identity_digest="given", prompts=(chat, text)).from_references()
+    assert {name: ids[-1] for name, ids in answers(given).items()} == {"chat": 2, "text": 1}
