@@ -87,8 +87,10 @@ def _add_run_commands(commands) -> None:
     _config_arguments(run)
     _allow_argument(run)
     run.add_argument("--address", metavar="URL", help=address)
-    text = "print the resolved config and the plan; start nothing"
+    text = "check the config and the prompts, print plan and resources; start nothing"
     run.add_argument("--dry-run", action="store_true", help=text)
+    text = "with --dry-run: print the resolved config, too"
+    run.add_argument("--show-config", action="store_true", help=text)
     text = "leave the run to the cluster; needs --address"
     run.add_argument("--detach", action="store_true", help=text)
     run.add_argument("--inside-job", action="store_true", help=argparse.SUPPRESS)
@@ -160,8 +162,11 @@ def _run(options: argparse.Namespace) -> str | None:
     if options.dry_run:
         from jobs.dry_run import dry_run_text
 
-        write(dump_config(config))  # before the plan, which may refuse it
+        if options.show_config:
+            write(dump_config(config))  # before the plan, which may refuse it
         return dry_run_text(config, options.address)
+    if options.show_config:
+        raise ConfigError("--show-config prints a config without a run, so it needs --dry-run")
     from jobs import distill
     from jobs.cluster.connection import connect, job_server_address_inside_job
     from jobs.cluster.stage_jobs import submit

@@ -1,10 +1,14 @@
-"""Dry run: each stage's plan, the resources that it asks for, the bytes that its caches take."""
+"""Dry run: each stage's plan, the resources that it asks for, the bytes that its caches take.
+
+It imports no engine and no torch, so it takes a second.
+"""
 
 from __future__ import annotations
 
 from jobs.bookkeeping.plan import length_cautions, plan_rounds
 from jobs.bookkeeping.stage_records import scored_dataset
 from jobs.cluster.placement import check_local_head
+from jobs.stages.preflight import check_inputs
 from pipeline.cache_care.status import stale_caches
 from pipeline.config.base import Resources
 from pipeline.config.load import check_shared_paths
@@ -14,6 +18,7 @@ from pipeline.config.synthesis import Writing, is_by_student
 from pipeline.config.teachers import EndpointTeacherConfig
 from pipeline.run.prepared_run import Run
 from pipeline.run.training_spec import training_specs
+from students.checkpoints.resume import check_training
 
 
 def dry_run_text(config: Config, address: str | None = None) -> str:
@@ -50,17 +55,13 @@ def dry_run_text(config: Config, address: str | None = None) -> str:
 
 
 def _check(config: Config) -> None:
-    """Refuses what a stage would refuse, as far as no model has to be read for it."""
+    """Refuses what a stage would refuse, as far as no model and no engine is needed for it."""
     run = Run.find(config)
     if run is None and config.round > 1:
         return  # the first round has the same inputs
     if run is None:
-        from jobs.stages.prepare import check_inputs  # engines are slow to import
-
         check_inputs(config)
     elif dataset := scored_dataset(run):
-        from students.launch import check_training
-
         for spec in training_specs(run, dataset):
             check_training(spec)
 
@@ -68,24 +69,28 @@ def _check(config: Config) -> None:
 def _resources(config: Config) -> list[str]:
     lines = []
     for name, teacher in config.teachers.items():
-        line = f"teacher {name}: {teacher.replicas} x {_text(teacher.resources)}"
+        engines = _text(teacher.resources, teacher.cost_per_hour)
+        line = f"teacher {name}: {teacher.replicas} x {engines}"
         if isinstance(teacher, EndpointTeacherConfig):
             line += f", {teacher.endpoint.max_concurrency} requests at once to "
             line += teacher.endpoint.url + ("" if teacher.scores else ", which only writes")
         lines.append(line)
     recipes = config.synthesis.recipes
     if any(not isinstance(recipe, Writing) and is_by_student(recipe) for recipe in recipes):
-        engines = _text(config.evaluation.resources)
+        engines = _text(config.evaluation.resources, config.student.cost_per_hour)
         lines.append(f"student, writing: {config.student.replicas} x {engines}")
-    lines.append(f"student: {config.training.workers} x {_text(config.training.resources)}")
-    lines.append(f"evaluation: {_text(config.evaluation.resources)}")
+    training = config.training
+    workers = _text(training.resources, training.cost_per_hour)
+    lines.append(f"student: {training.workers} x {workers}")
+    engine = _text(config.evaluation.resources, config.student.cost_per_hour)
+    lines.append(f"evaluation: {engine}")
     lines.append(f"each stage's job: {_text(config.cluster.job_resources)}")
     return lines
 
 
-def _text(resources: Resources) -> str:
+def _text(resources: Resources, cost_per_hour: float = 0.0) -> str:
     parts = [f"{resources.num_cpus:g} CPU"]
     if resources.num_gpus:
         parts.append(f"{resources.num_gpus:g} GPU")
     parts += [f"{amount:g} {name}" for name, amount in resources.custom.items()]
-    return " + ".join(parts)
+    return " + ".join(parts) + (f" at {cost_per_hour:g} an hour" if cost_per_hour else "")

@@ -26,9 +26,8 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from pipeline import storage
 from pipeline.errors import DistillationError, TrainingError
-from pipeline.fingerprint import differences
 from pipeline.run.training_spec import TrainingSpec
-from students.checkpoints.resume import check_resume, prepare_resume
+from students.checkpoints.resume import finished_summary, prepare_resume
 from students.deepspeed_options import check_deepspeed_options
 from students.disk_space import full_disk_explained
 from students.progress import FollowedMetrics, describe_metrics
@@ -49,7 +48,7 @@ def train_student(spec: TrainingSpec) -> dict[str, Any]:
         StorageError: the disk is full; the training's checkpoints are kept.
     """
     if storage.exists(spec.summary_path):
-        summary = _finished(spec)
+        summary = finished_summary(spec)
         logger.info("%s: training is complete -> %s", spec.student, spec.folder)
         return summary
     check_deepspeed_options(spec.config.training.deepspeed)
@@ -86,20 +85,6 @@ def train_student(spec: TrainingSpec) -> dict[str, Any]:
         spec.folder,
     )
     return summary
-
-
-def check_training(spec: TrainingSpec) -> None:
-    """Checks, without starting anything, that the files in a training's folder belong to it.
-
-    Raises:
-        TrainingError: the folder holds another training, or a checkpoint that does not fit.
-        ConfigError: DeepSpeed refuses the block `training.deepspeed`.
-    """
-    if storage.exists(spec.summary_path):
-        _finished(spec)
-    else:
-        check_deepspeed_options(spec.config.training.deepspeed)
-        check_resume(spec)
 
 
 class StopAtOnce(UserCallback):
@@ -206,21 +191,3 @@ def _worker(config: dict[str, Any]) -> None:
     assert isinstance(device, torch.device)  # a list only for workers with several GPUs
     with full_disk_explained(spec.folder):
         train(spec, device)
-
-
-def _finished(spec: TrainingSpec) -> dict[str, Any]:
-    """The summary of a training that is complete.
-
-    Raises:
-        TrainingError: it was trained with other settings.
-    """
-    summary = storage.read_json(spec.summary_path)
-    changes = differences(summary["identity"], spec.identity())
-    if changes:
-        raise TrainingError(
-            f"{spec.folder} holds a finished training with other settings (old -> new):\n  "
-            + "\n  ".join(changes)
-            + "\nto keep it, restore the old values; to train anew, choose another `name` for the "
-            "run or remove that folder"
-        )
-    return summary

@@ -92,11 +92,12 @@ def make_plan(config: Config) -> list[StagePlan]:
     plans.append(plan_score(run, read_dataset(run.layout, dataset)))
     if plans[-1].todo:
         return plans + [StagePlan(stage, 1, "after score") for stage in STAGE_NAMES[3:]]
+    work = _work_after_scoring(config, run.prepared.prompt_counts.get("holdout", 0))
     for stage in STAGE_NAMES[3:]:
         is_valid = read_record(run.layout, stage).key == stage_key(run, stage)
         done = not plans[-1].todo and is_valid
         done = done and all(storage.exists(path) for path in _outputs(run, stage))
-        plans.append(StagePlan(stage, 0 if done else 1, "complete" if done else "to do"))
+        plans.append(StagePlan(stage, 0 if done else 1, "complete" if done else work[stage]))
     return plans
 
 
@@ -194,8 +195,9 @@ def _plan_of_a_new_run(config: Config) -> list[StagePlan]:
             longest = max(longest, (most or 0) if num_asked else 0)
     steps = " -> ".join(recipe.type for recipe in config.synthesis.recipes)
     num_scoring = len(config.scoring_teachers)
-    size = f"{num_answers} sequences for each of {num_scoring} teachers"
+    size, length = f"{num_answers} sequences for each of {num_scoring} teachers", ""
     if longest:
+        length = f" of at most {longest} tokens"
         scoring = config.scoring
         cache_bytes = num_answers * longest * position_bytes(scoring.selection.max_entries)
         if scoring.selection.is_drawn:
@@ -204,11 +206,23 @@ def _plan_of_a_new_run(config: Config) -> list[StagePlan]:
         size += f"; caches at most {_mebibytes(cache_bytes * num_scoring)}"
     summaries = {
         "prepare": _counts(counts),
-        "synthesize": f"{steps}: {num_answers} answers to the given prompts",
+        "synthesize": f"{steps}: {num_answers} answers to the given prompts{length}",
         "score": size,
-        "train": f"{config.training.steps} steps of {', '.join(students_of(config))}",
+    } | _work_after_scoring(config, counts.get("holdout", 0))
+    return [StagePlan(stage, 1, summaries[stage]) for stage in STAGE_NAMES]
+
+
+def _work_after_scoring(config: Config, num_holdout: int) -> dict[str, str]:
+    """All that train, export and evaluate do, for people."""
+    training, students, models = config.training, students_of(config), config.scoring_teachers
+    most = config.evaluation.max_prompts_per_domain
+    bound = "" if most is None else f", at most {most} of a domain"
+    return {
+        "train": f"{training.steps} steps of {training.sequences_per_step} sequences, for "
+        + " and for ".join(students),
+        "export": " and ".join(students),
+        "evaluate": f"{', '.join([*models, *students])} on {num_holdout} hold-out prompts{bound}",
     }
-    return [StagePlan(stage, 1, summaries.get(stage, "to do")) for stage in STAGE_NAMES]
 
 
 def _mebibytes(num_bytes: int) -> str:

@@ -3,7 +3,7 @@
 entry          runs one stage and keeps its record
 inputs         datasets that a stage takes from earlier stages
 prepare        stage 1: prompts, models, vocabularies, identities
-preflight      checks and identities of recipes and filters
+preflight      checks that read no model and import no engine
 synthesize     stage 2: written prompts, answers, the dataset
 filter         the filters inside stages 2 and 3
 score          stage 3: every teacher's rows, the dataset to train on

@@ -1,54 +1,107 @@
-"""Checks and identities of recipes and filters, for the prepare stage."""
+"""Checks of a config and its prompts that read no model and import no engine: they take a second.
+
+The dry run ends with them, and the prepare stage begins with them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from importlib.util import find_spec
 
 from pipeline import storage
-from pipeline.config.filters import Balance, Filter, Judge
+from pipeline.combine.learned import SPLIT as LEARNED_SPLIT
+from pipeline.config.combine import ByDomainWeights, LearnedWeights
+from pipeline.config.filters import Balance, Judge
 from pipeline.config.load import evaluation_files
 from pipeline.config.rounds import rounds_of
 from pipeline.config.run import Config
-from pipeline.config.synthesis import (
-    STUDENT,
-    Answer,
-    Answering,
-    Complete,
-    GivenAnswers,
-    Writing,
-)
-from pipeline.config.teachers import EndpointTeacherConfig
+from pipeline.config.synthesis import Answer, Answering, Complete, GivenAnswers, Writing
+from pipeline.config.teachers import EndpointTeacherConfig, TeacherConfig
 from pipeline.errors import ConfigError
 from pipeline.filters.answer_checkers import find_checker
-from pipeline.filters.run import filter_identity
 from pipeline.records import Prompt
-from pipeline.run.identities import judging_identity, sampling_of, synthesis_identity
+from pipeline.run.identities import sampling_of
+from pipeline.synthesis.prompts import read_prompts
 from pipeline.synthesis.rewriting import make_requests, rubric_of
-from pipeline.synthesis.steps import handed_on, prompts_to_answer, steps_of
-from teachers.engine.options import check_sampling_parameters
-from teachers.tasks.judge import grade_tokens
-from teachers.tokenizing import load_tokenizer
+from pipeline.synthesis.steps import Step, steps_of
+from teachers.engine.options import check_engine_arguments, check_sampling_parameters
 
 _NO_PLACE = (
     "system_prompt has no place in raw `text`, and {} prompts are raw `text`: remove it, or give "
     "all prompts as `messages`"
 )
-Identities = Mapping[str, dict[str, str]]
 
 
-def check_step_sampling(config: Config) -> None:
-    """Checks the SamplingParams of every step of every round.
+def check_inputs(config: Config) -> tuple[list[Prompt], dict[str, int]]:
+    """Checks the names of upstream libraries' options, the prompts, the recipes and the filters.
+
+    Returns:
+        The prompts and their counts.
 
     Raises:
-        ConfigError: vLLM refuses them, or they leave no room for a prompt.
+        ConfigError, PromptError: an option or a prompt cannot be used.
+    """
+    _check_options(config)
+    prompts, counts = read_prompts(config.prompts)
+    _check_prompts(config, prompts)
+    check_recipes(config, prompts)
+    check_filters(config, prompts)
+    return prompts, counts
+
+
+def _check_options(config: Config) -> None:
+    checks = {
+        f"teachers.{name}": partial(
+            check_engine_arguments,
+            teacher.vllm,
+            config.scoring.num_logprobs,
+            name in config.training.teacher_layers,
+        )
+        for name, teacher in config.teachers.items()
+        if isinstance(teacher, TeacherConfig)
+    }
+    apis = {
+        teacher.endpoint.api
+        for teacher in config.teachers.values()
+        if isinstance(teacher, EndpointTeacherConfig) and teacher.scores
+    }
+    checks["student"] = partial(check_engine_arguments, config.student.vllm)
+    checks["evaluation"] = partial(
+        check_sampling_parameters, config.evaluation.sampling, endpoint_apis=apis
+    )
+    most = config.synthesis.max_sequence_tokens
+    longest = config.evaluation.sampling.get("max_tokens", 0)
+    if most is not None and most <= longest:
+        raise ConfigError(
+            f"evaluation.sampling.max_tokens ({longest}) leaves no room for a prompt in "
+            f"synthesis.max_sequence_tokens ({most})"
+        )
+    for place, check in checks.items():
+        try:
+            check()
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from error
+    _check_step_sampling(config)
+    _check_attention(config.student.attn_implementation)
+
+
+def steps_by_place(config: Config) -> dict[str, Step]:
+    """Steps of all rounds by their place in the config."""
+    steps = [step for of_round in rounds_of(config) for step in steps_of(of_round)]
+    return {f"synthesis.recipes ({step.label})": step for step in steps}
+
+
+def _check_step_sampling(config: Config) -> None:
+    """Checks the sampling of every step of every round.
+
+    Raises:
+        ConfigError: vLLM does not know a parameter, or an answer leaves no room for its prompt.
     """
     most = config.synthesis.max_sequence_tokens
-    steps = {step.label: step for of_round in rounds_of(config) for step in steps_of(of_round)}
-    for step in steps.values():
+    for place, step in steps_by_place(config).items():
         if isinstance(step.recipe, GivenAnswers):
             continue
-        place = f"synthesis.recipes ({step.label})"
         sampling = sampling_of(step.recipe, step.author)
         answering = isinstance(step.recipe, Answering)
         samples = step.recipe.num_samples
@@ -63,6 +116,40 @@ def check_step_sampling(config: Config) -> None:
                 f"{place}: sampling.max_tokens ({sampling['max_tokens']}) leaves no room for a "
                 f"prompt in synthesis.max_sequence_tokens ({most})"
             )
+
+
+def _check_attention(name: str) -> None:
+    packages = {
+        "flash_attention_2": ("flash_attn", "kernels"),
+        "flash_attention_3": ("flash_attn_interface", "kernels"),
+    }.get(name)
+    if packages and not any(map(find_spec, packages)):
+        raise ConfigError(
+            f"student.attn_implementation {name} needs the package {' or '.join(packages)}, and "
+            "none is installed here: choose sdpa, or add one to every node's environment"
+        )
+
+
+def _check_prompts(config: Config, prompts: Sequence[Prompt]) -> None:
+    domains = {prompt.domain for prompt in prompts}
+    splits = {prompt.split for prompt in prompts}
+    advice = {"train": "lower the other splits' fractions", "holdout": "raise holdout_fraction"}
+    for split, change in advice.items():
+        if split not in splits:
+            raise ConfigError(
+                f"none of the {len(prompts)} prompts is in the {split} split: give a source "
+                f"`split: {split}`, or in `prompts` {change}"
+            )
+    weights = config.combine.weights
+    if isinstance(weights, ByDomainWeights) and (unnamed := domains - weights.domains.keys()):
+        raise ConfigError(f"combine.weights.domains has no weights for {sorted(unnamed)}: add them")
+    learnable = {prompt.domain for prompt in prompts if prompt.split == LEARNED_SPLIT}
+    if isinstance(weights, LearnedWeights) and (unknown := domains - learnable):
+        raise ConfigError(
+            f"combine.weights are learned on the {LEARNED_SPLIT} split, which has no prompt of "
+            f"{sorted(unknown)}: raise prompts.validation_fraction, or give a source `split: "
+            f"{LEARNED_SPLIT}`"
+        )
 
 
 def check_recipes(config: Config, prompts: Sequence[Prompt]) -> None:
@@ -101,52 +188,11 @@ def check_recipes(config: Config, prompts: Sequence[Prompt]) -> None:
             )
 
 
-def check_lengths(config: Config, prompts: Sequence[Prompt], tokens: Mapping[str, int]) -> None:
-    """Checks that every engine that answers holds the longest of its prompts with an answer.
-
-    Args:
-        tokens: length of every prompt as it is asked, by its digest.
-
-    Raises:
-        ConfigError: an engine is too short, and the config does not let such prompts be dropped.
-    """
-    for of_round in rounds_of(config):
-        pool = list(prompts)
-        for step in steps_of(of_round):
-            if isinstance(step.recipe, Writing):
-                pool = handed_on(step.recipe, pool)
-            elif isinstance(step.recipe, Answering):
-                lengths = (tokens[p.digest] for p in prompts_to_answer(of_round, step, pool))
-                most = sampling_of(step.recipe, step.author)["max_tokens"]
-                place = f"synthesis.recipes ({step.label})"
-                _check_room(of_round, place, step.author, max(lengths, default=0), most)
-    sampling, system = config.evaluation.sampling, config.evaluation.system_prompt
-    longest = max(tokens[p.under(system).digest] for p in prompts if p.split == "holdout")
-    for name in [*config.scoring_teachers, STUDENT]:
-        _check_room(config, "evaluation", name, longest, sampling["max_tokens"])
-
-
-def _check_room(config: Config, place: str, name: str, prompt: int, answer: int) -> None:
-    """Checks that an engine holds `prompt` and `answer` tokens, the most of either.
-
-    A sequence above `synthesis.max_sequence_tokens` is dropped, so the engine need not hold it.
-    """
-    teacher, bound = config.author(name), config.synthesis.max_sequence_tokens
-    need = min(prompt + answer, bound or prompt + answer)
-    if not teacher.returns_text and need > (teacher.max_model_len or need):
-        raise ConfigError(
-            f"{place}: {name} holds max_model_len = {teacher.max_model_len} tokens; the longest "
-            f"prompt ({prompt}) and sampling.max_tokens ({answer}) need {need}: raise "
-            "max_model_len, lower max_tokens, or set synthesis.max_sequence_tokens to at most "
-            f"{teacher.max_model_len}: prompts that leave no room are then dropped and counted"
-        )
-
-
 def check_filters(config: Config, prompts: Sequence[Prompt]) -> None:
-    """Checks checkers, files, rubrics, grades and domains that the filters need.
+    """Checks checkers, files, rubrics and domains that the filters need.
 
     Raises:
-        ConfigError: a checker, file, rubric or domain does not exist, or a grade is no token.
+        ConfigError: a checker, file, rubric or domain does not exist.
     """
     checker = config.prompts.checker
     trained = {prompt.domain for prompt in prompts if prompt.split == "train"}
@@ -168,48 +214,3 @@ def check_filters(config: Config, prompts: Sequence[Prompt]) -> None:
             )
         if isinstance(rule, Judge):
             rubric_of(rule)
-            if not config.teachers[rule.teacher].returns_text:
-                grade_tokens(load_tokenizer(config.student.files))
-
-
-def synthesis_identities(
-    config: Config, identities: Identities, tokenizer_hash: str, chat_end: int | None = None
-) -> dict[str, dict[str, Any]]:
-    """Identities of all steps, by their labels.
-
-    Args:
-        identities: identities of the authors' models.
-        chat_end: token that ends an answer to a chat, if it is not the end-of-sequence token.
-    """
-    return {
-        step.label: synthesis_identity(
-            config,
-            step.recipe,
-            step.author,
-            identities.get(step.author, {}),
-            tokenizer_hash,
-            chat_end,
-        )
-        for step in steps_of(config)
-    }
-
-
-def filter_identities(
-    config: Config, rules: Sequence[Filter], identities: Identities, tokenizer_hash: str
-) -> list[dict[str, Any]]:
-    """Identities of filters: everything that decides which answers they keep.
-
-    Args:
-        identities: identities of the teachers' models.
-    """
-    return [
-        filter_identity(
-            rule,
-            config.prompts.checker,
-            judging_identity(config, rule, identities[rule.teacher], tokenizer_hash)
-            if isinstance(rule, Judge)
-            else None,
-            config.teachers[rule.teacher].max_model_len if isinstance(rule, Judge) else None,
-        )
-        for rule in rules
-    ]

@@ -6,42 +6,43 @@ It needs no engine and no GPU.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from functools import partial
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jobs.bookkeeping.stage_records import read_record
-from jobs.stages.preflight import (
-    check_filters,
-    check_lengths,
-    check_recipes,
-    check_step_sampling,
-    filter_identities,
-    synthesis_identities,
-)
-from pipeline.combine.learned import SPLIT as LEARNED_SPLIT
+from jobs.stages.preflight import check_inputs, steps_by_place
 from pipeline.config.base import ModelFiles
-from pipeline.config.combine import ByDomainWeights, LearnedWeights
-from pipeline.config.rounds import layout_of, round_layouts
+from pipeline.config.filters import Filter, Judge
+from pipeline.config.rounds import layout_of, round_layouts, rounds_of
 from pipeline.config.run import Config
-from pipeline.config.synthesis import STUDENT
-from pipeline.config.teachers import EndpointTeacherConfig, TeacherConfig
+from pipeline.config.synthesis import STUDENT, Answering, Writing
+from pipeline.config.teachers import TeacherConfig
 from pipeline.errors import ConfigError
 from pipeline.filters.answer_checkers import checker_identity
+from pipeline.filters.run import filter_identity
 from pipeline.layout import Layout
 from pipeline.records import Prompt
-from pipeline.run.identities import cache_identities
+from pipeline.run.identities import (
+    cache_identities,
+    judging_identity,
+    sampling_of,
+    synthesis_identity,
+)
 from pipeline.run.preparation import Prepared, preparation_key, save_prepared
 from pipeline.run.prepared_run import Run
-from pipeline.synthesis.prompts import read_prompts, write_prompts
-from pipeline.synthesis.steps import steps_of, with_system_prompts
-from teachers.engine.options import check_engine_arguments, check_sampling_parameters
+from pipeline.synthesis.prompts import write_prompts
+from pipeline.synthesis.steps import handed_on, prompts_to_answer, steps_of, with_system_prompts
+from students.deepspeed_options import check_deepspeed_options
+from teachers.engine.options import check_sampling_values
 from teachers.preflight.identity import check_model, check_weights, model_identity, student_identity
 from teachers.preflight.model_layers import check_layers, hidden_sizes, text_config
 from teachers.preflight.vocabulary import check_vocabularies
+from teachers.tasks.judge import grade_tokens
 from teachers.tokenizing import chat_end, load_tokenizer, prompt_ids, repeats_bos
 
 logger = logging.getLogger(__name__)
+
+Identities = Mapping[str, dict[str, str]]
 
 
 def prepare(config: Config) -> Run:
@@ -54,6 +55,7 @@ def prepare(config: Config) -> Run:
     layout = layout_of(config)
     _check_start(config)
     prompts, counts = check_inputs(config)
+    _check_values(config)
     for files in [*(teacher.files for teacher in config.teachers.values()), config.student]:
         if files is not None:
             check_model(files)
@@ -63,8 +65,11 @@ def prepare(config: Config) -> Run:
     _check_vocabulary_sizes(config)
     check_layers(config)
     tokenizer = load_tokenizer(config.student.files)
+    judges = {rule.teacher for rule in config.synthesis.filters if isinstance(rule, Judge)}
+    if not all(config.teachers[name].returns_text for name in judges):
+        grade_tokens(tokenizer)
     lengths = {prompt.digest: len(prompt_ids(tokenizer, prompt)) for prompt in asked_prompts}
-    check_lengths(config, prompts, lengths)
+    _check_lengths(config, prompts, lengths)
     repeated = sum(p.text is not None and repeats_bos(tokenizer, p.text) for p in prompts)
     if repeated:
         logger.info(
@@ -141,95 +146,22 @@ def _check_weights(config: Config) -> None:
         check_weights(student.model, student.revision)
 
 
-def check_inputs(config: Config) -> tuple[list[Prompt], dict[str, int]]:
-    """Checks the options of upstream libraries and the prompts, without reading any model.
-
-    Returns:
-        The prompts and their counts.
+def _check_values(config: Config) -> None:
+    """Lets vLLM judge the values of all sampling parameters, and DeepSpeed its block.
 
     Raises:
-        ConfigError, PromptError: an option or a prompt cannot be used.
+        ConfigError: vLLM or DeepSpeed refuses a value, or DeepSpeed does not know a key.
     """
-    _check_upstream_options(config)
-    prompts, counts = read_prompts(config.prompts)
-    _check_prompts(config, prompts)
-    check_recipes(config, prompts)
-    check_filters(config, prompts)
-    return prompts, counts
-
-
-def _check_upstream_options(config: Config) -> None:
-    checks = {
-        f"teachers.{name}": partial(
-            check_engine_arguments,
-            teacher.vllm,
-            config.scoring.num_logprobs,
-            name in config.training.teacher_layers,
-        )
-        for name, teacher in config.teachers.items()
-        if isinstance(teacher, TeacherConfig)
-    }
-    apis = {
-        teacher.endpoint.api
-        for teacher in config.teachers.values()
-        if isinstance(teacher, EndpointTeacherConfig) and teacher.scores
-    }
-    checks["student"] = partial(check_engine_arguments, config.student.vllm)
-    checks["evaluation"] = partial(
-        check_sampling_parameters, config.evaluation.sampling, endpoint_apis=apis
-    )
-    most = config.synthesis.max_sequence_tokens
-    longest = config.evaluation.sampling.get("max_tokens", 0)
-    if most is not None and most <= longest:
-        raise ConfigError(
-            f"evaluation.sampling.max_tokens ({longest}) leaves no room for a prompt in "
-            f"synthesis.max_sequence_tokens ({most})"
-        )
-    for place, check in checks.items():
+    samplings = {"evaluation": config.evaluation.sampling}
+    for place, step in steps_by_place(config).items():
+        samplings[place] = sampling_of(step.recipe, step.author)
+    for place, sampling in samplings.items():
         try:
-            check()
+            check_sampling_values(sampling)
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from error
-    check_step_sampling(config)
-    _check_attention(config.student.attn_implementation)
     if config.training.deepspeed:
-        from students.deepspeed_options import check_deepspeed_options
-
         check_deepspeed_options(config.training.deepspeed)
-
-
-def _check_attention(name: str) -> None:
-    packages = {
-        "flash_attention_2": ("flash_attn", "kernels"),
-        "flash_attention_3": ("flash_attn_interface", "kernels"),
-    }.get(name)
-    if packages and not any(map(find_spec, packages)):
-        raise ConfigError(
-            f"student.attn_implementation {name} needs the package {' or '.join(packages)}, and "
-            "none is installed here: choose sdpa, or add one to every node's environment"
-        )
-
-
-def _check_prompts(config: Config, prompts: Sequence[Prompt]) -> None:
-    domains = {prompt.domain for prompt in prompts}
-    splits = {prompt.split for prompt in prompts}
-    advice = {"train": "lower the other splits' fractions", "holdout": "raise holdout_fraction"}
-    for split, change in advice.items():
-        if split not in splits:
-            raise ConfigError(
-                f"none of the {len(prompts)} prompts is in the {split} split: give a source "
-                f"`split: {split}`, or in `prompts` {change}"
-            )
-    weights = config.combine.weights
-    if isinstance(weights, ByDomainWeights) and (unnamed := domains - weights.domains.keys()):
-        raise ConfigError(f"combine.weights.domains has no weights for {sorted(unnamed)}: add them")
-    learnable = {prompt.domain for prompt in prompts if prompt.split == LEARNED_SPLIT}
-    if isinstance(weights, LearnedWeights) and (unknown := domains - learnable):
-        raise ConfigError(
-            f"combine.weights are learned on the {LEARNED_SPLIT} split, which has no prompt of "
-            f"{sorted(unknown)}: raise prompts.validation_fraction, or give a source `split: "
-            f"{LEARNED_SPLIT}`"
-        )
 
 
 def _check_vocabulary_sizes(config: Config) -> None:
@@ -248,3 +180,87 @@ def _check_vocabulary_sizes(config: Config) -> None:
                 f"scoring.num_logprobs is {config.scoring.num_logprobs}, but teacher {name!r} has "
                 f"only {size} tokens: lower it to at most {size}"
             )
+
+
+def _check_lengths(config: Config, prompts: Sequence[Prompt], tokens: Mapping[str, int]) -> None:
+    """Checks that every engine that answers holds the longest of its prompts with an answer.
+
+    Args:
+        tokens: length of every prompt as it is asked, by its digest.
+
+    Raises:
+        ConfigError: an engine is too short, and the config does not let such prompts be dropped.
+    """
+    for of_round in rounds_of(config):
+        pool = list(prompts)
+        for step in steps_of(of_round):
+            if isinstance(step.recipe, Writing):
+                pool = handed_on(step.recipe, pool)
+            elif isinstance(step.recipe, Answering):
+                lengths = (tokens[p.digest] for p in prompts_to_answer(of_round, step, pool))
+                most = sampling_of(step.recipe, step.author)["max_tokens"]
+                place = f"synthesis.recipes ({step.label})"
+                _check_room(of_round, place, step.author, max(lengths, default=0), most)
+    sampling, system = config.evaluation.sampling, config.evaluation.system_prompt
+    longest = max(tokens[p.under(system).digest] for p in prompts if p.split == "holdout")
+    for name in [*config.scoring_teachers, STUDENT]:
+        _check_room(config, "evaluation", name, longest, sampling["max_tokens"])
+
+
+def _check_room(config: Config, place: str, name: str, prompt: int, answer: int) -> None:
+    """Checks that an engine holds `prompt` and `answer` tokens, the most of either.
+
+    A sequence above `synthesis.max_sequence_tokens` is dropped, so the engine need not hold it.
+    """
+    teacher, bound = config.author(name), config.synthesis.max_sequence_tokens
+    need = min(prompt + answer, bound or prompt + answer)
+    if not teacher.returns_text and need > (teacher.max_model_len or need):
+        raise ConfigError(
+            f"{place}: {name} holds max_model_len = {teacher.max_model_len} tokens; the longest "
+            f"prompt ({prompt}) and sampling.max_tokens ({answer}) need {need}: raise "
+            "max_model_len, lower max_tokens, or set synthesis.max_sequence_tokens to at most "
+            f"{teacher.max_model_len}: prompts that leave no room are then dropped and counted"
+        )
+
+
+def synthesis_identities(
+    config: Config, identities: Identities, tokenizer_hash: str, chat_end: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """Identities of all steps, by their labels.
+
+    Args:
+        identities: identities of the authors' models.
+        chat_end: token that ends an answer to a chat, if it is not the end-of-sequence token.
+    """
+    return {
+        step.label: synthesis_identity(
+            config,
+            step.recipe,
+            step.author,
+            identities.get(step.author, {}),
+            tokenizer_hash,
+            chat_end,
+        )
+        for step in steps_of(config)
+    }
+
+
+def filter_identities(
+    config: Config, rules: Sequence[Filter], identities: Identities, tokenizer_hash: str
+) -> list[dict[str, Any]]:
+    """Identities of filters: everything that decides which answers they keep.
+
+    Args:
+        identities: identities of the teachers' models.
+    """
+    return [
+        filter_identity(
+            rule,
+            config.prompts.checker,
+            judging_identity(config, rule, identities[rule.teacher], tokenizer_hash)
+            if isinstance(rule, Judge)
+            else None,
+            config.teachers[rule.teacher].max_model_len if isinstance(rule, Judge) else None,
+        )
+        for rule in rules
+    ]

@@ -10,10 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any
 
 from pipeline import storage
 from pipeline.errors import TrainingError
@@ -27,6 +24,9 @@ from students.checkpoints.universal import (
     refused_changes,
     stored_partitioning,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 SHOWN = 10
 """Most parameters that a message lists."""
@@ -78,6 +78,36 @@ def latest_complete(folder: str) -> Path | None:
     return complete[-1] if complete else None
 
 
+def check_training(spec: TrainingSpec) -> None:
+    """Checks, without starting anything, that the files in a training's folder belong to it.
+
+    Raises:
+        TrainingError: the folder holds another training, or a checkpoint that does not fit.
+    """
+    if storage.exists(spec.summary_path):
+        finished_summary(spec)
+    else:
+        check_resume(spec)
+
+
+def finished_summary(spec: TrainingSpec) -> dict[str, Any]:
+    """The summary of a training that is complete.
+
+    Raises:
+        TrainingError: it was trained with other settings.
+    """
+    summary = storage.read_json(spec.summary_path)
+    changes = differences(summary["identity"], spec.identity())
+    if changes:
+        raise TrainingError(
+            f"{spec.folder} holds a finished training with other settings (old -> new):\n  "
+            + "\n  ".join(changes)
+            + "\nto keep it, restore the old values; to train anew, choose another `name` for the "
+            "run or remove that folder"
+        )
+    return summary
+
+
 def check_resume(spec: TrainingSpec) -> Resume | None:
     """The newest complete checkpoint, or None when training starts from nothing.
 
@@ -120,6 +150,8 @@ def agreed_resume(spec: TrainingSpec, device: torch.device) -> Resume | None:
     Raises:
         TrainingError: as `check_resume`.
     """
+    import torch.distributed as dist  # the dry run, which checks trainings too, needs no torch
+
     seen_by_rank_0: list[Resume | TrainingError | None] = [None]
     if dist.get_rank() == 0:
         try:

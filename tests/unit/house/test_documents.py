@@ -241,11 +241,15 @@ def test_polystill_commands_parse_and_their_configs_load(
         assert load_config(options.config, options.overrides).name
 
 
-def test_the_dry_run_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (command,) = [command for command in of_kind("polystill run") if "--dry-run" in command]
-    assert main(with_stand_ins(command)[1:]) == 0
+def test_the_dry_runs_of_the_documents_run(capsys: pytest.CaptureFixture[str]) -> None:
+    short, long = sorted(command for command in of_kind("polystill run") if "--dry-run" in command)
+    assert main(with_stand_ins(short)[1:]) == 0
     printed = capsys.readouterr().out
-    assert "# plan" in printed and "# resources" in printed and "teachers:" in printed
+    assert printed.startswith("# plan") and "# resources" in printed
+    assert main(with_stand_ins(long)[1:]) == 0
+    config, _, plan = capsys.readouterr().out.partition("# plan")
+    assert "# plan" + plan == printed
+    assert yaml.safe_load(config)["evaluation"]["max_prompts_per_domain"] is None
 
 
 @pytest.mark.parametrize("script", scripts())

@@ -209,7 +209,8 @@ def test_more_steps_resume_where_they_are_allowed(old: OldRun) -> None:
     old.prepare()
     old.interrupt_training()
     more = "training.steps=9"
-    assert make_plan(old.config(more))[3] == StagePlan("train", 1, "to do")
+    summary = "9 steps of 8 sequences, for student"
+    assert make_plan(old.config(more))[3] == StagePlan("train", 1, summary)
     with pytest.raises(TrainingError, match=r"training\.steps: 6 -> 9"):
         check_resume(old.training(more))
     resume = check_resume(old.training(more, "training.allow_resume_with=[training.steps]"))

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -264,6 +266,31 @@ def test_a_template_without_a_system_role_is_found_before_an_engine_starts(tmp_p
 def test_a_dry_run_refuses_what_prepare_would(change: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         dry_run_text(load_config(QUICKSTART, [f"storage.root={tmp_path}", change]))
+
+
+def test_prepare_lets_vllm_judge_the_values(tmp_path: Path) -> None:
+    changes = [f"storage.root={tmp_path}", "synthesis.recipes.0.sampling.temperature=-1"]
+    config = load_config(QUICKSTART, changes)
+    with pytest.raises(ConfigError, match=r"synthesis.recipes \(.*\): vLLM refuses .*negative"):
+        prepare(config)
+
+
+def test_a_dry_run_imports_no_heavy_library(tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from jobs.__main__ import main\n"
+        "assert main(['run', *sys.argv[1:], '--dry-run']) == 0\n"
+        "heavy = ('torch', 'ray', 'vllm', 'transformers', 'deepspeed')\n"
+        "print('heavy:', *[name for name in heavy if name in sys.modules])"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", program, str(QUICKSTART), f"storage.root={tmp_path}"],
+        cwd=QUICKSTART.parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert shown[0] == "# plan" and shown[-1] == "heavy:"
 
 
 def test_attempts_that_did_not_end_are_counted(

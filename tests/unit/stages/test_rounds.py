@@ -225,7 +225,7 @@ def test_a_dry_run_shows_every_round_and_checks_what_later_ones_ask(tmp_path: Pa
     assert [line.split()[0] for line in lines[first + 1 : second]] == list(STAGE_NAMES[:-1])
     assert lines[second + len(STAGE_NAMES)].startswith("evaluate")
     assert all(line.endswith("after round 1") for line in lines[second + 1 :][: len(STAGE_NAMES)])
-    assert "student, writing: 1 x 1 CPU" in lines
+    assert "student, writing: 1 x 1 CPU at 1 an hour" in lines
     wrong = "synthesis.recipes.1.sampling.temprature=1"
     with pytest.raises(ConfigError, match=r"recipes \(student\).*temprature"):
         dry_run_text(quickstart(*TWO_ROUNDS, f"storage.root={tmp_path}", wrong))
@@ -236,8 +236,10 @@ def test_a_round_is_not_prepared_before_the_student_is_exported(tmp_path: Path) 
     with pytest.raises(ConfigError, match=r"student of round 1, which is not exported.*round=1"):
         prepare(config)
     assert [plan.summary for plan in plan_rounds(config)[0][3:]] == [
-        "500 steps of student", "to do", "to do"
-    ]  # fmt: skip
+        "500 steps of 64 sequences, for student",
+        "student",
+        "arithmetic, words, student on 360 hold-out prompts",
+    ]
 
 
 def test_stages_run_round_by_round_and_one_evaluates(

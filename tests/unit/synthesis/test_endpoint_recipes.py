@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from jobs.stages.preflight import check_filters, filter_identities, synthesis_identities
+from jobs.stages.preflight import check_filters
+from jobs.stages.prepare import filter_identities, synthesis_identities
 from jobs.stages.synthesize import synthesize
 from pipeline.config.load import dump_config, load_config
 from pipeline.config.rounds import layout_of

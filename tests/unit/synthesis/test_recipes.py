@@ -15,7 +15,8 @@ import yaml
 
 from jobs.bookkeeping.stage_records import synthesized_dataset, write_record
 from jobs.caches.actions import retry
-from jobs.stages.preflight import check_recipes, filter_identities, synthesis_identities
+from jobs.stages.preflight import check_recipes
+from jobs.stages.prepare import filter_identities, synthesis_identities
 from jobs.stages.serving import holdout_prompts
 from jobs.stages.synthesize import synthesize
 from pipeline import storage

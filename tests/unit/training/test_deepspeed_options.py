@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from jobs.dry_run import dry_run_text
+from jobs.stages.prepare import prepare
 from pipeline.config import deepspeed
 from pipeline.config.load import load_config
 from pipeline.errors import ConfigError
@@ -104,11 +104,11 @@ def test_what_deepspeed_refuses_or_ignores_is_refused(block: dict[str, Any], mes
         check_deepspeed_options(block)
 
 
-def test_a_dry_run_asks_deepspeed(tmp_path: Path) -> None:
+def test_the_first_stage_asks_deepspeed(tmp_path: Path) -> None:
     wrong = "training.deepspeed.zero_optimization.overlap_comm=so"
     config = load_config(QUICKSTART, [f"storage.root={tmp_path}", wrong])
     with pytest.raises(ConfigError, match="overlap_comm"):
-        dry_run_text(config)
+        prepare(config)
 
 
 def test_the_names_are_those_of_the_installed_deepspeed() -> None:
