@@ -5,13 +5,32 @@ Legend: P positions, N entries of all positions, H exact entries of all position
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from pipeline.errors import CacheError
 from pipeline.records import SparseLogprobs
 
-MASS_TOLERANCE = 0.01
-"""Mass that the rounding to float16 may add to 255 entries."""
+HALF_ULP = 2.0**-11
+"""Largest relative error of a number that is rounded to float16."""
+MAX_LOGPROB = 1e-3
+"""Nats by which rounding in the engine's normaliser may lift the log-probabilities of a position.
+"""
+
+
+def mass_tolerance(num_entries: int) -> float:
+    """Mass by which stored log-probabilities of a position may differ from those that were rounded.
+
+    Rounding to float16 changes a log-probability l by at most `HALF_ULP * |l|`, and so its
+    probability p by at most `HALF_ULP * p |l|`. The sum of `p |l|` over k entries of mass at most 1
+    is at most `log k`, for equal probabilities, or 1 for fewer than three entries. The normaliser
+    adds the same factor to all of the mass.
+
+    Args:
+        num_entries: k, the number of entries of a position.
+    """
+    return math.expm1(MAX_LOGPROB) + HALF_ULP * max(1.0, math.log(max(1, num_entries)))
 
 
 def check_row(row: SparseLogprobs) -> None:
@@ -65,7 +84,7 @@ def _exact_problem(row: SparseLogprobs) -> str | None:
     if ((np.diff(logprobs_H) > 0) & (np.diff(positions_H) == 0)).any():
         return "entries are not in descending order"
     mass_P = np.bincount(positions_H, weights=np.exp(logprobs_H), minlength=row.num_positions)
-    if mass_P.max(initial=0.0) > 1 + MASS_TOLERANCE:
+    if mass_P.max(initial=0.0) > 1 + mass_tolerance(int(row.num_entries.max(initial=0))):
         return f"kept mass reaches {mass_P.max():.4f}"
     return None
 

@@ -16,7 +16,7 @@ from pipeline import storage
 from pipeline.cache.hidden_states import check_states
 from pipeline.cache.index import read_index
 from pipeline.cache.manifest import manifest_fits
-from pipeline.cache.row_checks import MASS_TOLERANCE, check_row
+from pipeline.cache.row_checks import check_row, mass_tolerance
 from pipeline.cache.shard import Shard, ShardEntry, open_shard
 from pipeline.errors import CacheError, StorageError
 from pipeline.fingerprint import digest_ids
@@ -178,7 +178,7 @@ def _mass_problem(row: SparseLogprobs) -> str | None:
     )
     mass_P = exact_P + row.tail_mass
     off_P = mass_P - 1 if row.is_drawn else np.abs(mass_P - 1)
-    if off_P.max(initial=0.0) <= MASS_TOLERANCE:
+    if off_P.max(initial=0.0) <= mass_tolerance(int(row.num_entries.max(initial=0))):
         return None
     j = int(np.argmax(off_P))
     return f"position {j}: exact entries and tail have a mass of {mass_P[j]:.4f}"

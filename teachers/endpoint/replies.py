@@ -5,6 +5,7 @@ Axis names: P positions, K entries.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import chain
 from operator import itemgetter
@@ -14,11 +15,11 @@ import numpy as np
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
+from pipeline.cache.row_checks import MAX_LOGPROB
 from teachers.engine.prompt_topk import BrokenRowsError, PromptTopK
 
 MASKED = -9999.0
 """Value that vLLM's server sends for -inf, which JSON does not know."""
-MASS_TOLERANCE = 1e-2
 
 
 class LogprobEntry(TypedDict):
@@ -111,7 +112,7 @@ def sorted_rows(
         )
     order_PK = np.argsort(-logprobs_PK, axis=1, kind="stable")[:, :width]
     top_PK = np.take_along_axis(logprobs_PK, order_PK, axis=1)
-    if np.exp(top_PK.astype(np.float64)).sum(axis=1).max() > 1 + MASS_TOLERANCE:
+    if np.exp(top_PK.astype(np.float64)).sum(axis=1).max() > math.exp(MAX_LOGPROB):
         raise BrokenRowsError(
             f"{url} returned values that are no log-probabilities at temperature 1: start the "
             "server with `--logprobs-mode raw_logprobs`"

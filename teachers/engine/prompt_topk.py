@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.cache.row_checks import MAX_LOGPROB
 from pipeline.errors import TeacherError
 from teachers.protocol import CapturedRows
 
 METHOD = "_update_prompt_logprobs"
 PARAMETERS = ["self", "prompt_logprobs_tensors"]
-MAX_LOGPROB = 1e-3  # rounding of the engine's normaliser may lift a certain token slightly above 0
 
 
 class BrokenRowsError(TeacherError):
