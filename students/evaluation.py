@@ -14,21 +14,27 @@ Legend: M teachers of positive weight, P positions, K entries.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from pipeline.cache.reader import CacheReader
+from pipeline.config.combine import CombineConfig, StaticWeights
+from pipeline.config.student import StudentConfig
+from pipeline.layout import Layout
 from pipeline.records import DatasetEntry, SparseLogprobs
+from pipeline.report.fidelity import SequenceSums, Target
 from students.architecture.body import body_hidden_states
-from students.architecture.build import load_model
+from students.architecture.build import build_student, load_model
 from students.architecture.head import lm_head_of, logit_softcap
 from students.data.examples import Example, Examples
 from students.data.packing import pack, plan_micro_batches, refuse_long_sequences
-from students.losses.distillation import position_figures
+from students.losses.distillation import PositionFigures, position_figures
 from students.losses.divergences import ForwardKL
 from students.micro_batch import MicroBatch
 
@@ -51,48 +57,23 @@ KL_TO_MIXTURE = (ForwardKL(name="forward_kl", weight=1.0),)
 Means = dict[str, float | None]
 
 
-@dataclass
-class _Sums:
-    """Sums over positions of one domain; `tokens` are positions."""
+@dataclass(frozen=True)
+class Measured:
+    """One target of a student's measurement.
 
-    tokens: int = 0
-    loss: float = 0.0
-    kl_to_mixture: float = 0.0
-    agreement: float = 0.0
-    bounded_mass: float = 0.0
-    has_estimates: bool = False
+    Attributes:
+        examples: hold-out sequences combined to this target.
+        scored: ids of the sequences that have it; None for all.
+    """
 
-    def add_estimated(self, loss: np.ndarray) -> None:
-        """Adds positions whose mixture is known by draws alone."""
-        self.tokens += len(loss)
-        self.loss += float(loss.sum())
-        self.has_estimates = True
+    examples: Examples
+    scored: Container[str] | None = None
 
-    def add(
-        self,
-        loss: np.ndarray,
-        kl: np.ndarray,
-        agrees: np.ndarray,
-        bounded: np.ndarray | None = None,
-    ) -> None:
-        self.tokens += len(loss)
-        self.loss += float(loss.sum())
-        self.kl_to_mixture += float(kl.sum())
-        self.agreement += float(agrees.sum())
-        self.bounded_mass += 0.0 if bounded is None else float(bounded.sum())
-
-    def means(self, *, bounded: bool) -> Means:
-        names = ["kl_to_mixture", "agreement"] + (["bounded_mass"] if bounded else [])
-        means = {
-            name: None if self.has_estimates else getattr(self, name) / self.tokens
-            for name in names
-        }
-        # JSON knows no infinity
-        loss = self.loss / self.tokens if math.isfinite(self.loss) else None
-        return {"tokens": self.tokens, "loss": loss, **means}
+    def has(self, entry: DatasetEntry) -> bool:
+        """Whether a sequence has this target."""
+        return self.scored is None or entry.sequence_id in self.scored
 
 
-@torch.no_grad()
 def holdout_numbers(
     model_folder: str | Path,
     entries: Sequence[DatasetEntry],
@@ -114,31 +95,109 @@ def holdout_numbers(
         TrainingError: a sequence is longer than the budget.
     """
     model = load_model(model_folder, trust_remote_code, device)
+    targets: dict[Target, Measured] = {None: Measured(examples)}
+    sums = student_sums(model, entries, targets, tokens_per_micro_batch, packing)
+    return domain_means(entries, sums[None])
+
+
+def measured_targets(
+    layout: Layout, mixture: Examples, readers: Mapping[str, CacheReader], vocabulary: int
+) -> dict[Target, Measured]:
+    """The mixture, and each teacher alone.
+
+    Args:
+        mixture: hold-out sequences combined as in training.
+        readers: open caches of the teachers.
+        vocabulary: rows of the student's LM head.
+    """
+    targets: dict[Target, Measured] = {None: Measured(mixture)}
+    for name, reader in readers.items():
+        alone = CombineConfig(
+            method="mixture", weights=StaticWeights(type="static", teachers={name: 1.0})
+        )
+        examples = Examples(layout, {name: reader}, [name], alone, vocabulary)
+        targets[name] = Measured(examples, reader)
+    return targets
+
+
+def load_start(config: StudentConfig, device: str) -> PreTrainedModel | None:
+    """The model that training started from; None if that was random.
+
+    Raises:
+        TrainingError: it cannot be loaded.
+    """
+    if config.initialization == "random" and config.initial_weights is None:
+        return None
+    model = build_student(config, seed=0)
+    nn.Module.to(model, torch.device(device))
+    return model.eval()
+
+
+@torch.no_grad()
+def student_sums(
+    model: PreTrainedModel,
+    entries: Sequence[DatasetEntry],
+    targets: Mapping[Target, Measured],
+    tokens_per_micro_batch: int,
+    packing: bool = True,
+) -> dict[Target, dict[str, SequenceSums]]:
+    """A student's sums on hold-out sequences, by target and sequence id; the body of the model runs
+    once for all targets.
+
+    Args:
+        model: the student, on the device where it is measured.
+        targets: what it is compared with; None, the mixture, has all sequences.
+
+    Raises:
+        CacheError: the caches do not cover a sequence.
+        TrainingError: a sequence is longer than the budget.
+    """
     lm_head, softcap = lm_head_of(model), logit_softcap(model)
-    sums: dict[str, _Sums] = {}
+    sums: dict[Target, dict[str, SequenceSums]] = {target: {} for target in targets}
     refuse_long_sequences(
         [(entry.sequence_id, entry.num_tokens) for entry in entries], tokens_per_micro_batch
     )
-    for domain, members in _by_domain(entries):
-        for row in plan_micro_batches(
-            [entry.num_tokens for entry in members], tokens_per_micro_batch, 1, not packing
-        )[0]:
-            together = [examples[members[i]] for i in row]
-            batch = MicroBatch.of(pack(together, not packing), device)
-            hidden_PH = body_hidden_states(model, batch.input_ids, batch.position_ids)[
-                batch.logit_indices
-            ]
-            measured = position_figures(
-                hidden_PH, lm_head.weight, lm_head.bias, batch.targets, KL_TO_MIXTURE, softcap
-            )
-            loss, kl = measured.figures.double().cpu().numpy()
-            domain_sums = sums.setdefault(domain, _Sums())
-            if any(example.is_estimate for example in together):
-                domain_sums.add_estimated(loss)
+    lengths = [entry.num_tokens for entry in entries]
+    for row in plan_micro_batches(lengths, tokens_per_micro_batch, 1, not packing)[0]:
+        members = [entries[i] for i in row]
+        together = [targets[None].examples[entry] for entry in members]
+        batch = MicroBatch.of(pack(together, not packing), model.device)
+        hidden_PH = body_hidden_states(model, batch.input_ids, batch.position_ids)[
+            batch.logit_indices
+        ]
+        parts = hidden_PH.split([len(example.gold_ids) for example in together])
+        for target, measured in targets.items():
+            chosen = [i for i, entry in enumerate(members) if measured.has(entry)]
+            if not chosen:
                 continue
-            argmax_ids = measured.argmax_ids.cpu().numpy()
-            domain_sums.add(loss, kl, _agreements(together, argmax_ids))
-    return _means(sums, bounded=False)
+            examples = [measured.examples[members[i]] for i in chosen]
+            found = position_figures(
+                torch.cat([parts[i] for i in chosen]),
+                lm_head.weight,
+                lm_head.bias,
+                MicroBatch.of(pack(examples), model.device).targets,
+                KL_TO_MIXTURE,
+                softcap,
+            )
+            for i, of_sequence in zip(chosen, _split(found, examples), strict=True):
+                sums[target][members[i].sequence_id] = of_sequence
+    return sums
+
+
+def _split(found: PositionFigures, examples: Sequence[Example]) -> Iterator[SequenceSums]:
+    """Sums of several sequences whose positions stand one after another."""
+    loss_P, kl_P = found.figures.double().cpu().numpy()
+    ids_P = found.argmax_ids.cpu().numpy()
+    start = 0
+    for example in examples:
+        own = slice(start, start := start + len(example.gold_ids))
+        is_known = not example.is_estimate
+        yield SequenceSums(
+            tokens=len(example.gold_ids),
+            loss=float(loss_P[own].sum()),
+            kl=float(kl_P[own].sum()) if is_known else None,
+            agreement=float(is_likeliest(example, ids_P[own]).sum()) if is_known else None,
+        )
 
 
 def teacher_holdout_numbers(
@@ -156,24 +215,61 @@ def teacher_holdout_numbers(
     """
     numbers = {}
     for name, reader in readers.items():
-        sums: dict[str, _Sums] = {}
-        for domain, members in _by_domain(entries):
-            for entry in members:
-                row = reader.row(entry.sequence_id)
-                if row is None:
-                    continue
-                gold_P = row.gold_logprobs.astype(np.float64)
-                example, loss = examples[entry], np.where(gold_P > MASKED, -gold_P, np.inf)
-                domain_sums = sums.setdefault(domain, _Sums())
-                if row.is_drawn or example.is_estimate:
-                    domain_sums.add_estimated(loss)
-                    continue
-                kl_P, bounded_P = bounded_divergence(example, row)
-                first = np.concatenate([[0], np.cumsum(row.num_entries, dtype=np.int64)[:-1]])
-                agrees_P = is_likeliest(example, row.token_ids[first].astype(np.int64))
-                domain_sums.add(loss, kl_P, agrees_P, bounded_P)
-        numbers[name] = _means(sums, bounded=True)
+        sums = {
+            entry.sequence_id: _teacher_sums(examples[entry], row)
+            for entry in entries
+            if (row := reader.row(entry.sequence_id)) is not None
+        }
+        numbers[name] = domain_means(entries, sums, bounded=True)
     return numbers
+
+
+def _teacher_sums(example: Example, row: SparseLogprobs) -> SequenceSums:
+    gold_P = row.gold_logprobs.astype(np.float64)
+    loss = float(np.where(gold_P > MASKED, -gold_P, np.inf).sum())
+    if row.is_drawn or example.is_estimate:
+        return SequenceSums(len(gold_P), loss, None, None)
+    kl_P, bounded_P = bounded_divergence(example, row)
+    first = np.concatenate([[0], np.cumsum(row.num_entries, dtype=np.int64)[:-1]])
+    agrees_P = is_likeliest(example, row.token_ids[first].astype(np.int64))
+    return SequenceSums(
+        len(gold_P), loss, float(kl_P.sum()), float(agrees_P.sum()), float(bounded_P.sum())
+    )
+
+
+def domain_means(
+    entries: Sequence[DatasetEntry], sums: Mapping[str, SequenceSums], *, bounded: bool = False
+) -> dict[str, Means]:
+    """Means over the positions of each domain.
+
+    Args:
+        sums: sums by sequence id; a sequence may be missing.
+        bounded: whether `bounded_mass` is one of the means.
+    """
+    by_domain: dict[str, list[SequenceSums]] = {}
+    for entry in entries:
+        if entry.sequence_id in sums:
+            by_domain.setdefault(entry.domain, []).append(sums[entry.sequence_id])
+    return {domain: _means(by_domain[domain], bounded) for domain in sorted(by_domain)}
+
+
+def _means(sums: Sequence[SequenceSums], bounded: bool) -> Means:
+    tokens = sum(of_sequence.tokens for of_sequence in sums)
+    kl = [of_sequence.kl for of_sequence in sums if of_sequence.kl is not None]
+    agreement = [of_sequence.agreement for of_sequence in sums if of_sequence.agreement is not None]
+    is_known = len(kl) == len(sums)
+    loss = sum(of_sequence.loss for of_sequence in sums) / tokens
+    means: Means = {
+        "tokens": tokens,
+        # JSON knows no infinity
+        "loss": loss if math.isfinite(loss) else None,
+        "kl_to_mixture": sum(kl) / tokens if is_known else None,
+        "agreement": sum(agreement) / tokens if is_known else None,
+    }
+    if bounded:
+        mass = sum(of_sequence.bounded_mass for of_sequence in sums)
+        means["bounded_mass"] = mass / tokens if is_known else None
+    return means
 
 
 def bounded_divergence(example: Example, row: SparseLogprobs) -> tuple[np.ndarray, np.ndarray]:
@@ -250,25 +346,9 @@ def is_likeliest(example: Example, ids_P: np.ndarray) -> np.ndarray:
     return (keys[where_P] == keys_P) & (masses[where_P] >= largest_P * (1 - SUM_ROUNDING))
 
 
-def _agreements(examples: Sequence[Example], ids_P: np.ndarray) -> np.ndarray:
-    """bool[P]: `is_likeliest` at the positions of several examples, one after another."""
-    ends = np.cumsum([len(example.gold_ids) for example in examples])
-    parts = zip(examples, np.split(ids_P, ends[:-1]), strict=True)
-    return np.concatenate([is_likeliest(example, ids) for example, ids in parts])
-
-
 def _padded(row: SparseLogprobs) -> tuple[np.ndarray, np.ndarray]:
     """Ids int64[P, K] and log-probabilities float64[P, K] of a row, padded with -inf."""
     kept_PK = np.arange(int(row.num_entries.max())) < row.num_entries[:, None]
     ids_PK, logprobs_PK = np.zeros(kept_PK.shape, np.int64), np.full(kept_PK.shape, -np.inf)
     ids_PK[kept_PK], logprobs_PK[kept_PK] = row.token_ids, row.logprobs
     return ids_PK, logprobs_PK
-
-
-def _by_domain(entries: Sequence[DatasetEntry]) -> Iterator[tuple[str, list[DatasetEntry]]]:
-    for domain in sorted({entry.domain for entry in entries}):
-        yield domain, [entry for entry in entries if entry.domain == domain]
-
-
-def _means(sums: dict[str, _Sums], *, bounded: bool) -> dict[str, Means]:
-    return {domain: part.means(bounded=bounded) for domain, part in sums.items()}

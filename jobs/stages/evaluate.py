@@ -99,6 +99,8 @@ def evaluate(run: Run, dataset: str) -> StageRecord:
         prompts=run.prepared.prompt_counts | too_long,
         stages=[*stage_rows(config), _own_row(config, layout, time.time() - started, took)],
         rounds=round_rows(config, students) if former else [],
+        fidelity=figures.fidelity,
+        differences=figures.differences,
     )
     storage.write_json(layout.report_json, report.model_dump())
     storage.write_bytes(layout.report_html, render_html(report).encode())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -20,14 +20,24 @@ from pipeline.config.run import Config
 from pipeline.errors import DistillationError
 from pipeline.layout import CacheLayout, Layout
 from pipeline.records import DatasetEntry, TokenSequence
-from pipeline.report.models import DomainFigures, ProductFigures
+from pipeline.report.fidelity import SumsOfModel, difference_figures, fidelity_figures
+from pipeline.report.models import (
+    DifferenceFigures,
+    DomainFigures,
+    FidelityFigures,
+    ProductFigures,
+)
 from pipeline.run.prepared_run import Run
 from teachers.pool.placement import check_placement
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from students.data.examples import Examples
 
 Result = TypeVar("Result")
+START = "start"
+"""Label of the model that training started from."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,9 @@ class HoldoutFigures:
         former: likelihoods of each former round's student, by domain.
         weights: mean weight of each teacher, by domain.
         product: figures of each domain where teachers combine as a product; otherwise empty.
+        fidelity: closeness of student, twin and start to the mixture and to each teacher.
+        differences: differences of the student from the twin and from its start.
+        kl: KL divergence from the mixture to the student in nats per token, by sequence id.
     """
 
     models: dict[str, dict[str, DomainFigures]]
@@ -48,6 +61,9 @@ class HoldoutFigures:
     former: list[dict[str, DomainFigures]]
     weights: dict[str, dict[str, float]]
     product: dict[str, ProductFigures]
+    fidelity: list[FidelityFigures] = field(default_factory=list)
+    differences: list[DifferenceFigures] = field(default_factory=list)
+    kl: dict[str, float] = field(default_factory=dict)
 
 
 def holdout_figures(
@@ -137,8 +153,15 @@ def _figures(
     students: Sequence[str],
     former: Sequence[Layout],
 ) -> HoldoutFigures:
+    from students.architecture.build import load_model
     from students.data.examples import open_examples
-    from students.evaluation import holdout_numbers, teacher_holdout_numbers
+    from students.evaluation import (
+        domain_means,
+        load_start,
+        measured_targets,
+        student_sums,
+        teacher_holdout_numbers,
+    )
     from students.reference import gold_logprobs, vocabulary_size
 
     config, layout, caches = run.config, run.layout, measured_layouts(run, entries)
@@ -146,31 +169,47 @@ def _figures(
     vocabulary = vocabulary_size(layout.export_folder(students[0]), trust)
     teachers, combine = config.scoring_teachers, run.combine()
     examples = open_examples(layout, caches, teachers, combine, entries, vocabulary)
-    readers = {name: open_cache(cache) for name, cache in caches.items()}
+    readers = {name: open_cache(caches[name]) for name in teachers}
     models = {
         name: _domain_figures(numbers)
         for name, numbers in teacher_holdout_numbers(entries, examples, readers).items()
     }
     device = "cuda" if config.evaluation.resources.num_gpus else "cpu"
     budget, packing = config.training.tokens_per_micro_batch, config.training.packing
+    targets = measured_targets(layout, examples, readers, vocabulary)
+    sums: dict[str, SumsOfModel] = {}
 
-    def domains(folder: str) -> dict[str, DomainFigures]:
-        numbers = holdout_numbers(folder, entries, examples, budget, device, trust, packing)
-        return _domain_figures(numbers)
+    def measure(label: str, model: PreTrainedModel) -> dict[str, DomainFigures]:
+        sums[label] = student_sums(model, entries, targets, budget, packing)
+        return _domain_figures(domain_means(entries, sums[label][None]))
 
     golds = {}
     for label in students:
         folder = layout.export_folder(label)
-        models[label] = domains(folder)
+        models[label] = measure(label, load_model(folder, trust, device))
         golds[label] = gold_logprobs(folder, compared, trust, device)
-    ordered = {name: readers[name] for name in teachers}
-    weights, product = combination_figures(combine, entries, examples, ordered, vocabulary)
+    if (start := load_start(config.student, device)) is not None:
+        measure(START, start)
+        del start
+    compared_models = dict(sums)
+    earlier = [
+        measure(layout.run, load_model(layout.export_folder(students[0]), trust, device))
+        for layout in former
+    ]
+    weights, product = combination_figures(combine, entries, examples, readers, vocabulary)
     return HoldoutFigures(
         models=models,
         gold_logprobs=golds,
-        former=[domains(earlier.export_folder(students[0])) for earlier in former],
+        former=earlier,
         weights=weights,
         product=product,
+        fidelity=fidelity_figures(compared_models, entries),
+        differences=difference_figures(compared_models, entries),
+        kl={
+            identifier: of_sequence.kl / of_sequence.tokens
+            for identifier, of_sequence in sums[students[0]][None].items()
+            if of_sequence.kl is not None
+        },
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from pipeline.report.comparisons import difference_words, fidelity_words
 from pipeline.report.models import DomainFigures, ExportCheck, ModelFigures, Report
 from pipeline.report.numbers import number, percent, scaled, significant
 from pipeline.report.statistics import pooled, within_chance
@@ -26,7 +27,12 @@ def headlines(report: Report) -> list[str]:
             lines.append(f"Against {model.name}, in resources: {_resources(student, model)}.")
         else:
             findings = dict.fromkeys((quality, _likelihood(student, model)))
+            if measured := difference_words(report, model.name):
+                exact = [] if quality == _likelihood(student, model) else [quality]
+                findings = dict.fromkeys((*exact, measured))
             lines.append(f"Against the twin (cross-entropy alone): {'; '.join(findings)}.")
+    if measured := difference_words(report, "start"):
+        lines.append(f"Against the model that it started from: {measured}.")
     return lines + _cautions(report.export_check)
 
 
@@ -39,6 +45,8 @@ def why_unchecked(report: Report) -> str:
 
 def _answers(report: Report, student: ModelFigures, others: Sequence[ModelFigures]) -> str:
     ours = pooled(student.domains)
+    if ours.exact_match is None and report.fidelity:
+        return fidelity_words(report)
     if ours.exact_match is None:
         return f"{why_unchecked(report)}: likelihood compares the models."
     rates = [f"{m.name} {percent(pooled(m.domains).exact_match)}" for m in others]

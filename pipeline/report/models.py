@@ -63,6 +63,51 @@ class DomainFigures(FrozenModel):
     """Share of positions at which the model's likeliest token is the mixture's."""
 
 
+class Estimate(FrozenModel):
+    """A mean over tokens with its 95 % interval, which counts a prompt as one observation."""
+
+    mean: float
+    low: float | None
+    """Lower end of the interval; None where a single prompt was measured."""
+    high: float | None
+
+
+class FidelityFigures(FrozenModel):
+    """Closeness of one model to one target on the hold-out split."""
+
+    model: str
+    """`student`, `twin`, or `start` for the model that training started from."""
+    teacher: str | None
+    """Teacher that is the target; None for the mixture of the teachers."""
+    domain: str | None
+    """None for all domains together."""
+    prompts: int
+    tokens: int
+    kl: Estimate
+    """KL divergence from the target to the model, in nats per token."""
+    agreement: Estimate
+    """Share of positions at which the model's likeliest token is the target's."""
+
+
+class DifferenceFigures(FrozenModel):
+    """The student minus another model, token by token of the same hold-out sequences."""
+
+    other: str
+    """`twin` or `start`."""
+    teacher: str | None
+    """Teacher that is the target; None for the mixture of the teachers."""
+    domain: str | None
+    """None for all domains together."""
+    prompts: int
+    loss: Estimate | None
+    """Cross-entropy with the text, in nats per token; below 0 the student is better."""
+    kl: Estimate | None
+    """KL divergence from the target, in nats per token; below 0 the student is better. None where
+    the target is known by draws alone."""
+    agreement: Estimate | None
+    """Share of positions of agreement; above 0 the student is better. None as for `kl`."""
+
+
 class ModelFigures(FrozenModel):
     """Quality, size, speed and price of one served model."""
 
@@ -220,6 +265,11 @@ class Report(FrozenModel):
     stages: list[EvaluateStageFigures | StageFigures]
     rounds: list[RoundFigures]
     """One entry per round; empty where there is only one round."""
+    fidelity: list[FidelityFigures] = []
+    """Closeness of student, twin and start to the mixture and to each teacher; empty where they
+    cannot be measured."""
+    differences: list[DifferenceFigures] = []
+    """Differences of the student from the twin and from its start."""
 
     @property
     def student(self) -> ModelFigures:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.report.colours import colours_of
+from pipeline.report.comparisons import fidelity_groups
 from pipeline.report.curves import curves_svg
 from pipeline.report.headlines import headlines, why_unchecked
 from pipeline.report.models import Report
@@ -33,6 +34,7 @@ def render_html(report: Report) -> str:
         "colours": colours_of(report),
         "curves_svg": curves_svg(report),
         "drawn": any(cache.draw_variance is not None for cache in report.caches.values()),
+        "fidelity_groups": list(fidelity_groups(report)),
         "reasons": [*REASONS, *sorted(counted - {*REASONS, "generated_tokens"})],
         "wilson": wilson_interval,
         "unchecked": why_unchecked(report),

@@ -1,9 +1,9 @@
-"""Statistics of the report: intervals of proportions, figures pooled over domains."""
+"""Statistics of the report: intervals of proportions and means, figures pooled over domains."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from pipeline.report.models import DomainFigures
 
@@ -32,6 +32,49 @@ def within_chance(one: Proportion, other: Proportion) -> bool:
     down = high - wilson_interval(high, high_trials)[0]
     up = wilson_interval(low, low_trials)[1] - low
     return high - low <= math.hypot(down, up)
+
+
+def mean_interval(totals: Sequence[float], sizes: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of `sum(totals) / sum(sizes)` where groups were drawn, not single items.
+
+    The standard error is that of a ratio estimator (Cochran, Sampling Techniques, 1977, 6.3), with
+    Student's t for the number of groups. None for a single group, which shows no spread.
+
+    Args:
+        totals: sum of each group.
+        sizes: number of items of each group.
+    """
+    num_groups = len(totals)
+    if num_groups < 2:
+        return None
+    whole = math.fsum(sizes)
+    mean = math.fsum(totals) / whole
+    squares = math.fsum(
+        (total - mean * size) ** 2 for total, size in zip(totals, sizes, strict=True)
+    )
+    half = t_95(num_groups - 1) * math.sqrt(squares * num_groups / (num_groups - 1)) / whole
+    return mean - half, mean + half
+
+
+def t_95(freedom: int) -> float:
+    """The two-sided 95 % quantile of Student's t.
+
+    Exact for one and two degrees of freedom, otherwise the expansion of Abramowitz and Stegun
+    (1964), 26.7.5, which is off by less than 0.004.
+    """
+    if freedom == 1:
+        return math.tan(math.pi * 0.475)
+    if freedom == 2:
+        return 0.95 * math.sqrt(2 / (1 - 0.95**2))
+    z = Z_95
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return sum(term / freedom**power for power, term in enumerate(terms))
 
 
 def pooled(domains: Mapping[str, DomainFigures]) -> DomainFigures:

@@ -142,6 +142,7 @@ def test_the_same_measurements_make_the_same_report(
     assert expected["export_check"].pop("max_engine_logprob_difference") == pytest.approx(
         found["export_check"].pop("max_engine_logprob_difference"), rel=1e-6
     )
+    assert [found.pop(key) for key in ("fidelity", "differences")] == [[], []]
     assert json.dumps(found) == json.dumps(expected)
     assert Path(layout.report_html).read_text().lstrip().startswith("<!DOCTYPE html>")
     assert outcome.summary.endswith(layout.report_html)
