@@ -13,6 +13,7 @@ from pipeline.config.base import ModelFiles
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import digest_bytes, digest_json
 from pipeline.records import Prompt
+from pipeline.synthesis.rewriting import read_template
 
 ANSWERS_TRIED = ("Yes.", "42", "Two lines:\n\n- it's the 2nd one!")
 """Answers behind which the end of a message is looked for."""
@@ -23,14 +24,26 @@ def load_tokenizer(model: ModelFiles) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a model folder or hub id.
 
     Raises:
-        ConfigError: the model has no tokenizer, or it cannot be loaded.
+        ConfigError: the model has no tokenizer, it cannot be loaded, or it lacks the token that
+            shall end sequences.
     """
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             model.model, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load a tokenizer from {model.model}: {error}") from error
+    if model.chat_template is not None:
+        tokenizer.chat_template = read_template(model.chat_template)
+    if model.eos_token is not None:
+        if model.eos_token not in tokenizer.get_vocab():
+            special = ", ".join(map(repr, tokenizer.all_special_tokens))
+            raise ConfigError(
+                f"student.eos_token {model.eos_token!r} is no token of {model.model}: name a token "
+                f"of its vocabulary; its special tokens are {special}"
+            )
+        tokenizer.eos_token = model.eos_token
+    return tokenizer
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -68,7 +81,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     elif tokenizer.chat_template is None:
         raise ConfigError(
             f"prompt {prompt.prompt_id} has chat messages, but the student's tokenizer has no chat "
-            "template: add one to its folder, or give prompts as `text`"
+            "template: name a file with one in student.chat_template, such as a teacher's "
+            "chat_template.jinja, or give prompts as `text`"
         )
     else:
         try:
@@ -131,7 +145,8 @@ def repeats_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
     """Text of an answer, without special tokens and without its end."""
-    if token_ids and token_ids[-1] == chat_end(tokenizer):  # which need not be a special token
+    # The ends need not be special tokens.
+    if token_ids and token_ids[-1] in (tokenizer.eos_token_id, chat_end(tokenizer)):
         token_ids = token_ids[:-1]
     text = tokenizer.decode(token_ids, skip_special_tokens=True)
     assert isinstance(text, str), "one sequence of ids is one text"

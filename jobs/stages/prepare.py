@@ -36,7 +36,7 @@ from students.deepspeed_options import check_deepspeed_options
 from teachers.engine.options import check_sampling_values
 from teachers.preflight.identity import check_model, check_weights, model_identity, student_identity
 from teachers.preflight.model_layers import check_layers, hidden_sizes, text_config
-from teachers.preflight.vocabulary import check_vocabularies
+from teachers.preflight.vocabulary import check_vocabularies, further_ends
 from teachers.tasks.judge import grade_tokens
 from teachers.tokenizing import chat_end, load_tokenizer, prompt_ids, repeats_bos
 
@@ -90,6 +90,7 @@ def prepare(config: Config) -> Run:
         tokenizer_hash=tokenizer_hash,
         eos_token_id=eos_token_id,
         chat_end_token_id=end,
+        own_end_token_ids=further_ends(config, {eos_token_id, end}),
         student_identity=student_identity(config.student, layout),
         cache_identities=cache_identities(config, identities, tokenizer_hash),
         synthesis_identities=synthesis_identities(config, identities, tokenizer_hash, end),

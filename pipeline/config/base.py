@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 Name = Annotated[str, Field(pattern=NAME)]
@@ -18,6 +24,17 @@ class Section(BaseModel):
     """Base of all sections: frozen, without unknown keys; docstrings of fields are their help."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    later_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields that the section did not have at first. A dump leaves them out where they hold their
+    defaults, so that the identities and digests of configs without them stay as they were."""
+
+    @model_serializer(mode="wrap")
+    def _without_unset_later_fields(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = dump(self)
+        for name in self.later_fields & values.keys():
+            if getattr(self, name) == type(self).model_fields[name].default:
+                del values[name]
+        return values
 
 
 class Resources(Section):
@@ -42,8 +59,12 @@ class ModelFiles:
         model: folder or hub id.
         revision: branch, tag or commit on the hub; None for the default branch.
         trust_remote_code: whether Python code that comes with the model may run.
+        eos_token: end-of-sequence token in place of the tokenizer's own.
+        chat_template: file with a chat template in place of the tokenizer's own.
     """
 
     model: str
     revision: str | None = None
     trust_remote_code: bool = False
+    eos_token: str | None = None
+    chat_template: str | None = None

@@ -159,6 +159,7 @@ def _file_paths(config: Config) -> dict[str, str]:
         "storage.root": config.storage.root,
         "storage.models_root": config.storage.models_root,
         "student.initial_weights": config.student.initial_weights,
+        "student.chat_template": config.student.chat_template,
     }
     for i, source in enumerate(config.prompts.sources):
         paths[f"prompts.sources.{i}.path"] = source.path

@@ -12,6 +12,8 @@ from pipeline.config.base import Count, ModelFiles, Section
 class StudentConfig(Section):
     """The student: a Hugging Face causal language model that DeepSpeed trains and vLLM serves."""
 
+    later_fields = frozenset({"eos_token", "chat_template"})
+
     model: str
     """Folder or hub id of the student. Its tokenizer and chat template are used for the whole run,
     and the vocabularies of all teachers must equal its own. A value that begins with `.`, `~` or
@@ -27,6 +29,15 @@ class StudentConfig(Section):
     """Branch, tag or commit of the model on the hub; the default branch without it."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Set it only for models whose code you trust."""
+    eos_token: str | None = None
+    """Token that ends sequences, such as `<|im_end|>`, in place of the tokenizer's own
+    end-of-sequence token. A base student without a chat template needs it if its teachers end
+    answers by another token. Answers to chats end as the chat template says. The exported student
+    keeps it."""
+    chat_template: str | None = None
+    """File with a chat template (Jinja), such as a teacher's `chat_template.jinja`, in place of the
+    student's own. It turns a base student without one into a chat model, and is exported with
+    it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the weights in training. `bfloat16` turns on DeepSpeed's bf16 mode, which
     takes half the memory and is faster on GPUs; its master weights stay float32."""
@@ -49,4 +60,6 @@ class StudentConfig(Section):
     @property
     def files(self) -> ModelFiles:
         """Source of the student's tokenizer and config."""
-        return ModelFiles(self.model, self.revision, self.trust_remote_code)
+        return ModelFiles(
+            self.model, self.revision, self.trust_remote_code, self.eos_token, self.chat_template
+        )

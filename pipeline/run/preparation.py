@@ -26,7 +26,7 @@ from pipeline.filters.answer_checkers import checker_identity
 from pipeline.fingerprint import digest_json
 from pipeline.layout import Layout
 from pipeline.records import AnswerEnds
-from pipeline.synthesis.rewriting import rubric_of, templates_of
+from pipeline.synthesis.rewriting import read_template, rubric_of, templates_of
 
 NEUTRAL_TEACHER_KEYS: dict[str, Any] = {
     **dict.fromkeys(("cost_per_hour", "replicas", "resources"), True),
@@ -169,7 +169,7 @@ def preparation_key(config: Config) -> str:
                 include={"seed", "prompts", "teachers", "synthesis", "scoring", "combine"},
                 exclude={"teachers": {"__all__": NEUTRAL_TEACHER_KEYS}},
             ),
-            config.student.model_dump(mode="json", exclude={"cost_per_hour", "replicas"}),
+            _student_values(config),
             config.training.teacher_layers,
             config.evaluation.system_prompt,
             [storage.file_states(path) for path in paths],
@@ -177,6 +177,14 @@ def preparation_key(config: Config) -> str:
             _checker_here(config),
         ]
     )
+
+
+def _student_values(config: Config) -> dict[str, Any]:
+    """The student's section as it enters the key, with its chat template by content."""
+    values = config.student.model_dump(mode="json", exclude={"cost_per_hour", "replicas"})
+    if config.student.chat_template is not None:
+        values["chat_template"] = read_template(config.student.chat_template)
+    return values
 
 
 def read_prepared(layout: Layout) -> Prepared:

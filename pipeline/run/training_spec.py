@@ -42,7 +42,10 @@ NEUTRAL_TRAINING_KEYS = {
 `losses` enters an identity as the losses of the student or of the twin, and `deepspeed` without its
 ZeRO stage.
 """
-NEUTRAL_STUDENT_KEYS = {"cost_per_hour", "vllm", "replicas", "model", "revision", "initial_weights"}
+NEUTRAL_STUDENT_KEYS = {
+    *("cost_per_hour", "vllm", "replicas", "model", "revision", "initial_weights"),
+    *("eos_token", "chat_template"),  # the tokenizer's hash holds them
+}
 COMPLETE = "COMPLETE"
 """The file that is written last into a checkpoint's folder."""
 
@@ -177,7 +180,7 @@ def training_specs(run: Run, dataset_digest: str) -> list[TrainingSpec]:
             start=run.prepared.student_identity,
             tokenizer=run.prepared.tokenizer_hash,
             learned=learned,
-            end_of_answer=run.prepared.eos_token_id,
+            end_of_answer=run.prepared.answer_ends.chat,
         )
         for label, terms in losses.items()
     ]

@@ -4,6 +4,7 @@ trained weights.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers import (
 
 from pipeline import storage
 from pipeline.config.load import is_folder
+from pipeline.config.student import StudentConfig
 from pipeline.errors import TrainingError
 from pipeline.run.training_spec import TrainingSpec
 from pipeline.sequences import read_sequences
@@ -97,12 +99,15 @@ def _write(spec: TrainingSpec, target: Path) -> PreTrainedModel:
     tokenizer = AutoTokenizer.from_pretrained(
         source, trust_remote_code=spec.config.student.trust_remote_code
     )
+    if spec.config.student.eos_token is not None:
+        tokenizer.eos_token = spec.config.student.eos_token
     settings = generation_settings(source, tokenizer, spec.end_of_answer)
     set_end_tokens(model.config, settings["eos_token_id"])
     model.generation_config = GenerationConfig()
     model.save_pretrained(target)
     write_generation_settings(target, settings)
     copy_tokenizer(source, target)
+    set_tokenizer_options(spec.config.student, target)
     (target / "README.md").write_text(model_card(spec))
     return model
 
@@ -142,6 +147,24 @@ def copy_tokenizer(source: str, target: Path) -> None:
     ):
         if path.is_file() and not path.name.endswith(".safetensors"):
             shutil.copyfile(path, target / path.name)
+
+
+def set_tokenizer_options(student: StudentConfig, target: Path) -> None:
+    """Puts the end-of-sequence token and the chat template that the config names into a copy of the
+    student's tokenizer files.
+    """
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = target / name
+        if path.is_file() and student.eos_token is not None:
+            values = json.loads(path.read_text())
+            path.write_text(json.dumps(values | {"eos_token": student.eos_token}, indent=2) + "\n")
+    if student.chat_template is not None:
+        path = target / "tokenizer_config.json"
+        values = json.loads(path.read_text())
+        values.pop("chat_template", None)
+        path.write_text(json.dumps(values, indent=2) + "\n")
+        template = storage.read_bytes(student.chat_template)
+        (target / "chat_template.jinja").write_bytes(template)
 
 
 def probe_difference(spec: TrainingSpec, folder: Path) -> float:

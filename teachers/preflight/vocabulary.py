@@ -1,21 +1,22 @@
 """Preflight of tokenizers: does each token id mean the same to all teachers and to the student?
 
 Sequences are tokenised once with the student's tokenizer and chat template, and every teacher is
-given these ids. Each id must therefore stand for the same string everywhere, the end-of-sequence
-token must agree, and every teacher's own tokenizer and template must turn the prompts into the same
-ids, unless the config allows the difference by name.
+given these ids. Each id must therefore stand for the same string everywhere, every teacher must end
+answers as the student does, and every teacher's own tokenizer and template must turn the prompts
+into the same ids, unless the config allows the difference by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from pipeline.config.base import ModelFiles
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError, VocabularyMismatchError
 from pipeline.records import Prompt
-from teachers.tokenizing import load_tokenizer, prompt_ids, tokenizer_hash
+from teachers.tokenizing import chat_end, load_tokenizer, prompt_ids, tokenizer_hash
 
 ENTRIES_LISTED = 8
 PROMPTS_COMPARED = 1000
@@ -34,17 +35,20 @@ def check_vocabularies(config: Config, prompts: Sequence[Prompt]) -> str:
     student = load_tokenizer(config.student.files)
     if student.eos_token_id is None:
         raise ConfigError(
-            f"the tokenizer of {config.student.model} has no end-of-sequence token: set "
-            "`eos_token` in its tokenizer_config.json"
+            f"the tokenizer of {config.student.model} has no end-of-sequence token: name the token "
+            "that ends answers in student.eos_token"
         )
     step = max(1, len(prompts) // PROMPTS_COMPARED)
     sample = prompts[::step][:PROMPTS_COMPARED]
+    if chat := next((prompt for prompt in sample if prompt.messages is not None), None):
+        prompt_ids(student, chat)  # without a template nothing else is worth comparing
     problems = []
     for name, teacher in config.teachers.items():
         if teacher.files is None:
             continue  # its answers are text, which the student's tokenizer turns into ids
         tokenizer = load_tokenizer(teacher.files)
         lines = _differences(student, tokenizer)
+        lines += _end_differences(student, tokenizer, end_token_ids(teacher.files), sample)
         if not lines and not teacher.allow_chat_template_difference:
             lines = _rendering_differences(student, tokenizer, sample)
         problems += [f"teacher {name!r}: {line}" for line in lines]
@@ -73,12 +77,66 @@ def _differences(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerB
             f"… {len(differing)} ids differ in all, of {len(ours)} of the student and "
             f"{len(theirs)} of the teacher"
         )
-    if student.eos_token_id != teacher.eos_token_id:
-        lines.append(
-            f"the end-of-sequence token is {teacher.eos_token!r} ({teacher.eos_token_id}), "
-            f"the student's is {student.eos_token!r} ({student.eos_token_id})"
-        )
     return lines
+
+
+def further_ends(config: Config, ends: Set[int | None]) -> dict[str, list[int]]:
+    """Tokens with which teachers end answers beside those of the run, by teacher.
+
+    An engine knows the tokens of its model's generation config alone.
+
+    Args:
+        ends: tokens with which the run's answers end.
+    """
+    found = {
+        name: [token for token in end_token_ids(teacher.files) if token not in ends]
+        for name, teacher in config.teachers.items()
+        if teacher.files is not None
+    }
+    return {name: tokens for name, tokens in found.items() if tokens}
+
+
+def end_token_ids(files: ModelFiles) -> list[int]:
+    """Tokens with which a model ends answers: the end that its chat template writes, the
+    tokenizer's end of sequence, and those of the generation config.
+    """
+    tokenizer = load_tokenizer(files)
+    try:
+        settings = GenerationConfig.from_pretrained(files.model, revision=files.revision or "main")
+    except (OSError, ValueError):  # a model without the file
+        settings = GenerationConfig()
+    listed = settings.eos_token_id
+    listed = listed if isinstance(listed, list) else [listed]
+    ends = (chat_end(tokenizer), tokenizer.eos_token_id, *listed)
+    return list(dict.fromkeys(end for end in ends if isinstance(end, int)))
+
+
+def _end_differences(
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    theirs: Sequence[int],
+    prompts: Sequence[Prompt],
+) -> list[str]:
+    """Refuses a teacher that never writes the token with which the student's answers end, and so
+    would teach the student not to stop.
+    """
+    chat, text = chat_end(student), student.eos_token_id
+    assert isinstance(text, int), "a tokenizer without one is refused above"
+    chat = text if chat is None else chat
+    ours = {text if prompt.messages is None else chat for prompt in prompts}
+    if teacher.eos_token_id == text or ours <= set(theirs):
+        return []
+    name = teacher.convert_ids_to_tokens(theirs[0]) if theirs else None
+    if chat != text and chat in ours - set(theirs):
+        remedy = "name the teacher's template in student.chat_template"
+    else:
+        remedy = f"set student.eos_token: {name!r} to end the student's answers by it, too"
+    said = [_named(student, ours), _named(teacher, theirs) or "no token"]
+    return [f"it ends answers by {said[1]}, the student by {said[0]}: {remedy}"]
+
+
+def _named(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
+    return " or ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in ids)
 
 
 def _rendering_differences(

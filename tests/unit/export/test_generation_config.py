@@ -5,9 +5,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from vllm.transformers_utils.config import try_get_generation_config
 
 from pipeline.config.student import StudentConfig
@@ -24,14 +25,16 @@ def student(tmp_path: Path) -> Path:
     return tmp_path / "student"
 
 
-def exported(student: Path, monkeypatch: pytest.MonkeyPatch, end_of_answer: int | None) -> Path:
+def exported(
+    student: Path, monkeypatch: pytest.MonkeyPatch, end_of_answer: int | None, **options: str
+) -> Path:
     """The folder that is written for weights that were not trained."""
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(student))
     weights = student.parent / "weights.safetensors"
     save_file({name: value.clone() for name, value in model.named_parameters()}, weights)
     spec: Any = SimpleNamespace(
         config=SimpleNamespace(
-            student=StudentConfig(model=str(student), initialization="pretrained")
+            student=StudentConfig(model=str(student), initialization="pretrained", **options)
         ),
         layout=SimpleNamespace(final_weights=lambda _: str(weights)),
         student="student",
@@ -118,3 +121,18 @@ def test_a_student_of_the_hub_brings_its_file(monkeypatch: pytest.MonkeyPatch) -
     spec: Any = SimpleNamespace(config=SimpleNamespace(student=student))
     export_folder.model_folder(spec)
     assert "generation_config.json" in asked[0]["allow_patterns"]
+
+
+def test_the_tokenizer_has_the_end_and_the_template_that_the_config_names(
+    student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = student.parent / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}#{% endfor %}")
+    options = {"eos_token": "w5", "chat_template": str(template)}
+    folder = exported(student, monkeypatch, end_of_answer=None, **options)
+    source = AutoTokenizer.from_pretrained(student)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    end = source.convert_tokens_to_ids("w5")
+    assert tokenizer.eos_token_id == end != source.eos_token_id
+    assert tokenizer.chat_template == template.read_text() != source.chat_template
+    assert end in np.atleast_1d(end_tokens(folder)[0])

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 from tokenizers import processors
 
+from pipeline.config.base import ModelFiles
 from pipeline.config.load import load_config
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError, VocabularyMismatchError
 from pipeline.records import Prompt
-from teachers.preflight.vocabulary import check_vocabularies
+from teachers.preflight.vocabulary import check_vocabularies, end_token_ids
 from teachers.tokenizing import chat_end, load_tokenizer, prompt_ids, tokenizer_hash
 from tests.support.tokenizers_for_tests import (
     CHARACTERS,
@@ -65,13 +66,49 @@ def test_many_differences_are_counted(tmp_path: Path) -> None:
         check_vocabularies(config(tmp_path), PROMPTS)
 
 
-def test_another_end_of_sequence_is_refused(tmp_path: Path) -> None:
+def test_another_end_of_answers_is_refused_with_the_way_out(tmp_path: Path) -> None:
     save(tmp_path, eos="<pad>")
     with pytest.raises(
         VocabularyMismatchError,
-        match=r"end-of-sequence token is '<pad>' \(0\), the student's is '<eos>' \(1\)",
+        match=r"it ends answers by '<pad>' \(0\), the student by '<eos>' \(1\): set "
+        r"student.eos_token: '<pad>'",
     ):
         check_vocabularies(config(tmp_path), PROMPTS)
+    save_tokenizer(tmp_path / "a", eos="<pad>")
+    changed = config(tmp_path, "student.eos_token=<pad>")
+    student = load_tokenizer(changed.student.files)
+    assert check_vocabularies(changed, PROMPTS) == tokenizer_hash(student)
+    assert tokenizer_hash(student) != tokenizer_hash(load_tokenizer(config(tmp_path).student.files))
+    with pytest.raises(ConfigError, match=r"student\.eos_token '<end>' is no token of"):
+        check_vocabularies(config(tmp_path, "student.eos_token=<end>"), PROMPTS)
+
+
+def test_a_base_student_learns_the_end_that_its_template_writes(tmp_path: Path) -> None:
+    """Qwen's base models: their end of sequence is another one than that of their teachers."""
+    template = CHAT_TEMPLATE.replace("m['content']", "m['content'] + '<pad>'")
+    for name in ("a", "b"):
+        save_tokenizer(tmp_path / name, eos="<pad>", template=template)
+    student = save_tokenizer(tmp_path / "student", template=template)
+    assert chat_end(student) == 0 and check_vocabularies(config(tmp_path), PROMPTS[:1])
+    with pytest.raises(VocabularyMismatchError, match=r"set student\.eos_token: '<pad>'"):
+        check_vocabularies(config(tmp_path), PROMPTS)  # one prompt is raw text
+    (tmp_path / "student" / "chat_template.jinja").unlink()
+    with pytest.raises(ConfigError, match=r"name a file with one in student\.chat_template"):
+        check_vocabularies(config(tmp_path), PROMPTS[:1])
+    (tmp_path / "chat.jinja").write_text(template)
+    given = config(tmp_path, f"student.chat_template={tmp_path}/chat.jinja")
+    assert check_vocabularies(given, PROMPTS[:1]) == tokenizer_hash(student)
+
+
+def test_a_teacher_whose_template_ends_messages_otherwise_is_refused(tmp_path: Path) -> None:
+    save(tmp_path)
+    ends = CHAT_TEMPLATE.replace("m['content']", "m['content'] + '<user>'")
+    save_tokenizer(tmp_path / "student", template=ends, eos="<pad>")
+    allowed = [f"teachers.{n}.allow_chat_template_difference=true" for n in ("words", "arithmetic")]
+    with pytest.raises(VocabularyMismatchError, match=r"'<user>' \(2\): name the teacher's temp"):
+        check_vocabularies(config(tmp_path, *allowed), PROMPTS[:1])
+    (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    assert end_token_ids(ModelFiles(str(tmp_path / "a"))) == [1, 2]
 
 
 def test_another_chat_template_is_refused_unless_allowed_by_name(tmp_path: Path) -> None:
@@ -132,7 +169,7 @@ def test_every_teacher_is_compared_whatever_the_others_lack(tmp_path: Path) -> N
     save_tokenizer(tmp_path / "b", template=CHAT_TEMPLATE.replace("'<' + m", "' <' + m"))
     with pytest.raises(VocabularyMismatchError) as caught:
         check_vocabularies(config(tmp_path), PROMPTS)
-    assert "teacher 'arithmetic': the end-of-sequence token" in str(caught.value)
+    assert "teacher 'arithmetic': it ends answers by" in str(caught.value)
     assert "teacher 'words': prompt p renders as" in str(caught.value)
 
 
