@@ -31,7 +31,7 @@ from pipeline.records import DatasetEntry, SparseLogprobs
 from pipeline.report.fidelity import SequenceSums, Target
 from students.architecture.body import body_hidden_states
 from students.architecture.build import build_student, load_model
-from students.architecture.head import lm_head_of, logit_softcap
+from students.architecture.head import lm_head_of, logit_step
 from students.data.examples import Example, Examples
 from students.data.packing import pack, plan_micro_batches, refuse_long_sequences
 from students.losses.distillation import PositionFigures, position_figures
@@ -152,7 +152,7 @@ def student_sums(
         CacheError: the caches do not cover a sequence.
         TrainingError: a sequence is longer than the budget.
     """
-    lm_head, softcap = lm_head_of(model), logit_softcap(model)
+    lm_head, step = lm_head_of(model), logit_step(model)
     sums: dict[Target, dict[str, SequenceSums]] = {target: {} for target in targets}
     refuse_long_sequences(
         [(entry.sequence_id, entry.num_tokens) for entry in entries], tokens_per_micro_batch
@@ -177,7 +177,7 @@ def student_sums(
                 lm_head.bias,
                 MicroBatch.of(pack(examples), model.device).targets,
                 KL_TO_MIXTURE,
-                softcap,
+                step,
             )
             for i, of_sequence in zip(chosen, _split(found, examples), strict=True):
                 sums[target][members[i].sequence_id] = of_sequence

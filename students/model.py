@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from students.architecture.body import body_layers
-from students.architecture.head import lm_head_of, logit_softcap
+from students.architecture.head import lm_head_of, logit_step
 from students.losses.chunk import figure_names
 from students.losses.distillation import distillation_loss, position_figures, weighted_total
 from students.losses.divergences import DistributionLoss
@@ -33,7 +33,7 @@ class StudentModule(nn.Module):
         self.losses = losses
         # the attribute's name is part of the parameters' names in checkpoints
         self.features = hidden_states_losses
-        self.softcap = logit_softcap(model)
+        self.step = logit_step(model)  # before DeepSpeed partitions the LM head
 
     @property
     def figure_names(self) -> tuple[str, ...]:
@@ -70,9 +70,9 @@ class StudentModule(nn.Module):
             at_positions = {layer: by_layer[layer][batch.logit_indices] for layer in layers}
             values_EP = self.features(at_positions, batch.hidden_states)
         if not self.training:
-            measured = position_figures(*arguments, softcap=self.softcap)
+            measured = position_figures(*arguments, step=self.step)
             return torch.cat([measured.figures, values_EP]), measured.argmax_ids
-        sums = distillation_loss(*arguments, softcap=self.softcap)
+        sums = distillation_loss(*arguments, step=self.step)
         values_E, total = values_EP.sum(dim=1), sums.total
         on_hidden_states = () if self.features is None else self.features.losses
         for loss, value in zip(on_hidden_states, values_E, strict=True):

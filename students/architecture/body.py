@@ -9,6 +9,26 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from pipeline.errors import TrainingError
+
+
+def body_of(model: PreTrainedModel) -> nn.Module:
+    """The part of a model that computes hidden states.
+
+    Raises:
+        TrainingError: there is none beside the whole model.
+    """
+    if (body := model.base_model) is not model:
+        return body
+    # such as Llama 4, which names its body otherwise than its `base_model_prefix`
+    bodies = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    if len(bodies) != 1:
+        raise TrainingError(
+            f"the student {type(model).__name__} has {len(bodies)} models inside and no body apart "
+            "from its LM head: this architecture is not supported, choose another student.model"
+        )
+    return bodies[0]
+
 
 def body_hidden_states(
     model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor | None
@@ -29,7 +49,7 @@ def body_layers(
     For a packed row transformers builds the block-diagonal mask from `position_ids`, but only
     without a cache of keys and values: with `use_cache=True` its sequences would see one another.
     """
-    body: nn.Module = model.base_model
+    body = body_of(model)
     options: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
     if layers:
         options["output_hidden_states"] = True

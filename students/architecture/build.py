@@ -11,7 +11,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from pipeline.config.student import StudentConfig
 from pipeline.errors import TrainingError
 from students.architecture.dtypes import DTYPES, as_loaded
-from students.architecture.head import refuse_lm_head_settings
 from students.architecture.initial_weights import load_initial_weights
 
 
@@ -20,14 +19,12 @@ def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
     the rank.
 
     Raises:
-        TrainingError: the student cannot be loaded, its logits are not LM head times last hidden
-            state, or the weights to start from do not fit it.
+        TrainingError: the student cannot be loaded, or the weights to start from do not fit it.
     """
     source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     options = {"dtype": DTYPES[config.dtype], "attn_implementation": config.attn_implementation}
     try:
         model_config = AutoConfig.from_pretrained(config.model, **source)
-        refuse_lm_head_settings(model_config.to_dict())
         if config.initialization == "pretrained" and config.initial_weights is None:
             model = AutoModelForCausalLM.from_pretrained(
                 config.model, use_safetensors=True, **source, **options

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from pipeline.errors import TrainingError
 from students.architecture.body import body_hidden_states
-from students.architecture.head import lm_head_of, logit_softcap
+from students.architecture.head import lm_head_of, logit_step
 
 LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """Largest difference between two ways to the same logits, relative to the largest logit."""
@@ -35,9 +35,10 @@ def check_architecture(model: PreTrainedModel, packing: bool) -> None:
     else:
         rows = torch.stack([first, torch.nn.functional.pad(second, (0, 1))])
         hidden_TH = body_hidden_states(model, rows, None)[:-1]
-    together, softcap = lm_head(hidden_TH), logit_softcap(model)
-    if softcap is not None:
-        together = softcap * torch.tanh(together / softcap)
+    step = logit_step(model)
+    together = step.factor * lm_head(hidden_TH.to(lm_head.weight.dtype)).float()
+    if step.softcap is not None:
+        together = step.softcap * torch.tanh(together / step.softcap)
     difference = ((together - alone).abs().amax(dim=1) / alone.abs().max()).float().cpu()
     model.train(was_training)
     tolerance = LOGIT_TOLERANCE[model.dtype]

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from students.losses.chunk import figure_names, losses_and_gradient_
 from students.losses.divergences import DistributionLoss
-from students.losses.inputs import Targets
+from students.losses.inputs import LogitStep, Targets
 
 CHUNK_ELEMENTS = 2**25
 """Numbers formed at a time; one float32 buffer of them takes 128 MiB."""
@@ -30,6 +30,8 @@ CHUNK_SHARE_OF_DEVICE = 128
 """Part of a GPU's memory, as its denominator, that one such buffer may take: every chunk reads the
 LM head and adds to its gradient, which costs as much for few positions as for many.
 """
+PLAIN = LogitStep()
+"""The LM head's outputs are the logits."""
 OUTCOME_BUFFERS = 16
 """About how many buffers of the size of the outcomes live at once in a chunk."""
 
@@ -67,7 +69,7 @@ def distillation_loss(
     bias_V: Tensor | None,
     targets: Targets,
     losses: Sequence[DistributionLoss],
-    softcap: float | None = None,
+    step: LogitStep = PLAIN,
     chunk_positions: int | None = None,
 ) -> LossSums:
     """Sums of the losses over all positions, and their weighted total for the backward pass.
@@ -92,20 +94,21 @@ def distillation_loss(
     be freed between the two.
 
     Args:
-        hidden_PH: last hidden states at the positions, in the model's dtype. Losses are computed in
-            float32, or in float64 if the hidden states are float64.
-        lm_head_VH: weight of the LM head.
+        hidden_PH: last hidden states at the positions, which are cast to the LM head's dtype: some
+            bodies end in float32.
+        lm_head_VH: weight of the LM head. Losses are computed in float32, or in float64 if it is
+            float64.
         bias_V: bias of the LM head, if it has one.
-        softcap: logits are `softcap tanh(logits / softcap)`, as in Gemma 2 (arXiv 2408.00118).
+        step: what follows the LM head on the way to the logits.
         chunk_positions: positions per chunk; by default as many as `chunk_elements` allows.
     """
     total, figures = _ChunkedLoss.apply(
-        hidden_PH,
+        hidden_PH.to(lm_head_VH.dtype),
         lm_head_VH,
         bias_V,
         targets,
         tuple(losses),
-        softcap,
+        step,
         chunk_positions or _chunk_positions(lm_head_VH, targets),
     )
     return LossSums(total, figures)
@@ -118,20 +121,20 @@ def position_figures(
     bias_V: Tensor | None,
     targets: Targets,
     losses: Sequence[DistributionLoss],
-    softcap: float | None = None,
+    step: LogitStep = PLAIN,
     chunk_positions: int | None = None,
 ) -> PositionFigures:
     """Figures of each position without training on it: losses without their weights, and the
     student's choice; arguments as in `distillation_loss`.
     """
-    num_positions = hidden_PH.shape[0]
+    hidden_PH, num_positions = hidden_PH.to(lm_head_VH.dtype), hidden_PH.shape[0]
     figures_FP = hidden_PH.new_empty(
         (len(figure_names(losses)), num_positions), dtype=_dtype(hidden_PH)
     )
     argmax_P = torch.empty_like(targets.gold_ids)
     positions = chunk_positions or _chunk_positions(lm_head_VH, targets)
     for rows in _chunks(num_positions, positions):
-        logits_CV, _ = _logits(hidden_PH[rows], lm_head_VH, bias_V, softcap)
+        logits_CV, _ = _logits(hidden_PH[rows], lm_head_VH, bias_V, step)
         argmax_P[rows] = logits_CV.argmax(dim=-1)
         figures_FP[:, rows] = losses_and_gradient_(logits_CV, targets, rows, losses, gradient=False)
     return PositionFigures(figures_FP, argmax_P)
@@ -141,7 +144,7 @@ class _ChunkedLoss(torch.autograd.Function):
     """Values and gradients in one pass over chunks of positions."""
 
     @staticmethod
-    def forward(ctx, hidden_PH, lm_head_VH, bias_V, targets, losses, softcap, chunk_positions):
+    def forward(ctx, hidden_PH, lm_head_VH, bias_V, targets, losses, step, chunk_positions):
         dtype = _dtype(hidden_PH)
         ctx.hidden_grad = torch.empty_like(hidden_PH)
         # at least float32, since a bfloat16 sum over many chunks would lose the later ones
@@ -152,11 +155,11 @@ class _ChunkedLoss(torch.autograd.Function):
         figures_F = hidden_PH.new_zeros(len(figure_names(losses)), dtype=dtype)
         for rows in _chunks(hidden_PH.shape[0], chunk_positions):
             hidden_CH = hidden_PH[rows]
-            grad_CV, slope_CV = _logits(hidden_CH, lm_head_VH, bias_V, softcap)
+            grad_CV, slope = _logits(hidden_CH, lm_head_VH, bias_V, step)
             figures_FC = losses_and_gradient_(grad_CV, targets, rows, losses, gradient=True)
             figures_F += figures_FC.sum(dim=1)
-            if slope_CV is not None:
-                grad_CV.mul_(slope_CV)
+            if slope is not None:
+                grad_CV.mul_(slope)
             if ctx.bias_grad is not None:
                 ctx.bias_grad += grad_CV.sum(dim=0)
             grad_CV = grad_CV.to(hidden_CH.dtype)
@@ -190,15 +193,19 @@ def weighted_total(figures_F: Tensor, losses: Sequence[DistributionLoss]) -> Ten
 
 
 def _logits(
-    hidden_CH: Tensor, lm_head_VH: Tensor, bias_V: Tensor | None, softcap: float | None
-) -> tuple[Tensor, Tensor | None]:
-    """The logits of a chunk, and with a soft-cap their derivative by the uncapped logits."""
+    hidden_CH: Tensor, lm_head_VH: Tensor, bias_V: Tensor | None, step: LogitStep
+) -> tuple[Tensor, Tensor | float | None]:
+    """The logits of a chunk, and their derivative by the LM head's outputs unless it is 1."""
     logits_CV = torch.nn.functional.linear(hidden_CH, lm_head_VH, bias_V).to(_dtype(hidden_CH))
-    if softcap is None:
-        return logits_CV, None
-    capped_CV = logits_CV.div_(softcap).tanh_()
+    if step.factor != 1:
+        logits_CV.mul_(step.factor)
+    if step.softcap is None:
+        return logits_CV, None if step.factor == 1 else step.factor
+    capped_CV = logits_CV.div_(step.softcap).tanh_()
     slope_CV = capped_CV.square().neg_().add_(1)
-    return capped_CV.mul_(softcap), slope_CV
+    if step.factor != 1:
+        slope_CV.mul_(step.factor)
+    return capped_CV.mul_(step.softcap), slope_CV
 
 
 def _add_product_(sum_VH: Tensor, grad_VC: Tensor, hidden_CH: Tensor) -> None:

@@ -1,10 +1,20 @@
-"""The tensors that losses read beside the student's hidden states and LM head."""
+"""The inputs of losses beside the student's hidden states and LM head."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LogitStep:
+    """The step from the outputs x of the LM head to the logits: `factor x`, or with a soft-cap
+    `softcap tanh(factor x / softcap)`, as in Gemma 2 (arXiv 2408.00118).
+    """
+
+    factor: float = 1.0
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)

@@ -121,8 +121,6 @@ def _windowed(size: int = 8) -> dict[str, Any]:
     return {"sliding_window": size}
 
 
-_SCALED = "logits as LM head times last hidden state, without that step"
-
 ARCHITECTURES = (
     Architecture("Llama", "llama"),
     Architecture("Llama, tied", "llama", {"tie_word_embeddings": True}),
@@ -258,7 +256,7 @@ ARCHITECTURES = (
         packs=False,
     ),
     Architecture(
-        "Falcon-H1, plain head",
+        "Falcon-H1",
         "falcon_h1",
         {
             "mamba_d_ssm": 64,
@@ -267,7 +265,7 @@ ARCHITECTURES = (
             "mamba_d_state": 8,
             "mamba_n_groups": 1,
             "mamba_chunk_size": 16,
-            "lm_head_multiplier": 1.0,
+            "lm_head_multiplier": 0.0390625,
         },
         packs=False,
     ),
@@ -320,15 +318,13 @@ ARCHITECTURES = (
             "residual_multiplier": 0.22,
             "attention_multiplier": 0.015625,
         },
-        refused=_SCALED,
     ),
-    Architecture("Cohere", "cohere", {"logit_scale": 0.0625}, refused=_SCALED),
-    Architecture("Cohere 2", "cohere2", _windowed() | {"logit_scale": 0.0625}, refused=_SCALED),
+    Architecture("Cohere", "cohere", {"logit_scale": 0.0625}),
+    Architecture("Cohere 2", "cohere2", _windowed() | {"logit_scale": 0.0625}),
     Architecture(
         "MiniCPM3",
         "minicpm3",
         LATENT | {"dim_model_base": 16, "scale_emb": 12, "scale_depth": 1.4},
-        refused="not supported",
     ),
     Architecture(
         "RecurrentGemma",
@@ -339,6 +335,7 @@ ARCHITECTURES = (
             "attention_window_size": 64,
             "logits_soft_cap": 30.0,
         },
-        refused="not supported",
+        packs=False,
     ),
+    Architecture("BERT", "bert", {"is_decoder": True}, refused="not supported"),
 )

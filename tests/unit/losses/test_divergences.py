@@ -32,6 +32,7 @@ from students.losses.divergences import (
     loss_from_config,
 )
 from students.losses.hidden_states import LAYER_LOSSES
+from students.losses.inputs import LogitStep
 from tests.support.loss_reference import reference_loss
 
 P, H, V = 3, 3, 13
@@ -88,9 +89,9 @@ def make_targets(num_teachers, tail=True, ragged=True, ids="overlapping", seed=1
     return Targets(gold, token_ids, logprobs.half(), tail_mass.half(), weights / weights.sum(0))
 
 
-def logits_of(student, softcap=None):
-    logits = torch.nn.functional.linear(*student)
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+def logits_of(student, step):
+    logits = step.factor * torch.nn.functional.linear(*student)
+    return logits if step.softcap is None else step.softcap * torch.tanh(logits / step.softcap)
 
 
 def gradients(total, student):
@@ -114,17 +115,17 @@ def test_values_and_gradients_are_those_of_the_definition(name, temperature, num
     if name == "cross_entropy" and temperature != 1:
         return
     loss = make_loss(name, temperature, weight=0.7)
-    for ragged, ids, bias, softcap in [
-        (True, "overlapping", True, 2.5),
-        (False, "overlapping", False, None),
-        (True, "disjoint", False, 2.5),
-        (False, "disjoint", True, None),
-        (False, "same", True, 2.5),
+    for ragged, ids, bias, step in [
+        (True, "overlapping", True, LogitStep(0.6, 2.5)),
+        (False, "overlapping", False, LogitStep()),
+        (True, "disjoint", False, LogitStep(softcap=2.5)),
+        (False, "disjoint", True, LogitStep(1.7)),
+        (False, "same", True, LogitStep(softcap=2.5)),
     ]:
         student = make_student(bias=bias)
         targets = make_targets(num_teachers, tail, ragged, ids)
-        found = distillation_loss(*student, targets, [loss], softcap=softcap)
-        expected = reference_loss(loss, logits_of(student, softcap), targets)
+        found = distillation_loss(*student, targets, [loss], step=step)
+        expected = reference_loss(loss, logits_of(student, step), targets)
         assert_equal_losses(found.total, 0.7 * expected, student, **EXACT)
         figures = dict(zip(figure_names([loss]), found.figures, strict=True))
         torch.testing.assert_close(figures[name], expected.detach(), **EXACT)
@@ -147,7 +148,7 @@ def test_with_every_entry_kept_it_is_the_dense_divergence(name, num_teachers, te
     apart = name == "forward_kl" and temperature == 1
     mixed = (weights[..., None].log() + dense).logsumexp(0)
     p = torch.softmax((dense if apart else mixed[None]) / temperature, -1)
-    q = torch.softmax(logits_of(student) / temperature, -1).expand_as(p)
+    q = torch.softmax(logits_of(student, LogitStep()) / temperature, -1).expand_as(p)
     log = torch.log
     value = {
         "forward_kl": lambda: p * log(p / q),
@@ -212,8 +213,10 @@ def mixed_list():
 
 def test_a_list_gives_each_loss_apart_and_one_gradient():
     student, targets, losses = make_student(), make_targets(3), mixed_list()
-    found = distillation_loss(*student, targets, losses, softcap=4.0)
-    expected = [reference_loss(loss, logits_of(student, 4.0), targets) for loss in losses]
+    found = distillation_loss(*student, targets, losses, step=LogitStep(softcap=4.0))
+    expected = [
+        reference_loss(loss, logits_of(student, LogitStep(softcap=4.0)), targets) for loss in losses
+    ]
     total = sum(loss.weight * value for loss, value in zip(losses, expected, strict=True))
     assert_equal_losses(found.total, total, student, **EXACT)
     names = figure_names(losses)
@@ -285,10 +288,14 @@ def test_a_tail_that_is_too_small_for_reverse_kl_is_raised_and_counted():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("softcap", "chunk_positions"), [(None, None), (None, 1), (4.0, 2)])
+@pytest.mark.parametrize(
+    ("step", "chunk_positions"),
+    [(LogitStep(), None), (LogitStep(), 1), (LogitStep(0.5, 4.0), 2)],
+    ids=["plain", "a position a chunk", "two steps"],
+)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("name", KINDS)
-def test_lower_precision_stays_near(name, temperature, softcap, chunk_positions, dtype):
+def test_lower_precision_stays_near(name, temperature, step, chunk_positions, dtype):
     """Tolerances are relative to the largest entry of each gradient.
 
     float32 keeps 24 bits, of which sums of gradients that cancel lose a few. bfloat16 keeps 8 bits:
@@ -303,8 +310,8 @@ def test_lower_precision_stays_near(name, temperature, softcap, chunk_positions,
     low = make_student(dtype=dtype, scale=1.0)
     full = [x.detach().double().requires_grad_() for x in low]
     loss, targets = make_loss(name, temperature), make_targets(3)
-    found = distillation_loss(*low, targets, [loss], softcap, chunk_positions).total
-    expected = distillation_loss(*full, targets, [loss], softcap).total
+    found = distillation_loss(*low, targets, [loss], step, chunk_positions).total
+    expected = distillation_loss(*full, targets, [loss], step).total
     assert found.dtype == torch.float32
     assert abs(found.item() / expected.item() - 1) < tolerance
     for ours, theirs in zip(gradients(found, low), gradients(expected, full), strict=True):
