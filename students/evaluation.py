@@ -32,8 +32,9 @@ from pipeline.report.fidelity import SequenceSums, Target
 from students.architecture.body import body_hidden_states
 from students.architecture.build import build_student, load_model
 from students.architecture.head import lm_head_of, logit_step
+from students.architecture.positions import length_bounds
 from students.data.examples import Example, Examples
-from students.data.packing import pack, plan_micro_batches, refuse_long_sequences
+from students.data.packing import pack, plan_groups, refuse_long_sequences
 from students.losses.distillation import PositionFigures, position_figures
 from students.losses.divergences import ForwardKL
 from students.micro_batch import MicroBatch
@@ -158,7 +159,8 @@ def student_sums(
         [(entry.sequence_id, entry.num_tokens) for entry in entries], tokens_per_micro_batch
     )
     lengths = [entry.num_tokens for entry in entries]
-    for row in plan_micro_batches(lengths, tokens_per_micro_batch, 1, not packing)[0]:
+    bounds = length_bounds(model.config)
+    for row in plan_groups(lengths, tokens_per_micro_batch, 1, not packing, 1, bounds)[0]:
         members = [entries[i] for i in row]
         together = [targets[None].examples[entry] for entry in members]
         batch = MicroBatch.of(pack(together, not packing), model.device)

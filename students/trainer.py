@@ -27,6 +27,7 @@ from pipeline.run.training_spec import TrainingSpec
 from students.architecture.build import build_student
 from students.architecture.checks import check_architecture
 from students.architecture.head import lm_head_of
+from students.architecture.positions import length_bounds
 from students.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from students.checkpoints.resume import TrainingState, agreed_resume, allowed_changes
 from students.data.batches import StepBatch
@@ -50,7 +51,8 @@ def train(spec: TrainingSpec, device: torch.device) -> None:
     training, started = spec.config.training, time.monotonic()
     torch.manual_seed(spec.seed + dist.get_rank())
     model = checked_model(spec, device)
-    data = TrainingData(spec, lm_head_of(model).out_features, device)
+    bounds = length_bounds(model.config)
+    data = TrainingData(spec, lm_head_of(model).out_features, device, bounds)
     student, state = start_or_resume(spec, model, data, device)
     metrics = MetricsLog(spec.metrics_path, state.step) if dist.get_rank() == 0 else None
     started -= state.seconds

@@ -13,7 +13,7 @@ from pipeline.records import DatasetEntry
 from pipeline.run.training_spec import TrainingSpec
 from students.data.batches import BatchSource, Share, StepBatch
 from students.data.loader import Loader
-from students.data.packing import pack
+from students.data.packing import pack, side_of
 from students.micro_batch import MicroBatch
 
 PROBE_SEQUENCES = 2
@@ -23,9 +23,21 @@ PROBE_SEQUENCES = 2
 class TrainingData:
     """The entries of a dataset as the micro-batches of this rank."""
 
-    def __init__(self, spec: TrainingSpec, vocabulary: int, device: torch.device) -> None:
-        """Reads the dataset and opens the caches that the losses need; raises as `BatchSource`."""
-        self._share = Share(spec, vocabulary, dist.get_rank(), dist.get_world_size())
+    def __init__(
+        self,
+        spec: TrainingSpec,
+        vocabulary: int,
+        device: torch.device,
+        length_bounds: tuple[int, ...] = (),
+    ) -> None:
+        """Reads the dataset and opens the caches that the losses need; raises as `BatchSource`.
+
+        Args:
+            vocabulary: rows of the student's LM head.
+            length_bounds: see `Share`.
+        """
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        self._share = Share(spec, vocabulary, rank, world_size, length_bounds=length_bounds)
         self._source, self._device = BatchSource(self._share), device
         self.holdout = self._source.holdout
 
@@ -63,7 +75,10 @@ class TrainingData:
 
     def probe(self) -> tuple[list[DatasetEntry], MicroBatch]:
         """The same few sequences on every rank, in one micro-batch."""
-        entries = [*self.holdout, *self._source.train][:PROBE_SEQUENCES]
+        entries, bounds = [*self.holdout, *self._source.train], self._share.length_bounds
+        side = side_of(entries[0].num_tokens, bounds)
+        together = [entry for entry in entries if side_of(entry.num_tokens, bounds) == side]
+        entries = together[:PROBE_SEQUENCES]
         examples = [self._source.examples[entry] for entry in entries]
         packed = pack(examples, not self._share.spec.config.training.packing)
         hidden_states = self._source.hidden_states.batch(entries, range(len(entries)))

@@ -28,6 +28,7 @@ from students.data.packing import (
     PackedBatch,
     pack,
     plan_groups,
+    refuse_groups_across_bounds,
     refuse_long_groups,
     refuse_long_sequences,
 )
@@ -126,6 +127,8 @@ class Share:
         vocabulary: rows of the student's LM head.
         origin: the place in the order of the data at which step 0 would begin; not 0 if the steps
             before a resume had batches of another size.
+        length_bounds: lengths at which the student's positions change, in ascending order;
+            sequences on two sides of one are never computed together.
     """
 
     spec: TrainingSpec
@@ -133,6 +136,7 @@ class Share:
     rank: int
     world_size: int
     origin: int = 0
+    length_bounds: tuple[int, ...] = ()
 
 
 class BatchSource:
@@ -159,6 +163,7 @@ class BatchSource:
         refuse_long_sequences([(entry.sequence_id, entry.num_tokens) for entry in used], budget)
         lengths = [entry.num_tokens for entry in used]
         refuse_long_groups(lengths, budget, padded, spec.sequences_together)
+        refuse_groups_across_bounds(lengths, share.length_bounds, spec.sequences_together)
         self.examples: Examples = open_examples(
             spec.layout,
             spec.caches,
@@ -207,7 +212,8 @@ class BatchSource:
         spec, lengths = self._share.spec, [entry.num_tokens for entry in batch]
         together, padded = spec.sequences_together, not spec.config.training.packing
         budget = spec.config.training.tokens_per_micro_batch
-        plan = plan_groups(lengths, budget, self._share.world_size, padded, together)
+        world_size, bounds = self._share.world_size, self._share.length_bounds
+        plan = plan_groups(lengths, budget, world_size, padded, together, bounds)
         for members in plan[self._share.rank]:
             packed = pack([self.examples[batch[i]] for i in members], padded)
             groups = [i // together for i in members]

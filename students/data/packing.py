@@ -12,6 +12,7 @@ any of its sequences has with a positive weight).
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -134,13 +135,41 @@ def plan_groups(
     world_size: int,
     padded: bool,
     together: int,
+    bounds: Sequence[int] = (),
 ) -> list[list[list[int]]]:
-    """`plan_micro_batches`, with every `together` successive sequences in one micro-batch.
+    """`plan_micro_batches`, with every `together` successive sequences in one micro-batch, and the
+    sequences on the two sides of a bound in different ones.
+
+    Args:
+        bounds: `length_bounds` of the student, in ascending order. A group stands on the side of
+            its longest sequence.
 
     Raises:
         TrainingError: such a group is longer than the budget.
     """
     groups = [list(range(len(lengths)))[i : i + together] for i in range(0, len(lengths), together)]
+    sides: list[list[list[int]]] = [[] for _ in range(len(bounds) + 1)]
+    for group in groups:
+        sides[side_of(max(lengths[i] for i in group), bounds)].append(group)
+    plans = [
+        _plan_of_groups(side, lengths, tokens_per_micro_batch, world_size, padded)
+        for side in [side for side in sides if side] or [[]]
+    ]
+    return [[row for plan in plans for row in plan[rank]] for rank in range(world_size)]
+
+
+def side_of(length: int, bounds: Sequence[int]) -> int:
+    """Number of the bounds that a sequence exceeds."""
+    return bisect_left(bounds, length)
+
+
+def _plan_of_groups(
+    groups: list[list[int]],
+    lengths: Sequence[int],
+    tokens_per_micro_batch: int,
+    world_size: int,
+    padded: bool,
+) -> list[list[list[int]]]:
     sizes = [group_size([lengths[i] for i in group], padded) for group in groups]
     if padded:
         refuse_long_sequences([(str(i), n) for i, n in enumerate(sizes)], tokens_per_micro_batch)
@@ -173,6 +202,27 @@ def refuse_long_groups(
             f"{tokens_per_micro_batch}: raise training.tokens_per_micro_batch, or lower the loss's "
             "`sequences`"
         )
+
+
+def refuse_groups_across_bounds(
+    lengths: Sequence[int], bounds: Sequence[int], together: int
+) -> None:
+    """Refuses groups of sequences whose positions the student computes in different ways.
+
+    Args:
+        bounds: `length_bounds` of the student.
+
+    Raises:
+        TrainingError: sequences of both sides of a bound may come together.
+    """
+    for bound in bounds:
+        if together > 1 and min(lengths) <= bound < max(lengths):
+            raise TrainingError(
+                f"a relation loss keeps {together} sequences in one micro-batch, but the student "
+                f"has other rotary factors (LongRoPE) above {bound} tokens and the sequences have "
+                f"{min(lengths)} to {max(lengths)}: leave the relation loss out, or drop longer "
+                "sequences by synthesis.max_sequence_tokens or by the filter `length`"
+            )
 
 
 def refuse_long_sequences(lengths: Sequence[tuple[str, int]], tokens_per_micro_batch: int) -> None:

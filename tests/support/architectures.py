@@ -160,6 +160,22 @@ ARCHITECTURES = (
     Architecture("Gemma 3", "gemma3_text", _windowed() | {"query_pre_attn_scalar": 16}),
     Architecture("Phi", "phi", {"partial_rotary_factor": 0.5, "resid_pdrop": 0.0}),
     Architecture("Phi-3", "phi3", {"resid_pdrop": 0.0, "embd_pdrop": 0.0}),
+    Architecture(
+        "Phi-3, LongRoPE",
+        "phi3",
+        {
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "original_max_position_embeddings": 16,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0] * 8,
+                "long_factor": [4.0] * 8,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
     Architecture("PhiMoE", "phimoe", EXPERTS | {"router_jitter_noise": 0.0}),
     Architecture("OLMo 2", "olmo2"),
     Architecture("OLMo 3", "olmo3", _windowed()),

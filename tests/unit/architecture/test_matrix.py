@@ -20,7 +20,8 @@ from pipeline.config.student import StudentConfig
 from pipeline.errors import TrainingError
 from students.architecture.build import build_student, load_model
 from students.architecture.checks import check_architecture
-from students.data.packing import pack
+from students.architecture.positions import length_bounds
+from students.data.packing import pack, plan_groups
 from students.losses.divergences import CrossEntropy, ForwardKL
 from students.micro_batch import MicroBatch
 from students.model import StudentModule
@@ -74,11 +75,14 @@ def test_gradients_are_those_of_each_sequence_alone(
     alone = gradients(model, loss_alone(model, EXAMPLES, TEXT_WEIGHT))
     bound = NOISE * distance(alone, truth)
     module = StudentModule(model, LOSSES).train()
+    lengths, bounds = [len(each.input_ids) for each in EXAMPLES], length_bounds(model.config)
     for padded in [False, True] if architecture.packs else [True]:
         for recomputed in (False, True):
             if recomputed:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
-            total, _ = module(MicroBatch.of(pack(EXAMPLES, padded)))
+            (rows,) = plan_groups(lengths, 3 * max(lengths), 1, padded, 1, bounds)
+            together = [MicroBatch.of(pack([EXAMPLES[i] for i in row], padded)) for row in rows]
+            total = torch.stack([module(batch)[0] for batch in together]).sum()
             assert distance(gradients(model, total), truth) <= bound
             model.gradient_checkpointing_disable()
 
@@ -95,15 +99,20 @@ def test_a_student_packs_its_sequences_or_is_refused(
         check_architecture(model, packing=True)
 
 
-def test_saved_weights_are_the_same_student(architecture: Architecture, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_saved_weights_are_the_same_student(
+    architecture: Architecture, dtype: str, tmp_path: Path
+) -> None:
     folder = save_config(architecture, tmp_path / "config")
-    model = build_student(options(architecture, folder), seed=0)
+    model = build_student(options(architecture, folder, dtype=dtype), seed=0)
     exported = tmp_path / "exported"
     model.save_pretrained(exported)
+    pretrained = {"model": str(exported), "initialization": "pretrained", "dtype": dtype}
+    again = {"initial_weights": str(exported), "dtype": dtype}
     for other in (
         load_model(exported),
-        build_student(options(architecture, exported, initialization="pretrained"), seed=1),
-        build_student(options(architecture, folder, initial_weights=str(exported)), seed=1),
+        build_student(options(architecture, exported, **pretrained), seed=1),
+        build_student(options(architecture, folder, **again), seed=1),
     ):
         assert_same(other, model)
 

@@ -22,6 +22,7 @@ from students.data.packing import (
     pack,
     plan_groups,
     plan_micro_batches,
+    refuse_groups_across_bounds,
     refuse_long_sequences,
 )
 from students.losses.chunk import figure_names
@@ -153,6 +154,30 @@ def test_groups_stay_together_within_the_budget(lengths, extra, world_size, toge
     where = {i: n for n, row in enumerate(batches) for i in row}
     assert all(where[i] == where[i - i % together] for i in range(len(lengths)))
     assert all(group_size([lengths[i] for i in row], padded) <= budget for row in batches if row)
+
+
+@given(
+    lengths=LENGTHS,
+    bounds=st.lists(st.integers(1, 40), unique=True, max_size=2).map(sorted),
+    world_size=st.integers(1, 3),
+    padded=st.booleans(),
+)
+def test_sequences_on_two_sides_of_a_bound_are_never_computed_together(
+    lengths, bounds, world_size, padded
+):
+    plan = plan_groups(lengths, max(lengths), world_size, padded, 1, bounds)
+    assert len({len(rows) for rows in plan}) == 1 and len(plan) == world_size
+    rows = [row for rank in plan for row in rank]
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    for row in rows:
+        assert len({sum(lengths[i] > bound for bound in bounds) for i in row}) <= 1
+
+
+def test_groups_across_a_bound_are_refused():
+    refuse_groups_across_bounds([3, 10], [10], together=2)
+    refuse_groups_across_bounds([3, 11], [10], together=1)
+    with pytest.raises(TrainingError, match=r"above 10 tokens and the sequences have 3 to 11"):
+        refuse_groups_across_bounds([3, 11], [10], together=2)
 
 
 @given(lengths=LENGTHS, world_size=st.integers(1, 4))
