@@ -124,7 +124,7 @@ def _check_lengths(config: Config, entries: Sequence[DatasetEntry]) -> None:
 
 
 def _dropped(filtered: Filtered) -> list[str]:
-    return [f"dropped: {filter_summary(filtered.counts)}"] if filtered.counts else []
+    return [f"dropped by filters: {filter_summary(filtered.counts)}"] if filtered.counts else []
 
 
 def is_covered(

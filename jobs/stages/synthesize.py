@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from jobs.bookkeeping.stage_records import StageRecord, synthesis_key
 from jobs.stages.filter import filter_answers
@@ -19,6 +18,7 @@ from pipeline.run.identities import sampling_of
 from pipeline.run.prepared_run import Run
 from pipeline.sequences import write_dataset
 from pipeline.synthesis.index import answer_counts, build_dataset
+from pipeline.synthesis.outcomes import often_cut, outcome_summary
 from pipeline.synthesis.prompts import load_prompts
 from pipeline.synthesis.steps import StepWork, all_prompts, walk
 from teachers.pool.pool import run_pools
@@ -47,21 +47,36 @@ def synthesize(run: Run) -> StageRecord:
     answered = [(work.digest, work.prompts) for work in answering]
     entries = build_dataset(layout, all_prompts(steps, prompts), answered)
     counts = {w.step.label: answer_counts(layout, w.digest, w.prompts) for w in steps}
-    _check_splits({entry.split for entry in entries}, counts)
-    written = ", ".join(
-        f"{name} {count['kept']}/{count['answers']}" for name, count in counts.items()
-    )
+    lines = [outcome_summary(counts), *often_cut(counts, _max_tokens(run.config, steps))]
+    _check_splits({entry.split for entry in entries}, "; ".join(lines))
     filtered = filter_answers(run, entries)
     seconds.update(filtered.engine_seconds)
-    dropped = f"; dropped by filters: {filter_summary(filtered.counts)}" if filtered.counts else ""
+    if filtered.counts:
+        lines.insert(1, f"dropped by filters: {filter_summary(filtered.counts)}")
     return StageRecord(
         key=synthesis_key(run),
         dataset=write_dataset(layout, filtered.entries),
         counts=counts,
         filters=filtered.counts,
         engine_seconds=dict(seconds),
-        summary=f"{len(filtered.entries)} sequences (answers kept: {written}{dropped})",
+        summary="; ".join([f"{len(filtered.entries)} sequences", *lines]),
     )
+
+
+def _max_tokens(config: Config, steps: Sequence[StepWork]) -> dict[str, tuple[str, int]]:
+    """Key and value of the `max_tokens` of each step in which a model writes, by its label."""
+    settings = {}
+    for step in (work.step for work in steps):
+        if isinstance(step.recipe, GivenAnswers):
+            continue
+        place = f"synthesis.recipes.{config.synthesis.recipes.index(step.recipe)}.sampling"
+        own = isinstance(step.recipe, Answering) and step.recipe.sampling_of.get(step.author, {})
+        key = f"{place}_of.{step.author}" if own and "max_tokens" in own else place
+        settings[step.label] = (
+            f"{key}.max_tokens",
+            sampling_of(step.recipe, step.author)["max_tokens"],
+        )
+    return settings
 
 
 def _write_prompts(run: Run, work: StepWork) -> dict[str, float]:
@@ -159,11 +174,10 @@ def _longest(config: Config, prompts: Sequence[Prompt]) -> int:
     return max((len(prompt_ids(tokenizer, prompt)) for prompt in prompts), default=1)
 
 
-def _check_splits(splits: set[str], counts: Mapping[str, dict[str, int]]) -> None:
+def _check_splits(splits: set[str], outcome: str) -> None:
     for split in ("train", "holdout"):
         if split not in splits:
             raise TeacherError(
-                f"no answer of the {split} split was kept; the answers of each step were counted "
-                f"as {json.dumps(counts)}; check the sampling (max_tokens), the length bound and "
-                "the references, and run again: finished answers are kept"
+                f"no answer of the {split} split was kept ({outcome}): change the sampling, the "
+                "length bound or the prompts, and run again: finished answers are kept"
             )

@@ -137,7 +137,7 @@ def filter_identity(
 
 def filter_summary(counts: Sequence[FilterCounts]) -> str:
     """Numbers of dropped and seen answers of each filter, for people."""
-    return ", ".join(f"{each['filter']} {each['dropped']}/{each['seen']}" for each in counts)
+    return ", ".join(f"{each['filter']} {each['dropped']} of {each['seen']}" for each in counts)
 
 
 def _files_of(path: str) -> list[str]:

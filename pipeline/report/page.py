@@ -14,6 +14,7 @@ from pipeline.report.headlines import headlines, why_unchecked
 from pipeline.report.models import Report
 from pipeline.report.numbers import number, percent, scaled, significant
 from pipeline.report.statistics import pooled, wilson_interval
+from pipeline.synthesis.outcomes import DROPPED
 
 REASONS = ("answers", "kept", "truncated", "empty", "duplicate")
 """Counts of answers that stand first in the page, in this order."""
@@ -35,6 +36,7 @@ def render_html(report: Report) -> str:
         "curves_svg": curves_svg(report),
         "drawn": any(cache.draw_variance is not None for cache in report.caches.values()),
         "fidelity_groups": list(fidelity_groups(report)),
+        "outcomes": DROPPED,
         "reasons": [*REASONS, *sorted(counted - {*REASONS, "generated_tokens"})],
         "wilson": wilson_interval,
         "unchecked": why_unchecked(report),

@@ -5,6 +5,7 @@ rewriting        requests for new prompts, and new prompts from replies
 steps            the recipes as steps: which author is asked which prompts
 answered_shards  records of finished prompt shards
 index            new prompts, counts and the dataset, from the answered shards
+outcomes         outcomes of replies in words
 rejected         rejected answers and replies, as Parquet for people
 templates/       the shipped prompt templates
 """

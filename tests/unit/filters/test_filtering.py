@@ -104,7 +104,7 @@ def test_another_filter_makes_another_dataset_and_asks_nobody_again(
     outcome = stage(short, "synthesize")
     assert outcome["filters"][0]["dropped"] == NUM_TRAIN + NUM_HOLDOUT, "words have five tokens"
     assert outcome["filters"][0]["dropped_by_domain"] == {"words": NUM_TRAIN + NUM_HOLDOUT}
-    assert "dropped by filters: length 11/22" in outcome["summary"]
+    assert "dropped by filters: length 11 of 22" in outcome["summary"]
     everything = read_dataset(layout, whole["dataset"])
     assert read_dataset(layout, outcome["dataset"]) == [
         entry for entry in everything if entry.domain == "arithmetic"
@@ -159,7 +159,7 @@ def test_an_answer_at_which_the_checker_raises_is_dropped_and_said(
 
 def test_filters_that_leave_nothing_lose_no_answer(arguments: list[str]) -> None:
     config = config_with(arguments, "[{type: length, min_tokens: 99}]")
-    with pytest.raises(FilterError, match=r"leaves no sequence of the holdout split.*length 22/22"):
+    with pytest.raises(FilterError, match=r"no sequence of the holdout split.*length 22 of 22"):
         stage(config, "synthesize")
     assert stage(config_with(arguments, "[]"), "synthesize")["counts"]["dataset"]["kept"] == 22
 
@@ -192,4 +192,6 @@ def test_perplexity_comes_from_the_cached_rows_and_scores_nothing_again(
     kept = read_dataset(layout, outcome["dataset"])
     assert [e.sequence_id for e in kept] == [i for i in means if means[i] > middle]
     assert outcome["filters"][0]["dropped"] == len(entries) - len(kept) > 0
-    assert "dropped: perplexity" in outcome["summary"] and len(pools.scored) == num_scored
+    assert (
+        "dropped by filters: perplexity" in outcome["summary"] and len(pools.scored) == num_scored
+    )

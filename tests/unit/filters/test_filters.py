@@ -272,7 +272,7 @@ def test_balance_without_a_sequence_of_a_domain_says_what_was_dropped(tmp_path: 
     shares = rule(type="balance", shares={"d": 1.0, "e": 1.0}, spares=["student"])
     rules = [rule(type="length", max_tokens=3), shares]
     with pytest.raises(
-        FilterError, match=r"balance finds no sequence of \['e'\].*dropped so far: length 1/4;"
+        FilterError, match=r"balance finds no sequence of \['e'\].*dropped so far: length 1 of 4;"
     ):
         run_filters(Layout(str(tmp_path), "run"), "digest", rules, rows, Evidence())
 
@@ -313,7 +313,7 @@ def test_filters_run_in_order_and_keep_what_they_drop(tmp_path: Path) -> None:
             "examples": ["'2' against '1'"],
         },
     ]
-    assert filter_summary(counts) == "length 1/4, checker 1/3"
+    assert filter_summary(counts) == "length 1 of 4, checker 1 of 3"
     (wrong,) = pq.read_table(layout.rejected("digest", "1-checker")).to_pylist()
     assert (wrong["reason"], wrong["prompt"], wrong["answer"], wrong["sequence_id"]) == (
         "checker",
@@ -331,7 +331,7 @@ def test_a_filter_that_would_drop_everything_stops_with_the_counts_so_far(tmp_pa
         run_filters(layout, "digest", rules, rows, Evidence())
     message = str(caught.value)
     assert "leaves no sequence of the train split" in message
-    assert "dropped so far: length 1/3, length 1/2" in message and "3 tokens" in message
+    assert "dropped so far: length 1 of 3, length 1 of 2" in message and "3 tokens" in message
     for position in (0, 1):
         path = layout.rejected("digest", f"{position}-length")
         assert path in message or position == 0

@@ -242,6 +242,10 @@ def test_answers_that_are_cut_empty_or_too_long_are_dropped(run: Run) -> None:
         "empty": 1,
         "too_long": 1,
     }
+    assert (
+        "; answers kept: helper 2 of 5; dropped: 1 cut at max_tokens, 1 empty, 1 too long; "
+        "1 of 5 answers were cut at synthesis.recipes.0.sampling.max_tokens ("
+    ) in outcome["summary"]
     assert {(row["prompt"], row["reason"]) for row in run.rejected()} == {
         ("cut", "truncated"),
         ("empty", "empty"),
