@@ -8,7 +8,7 @@ TEST_PROCESSES ?= 2
 BIN := .venv/bin
 ANY_PYTHON := $(or $(shell command -v python3),$(shell command -v python3.11),$(PYTHON))
 
-.PHONY: help setup unit test faults quickstart lint lock clean
+.PHONY: help setup unit test faults quickstart real lint lock clean
 .DEFAULT_GOAL := help
 
 help: ## show this list; times are for two cores without a GPU
@@ -31,6 +31,11 @@ faults: setup ## kill a scoring run 20 times, fill its disk, break its wire: 10 
 
 quickstart: setup ## distil two small teachers into one student: seven minutes
 	$(BIN)/polystill run examples/quickstart/config.yaml
+
+real: setup ## distil a real chat model of 135 M parameters, after a download of 93 MB: 15 minutes
+	@$(BIN)/python examples/smollm2/fetch.py
+	@$(BIN)/python examples/smollm2/make_models.py
+	$(BIN)/polystill run examples/smollm2/config.yaml
 
 lint: setup ## ruff, ruff format, pyright: one minute
 	$(BIN)/ruff check .

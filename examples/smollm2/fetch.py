@@ -161,6 +161,8 @@ def fetch(models: Path = MODELS) -> Path:
         FetchError: No network, another file than expected, no room, or a package is missing.
     """
     folder = models / NAME
+    if folder.exists():  # it is complete: no need to wait for who makes others
+        return folder
     with exclusive(models):
         if folder.exists():
             return folder

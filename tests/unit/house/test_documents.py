@@ -183,6 +183,9 @@ def test_examples_for_open_weights_have_the_recommended_settings() -> None:
         assert shown["scoring"] == recommended["scoring"]
         assert shown["training"]["losses"] == recommended["training"]["losses"]
     assert shown["combine"] == recommended["combine"], "who knows what is not said there"
+    real = yaml.safe_load((ROOT / "examples/smollm2/config.yaml").read_text())
+    assert real["scoring"] == recommended["scoring"]
+    assert real["training"]["losses"] == recommended["training"]["losses"]
     overrides = [f"{key}={json.dumps(value)}" for key, value in recommended.items()]
     config = load_config(STAND_INS["CONFIG"], [o for o in overrides if "losses" not in o])
     assert config.model_dump(mode="json")["combine"]["method"] == "route"
@@ -217,7 +220,7 @@ def test_make_targets_exist(command: str) -> None:
 def test_ci_runs_the_make_commands_of_the_readme_and_the_linter() -> None:
     ci = (ROOT / ".ci/run").read_text().splitlines()
     made = [command for command in commands_of(README) if command.startswith("make ")]
-    assert sorted(made) == ["make quickstart", "make test"]
+    assert sorted(made) == ["make quickstart", "make real", "make test"]
     assert {"make lint", *made} <= set(ci)
 
 

@@ -1,0 +1,45 @@
+"""Does the example with a real model do what it promises? Reads its report; ends with what it does
+not.
+
+On the hold-out split the student must be better than what training started from beyond the 95 %
+interval, in the loss on the text and in KL to the teachers, and closer to them than the twin.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+REPORT = Path(__file__).parents[1] / "examples/smollm2/output/runs/smollm2/report.json"
+MODELS = ["generalist", "mathematician", "student", "twin"]
+
+
+def problems(report: dict[str, Any]) -> list[str]:
+    """What is missing or not better."""
+    names = [model["name"] for model in report["models"]]
+    found = [] if names == MODELS else [f"the models are {names}"]
+    measured = {(each["model"], each["teacher"]) for each in report["fidelity"]}
+    wanted = [(model, teacher) for model in MODELS[2:] for teacher in MODELS[:2]]
+    found += [f"no fidelity of {m} to {t}" for m, t in wanted if (m, t) not in measured]
+    overall = {
+        each["other"]: each
+        for each in report["differences"]
+        if each["teacher"] is None and each["domain"] is None
+    }
+    for other in ("start", "twin"):
+        if other not in overall:
+            found.append(f"the student is not compared with its {other}")
+            continue
+        for figure in ("loss", "kl") if other == "start" else ("kl",):
+            difference = overall[other][figure] or {"mean": None, "high": None}
+            # the twin learns from the same text: any gain over it counts, chance or not
+            decisive = difference["high" if other == "start" else "mean"]
+            if decisive is None or decisive >= 0:
+                found.append(f"{figure}, student less {other}: {difference}")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit("; ".join(problems(json.loads(REPORT.read_text()))) or None)
