@@ -13,26 +13,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from pipeline import storage
 from pipeline.errors import TeacherError
+from teachers.noise import mean_tolerance, state_tolerance
 from teachers.protocol import Canary, CapturedRows, EngineSpec
 
 logger = logging.getLogger(__name__)
 CANARY_TOKENS = 33
 LOWEST_LOGPROB = -60.0  # stands for the -inf of a masked token, so that differences stay finite
-MEAN_TOLERANCES = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 6e-2}
-"""Nats, mean over a canary's log-probabilities, by the dtype of the engine. bfloat16 stores a logit
-of 16 to 2**-4, float16 to 2**-7; float32 leaves room for TF32 products. Kernels and devices differ
-by less; other weights, another quantisation or a broken device differ by more."""
-HIDDEN_STATE_TOLERANCES = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
-"""Largest difference of two captures of one hidden state, relative to the largest value, by the
-dtype of the engine: the two are computed in different batches. A hidden state that was never
-written, or that belongs to another token, differs by more."""
 
 
 def check_endpoint_canary(path: str, name: str, canary: Canary) -> None:
@@ -44,12 +37,12 @@ def check_endpoint_canary(path: str, name: str, canary: Canary) -> None:
         canary: canary that the endpoint has scored now.
 
     Raises:
-        TeacherError: the mean difference exceeds the tolerance of the endpoint's dtype.
+        TeacherError: the mean difference exceeds what rounding explains (`teachers/noise.py`).
     """
-    mean, dtype = _distance_to_stored(path, canary), str(canary.engine["dtype"])
-    if not mean <= MEAN_TOLERANCES[dtype]:
+    mean, tolerance = _distance_to_stored(path, canary), _tolerance(canary)
+    if not mean <= tolerance:
         raise TeacherError(
-            f"{name} disagrees with its first canary ({path}): {_difference_clause(mean, dtype)}; "
+            f"{name} disagrees with its first canary ({path}): {_clause(mean, canary)}; "
             "if the endpoint serves another model or quantisation now, give the teacher another "
             "`model_identity`, so that its rows go to a cache of their own"
         )
@@ -68,20 +61,20 @@ def check_cache_canaries(paths: Sequence[str], name: str, canary: Canary) -> Non
 
     Raises:
         TeacherError: the engine computes in another dtype or quantisation, or the mean difference
-            exceeds the tolerance of its dtype.
+            exceeds what rounding explains.
     """
     for path in paths:
-        mean, dtype = _distance_to_stored(path, canary), str(canary.engine["dtype"])
+        mean, tolerance = _distance_to_stored(path, canary), _tolerance(canary)
         first = storage.read_json(path)["engine"]
         changes = {
             key: f"{key} {first[key]}, now {canary.engine[key]}"
             for key in ("dtype", "quantization", "engine_version")
             if first[key] != canary.engine[key]
         }
-        if changes.keys() - {"engine_version"} or not mean <= MEAN_TOLERANCES[dtype]:
+        if changes.keys() - {"engine_version"} or not mean <= tolerance:
             raise TeacherError(
                 f"{name}: this engine disagrees with the one that started this cache ({path}): "
-                f"{'; '.join([_difference_clause(mean, dtype), *changes.values()])}; "
+                f"{'; '.join([_clause(mean, canary), *changes.values()])}; "
                 "one cache cannot hold rows of both: set the first engine's dtype and quantisation "
                 "in the teacher's `vllm:` block to continue this cache, set this engine's there to "
                 "start a cache of its own, or score all rows again with "
@@ -96,7 +89,7 @@ def check_replicas_agree(name: str, first: Canary, other: Canary) -> None:
 
     Raises:
         TeacherError: the replicas run another version, dtype or quantisation, or the mean
-            difference exceeds the tolerance of the dtype.
+            difference exceeds what rounding explains.
     """
     for key in ("engine_version", "dtype", "quantization"):
         if first.engine[key] != other.engine[key]:
@@ -110,13 +103,13 @@ def check_replicas_agree(name: str, first: Canary, other: Canary) -> None:
             f"{name}: replicas return {ours.shape} and {theirs.shape} log-probabilities for one "
             "canary: check that all nodes see the same model files"
         )
-    difference, dtype = np.abs(ours - theirs), str(first.engine["dtype"])
+    difference = np.abs(ours - theirs)
     mean = float(difference.mean())
-    if not mean <= MEAN_TOLERANCES[dtype]:
+    if not mean <= _tolerance(first):
         position, column = np.unravel_index(int(difference.argmax()), difference.shape)
         place = "gold token" if column == 0 else f"entry {column}"
         raise TeacherError(
-            f"{name}: replicas disagree: {_difference_clause(mean, dtype)}; farthest apart at "
+            f"{name}: replicas disagree: {_clause(mean, first)}; farthest apart at "
             f"position {position}, {place}: {ours[position, column]:.5f} on "
             f"{first.engine['device']} and {theirs[position, column]:.5f} on "
             f"{other.engine['device']}; check that all nodes see the same model files and that "
@@ -124,9 +117,16 @@ def check_replicas_agree(name: str, first: Canary, other: Canary) -> None:
         )
 
 
-def _difference_clause(mean: float, dtype: str) -> str:
-    tolerance = MEAN_TOLERANCES[dtype]
-    return f"mean difference {mean:.4g} nats on the canary, tolerance {tolerance} ({dtype})"
+def _tolerance(canary: Canary) -> float:
+    values = _values(canary)
+    return mean_tolerance(canary.engine, values[values > LOWEST_LOGPROB])
+
+
+def _clause(mean: float, canary: Canary) -> str:
+    return (
+        f"mean difference {mean:.4g} nats on the canary, tolerance {_tolerance(canary):.2g} "
+        f"({canary.engine['dtype']})"
+    )
 
 
 def _distance_to_stored(path: str, canary: Canary) -> float:
@@ -187,24 +187,25 @@ def full_step_death(num_sequences: int, spec: EngineSpec, config: Any) -> str:
 
 
 def reason_not_to_share_prefixes(
-    computed: CapturedRows, cached: CapturedRows, dtype: str
+    computed: CapturedRows, cached: CapturedRows, engine: Mapping[str, Any]
 ) -> str | None:
     """Reason why hidden states from the prefix cache are not reliable; None if they are.
 
     Args:
         computed: rows that were computed without the prefix cache.
         cached: rows of the same tokens, with the prefix cache.
-        dtype: dtype of the engine.
+        engine: metadata of the engine, with its `dtype` and `num_layers`.
     """
     one, other = computed.hidden_states, cached.hidden_states
     assert one is not None and other is not None, "the canary captures hidden states"
     if not cached.num_cached_tokens:
         return "the prefix cache held no token of the canary, so the canary shows nothing"
     difference, largest = np.abs(one - other).max(), np.abs(one).max()
-    if not difference <= HIDDEN_STATE_TOLERANCES[dtype] * largest:
+    tolerance = state_tolerance(engine)
+    if not difference <= tolerance * largest:
         return (
             "hidden states from the prefix cache differ from those computed anew by "
-            f"{difference / largest:.2g} of the largest value, tolerance "
-            f"{HIDDEN_STATE_TOLERANCES[dtype]} ({dtype})"
+            f"{difference / largest:.2g} of the largest value, tolerance {tolerance:.2g} "
+            f"({engine['dtype']})"
         )
     return None

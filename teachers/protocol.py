@@ -194,17 +194,18 @@ class Canary:
     """Rows of the short canary from one engine, or from one endpoint.
 
     Attributes:
-        engine: metadata that tells engines apart: version, dtype, quantisation, device.
+        engine: metadata that tells engines apart (version, dtype, quantisation, device), and the
+            number of layers.
         gold_logprobs: float32[P], log-probability of the canary's own tokens.
         top_logprobs: float32[P, K], log-probabilities of the most probable entries, descending.
     """
 
-    engine: dict[str, str | None]
+    engine: dict[str, Any]
     gold_logprobs: np.ndarray
     top_logprobs: np.ndarray
 
     @classmethod
-    def of(cls, rows: CapturedRows, engine: dict[str, str | None]) -> Canary:
+    def of(cls, rows: CapturedRows, engine: dict[str, Any]) -> Canary:
         """Takes the part of captured rows that is compared."""
         return cls(engine, rows.gold_logprobs, rows.logprobs[:, :CANARY_ENTRIES])
 

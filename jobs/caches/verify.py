@@ -25,7 +25,7 @@ from pipeline.config.run import Config
 from pipeline.errors import CacheError
 from teachers.pool.contracts import PoolReport
 from teachers.pool.pool import run_pools
-from teachers.tasks.rescore import SURPRISE, TOLERANCE, RescoreTask, RowDifference
+from teachers.tasks.rescore import SURPRISE, RescoreTask, RowDifference
 
 logger = logging.getLogger(__name__)
 
@@ -149,9 +149,9 @@ def _log_differences(reports: Mapping[str, PoolReport]) -> None:
         if not rows:
             logger.info(f"{name}: no row scored again")
             continue
-        dtype = report.engines[0]["dtype"]
-        tolerance = TOLERANCE[dtype]
-        wrong = [row for row in rows if row.is_beyond(tolerance)]
+        engine = report.engines[0]
+        tolerances = [row.tolerance(engine) for row in rows]
+        wrong = [row for row, most in zip(rows, tolerances, strict=True) if row.is_beyond(most)]
         for row in wrong:
             logger.info(f"{name}: sequence {row.sequence_id} {_described(row)}")
         positions = max(1, sum(row.num_positions for row in rows))
@@ -161,7 +161,8 @@ def _log_differences(reports: Mapping[str, PoolReport]) -> None:
             f"{sum(row.gold_sum for row in rows) / positions:.2e} nats in the mean, "
             f"{max(row.gold_max for row in rows):.2e} at most; entries by "
             f"{sum(row.exact_sum for row in rows) / entries:.2e} and "
-            f"{max(row.exact_max for row in rows):.2e}; tolerance {tolerance} ({dtype}) and the "
+            f"{max(row.exact_max for row in rows):.2e}; tolerance of a row's means "
+            f"{min(tolerances):.2g} to {max(tolerances):.2g} ({engine['dtype']}) and the "
             f"rounding of float16{_bound_of_draws(rows)}: {len(wrong) or 'no'} rows beyond it"
         )
         bad += len(wrong)

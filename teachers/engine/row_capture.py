@@ -88,7 +88,7 @@ class RowCapture:
         request = ScoringRequest(ids, 1, distributions=False, hidden_states=True)
         computed = await self.rows(request)
         cached = await self.rows(request, read_prefixes=True)
-        reason = reason_not_to_share_prefixes(computed, cached, self._engine.dtype)
+        reason = reason_not_to_share_prefixes(computed, cached, self._engine.rounding)
         if reason is not None:
             self._compute_each_prompt(reason)
 

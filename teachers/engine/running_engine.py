@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from typing import Any
 
 import numpy as np
 from vllm import SamplingParams
@@ -81,6 +82,12 @@ class RunningEngine:
         except (VLLMError, ValueError) as error:
             raise TeacherError(f"vLLM refuses to start {spec.model}: {error}") from error
         return cls(spec, llm, folder, time.monotonic() - started)
+
+    @property
+    def rounding(self) -> dict[str, Any]:
+        """Metadata that decide how much the engine rounds (`teachers/noise.py`)."""
+        layers = self.config.model_config.get_total_num_hidden_layers()
+        return {"dtype": self.dtype, "num_layers": layers}
 
     @property
     def captures_hidden_states(self) -> bool:

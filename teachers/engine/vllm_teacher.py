@@ -125,7 +125,7 @@ class VllmTeacher:
             "prefix_sharing": self.capture.shares_prefixes,
             "prefix_sharing_reason": self.capture.sharing_reason,
             "hidden_layers": list(self._spec.hidden_layers),
-            "dtype": self.engine.dtype,
+            **self.engine.rounding,
             "quantization": config.model_config.quantization,
             "max_model_len": self.engine.max_model_len,
             "device": hardware.cpu_name() if on_cpu else current_platform.get_device_name(),

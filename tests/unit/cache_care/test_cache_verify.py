@@ -278,6 +278,11 @@ def test_a_difference_is_measured_at_its_own_entry(good: SparseLogprobs) -> None
     moved = row_difference(changed(good, "logprobs", 3, good.logprobs[3] - 0.25), captured, rows)
     assert moved.exact_max == pytest.approx(0.25, abs=0.01) and moved.gold_max == same.gold_max
     assert moved.excess == pytest.approx(0.25, abs=0.02)
+    assert moved.exact_excess == pytest.approx(moved.excess / same.num_entries)
+    assert not moved.is_beyond(0.04) and moved.is_beyond(0.02), "one value, against eight times"
+    lower = row_difference(replace(good, logprobs=good.logprobs - np.float16(0.25)), captured, rows)
+    assert not lower.is_beyond(0.26) and lower.is_beyond(0.2), "the mean of all entries"
+    assert lower.gold_excess <= same.gold_excess
     unknown = row_difference(changed(good, "token_ids", 0, 10**6), captured, rows)
     least = float(captured.logprobs[0, -1])
     assert unknown.exact_max == pytest.approx(float(good.logprobs[0]) - least, abs=0.01)

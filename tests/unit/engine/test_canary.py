@@ -10,17 +10,22 @@ import pytest
 
 from pipeline.errors import TeacherError
 from teachers.canary import (
-    HIDDEN_STATE_TOLERANCES,
-    MEAN_TOLERANCES,
     check_cache_canaries,
     check_replicas_agree,
     full_step,
     reason_not_to_share_prefixes,
 )
+from teachers.noise import ROUNDOFF, mean_tolerance, state_tolerance
 from teachers.protocol import CANARY_ENTRIES, Canary, CapturedRows
 from teachers.tasks.control import ControlTask
 
-ENGINE = {"engine_version": "0.32.0", "dtype": "float32", "quantization": None, "device": "here"}
+ENGINE = {
+    "engine_version": "0.32.0",
+    "dtype": "float32",
+    "num_layers": 2,
+    "quantization": None,
+    "device": "here",
+}
 
 
 def canary(shift: float = 0.0, **engine: str) -> Canary:
@@ -37,15 +42,15 @@ def test_only_the_most_probable_entries_travel() -> None:
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
-@pytest.mark.parametrize("dtype", MEAN_TOLERANCES)
+@pytest.mark.parametrize("dtype", ROUNDOFF)
 def test_the_mean_difference_decides(dtype: str, sign: int) -> None:
-    whole = MEAN_TOLERANCES[dtype] * 32 * (1 + CANARY_ENTRIES)  # on one of the values alone
     ours = canary(dtype=dtype)
+    values = np.concatenate([ours.gold_logprobs[:, None], ours.top_logprobs], axis=1)
+    tolerance = mean_tolerance(ours.engine, values)
+    whole = tolerance * values.size  # on one of the values alone
     check_replicas_agree("teacher", ours, canary(sign * 0.99 * whole, dtype=dtype))
     with pytest.raises(TeacherError, match=r"position 7, gold token: -3\.00000 on here"):
-        check_replicas_agree(
-            "teacher", canary(dtype=dtype), canary(sign * 1.01 * whole, dtype=dtype)
-        )
+        check_replicas_agree("teacher", ours, canary(sign * 1.01 * whole, dtype=dtype))
 
 
 def test_a_value_that_is_no_number_is_refused() -> None:
@@ -81,19 +86,20 @@ def test_later_engines_are_held_to_the_one_that_began_the_cache(
     check_cache_canaries(paths[:1], "teacher", canary(engine_version="0.33.0"))
     assert "started with engine_version 0.32.0, now 0.33.0" in caplog.text
     for other, message in (
-        (canary(dtype="bfloat16"), r"tolerance 0.06 \(bfloat16\); dtype float32, now bfloat16"),
+        (canary(dtype="bfloat16"), r"tolerance 0\.024 \(bfloat16\); dtype float32, now bfloat16"),
         (canary(quantization="fp8"), "quantization None, now fp8"),
-        (canary(-3.0), r"mean difference 0\.01042 nats.*tolerance 0\.002 \(float32\).*--force"),
+        (canary(-6.0), r"mean difference 0\.02083 nats.*tolerance 0\.0\d+ \(float32\).*--force"),
         (canary(math.nan), "mean difference nan nats"),
     ):
         with pytest.raises(TeacherError, match=message):
             check_cache_canaries(paths[:1], "teacher", other)
 
 
-@pytest.mark.parametrize("dtype", HIDDEN_STATE_TOLERANCES)
+@pytest.mark.parametrize("dtype", ROUNDOFF)
 def test_states_are_shared_where_some_were_read_and_all_agree(dtype: str) -> None:
     states = np.random.default_rng(0).normal(size=(32, 2, 8)).astype(np.float32)
-    most = HIDDEN_STATE_TOLERANCES[dtype] * np.abs(states).max()
+    engine = {"dtype": dtype, "num_layers": 2}
+    most = state_tolerance(engine) * np.abs(states).max()
 
     def reason(shift: float, num_cached: int) -> str | None:
         other = states.copy()
@@ -101,11 +107,11 @@ def test_states_are_shared_where_some_were_read_and_all_agree(dtype: str) -> Non
         nothing = CapturedRows.without_distributions(32)
         anew, again = (replace(nothing, hidden_states=each) for each in (states, other))
         return reason_not_to_share_prefixes(
-            anew, replace(again, num_cached_tokens=num_cached), dtype
+            anew, replace(again, num_cached_tokens=num_cached), engine
         )
 
     assert reason(0.99 * most, 16) is None
-    assert f"tolerance {HIDDEN_STATE_TOLERANCES[dtype]}" in str(reason(1.01 * most, 16))
+    assert f"tolerance {state_tolerance(engine):.2g}" in str(reason(1.01 * most, 16))
     assert "nan of the largest value" in str(reason(math.nan, 16))
     assert "shows nothing" in str(reason(0, 0))
 

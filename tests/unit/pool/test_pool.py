@@ -217,7 +217,7 @@ def test_replicas_that_disagree_are_refused_with_both_values() -> None:
     with pytest.raises(TeacherError, match=r"-2\.00000 on gpu 0 and -2\.50000 on gpu 1") as refusal:
         run(cluster, [4] * 4, replicas=2)
     assert "mean difference 0.25 nats" in str(refusal.value)
-    assert "tolerance 0.06 (bfloat16)" in str(refusal.value)
+    assert "tolerance 0.14 (bfloat16)" in str(refusal.value)
 
 
 def test_the_successor_of_a_dead_replica_is_compared_with_the_first() -> None:
