@@ -29,6 +29,8 @@ from pipeline.config.run import Config
 from pipeline.config.synthesis import STUDENT
 from pipeline.errors import TrainingError
 from pipeline.layout import CacheLayout, Layout
+from pipeline.records import DatasetEntry, Prompt
+from pipeline.report.answers import shown_prompts
 from pipeline.report.models import (
     CacheFigures,
     EvaluateStageFigures,
@@ -36,13 +38,16 @@ from pipeline.report.models import (
     FilterCounts,
     Report,
     RunProvenance,
+    ShownAnswer,
+    ShownPrompt,
 )
 from pipeline.report.page import render_html
 from pipeline.report.tables import rounds_summary, text_summary
 from pipeline.run.costs import stage_cost
 from pipeline.run.prepared_run import Run
-from pipeline.sequences import read_dataset
+from pipeline.sequences import SequenceReader, read_dataset
 from pipeline.synthesis.prompts import load_prompts
+from teachers.tokenizing import answer_text, student_tokenizer
 
 ENGINE_TOLERANCE = {"float32": 1e-2, "bfloat16": 0.5}
 """Largest difference in nats between the engine's and the trained weights' log-probabilities of the
@@ -101,6 +106,7 @@ def evaluate(run: Run, dataset: str) -> StageRecord:
         rounds=round_rows(config, students) if former else [],
         fidelity=figures.fidelity,
         differences=figures.differences,
+        shown_prompts=_shown_prompts(run, [m.name for m in models], prompts, holdout, figures.kl),
     )
     storage.write_json(layout.report_json, report.model_dump())
     storage.write_bytes(layout.report_html, render_html(report).encode())
@@ -180,6 +186,38 @@ def _export_check(config: Config, layout: Layout, served: Sequence[ServedModel])
         max_engine_logprob_difference=max(differences.values()),
         tolerance=tolerance,
     )
+
+
+def _shown_prompts(
+    run: Run,
+    models: Sequence[str],
+    prompts: Sequence[Prompt],
+    entries: Sequence[DatasetEntry],
+    kl: Mapping[str, float],
+) -> list[ShownPrompt]:
+    """Prompts to show, with the models' answers and the dataset's answers by other authors.
+
+    Args:
+        models: served models.
+        entries: sequences of the hold-out split.
+        kl: KL divergence from the mixture to the student, by sequence id.
+    """
+    furthest: dict[str, float] = {}
+    stored: dict[str, list[ShownAnswer]] = {}
+    tokenizer, _ = student_tokenizer(run.config.student.files)
+    sequences = SequenceReader(run.layout, entries)
+    for entry in entries:
+        prompt = entry.prompt_id
+        if entry.sequence_id in kl:
+            furthest[prompt] = max(kl[entry.sequence_id], furthest.get(prompt, 0.0))
+        for author in sorted({*entry.authors} - {*models}):
+            sequence = sequences.get(entry.sequence_id)
+            assert sequence is not None, "a dataset names the shard of each of its sequences"
+            text = answer_text(tokenizer, sequence.gold_ids.tolist())
+            answer = ShownAnswer(author=author, answer=text, correct=None, is_cut=False)
+            stored.setdefault(prompt, []).append(answer)
+    number, seed = run.config.evaluation.shown_prompts, run.config.seed
+    return shown_prompts(run.layout, models, prompts, furthest, number, seed, stored)
 
 
 def _curve(layout: Layout, label: str) -> list[dict[str, int | float]]:

@@ -1,8 +1,10 @@
 """The whole configuration: YAML in, frozen pydantic models out, checked before hardware is used.
 
-The docstring under each field is its help. Nothing that changes results has a hidden default. Paths
-are relative to the config file and become absolute when it is loaded. A model that begins with `.`,
-`~` or `/` is a folder; any other model is a Hugging Face hub id.
+The docstring under each field is its help. A field that came after the first runs is left out of a
+dumped config at its default (`exclude_if`), so that keys and digests of finished runs stay. Nothing
+that changes results has a hidden default. Paths are relative to the config file and become absolute
+when it is loaded. A model that begins with `.`, `~` or `/` is a folder; any other model is a
+Hugging Face hub id.
 """
 
 from __future__ import annotations
@@ -82,6 +84,9 @@ class EvaluationConfig(Section):
     """Also train a twin: a second student on the same sequences by cross-entropy alone. The report
     compares both, to show what the teachers' distributions add. It doubles the training time, and
     must be `false` in runs with several `rounds`."""
+    shown_prompts: Annotated[int, Field(ge=0, exclude_if=lambda number: number == 3)] = 3
+    """Number of hold-out prompts of each domain, chosen by the seed, whose answers the report shows
+    side by side. It shows as many more where the student is furthest from the teachers."""
     resources: Resources = Resources()
     """Resources of each engine that serves the student, and of the tasks that export the student
     and compute its hold-out losses. For GPUs set `{num_gpus: 1}`."""

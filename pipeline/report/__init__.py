@@ -3,6 +3,7 @@
 models          all figures of a report, the content of report.json
 statistics      intervals and pooled figures
 fidelity        closeness to the teachers and differences, with intervals
+answers         prompts whose answers are shown side by side
 comparisons     fidelity in words, and its table
 headlines       sentences that compare the student with each model
 tables          tables for a terminal

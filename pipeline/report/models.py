@@ -108,6 +108,34 @@ class DifferenceFigures(FrozenModel):
     """Share of positions of agreement; above 0 the student is better. None as for `kl`."""
 
 
+class ShownAnswer(FrozenModel):
+    """One answer to a prompt that the report shows."""
+
+    author: str
+    """Served model, or the author of an answer in the dataset."""
+    answer: str
+    correct: bool | None
+    """Verdict of the checker; None where the answer was not checked."""
+    is_cut: bool
+    """Whether the answer ended at `max_tokens`."""
+
+
+class ShownPrompt(FrozenModel):
+    """One hold-out prompt with the answers of all models."""
+
+    prompt_id: str
+    domain: str
+    prompt: str
+    reference: str | None
+    kl: float | None
+    """KL divergence from the mixture to the student over the prompt's hold-out answers, in nats per
+    token."""
+    is_furthest: bool
+    """Whether it is shown because the student is far from the teachers there; otherwise the seed
+    chose it."""
+    answers: list[ShownAnswer]
+
+
 class ModelFigures(FrozenModel):
     """Quality, size, speed and price of one served model."""
 
@@ -270,6 +298,8 @@ class Report(FrozenModel):
     cannot be measured."""
     differences: list[DifferenceFigures] = []
     """Differences of the student from the twin and from its start."""
+    shown_prompts: list[ShownPrompt] = []
+    """Some hold-out prompts with the answers of all models."""
 
     @property
     def student(self) -> ModelFigures:

@@ -123,7 +123,8 @@ class HoldoutTask:
         answers = await asyncio.gather(*(self._ask(teacher, ids) for ids in prompts_ids))
         rates, latency = await self._speed(teacher, prompts_ids)
         texts = [answer_text(tokenizer, answer.token_ids) for answer in answers]
-        verdicts, checker_errors = self._check(prompts, texts)
+        cut = [answer.finish_reason == "length" for answer in answers]
+        verdicts, checker_errors = self._check(prompts, texts, cut)
         correct, num_checked = _shares(prompts, verdicts)
         return AnsweredPrompts(
             correct=correct,
@@ -163,8 +164,10 @@ class HoldoutTask:
         sampling = self.sampling | {"seed": self.seed} | (changes or {})
         return (await teacher.generate(ids, sampling, 1))[0]
 
-    def _check(self, prompts: list[Prompt], texts: list[str]) -> tuple[list[bool | None], int]:
-        """Checks every answer and writes it with its verdict.
+    def _check(
+        self, prompts: list[Prompt], texts: list[str], cut: list[bool]
+    ) -> tuple[list[bool | None], int]:
+        """Checks every answer and writes it with its verdict, and whether it was cut.
 
         Returns:
             The verdicts, None if there is no checker or no reference; and the number of answers at
@@ -173,7 +176,7 @@ class HoldoutTask:
         checker = None if self.checker is None else SafeChecker(self.checker)
         verdicts: list[bool | None] = []
         lines: list[str] = []
-        for prompt, text in zip(prompts, texts, strict=True):
+        for prompt, text, is_cut in zip(prompts, texts, cut, strict=True):
             verdict, problem = None, None
             if checker is not None and prompt.reference is not None:
                 verdict, problem = checker.judge(text, prompt.reference)
@@ -185,6 +188,7 @@ class HoldoutTask:
                 "reference": prompt.reference,
                 "correct": verdict,
             }
+            line |= {"cut": True} if is_cut else {}
             lines.append(json.dumps(line if problem is None else line | {"error": problem}))
         storage.write_bytes(self.answers_path, ("\n".join(lines) + "\n").encode())
         return verdicts, checker.num_errors if checker is not None else 0

@@ -143,6 +143,9 @@ def test_the_same_measurements_make_the_same_report(
         found["export_check"].pop("max_engine_logprob_difference"), rel=1e-6
     )
     assert [found.pop(key) for key in ("fidelity", "differences")] == [[], []]
+    shown = found.pop("shown_prompts")
+    assert sorted(s["reference"] for s in shown) == ["513", "735", "dfhc", "gebd"]
+    assert [a["author"] for a in shown[0]["answers"]] == ["first", "second", "student"]
     assert json.dumps(found) == json.dumps(expected)
     assert Path(layout.report_html).read_text().lstrip().startswith("<!DOCTYPE html>")
     assert outcome.summary.endswith(layout.report_html)
