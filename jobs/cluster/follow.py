@@ -1,6 +1,7 @@
 """Follows one Ray job: its log, line by line as it comes, its end, and a message if it failed."""
 
 import asyncio
+import math
 import re
 import time
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from pipeline.errors import ClusterError
 # Errors of Ray's client if a connection drops or the server cannot answer now.
 DROPPED = (RuntimeError, OSError, aiohttp.ClientError)
 LONGEST_PAUSE_SECONDS = 30.0
+SILENCE_SECONDS = 25.0
+"""Longest silence of a stage before its follower says that it still runs."""
 OUT_OF_MEMORY = re.compile(r"OutOfMemory|based on the killing policy|running low on memory")
 MEMORY_ADVICE = (
     "Ray ended processes of the job because the node ran out of memory: free some, or give the "
@@ -40,7 +43,8 @@ class LogLines:
     """
 
     def __init__(self, write: Callable[[str], object]) -> None:
-        self.write = write
+        self._write = write
+        self.written_at = time.monotonic()
         self._seen = 0  # characters
         self._position = 0
         self._unfinished = ""
@@ -48,6 +52,11 @@ class LogLines:
     def rewind(self) -> None:
         """Declares that the next piece is the start of the log."""
         self._position = 0
+
+    def write(self, line: str) -> None:
+        """Writes one line."""
+        self.written_at = time.monotonic()
+        self._write(line)
 
     def feed(self, piece: str) -> None:
         """Takes the next piece, of any length, and writes the lines that it completes."""
@@ -72,6 +81,7 @@ def follow(
     *,
     poll_seconds: float = 1.0,
     patience_seconds: float = 300.0,
+    silence_seconds: float = math.inf,
 ) -> JobStatus:
     """Writes a job's log as it comes and returns how the job ended.
 
@@ -83,13 +93,15 @@ def follow(
         write: function that takes one line without its newline.
         poll_seconds: time between two requests for the job's status.
         patience_seconds: time for which the job server may be out of reach.
+        silence_seconds: time without a line after which one says that the job still runs.
 
     Raises:
         ClusterError: the job is unknown, or the server stayed out of reach. The job itself
             continues.
     """
+    lines = LogLines(write)
     return asyncio.run(
-        _follow(client, submission_id, LogLines(write), poll_seconds, patience_seconds)
+        _follow(client, submission_id, lines, poll_seconds, patience_seconds, silence_seconds)
     )
 
 
@@ -99,8 +111,9 @@ async def _follow(
     lines: LogLines,
     poll_seconds: float,
     patience_seconds: float,
+    silence_seconds: float,
 ) -> JobStatus:
-    last_answer = time.monotonic()
+    begun = last_answer = time.monotonic()
     stream = asyncio.create_task(_stream(client, submission_id, lines, poll_seconds))
     while True:
         try:
@@ -123,6 +136,8 @@ async def _follow(
             last_answer = time.monotonic()
             if status.is_terminal():
                 break
+            if last_answer - lines.written_at >= silence_seconds:
+                lines.write(f"still running after {last_answer - begun:.0f} s")
         await asyncio.sleep(poll_seconds)
     # The stream lags seconds behind the status, so the end of the log is fetched instead.
     stream.cancel()

@@ -12,7 +12,7 @@ from pathlib import Path
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 import jobs
-from jobs.cluster.follow import PREAMBLE, failure_message, follow
+from jobs.cluster.follow import PREAMBLE, SILENCE_SECONDS, failure_message, follow
 from jobs.cluster.local_head import local_head
 from jobs.cluster.placement import local_custom_resources
 from jobs.cluster.submit import DETACHED, job_logs, submit_stage
@@ -80,7 +80,7 @@ def submit_and_follow(
             logger.info("%s%s", prefix, line)
 
     try:
-        status = follow(client, identifier, log_line)
+        status = follow(client, identifier, log_line, silence_seconds=SILENCE_SECONDS)
     except KeyboardInterrupt:
         if address is not None:
             logger.info(

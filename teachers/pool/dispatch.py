@@ -117,6 +117,7 @@ class Dispatcher:
             placing.cancel()
 
     async def _start(self, replica: Replica) -> None:
+        logger.info("%s: a replica starts", self._name)
         try:
             metadata = await replica.ready()
             await self._compare(await replica.canary())

@@ -1,6 +1,7 @@
 """Submission ids, uploads, locks and log lines, without a cluster."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -177,7 +178,7 @@ def test_an_interrupt_says_what_goes_on_in_a_cluster(
 ):
     config = load_config(ROOT / "examples/quickstart/config.yaml")
 
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stage_jobs, "submit", lambda *_: "r-train-a-a1")
@@ -359,6 +360,15 @@ def test_following_survives_dropped_streams_and_unanswered_questions():
     assert follow(client, "job", written.append, poll_seconds=0.01) == JobStatus.SUCCEEDED
     assert written == client.LOG.splitlines()
     assert client.streams > 1
+
+
+def test_a_silent_job_is_said_to_run_still():
+    client = UnsteadyClient(num_looks=30)
+    written: list[str] = []
+    follow(client, "job", written.append, poll_seconds=0.01, silence_seconds=0.05)
+    assert [line for line in written if line in client.LOG.splitlines()] == client.LOG.splitlines()
+    said = [line for line in written if line not in client.LOG.splitlines()]
+    assert said and all(re.fullmatch(r"still running after \d+ s", line) for line in said)
 
 
 def failure(*log: str) -> list[str]:

@@ -262,7 +262,7 @@ def test_stages_run_round_by_round_and_one_evaluates(
     monkeypatch.setattr(distill, "cluster", cluster)
     monkeypatch.setattr(distill, "connect", lambda url: SimpleNamespace())
     monkeypatch.setattr(stage_jobs, "submit_stage", submit_stage)
-    monkeypatch.setattr(stage_jobs, "follow", lambda *_: stage_jobs.JobStatus.SUCCEEDED)
+    monkeypatch.setattr(stage_jobs, "follow", lambda *_, **__: stage_jobs.JobStatus.SUCCEEDED)
     monkeypatch.setattr(distill, "is_visible", lambda *_: False)
     with logged() as said:
         distill.run(config, "http://head")
