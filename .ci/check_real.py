@@ -2,7 +2,8 @@
 not.
 
 On the hold-out split the student must be better than what training started from beyond the 95 %
-interval, in the loss on the text and in KL to the teachers, and closer to them than the twin.
+interval, in the loss on the text and in KL to the teachers, and closer to them than the twin. The
+report must show answers of all models in each domain.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 REPORT = Path(__file__).parents[1] / "examples/smollm2/output/runs/smollm2/report.json"
 MODELS = ["generalist", "mathematician", "student", "twin"]
+DOMAINS = ["gsm8k", "requests"]
 
 
 def problems(report: dict[str, Any]) -> list[str]:
@@ -23,6 +25,11 @@ def problems(report: dict[str, Any]) -> list[str]:
     measured = {(each["model"], each["teacher"]) for each in report["fidelity"]}
     wanted = [(model, teacher) for model in MODELS[2:] for teacher in MODELS[:2]]
     found += [f"no fidelity of {m} to {t}" for m, t in wanted if (m, t) not in measured]
+    for domain in DOMAINS:
+        shown = [each["answers"] for each in report["shown_prompts"] if each["domain"] == domain]
+        authors = [{a["author"] for a in answers if a["answer"].strip()} for answers in shown]
+        if not any(set(MODELS) <= each for each in authors):
+            found.append(f"no prompt of {domain} is shown with an answer of each model")
     overall = {
         each["other"]: each
         for each in report["differences"]

@@ -34,6 +34,10 @@ def report(**changed: dict[str, Any] | None) -> dict[str, Any]:
             for model in ("student", "twin", "start")
             for teacher in ("generalist", "mathematician", None)
         ],
+        "shown_prompts": [
+            {"domain": domain, "answers": [{"author": m, "answer": "Yes."} for m in check.MODELS]}
+            for domain in check.DOMAINS
+        ],
         "differences": [
             {"other": other, **figures, **everywhere} for other, figures in differences.items()
         ]
@@ -63,8 +67,10 @@ def test_a_difference_that_shows_nothing_is_named(name: str, value: Any) -> None
 def test_missing_models_comparisons_and_fidelity_are_named() -> None:
     made = report()
     del made["models"][3], made["fidelity"][0], made["differences"][1]
+    made["shown_prompts"][1]["answers"][2]["answer"] = "\n"
     assert check.problems(made) == [
         "the models are ['generalist', 'mathematician', 'student']",
         "no fidelity of student to generalist",
+        "no prompt of requests is shown with an answer of each model",
         "the student is not compared with its twin",
     ]
