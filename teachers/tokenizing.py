@@ -101,6 +101,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
 
 
 @lru_cache(maxsize=4)
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Number of ids that a tokenizer has; an embedding matrix is often padded to more rows."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+@lru_cache(maxsize=4)
 def chat_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Token that the chat template writes behind an assistant message, such as `<|im_end|>`.
 

@@ -39,7 +39,13 @@ from teachers.preflight.identity import check_model, check_weights, model_identi
 from teachers.preflight.model_layers import check_layers, hidden_sizes, text_config
 from teachers.preflight.vocabulary import check_vocabularies, further_ends
 from teachers.tasks.judge import grade_tokens
-from teachers.tokenizing import chat_end, load_tokenizer, prompt_ids, repeats_bos
+from teachers.tokenizing import (
+    chat_end,
+    load_tokenizer,
+    prompt_ids,
+    repeats_bos,
+    vocabulary_size,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +69,7 @@ def prepare(config: Config) -> Run:
     _check_weights(config)
     asked_prompts = with_system_prompts(config, prompts)
     tokenizer_hash = check_vocabularies(config, asked_prompts)
-    _check_vocabulary_sizes(config)
+    rows = _check_vocabulary_sizes(config)
     check_layers(config)
     refuse_dynamic_scaling(text_config(config.student.files), config.synthesis.max_sequence_tokens)
     tokenizer = load_tokenizer(config.student.files)
@@ -92,6 +98,7 @@ def prepare(config: Config) -> Run:
         tokenizer_hash=tokenizer_hash,
         eos_token_id=eos_token_id,
         chat_end_token_id=end,
+        vocabulary_size=_padded(rows, vocabulary_size(tokenizer)),
         own_end_token_ids=further_ends(config, {eos_token_id, end}),
         student_identity=student_identity(config.student, layout),
         cache_identities=cache_identities(config, identities, tokenizer_hash),
@@ -167,12 +174,19 @@ def _check_values(config: Config) -> None:
         check_deepspeed_options(config.training.deepspeed)
 
 
-def _check_vocabulary_sizes(config: Config) -> None:
-    used = max(load_tokenizer(config.student.files).get_vocab().values()) + 1
+def _check_vocabulary_sizes(config: Config) -> dict[str, int]:
+    """Rows in the vocabulary of every model whose tokens are exchanged, by name.
+
+    Raises:
+        ConfigError: a model has fewer rows than its tokenizer has ids, or a teacher has fewer than
+            are captured.
+    """
+    used = vocabulary_size(load_tokenizer(config.student.files))
+    rows: dict[str, int] = {}
     models: dict[str, ModelFiles] = {"student": config.student.files}
     models |= {n: t.files for n, t in config.teachers.items() if t.files is not None}
     for name, model in models.items():
-        size = text_config(model).vocab_size
+        size = rows[name] = text_config(model).vocab_size
         if size < used:
             raise ConfigError(
                 f"{name}: the model has {size} rows in its vocabulary, and the tokenizer uses ids "
@@ -183,6 +197,25 @@ def _check_vocabulary_sizes(config: Config) -> None:
                 f"scoring.num_logprobs is {config.scoring.num_logprobs}, but teacher {name!r} has "
                 f"only {size} tokens: lower it to at most {size}"
             )
+    return rows
+
+
+def _padded(rows: Mapping[str, int], used: int) -> int | None:
+    """Number of ids that the tokenizer has, if a teacher has rows for others; it is logged then.
+
+    Args:
+        rows: rows in the vocabulary of every model.
+    """
+    padded = {name: size for name, size in rows.items() if size > used}
+    if not padded.keys() - {"student"}:
+        return None
+    logger.info(
+        "the tokenizer has %d ids, and models have rows for more (%s): what a teacher gives the "
+        "others counts as tail",
+        used,
+        ", ".join(f"{name}: {size}" for name, size in padded.items()),
+    )
+    return used
 
 
 def _check_lengths(config: Config, prompts: Sequence[Prompt], tokens: Mapping[str, int]) -> None:

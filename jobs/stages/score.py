@@ -196,7 +196,8 @@ def _output(run: Run, name: str, cache: CacheLayout) -> CacheOutput:
     is_states = holds_hidden_states(name)
     rule = HiddenStatesRule.of_identity(identity) if is_states else selection_of(identity)
     fingerprint = prepared.cache_fingerprints[name]
-    return CacheOutput(name, cache, fingerprint, rule, prepared.position_bytes(name))
+    size = prepared.position_bytes(name)
+    return CacheOutput(name, cache, fingerprint, rule, size, prepared.vocabulary_size)
 
 
 def _layers(tasks: Sequence[ScoreTask]) -> tuple[int, ...]:

@@ -72,10 +72,12 @@ def select(
     rule: Selection,
     *,
     teacher: str,
+    vocabulary: int | None = None,
 ) -> SparseLogprobs:
     """Applies a selection rule to captured distributions.
 
-    Entries of probability zero are never kept.
+    Entries of probability zero are never kept, and neither are ids that no tokenizer has (the
+    padding of an embedding matrix): their mass is part of the tail.
 
     `tail_mass` is the probability outside the kept entries, computed from the log-probabilities as
     they are stored; with draws it is the probability outside the captured entries. It is never
@@ -88,14 +90,70 @@ def select(
         gold_logprobs_P: float32.
         teacher: name of the teacher for the draws, such as the fingerprint of its identity: draws
             depend on it, on the sequence's id and on the position, and on nothing else.
+        vocabulary: number of ids that the tokenizer has; None if the teacher has no others.
 
     Raises:
         CacheError: a position has no entry of finite log-probability, or next to no mass to draw
             from.
     """
+    if vocabulary is not None:
+        token_ids_PK, logprobs_PK = _padding_last(token_ids_PK, logprobs_PK, vocabulary)
     captured = CapturedDistributions(sequence_id, token_ids_PK, logprobs_PK, gold_logprobs_P)
     captured.check()
     return SELECTIONS[type(rule)](captured, rule, teacher)
+
+
+def _padding_last(
+    token_ids_PK: np.ndarray, logprobs_PK: np.ndarray, vocabulary: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Entries whose ids lie below a bound in their order, then the others with probability zero."""
+    is_padding_PK = token_ids_PK >= vocabulary
+    order_PK = np.argsort(is_padding_PK, axis=1, kind="stable")
+    logprobs_PK = np.where(is_padding_PK, -np.inf, logprobs_PK)
+    return (
+        np.take_along_axis(token_ids_PK, order_PK, axis=1),
+        np.take_along_axis(logprobs_PK, order_PK, axis=1),
+    )
+
+
+def without_padding(row: SparseLogprobs, vocabulary: int) -> SparseLogprobs:
+    """Row whose entries of ids at or above a bound are part of the tail.
+
+    Rows that were selected without the bound can hold such entries. The other draws of a position
+    stand for as much mass each as before.
+
+    Args:
+        vocabulary: number of ids that are kept.
+
+    Raises:
+        CacheError: a position would have no entry left.
+    """
+    kept_N = row.token_ids < vocabulary
+    if kept_N.all():
+        return row
+    positions = np.repeat(np.arange(row.num_positions), row.num_entries)
+
+    def count(which_N: np.ndarray) -> np.ndarray:
+        return np.bincount(positions[which_N], minlength=row.num_positions)
+
+    if not count(kept_N).all():
+        raise CacheError(
+            f"sequence {row.sequence_id}: at position {int(np.argmin(count(kept_N)))} every cached "
+            f"entry has an id of {vocabulary} or more, which the student lacks: choose a student "
+            "with more rows in its vocabulary"
+        )
+    exact_N = row.is_exact_N
+    masses_N = probabilities(replace(row, renormalised=False))
+    lost_P = np.bincount(positions[~kept_N], weights=masses_N[~kept_N], minlength=row.num_positions)
+    return replace(
+        row,
+        num_entries=count(kept_N).astype(np.uint8),
+        token_ids=row.token_ids[kept_N],
+        logprobs=row.logprobs[kept_N[exact_N]],
+        counts=row.counts[kept_N[~exact_N]],
+        tail_mass=np.clip(row.tail_mass + lost_P, 0.0, 1.0).astype(np.float16),
+        num_head=count(kept_N & exact_N).astype(np.uint8) if row.is_drawn else row.num_head,
+    )
 
 
 def _top_k(captured: CapturedDistributions, rule: TopK, teacher: str) -> SparseLogprobs:

@@ -42,7 +42,7 @@ JSON_KEYS = {
     "checker_identity": "checker",
 }
 """Attributes of `Prepared` that have another name in `prepared.json`."""
-NEWER_KEYS = ("chat_end_token_id", "own_end_token_ids")
+NEWER_KEYS = ("chat_end_token_id", "vocabulary_size", "own_end_token_ids")
 """Keys of `prepared.json` that are left out where they hold their defaults, as older files do."""
 
 
@@ -58,6 +58,7 @@ class Prepared(BaseModel):
         tokenizer_hash: hash of the vocabulary that all models share.
         eos_token_id: token that ends an answer to raw text.
         chat_end_token_id: token that ends an answer to chat messages, if it is another one.
+        vocabulary_size: number of ids that the tokenizer has, if a teacher has others as well.
         own_end_token_ids: further tokens with which teachers end answers of their own, by teacher.
         cache_identities: identity of every cache, by cache name: a teacher's distributions, or its
             hidden states; wide caches follow from them (`all_cache_identities`).
@@ -84,6 +85,7 @@ class Prepared(BaseModel):
     tokenizer_hash: str
     eos_token_id: int
     chat_end_token_id: int | None = None
+    vocabulary_size: int | None = None
     own_end_token_ids: dict[str, list[int]] = {}
     cache_identities: dict[str, dict[str, Any]]
     synthesis_identities: dict[str, dict[str, Any]]

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.cache.reader import CacheReader, open_cache
-from pipeline.cache.selection import probabilities
+from pipeline.cache.selection import probabilities, without_padding
 from pipeline.combine.product import ProductTargets, product_of
 from pipeline.combine.weights import combine_targets, required_teachers
 from pipeline.config.combine import CombineConfig
 from pipeline.errors import TrainingError
 from pipeline.layout import CacheLayout, Layout
-from pipeline.records import CombinedTargets, DatasetEntry, TokenSequence
+from pipeline.records import CombinedTargets, DatasetEntry, SparseLogprobs, TokenSequence
 from pipeline.sequences import SequenceShards
 
 SEQUENCE_SHARDS_KEPT = 64
@@ -106,10 +106,9 @@ class Examples:
         highest = max(int(example.input_ids.max()), int(example.token_ids.max(initial=0)))
         if highest >= self._vocabulary:
             raise TrainingError(
-                f"sequence {entry.sequence_id} or its cached targets hold token id {highest}, but "
-                f"the student's LM head has {self._vocabulary} rows, so the teachers' vocabulary "
-                "is larger than the student's: choose a student with at least "
-                f"{highest + 1} rows"
+                f"sequence {entry.sequence_id} holds token id {highest}, but the student's LM head "
+                f"has {self._vocabulary} rows, so the teachers' vocabulary is larger than the "
+                f"student's: choose a student with at least {highest + 1} rows"
             )
         self._kept[entry.sequence_id] = example
         self._num_bytes += example.num_bytes
@@ -117,13 +116,18 @@ class Examples:
             self._num_bytes -= self._kept.popitem(last=False)[1].num_bytes
         return example
 
+    def _row(self, name: str, sequence_id: str) -> SparseLogprobs | None:
+        """A teacher's row; what it holds for ids beyond the student's rows is part of its tail."""
+        row = self._readers[name].row(sequence_id)
+        return None if row is None else without_padding(row, self._vocabulary)
+
     def _build(self, sequence: TokenSequence) -> Example:
         if self._combine is None:
             return example_of(
                 CombinedTargets(sequence, (), np.zeros((0, sequence.num_positions), np.float32))
             )
         rows = tuple(
-            self._readers[name].row(sequence.sequence_id) if name in self._readers else None
+            self._row(name, sequence.sequence_id) if name in self._readers else None
             for name in self._teachers
         )
         combined = combine_targets(sequence, rows, self._teachers, self._combine)

@@ -29,7 +29,7 @@ from pipeline.synthesis.index import new_prompts
 from teachers.concurrency import ask_each
 from teachers.protocol import GeneratedAnswer, ItemsFailedError, Teacher
 from teachers.tasks.items import halves_of, prompt_seed
-from teachers.tokenizing import answer_text, prompt_ids, student_tokenizer
+from teachers.tokenizing import answer_text, prompt_ids, student_tokenizer, vocabulary_size
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,11 @@ class AnswerTask:
                 answer = self._ended(sample, prompt)
                 text = answer_text(tokenizer, answer)
                 reason = sample.finish_reason
-                if reason not in self.finish_reasons:
+                unknown = [i for i in answer if i >= vocabulary_size(tokenizer)]
+                if unknown:
+                    detail = f"{len(unknown)} ids that no tokenizer has, the first is {unknown[0]}"
+                    outcome.reject(prompt, author, "malformed", detail, text)
+                elif reason not in self.finish_reasons:
                     detail = f"{reason} after {len(sample.token_ids)} tokens"
                     outcome.reject(prompt, author, "truncated", detail, text)
                 elif not text.strip():

@@ -86,6 +86,7 @@ class CacheOutput:
         fingerprint: digest of the cache's identity.
         rule: selection of the distributions, or rule for the hidden states, that is stored.
         position_bytes: largest size of a position.
+        vocabulary: number of ids that the tokenizer has, if the teacher has others as well.
     """
 
     name: str
@@ -93,6 +94,7 @@ class CacheOutput:
     fingerprint: str
     rule: Selection | HiddenStatesRule
     position_bytes: int
+    vocabulary: int | None = None
 
     @property
     def holds_hidden_states(self) -> bool:
@@ -116,6 +118,7 @@ class CacheOutput:
             captured.gold_logprobs[rows_P],
             self.rule,
             teacher=self.fingerprint,
+            vocabulary=self.vocabulary,
         )
 
 

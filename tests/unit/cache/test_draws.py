@@ -18,12 +18,12 @@ from pydantic import ValidationError
 
 from pipeline.cache.manifest import publish
 from pipeline.cache.row_checks import check_row
-from pipeline.cache.selection import draw, draw_variance, probabilities, select
+from pipeline.cache.selection import draw, draw_variance, probabilities, select, without_padding
 from pipeline.cache.shard import read_shard, write_shard
 from pipeline.config.checks import check_draws
 from pipeline.config.load import load_config
 from pipeline.config.losses import ForwardKL, Loss, LossSection, ReverseKL, TeacherLoss
-from pipeline.config.scoring import HeadAndSampled, Sampled, ScoringConfig, Selection, TopP
+from pipeline.config.scoring import HeadAndSampled, Sampled, ScoringConfig, Selection, TopK, TopP
 from pipeline.errors import CacheError, ConfigError
 from pipeline.fingerprint import digest_ids
 from pipeline.layout import CacheLayout
@@ -445,3 +445,36 @@ def test_combinations_that_are_not_sums_are_refused() -> None:
 def test_a_recipe_without_draws_is_refused_by_name() -> None:
     with pytest.raises(ValidationError, match="num_draws"):
         ScoringConfig.model_validate({"num_logprobs": 8, "selection": {"type": "sampled"}})
+
+
+@pytest.mark.parametrize("rule", [*RULES, TopK(type="top_k", max_entries=6)])
+def test_ids_that_no_tokenizer_has_are_part_of_the_tail(rule: Selection) -> None:
+    """Both where rows are selected, and where stored rows are read."""
+    ids, logs = capture()
+    padding = sorted({int(ids[0, 0]), int(ids[1, 3]), int(ids[2, K - 1])})
+    new_id = np.full(V, -1)  # the padding gets the last ids
+    new_id[np.argsort([i in padding for i in range(V)], kind="stable")] = np.arange(V)
+    ids = new_id[ids]
+    known = V - len(padding)
+    is_padding = ids >= known
+    assert is_padding.any(axis=1)[:3].all()
+    stored = select("s", ids, logs, logs[:, 1], rule, teacher="t")
+    selected = select("s", ids, logs, logs[:, 1], rule, teacher="t", vocabulary=known)
+    read = without_padding(stored, known)
+    check_row(selected)
+    for row in (selected, read):
+        assert row.token_ids.max() < known
+        shown = dense(row).sum(axis=1) * (1 - row.tail_mass if row.renormalised else 1)
+        np.testing.assert_allclose(shown + row.tail_mass, 1, atol=2e-3)
+    if not stored.is_drawn:
+        lost = np.where(is_padding, np.exp(logs), 0)[:, :6].sum(axis=1)
+        np.testing.assert_allclose(read.tail_mass, stored.tail_mass + lost, atol=1e-3)
+        np.testing.assert_array_equal(selected.token_ids[:5], ids[0][~is_padding[0]][:5])
+    elif not rule.renormalise:
+        left = np.where(np.arange(V) < known, dense(stored), 0)
+        np.testing.assert_allclose(dense(read), left, atol=1e-3)
+    same = select("s", ids, logs, logs[:, 1], rule, teacher="t", vocabulary=V)
+    assert_same(same, stored)
+    assert without_padding(stored, V) is stored
+    with pytest.raises(CacheError, match="at position 0 every cached entry has an id of 1 or more"):
+        without_padding(select("s", ids + 1, logs, logs[:, 1], rule, teacher="t"), 1)

@@ -1,6 +1,7 @@
 """The order of a student's data, its packing, and the refusals before it trains."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -332,15 +333,33 @@ class OneRow:
 COMBINE = CombineConfig(method="mixture", weights=StaticWeights(type="static", teachers={"t": 1.0}))
 
 
-@pytest.mark.parametrize(("highest_input", "highest_kept"), [(8, 3), (3, 8)])
-def test_ids_outside_the_students_vocabulary_are_refused(tmp_path, highest_input, highest_kept):
-    layout, (entry,) = stored(tmp_path, [1, highest_input, 2, 3])
-    cache = OneRow(highest_kept, 2)
+def test_ids_outside_the_students_vocabulary_are_refused(tmp_path):
+    layout, (entry,) = stored(tmp_path, [1, 8, 2, 3])
+    cache = OneRow(3, 2)
     with pytest.raises(TrainingError, match=r"sequence s0 .* token id 8, but .* has 8 rows"):
         Examples(layout, {"t": cache}, ["t"], COMBINE, 8)[entry]
     # one row more, as of a padded head, and the id is trained on as it is
-    found = Examples(layout, {"t": cache}, ["t"], COMBINE, 9)[entry]
-    assert max(found.input_ids.max(), found.token_ids.max()) == 8
+    assert Examples(layout, {"t": cache}, ["t"], COMBINE, 9)[entry].input_ids.max() == 8
+
+
+def test_cached_ids_outside_the_students_vocabulary_are_part_of_the_tail(tmp_path):
+    layout, (entry,) = stored(tmp_path, [1, 4, 2, 3])
+    logprobs, tails = np.log([0.5, 0.3, 0.5, 0.3]).astype(np.float16), np.array([0.2, 0.2])
+    row = SparseLogprobs(
+        sequence_id="s0",
+        num_entries=np.array([2, 2], np.uint8),
+        token_ids=np.array([3, 8, 2, 7], np.uint32),
+        logprobs=logprobs,
+        counts=np.zeros(0, np.uint8),
+        gold_logprobs=logprobs[:2],
+        tail_mass=tails.astype(np.float16),
+        entropies=np.ones(2, np.float16),
+    )
+    cache = SimpleNamespace(row=lambda _: row)
+    found = Examples(layout, {"t": cache}, ["t"], COMBINE, 8)[entry]
+    np.testing.assert_allclose(found.tail_mass[0], [0.5, 0.2], atol=1e-3)
+    padded = Examples(layout, {"t": cache}, ["t"], COMBINE, 9)[entry]
+    np.testing.assert_allclose(padded.tail_mass[0], tails, atol=1e-3)
 
 
 def test_examples_are_combined_once_while_they_fit_into_memory(tmp_path, monkeypatch):

@@ -308,3 +308,18 @@ def test_every_answer_ends_with_the_end_of_its_prompt(template: AnswerTask) -> N
     assert answers(written) == expected
     given = replace(task, identity_digest="given", prompts=(chat, text)).from_references()
     assert {name: ids[-1] for name, ids in answers(given).items()} == {"chat": 2, "text": 1}
+
+
+def test_an_answer_with_an_id_that_no_tokenizer_has_is_rejected(template: AnswerTask) -> None:
+    class Author:
+        async def generate(self, *_: Any) -> list[GeneratedAnswer]:
+            return [GeneratedAnswer([4, 700, 5, 1], "stop", 0.0)]
+
+    prompt = Prompt("p", "d", "train", text="a")
+    task = replace(template, prompts=(prompt,), samples_per_prompt=1)
+    asyncio.run(task.run(cast(Any, Author())))
+    counts = answer_counts(template.layout, "recipe", [prompt])
+    assert counts == {"answers": 1, "kept": 0, "malformed": 1, "generated_tokens": 4}
+    (path,) = Path(template.layout.root).glob("rejected/recipe/*.parquet")
+    (found,) = pq.read_table(path).to_pylist()
+    assert found["detail"] == "1 ids that no tokenizer has, the first is 700"
