@@ -8,6 +8,7 @@ averages gradients over the workers, hence the factor of the world size in each 
 
 from __future__ import annotations
 
+import logging
 import math
 import resource
 import time
@@ -27,6 +28,7 @@ from pipeline.run.training_spec import TrainingSpec
 from students.architecture.build import build_student
 from students.architecture.checks import check_architecture
 from students.architecture.head import lm_head_of
+from students.architecture.noise import active_noise
 from students.architecture.positions import length_bounds
 from students.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from students.checkpoints.resume import TrainingState, agreed_resume, allowed_changes
@@ -38,6 +40,8 @@ from students.micro_batch import MicroBatch
 from students.model import StudentModule
 from students.progress import MetricsLog, read_metrics
 from students.training_data import TrainingData
+
+logger = logging.getLogger(__name__)
 
 
 def train(spec: TrainingSpec, device: torch.device) -> None:
@@ -102,6 +106,14 @@ def checked_model(spec: TrainingSpec, device: torch.device) -> PreTrainedModel:
     if spec.config.student.attn_implementation.startswith("flash"):  # needs a GPU
         torch.nn.Module.to(model, device)
     check_architecture(model, spec.config.training.packing)
+    noise = active_noise(model)
+    if noise and dist.get_rank() == 0:
+        logger.warning(
+            "%s: the model's own config adds noise to the training, %s; student.dropout: false "
+            "switches dropout and jitter off",
+            spec.student,
+            ", ".join(f"{name} {size:g}" for name, size in noise.items()),
+        )
     return model
 
 

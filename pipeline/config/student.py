@@ -12,7 +12,7 @@ from pipeline.config.base import Count, ModelFiles, Section
 class StudentConfig(Section):
     """The student: a Hugging Face causal language model that DeepSpeed trains and vLLM serves."""
 
-    later_fields = frozenset({"eos_token", "chat_template"})
+    later_fields = frozenset({"dropout", "eos_token", "chat_template"})
 
     model: str
     """Folder or hub id of the student. Its tokenizer and chat template are used for the whole run,
@@ -44,6 +44,10 @@ class StudentConfig(Section):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass and do not keep them. It saves memory and
     costs about a third more time; set it if a micro-batch does not fit."""
+    dropout: bool = True
+    """Whether dropout, layer drop and jitter of the model's own config act in training; the log of
+    a training begins with those that do. `false` sets them to 0 in training, and leaves the
+    exported config as it is. Routers that draw their experts (PhiMoE) draw them in any case."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
     """Attention implementation of transformers in training. The flash variants need their package
     and a GPU."""

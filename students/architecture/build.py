@@ -12,6 +12,7 @@ from pipeline.config.student import StudentConfig
 from pipeline.errors import TrainingError
 from students.architecture.dtypes import DTYPES, as_loaded
 from students.architecture.initial_weights import load_initial_weights
+from students.architecture.noise import switch_off_noise
 
 
 def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
@@ -42,6 +43,8 @@ def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
         raise TrainingError(f"student.model {config.model!r} cannot be loaded: {error}") from error
     if config.initial_weights is not None:
         load_initial_weights(model, config.initial_weights, config.trust_remote_code)
+    if not config.dropout:
+        switch_off_noise(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
