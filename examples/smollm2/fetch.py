@@ -197,6 +197,8 @@ def main() -> None:
         fetch(models)
     except FetchError as error:
         sys.exit(f"smollm2: {error}")
+    except KeyboardInterrupt:
+        sys.exit("smollm2: interrupted; the next run begins this model again")
 
 
 if __name__ == "__main__":

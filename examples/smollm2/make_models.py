@@ -191,6 +191,8 @@ def main() -> None:
         make_models(arguments.models, arguments.learning_rate, arguments.seed)
     except FetchError as error:
         sys.exit(f"smollm2: {error}")
+    except KeyboardInterrupt:
+        sys.exit("smollm2: interrupted; the next run begins this model again")
 
 
 if __name__ == "__main__":
