@@ -80,10 +80,10 @@ class EvaluationConfig(Section):
     max_prompts_per_domain: Count | None = None
     """Largest number of hold-out prompts of a domain that each model answers; without it, all.
     Lower it to shorten the evaluation. The hold-out losses use all prompts in any case."""
-    twin: bool = True
+    twin: bool = False
     """Also train a twin: a second student on the same sequences by cross-entropy alone. The report
-    compares both, to show what the teachers' distributions add. It doubles the training time, and
-    must be `false` in runs with several `rounds`."""
+    compares both, to show what the teachers' distributions add. Ask for it where that is the
+    question: it doubles the training time, and must be `false` in runs with several `rounds`."""
     shown_prompts: Annotated[int, Field(ge=0, exclude_if=lambda number: number == 3)] = 3
     """Number of hold-out prompts of each domain, chosen by the seed, whose answers the report shows
     side by side. It shows as many more where the student is furthest from the teachers."""
