@@ -30,6 +30,7 @@ from students.architecture.checks import check_architecture
 from students.architecture.head import lm_head_of
 from students.architecture.noise import active_noise
 from students.architecture.positions import length_bounds
+from students.architecture.routers import refuse_ignored_balance
 from students.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from students.checkpoints.resume import TrainingState, agreed_resume, allowed_changes
 from students.data.batches import StepBatch
@@ -101,11 +102,13 @@ def checked_model(spec: TrainingSpec, device: torch.device) -> PreTrainedModel:
 
     Raises:
         TrainingError: the model cannot be loaded or handled.
+        ConfigError: its config asks for a loss that is not computed.
     """
     model = build_student(spec.config.student, spec.seed)
     if spec.config.student.attn_implementation.startswith("flash"):  # needs a GPU
         torch.nn.Module.to(model, device)
     check_architecture(model, spec.config.training.packing)
+    refuse_ignored_balance(model.config)
     noise = active_noise(model)
     if noise and dist.get_rank() == 0:
         logger.warning(

@@ -5,6 +5,7 @@ dtypes           number formats as transformers loads them
 initial_weights  old weights that a training starts from
 body             hidden states of packed or padded sequences
 noise            dropout and jitter of the model's config
+routers          the balance loss that a model's config asks for
 positions        rotary frequencies that depend on length
 head             the LM head, and what follows it
 checks           head and neighbours measured before training

@@ -44,7 +44,7 @@ def _of_modules(model: PreTrainedModel) -> list[Setting]:
 
 
 def _of_config(model: PreTrainedModel) -> list[Setting]:
-    """Those of the language model; Falcon, GPT-J and GPT-Neo read them in every forward."""
+    """Settings of the language model; Falcon, GPT-J and GPT-Neo read them in every forward."""
     values = vars(model.config.get_text_config())
     return [
         (values, key, key)
