@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ import numpy as np
 from pipeline import storage
 from pipeline.errors import TeacherError
 from teachers.noise import mean_tolerance, state_tolerance
-from teachers.protocol import Canary, CapturedRows, EngineSpec
+from teachers.protocol import Canary, CapturedRows, Comparison, EngineSpec
 
 logger = logging.getLogger(__name__)
 CANARY_TOKENS = 33
@@ -42,7 +43,7 @@ def check_endpoint_canary(path: str, name: str, canary: Canary) -> None:
     mean, tolerance = _distance_to_stored(path, canary), _tolerance(canary)
     if not mean <= tolerance:
         raise TeacherError(
-            f"{name} disagrees with its first canary ({path}): {_clause(mean, canary)}; "
+            f"{name} disagrees with its first canary ({path}): {_clause(mean, canary, tolerance)}; "
             "if the endpoint serves another model or quantisation now, give the teacher another "
             "`model_identity`, so that its rows go to a cache of their own"
         )
@@ -51,8 +52,8 @@ def check_endpoint_canary(path: str, name: str, canary: Canary) -> None:
 def check_cache_canaries(paths: Sequence[str], name: str, canary: Canary) -> None:
     """Compares an engine with the engines that started the caches which it is to fill.
 
-    The canary of a cache that no engine has started is stored. Another version of the engine alone
-    causes a warning.
+    The canary of a cache that no engine has started is stored, with its comparison with
+    transformers if there was one. Another version of the engine alone causes a warning.
 
     Args:
         paths: canary files of the caches.
@@ -61,11 +62,14 @@ def check_cache_canaries(paths: Sequence[str], name: str, canary: Canary) -> Non
 
     Raises:
         TeacherError: the engine computes in another dtype or quantisation, or the mean difference
-            exceeds what rounding explains.
+            from the stored canary or from transformers exceeds what rounding explains.
     """
+    if canary.comparison is not None:
+        _check_comparison(name, canary.comparison)
     for path in paths:
-        mean, tolerance = _distance_to_stored(path, canary), _tolerance(canary)
-        first = storage.read_json(path)["engine"]
+        mean, stored = _distance_to_stored(path, canary), storage.read_json(path)
+        tolerance = _tolerance(canary, stored.get("transformers", {}).get("noise", 0.0))
+        first = stored["engine"]
         changes = {
             key: f"{key} {first[key]}, now {canary.engine[key]}"
             for key in ("dtype", "quantization", "engine_version")
@@ -74,7 +78,7 @@ def check_cache_canaries(paths: Sequence[str], name: str, canary: Canary) -> Non
         if changes.keys() - {"engine_version"} or not mean <= tolerance:
             raise TeacherError(
                 f"{name}: this engine disagrees with the one that started this cache ({path}): "
-                f"{'; '.join([_clause(mean, canary), *changes.values()])}; "
+                f"{'; '.join([_clause(mean, canary, tolerance), *changes.values()])}; "
                 "one cache cannot hold rows of both: set the first engine's dtype and quantisation "
                 "in the teacher's `vllm:` block to continue this cache, set this engine's there to "
                 "start a cache of its own, or score all rows again with "
@@ -82,6 +86,18 @@ def check_cache_canaries(paths: Sequence[str], name: str, canary: Canary) -> Non
             )
         if changes:
             logger.warning("%s: the cache was started with %s", name, changes["engine_version"])
+
+
+def _check_comparison(name: str, comparison: Comparison) -> None:
+    if comparison.reason is None and not comparison.mean <= comparison.tolerance:
+        raise TeacherError(
+            f"{name}: vLLM computes another model than transformers: their log-probabilities "
+            f"differ by {comparison.mean:.4g} nats in the mean of {comparison.num_tokens} tokens "
+            f"(signed {comparison.signed_mean:+.4g}, at most {comparison.largest:.4g}), and "
+            f"rounding explains {comparison.tolerance:.2g}; try another `model_impl` or `dtype` in "
+            f"the teacher's `vllm:` block, another version of vLLM, or another kind of device; if "
+            f"vLLM is the one that is right, set teachers.{name}.compare_with_transformers: false"
+        )
 
 
 def check_replicas_agree(name: str, first: Canary, other: Canary) -> None:
@@ -105,11 +121,12 @@ def check_replicas_agree(name: str, first: Canary, other: Canary) -> None:
         )
     difference = np.abs(ours - theirs)
     mean = float(difference.mean())
-    if not mean <= _tolerance(first):
+    tolerance = _tolerance(first)
+    if not mean <= tolerance:
         position, column = np.unravel_index(int(difference.argmax()), difference.shape)
         place = "gold token" if column == 0 else f"entry {column}"
         raise TeacherError(
-            f"{name}: replicas disagree: {_clause(mean, first)}; farthest apart at "
+            f"{name}: replicas disagree: {_clause(mean, first, tolerance)}; farthest apart at "
             f"position {position}, {place}: {ours[position, column]:.5f} on "
             f"{first.engine['device']} and {theirs[position, column]:.5f} on "
             f"{other.engine['device']}; check that all nodes see the same model files and that "
@@ -117,14 +134,14 @@ def check_replicas_agree(name: str, first: Canary, other: Canary) -> None:
         )
 
 
-def _tolerance(canary: Canary) -> float:
+def _tolerance(canary: Canary, measured: float = 0.0) -> float:
     values = _values(canary)
-    return mean_tolerance(canary.engine, values[values > LOWEST_LOGPROB])
+    return mean_tolerance(canary.engine, values[values > LOWEST_LOGPROB], measured)
 
 
-def _clause(mean: float, canary: Canary) -> str:
+def _clause(mean: float, canary: Canary, tolerance: float) -> str:
     return (
-        f"mean difference {mean:.4g} nats on the canary, tolerance {_tolerance(canary):.2g} "
+        f"mean difference {mean:.4g} nats on the canary, tolerance {tolerance:.2g} "
         f"({canary.engine['dtype']})"
     )
 
@@ -134,6 +151,8 @@ def _distance_to_stored(path: str, canary: Canary) -> float:
     values = _values(canary)
     if not storage.exists(path):
         content = {"engine": canary.engine, "gold_and_head_logprobs": values.tolist()}
+        if canary.comparison is not None:
+            content["transformers"] = asdict(canary.comparison)
         storage.write_json(path, content)
         return 0.0
     stored = np.array(storage.read_json(path)["gold_and_head_logprobs"], np.float64)

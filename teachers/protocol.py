@@ -190,6 +190,38 @@ class GeneratedAnswer:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Comparison of an engine's log-probabilities with those of transformers, in nats.
+
+    Attributes:
+        reason: reason why nothing was compared; None if something was.
+        num_tokens: length of the text.
+        mean: mean absolute difference, over the own token and the most probable entries of every
+            position.
+        signed_mean: mean difference.
+        largest: largest absolute difference.
+        noise: mean absolute difference that rounding explains.
+        tolerance: largest `mean` that is accepted.
+    """
+
+    reason: str | None
+    num_tokens: int = 0
+    mean: float = 0.0
+    signed_mean: float = 0.0
+    largest: float = 0.0
+    noise: float = 0.0
+    tolerance: float = 0.0
+
+    def __str__(self) -> str:
+        if self.reason is not None:
+            return f"not compared with transformers: {self.reason}"
+        return (
+            f"{self.mean:.2g} nats from transformers in the mean of {self.num_tokens} tokens, "
+            f"tolerance {self.tolerance:.2g}"
+        )
+
+
+@dataclass(frozen=True)
 class Canary:
     """Rows of the short canary from one engine, or from one endpoint.
 
@@ -198,11 +230,13 @@ class Canary:
             number of layers.
         gold_logprobs: float32[P], log-probability of the canary's own tokens.
         top_logprobs: float32[P, K], log-probabilities of the most probable entries, descending.
+        comparison: comparison of the engine with transformers, if there was one.
     """
 
     engine: dict[str, Any]
     gold_logprobs: np.ndarray
     top_logprobs: np.ndarray
+    comparison: Comparison | None = None
 
     @classmethod
     def of(cls, rows: CapturedRows, engine: dict[str, Any]) -> Canary:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 from jobs.bookkeeping.stage_records import StageRecord, score_key
 from jobs.stages.filter import Filtered, filter_scored
 from jobs.stages.teacher_pools import engine_seconds, teacher_work
+from pipeline import storage
 from pipeline.cache.generations import pin_generations
 from pipeline.cache.index import quarantined
 from pipeline.cache.kinds import entries_of, holds_hidden_states, teacher_of
@@ -33,8 +34,7 @@ from pipeline.sequences import read_dataset, write_dataset
 from students.data.packing import refuse_long_groups, refuse_long_sequences
 from teachers.canary import check_cache_canaries
 from teachers.pool.contracts import PoolReport
-from teachers.pool.pool import run_pools
-from teachers.protocol import Canary
+from teachers.pool.pool import TeacherWork, run_pools
 from teachers.tasks.score import CacheOutput, ScoredShard, ScoreTask, plan_scoring
 
 logger = logging.getLogger(__name__)
@@ -173,21 +173,26 @@ def fill_caches(
             unit="sequences",
             share_prefixes=len(set(prompts_of.values())) < len(prompts_of),
         )
-        pools.append(replace(pool, check_canary=_check_canary(run.config, teacher, tasks)))
+        pools.append(_with_checks(pool, run.config, tasks))
     return run_pools(pools)
 
 
-def _check_canary(
-    config: Config, teacher: str, tasks: Sequence[ScoreTask]
-) -> Callable[[Canary], None] | None:
-    """Comparison of an engine's canary with the engines that began the caches.
+def _with_checks(pool: TeacherWork, config: Config, tasks: Sequence[ScoreTask]) -> TeacherWork:
+    """The work with the comparisons of its engines: with the engines that began the caches, and
+    with transformers where a cache begins.
 
     An endpoint has none here: it is compared with its own first canary.
     """
-    if not isinstance(config.teachers[teacher], TeacherConfig):
-        return None
-    paths = {output.cache.canary for task in tasks for output in task.outputs}
-    return partial(check_cache_canaries, sorted(paths), teacher)
+    teacher = config.teachers[pool.name]
+    if not isinstance(teacher, TeacherConfig):
+        return pool
+    paths = sorted({output.cache.canary for task in tasks for output in task.outputs})
+    begins = not all(map(storage.exists, paths))
+    return replace(
+        pool,
+        check_canary=partial(check_cache_canaries, paths, pool.name),
+        compare_with_transformers=teacher.compare_with_transformers and begins,
+    )
 
 
 def _output(run: Run, name: str, cache: CacheLayout) -> CacheOutput:
@@ -236,6 +241,8 @@ def scored_summary(name: str, report: PoolReport, num_quarantined: int) -> str:
         )
     if report.engines and not holds_hidden_states(name):
         line += f", captured by {' and '.join(sorted({e['capture'] for e in report.engines}))}"
+        compared = [e["comparison"] for e in report.engines if "comparison" in e]
+        line += "".join(f", {sentence}" for sentence in compared)
     if any(engine["prefix_sharing"] for engine in report.engines):
         cached = sum(shard.num_cached_tokens for shard in done)
         tokens = sum(shard.num_tokens for shard in done)

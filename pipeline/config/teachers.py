@@ -45,6 +45,11 @@ class TeacherConfig(Section):
     allow_chat_template_difference: bool = False
     """Accept that the teacher's own chat template renders prompts differently from the student's.
     The teacher then sees prompts in the student's format, which may be new to it."""
+    compare_with_transformers: Annotated[bool, Field(exclude_if=lambda compare: compare)] = True
+    """Compare the engine that begins a cache with transformers, which computes a text of up to 1280
+    tokens on the CPU of the engine's node. An engine whose log-probabilities differ by more than
+    rounding explains is refused. Nothing is compared where the weights are quantised, or need more
+    than half of the node's free memory in float32."""
     cost_per_hour: Annotated[float, Field(ge=0)] = 0.0
     """Price per hour of the hardware of one engine, in any currency. The report adds it up; it
     changes nothing else."""

@@ -29,7 +29,7 @@ from pipeline.records import AnswerEnds
 from pipeline.synthesis.rewriting import read_template, rubric_of, templates_of
 
 NEUTRAL_TEACHER_KEYS: dict[str, Any] = {
-    **dict.fromkeys(("cost_per_hour", "replicas", "resources"), True),
+    **dict.fromkeys(("compare_with_transformers", "cost_per_hour", "replicas", "resources"), True),
     "endpoint": dict.fromkeys(NEUTRAL_ENDPOINT_KEYS, True),
 }
 PREPARATION_VERSION = 3

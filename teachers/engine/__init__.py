@@ -8,5 +8,6 @@ arguments        the user's keys, our keys, our defaults
 prompt_topk      vLLM's arrays of log-probabilities, kept and proved
 state_connector  writes hidden states on a CPU; vLLM loads it
 hidden_states    hidden states from the engine's process, file by file
+reference        comparison of the engine with transformers on the CPU
 hardware         device, memory and size of a model
 """

@@ -17,13 +17,14 @@ from vllm.third_party import pynvml
 
 from pipeline.errors import TeacherError
 from pipeline.records import Prompt
-from teachers.canary import full_step, full_step_death
-from teachers.engine import hardware
+from teachers.canary import canary_ids, full_step, full_step_death
+from teachers.engine import hardware, reference
 from teachers.engine.row_capture import RowCapture
 from teachers.engine.running_engine import RunningEngine
 from teachers.protocol import (
     Canary,
     CapturedRows,
+    Comparison,
     EarlierRows,
     EngineDiedError,
     EngineSpec,
@@ -106,6 +107,22 @@ class VllmTeacher:
         for i, each in enumerate(parameters):
             each.seed = None if each.seed is None else each.seed + i
         return list(await asyncio.gather(*(self._answer(prompt_ids, each) for each in parameters)))
+
+    async def compare_with_transformers(self) -> Comparison:
+        """Compares the engine's log-probabilities with those of transformers, where memory allows.
+
+        Raises:
+            EngineDiedError: the engine is gone.
+        """
+        config = self.engine.config.model_config.hf_config.to_dict()
+        length = reference.num_tokens(config, self.engine.max_model_len - 1)
+        engine, vocabulary = self.metadata(), self.engine.vocabulary
+        reason = reference.reason_not_to_compare(self._spec, engine, length, vocabulary)
+        if reason is not None:
+            return Comparison(reason)
+        ids = canary_ids(length, vocabulary)
+        rows = await self.score(ScoringRequest(ids, 1))
+        return await asyncio.to_thread(reference.compare, self._spec, engine, ids, rows)
 
     def canary(self) -> Canary | None:
         """The canary that the engine has scored; None if the engine only generates."""

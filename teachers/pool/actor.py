@@ -19,7 +19,7 @@ from ray.exceptions import RayError, RayTaskError
 from pipeline.config.base import Resources
 from teachers.pool.contracts import ReplicaDied, Task
 from teachers.pool.dispatch import TASKS_IN_FLIGHT
-from teachers.protocol import Canary, EndpointSpec, EngineDiedError, EngineSpec, Teacher
+from teachers.protocol import Canary, Comparison, EndpointSpec, EngineDiedError, EngineSpec, Teacher
 
 ENGINE_ENV_VARS = {
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -66,6 +66,13 @@ class TeacherActor:
     async def canary(self) -> Canary | None:
         """The teacher's canary; None if none of its rows are kept."""
         return self._teacher.canary()
+
+    async def compare_with_transformers(self) -> Comparison:
+        """Compares the engine with transformers."""
+        from teachers.engine.vllm_teacher import VllmTeacher
+
+        assert isinstance(self._teacher, VllmTeacher), "an endpoint has no weights here"
+        return await self._teacher.compare_with_transformers()
 
     async def run(self, task: Task) -> Any:
         """Runs a task beside the teacher."""
@@ -114,6 +121,10 @@ class RayReplica:
     async def canary(self) -> Canary | None:
         """The teacher's canary; None if none of its rows are kept."""
         return await self._ask(self._actor.canary.remote())
+
+    async def compare_with_transformers(self) -> Comparison:
+        """Comparison of the engine with transformers."""
+        return await self._ask(self._actor.compare_with_transformers.remote())
 
     async def run(self, task: Task) -> Any:
         """Runs a task.

@@ -18,6 +18,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pipeline.errors import DistillationError, TeacherError
@@ -25,7 +26,7 @@ from teachers.canary import check_replicas_agree
 from teachers.concurrency import cancel
 from teachers.pool.contracts import PoolReport, Progress, Replica, ReplicaDied, Task
 from teachers.pool.task_ledger import Attempt, TaskLedger
-from teachers.protocol import Canary
+from teachers.protocol import Canary, Comparison
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +51,11 @@ class Dispatcher:
         tasks: Sequence[Task],
         progress: Progress | None = None,
         check_canary: Callable[[Canary], None] | None = None,
+        compare_with_transformers: bool = False,
     ) -> None:
-        """`check_canary` refuses a replica by its canary, whatever the other replicas score."""
+        """`check_canary` refuses a replica by its canary, whatever the other replicas score; the
+        first canary has the comparison with transformers, if there shall be one.
+        """
         self._name, self._launch, self._check_canary = name, launch, check_canary
         self._num_slots = min(replicas, len(tasks))
         # No replica takes at once what another, still starting, could share.
@@ -59,7 +63,9 @@ class Dispatcher:
         self._ledger = TaskLedger(name, tasks, progress)
         self._report = self._ledger.report
         self._running: dict[Replica, dict[str, Any]] = {}
+        self._compares_with_transformers = compare_with_transformers
         self._first_canary: Canary | None = None
+        self._comparing = asyncio.Lock()
         self._deaths_in_a_row = 0
 
     async def run(self) -> PoolReport:
@@ -120,25 +126,36 @@ class Dispatcher:
         logger.info("%s: a replica starts", self._name)
         try:
             metadata = await replica.ready()
-            await self._compare(await replica.canary())
+            async with (
+                self._comparing
+            ):  # no other replica works before the first is known to be right
+                comparison = await self._compare(replica)
         except (DistillationError, ReplicaDied):
             raise
         except Exception as error:
             raise ReplicaDied(f"the replica did not start: {error}") from error
         shown = ", ".join(f"{key} {metadata[key]}" for key in LOGGED if key in metadata)
         logger.info("%s: a replica is ready: %s", self._name, shown)
+        if comparison is not None:
+            logger.info("%s: %s", self._name, comparison)
+            metadata = metadata | {"comparison": str(comparison)}
         self._running[replica] = metadata | {"peak_memory_bytes": None}
         self._report.engines.append(self._running[replica])
 
-    async def _compare(self, canary: Canary | None) -> None:
-        """Refuses a replica that scores the canary otherwise than the first, dead or alive."""
+    async def _compare(self, replica: Replica) -> Comparison | None:
+        """Refuses a replica that scores the canary otherwise than the first, dead or alive, and
+        compares the first with transformers if that is asked for.
+        """
+        canary = await replica.canary()
         if canary is None:
-            return
-        if self._first_canary is None:
-            self._first_canary = canary
-        check_replicas_agree(self._name, self._first_canary, canary)
+            return None
+        if self._first_canary is None and self._compares_with_transformers:
+            canary = replace(canary, comparison=await replica.compare_with_transformers())
+        check_replicas_agree(self._name, self._first_canary or canary, canary)
         if self._check_canary is not None:
             await asyncio.to_thread(self._check_canary, canary)
+        self._first_canary = self._first_canary or canary
+        return canary.comparison
 
     async def _run_lanes(self, replica: Replica, suspects: deque[Attempt]) -> None:
         """Runs several tasks at a time until the replica dies; those in flight become suspects."""

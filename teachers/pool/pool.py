@@ -37,6 +37,7 @@ class TeacherWork:
         autoscaling: the cluster adds nodes on demand, so an actor that no present node can hold
             waits.
         check_canary: refuses an engine by its canary.
+        compare_with_transformers: compare the first engine with transformers before it works.
     """
 
     name: str
@@ -48,6 +49,7 @@ class TeacherWork:
     progress: Progress | None = None
     autoscaling: bool = False
     check_canary: Callable[[Canary], None] | None = None
+    compare_with_transformers: bool = False
 
     def launch(self) -> RayReplica:
         """Starts a new actor."""
@@ -70,7 +72,15 @@ def run_pools(all_work: Sequence[TeacherWork]) -> dict[str, PoolReport]:
 
 async def _run_all(all_work: Sequence[TeacherWork]) -> dict[str, PoolReport]:
     dispatchers = [
-        Dispatcher(w.name, w.launch, w.replicas, w.tasks, w.progress, w.check_canary)
+        Dispatcher(
+            w.name,
+            w.launch,
+            w.replicas,
+            w.tasks,
+            w.progress,
+            w.check_canary,
+            w.compare_with_transformers,
+        )
         for w in all_work
     ]
     running = [asyncio.create_task(each.run()) for each in dispatchers]

@@ -1,8 +1,9 @@
 """Canaries: their token ids, and the conclusions from their rows."""
 
 import asyncio
+import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from teachers.canary import (
     reason_not_to_share_prefixes,
 )
 from teachers.noise import ROUNDOFF, mean_tolerance, state_tolerance
-from teachers.protocol import CANARY_ENTRIES, Canary, CapturedRows
+from teachers.protocol import CANARY_ENTRIES, Canary, CapturedRows, Comparison
 from teachers.tasks.control import ControlTask
 
 ENGINE = {
@@ -67,7 +68,7 @@ def test_masked_tokens_agree_with_each_other_and_with_nothing_else() -> None:
 @pytest.mark.parametrize("key", ["engine_version", "dtype", "quantization"])
 def test_other_kinds_of_engine_are_refused_with_both_names(key: str) -> None:
     with pytest.raises(TeacherError, match=f"differ in {key}: {ENGINE[key]} and other"):
-        check_replicas_agree("teacher", canary(), canary(**{key: "other"}))
+        check_replicas_agree("teacher", canary(), canary(0.0, **{key: "other"}))
 
 
 def test_a_teacher_may_run_on_several_kinds_of_device() -> None:
@@ -93,6 +94,35 @@ def test_later_engines_are_held_to_the_one_that_began_the_cache(
     ):
         with pytest.raises(TeacherError, match=message):
             check_cache_canaries(paths[:1], "teacher", other)
+
+
+def test_an_engine_that_computes_another_model_begins_no_cache(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.json")
+    wrong = Comparison(None, num_tokens=128, mean=0.3, signed_mean=-0.1, largest=3.7, tolerance=0.2)
+    with pytest.raises(
+        TeacherError,
+        match=r"differ by 0\.3 nats in the mean of 128 tokens \(signed -0\.1, at most 3\.7\).*"
+        r"explains 0\.2.*model_impl.*teachers\.granite\.compare_with_transformers: false",
+    ):
+        check_cache_canaries([path], "granite", replace(canary(), comparison=wrong))
+    assert not Path(path).exists()
+    with pytest.raises(TeacherError, match="nan nats in the mean"):
+        broken = replace(wrong, mean=math.nan)
+        check_cache_canaries([path], "granite", replace(canary(), comparison=broken))
+
+
+def test_the_comparison_lies_beside_the_canary_and_its_noise_counts(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.json")
+    right = Comparison(None, num_tokens=128, mean=0.01, noise=0.05, tolerance=0.15)
+    check_cache_canaries([path], "teacher", replace(canary(), comparison=right))
+    stored = json.loads(Path(path).read_text())
+    assert stored["transformers"] == asdict(right)
+    check_cache_canaries([path], "teacher", canary(-30.0))  # 0.1 nats in the mean
+    unknown = str(tmp_path / "b.json")
+    check_cache_canaries([unknown], "teacher", replace(canary(), comparison=Comparison("no room")))
+    assert json.loads(Path(unknown).read_text())["transformers"]["reason"] == "no room"
+    with pytest.raises(TeacherError, match="mean difference 0\\.1"):
+        check_cache_canaries([unknown], "teacher", canary(-30.0))
 
 
 @pytest.mark.parametrize("dtype", ROUNDOFF)

@@ -17,7 +17,7 @@ from teachers.pool.actor import engine_env_vars
 from teachers.pool.contracts import PoolReport, ReplicaDied
 from teachers.pool.dispatch import TASKS_IN_FLIGHT, Dispatcher
 from teachers.pool.placement import check_placement
-from teachers.protocol import Canary, ItemsFailedError
+from teachers.protocol import Canary, Comparison, ItemsFailedError
 from teachers.tasks.control import ControlTask
 
 
@@ -63,6 +63,7 @@ class Cluster:
     alive: int = 0
     in_flight: int = 0
     most_in_flight: int = 0
+    comparisons: int = 0
 
     def launch(self) -> FakeReplica:
         self.launched += 1
@@ -92,6 +93,11 @@ class FakeReplica:
         gold = np.array([-1.0, self._cluster.gold_logprobs[self._number]], np.float32)
         engine = {"engine_version": "1", "quantization": None, "dtype": "bfloat16"}
         return Canary(engine | {"device": f"gpu {self._number}"}, gold, gold[:, None])
+
+    async def compare_with_transformers(self) -> Comparison:
+        self._cluster.comparisons += 1
+        await asyncio.sleep(0)
+        return Comparison(None, num_tokens=128, mean=0.25, tolerance=0.5)
 
     async def run(self, task: NumbersTask | ControlTask) -> list[int]:
         cluster = self._cluster
@@ -224,6 +230,23 @@ def test_the_successor_of_a_dead_replica_is_compared_with_the_first() -> None:
     cluster = Cluster(deadly_once={5}, gold_logprobs=[-2.0, -3.0])
     with pytest.raises(TeacherError, match=r"-2\.00000 on gpu 0 and -3\.00000 on gpu 1"):
         run(cluster, [4] * 4, replicas=1)
+
+
+def test_the_first_engine_alone_is_compared_with_transformers_before_any_works() -> None:
+    cluster = Cluster(gold_logprobs=[-2.0, -2.0])
+    seen: list[tuple[Comparison | None, int]] = []
+
+    def check(canary: Canary) -> None:
+        seen.append((canary.comparison, cluster.most_in_flight))
+
+    tasks = [NumbersTask((number,), []) for number in range(4)]
+    dispatcher = Dispatcher("fake", cluster.launch, 2, tasks, None, check, True)
+    report = asyncio.run(dispatcher.run())
+    (first, working), *others = seen
+    assert cluster.comparisons == 1 and working == 0
+    assert first is not None and all(comparison is None for comparison, _ in others)
+    said = [engine["comparison"] for engine in report.engines if "comparison" in engine]
+    assert said == ["0.25 nats from transformers in the mean of 128 tokens, tolerance 0.5"]
 
 
 def test_an_engine_whose_canary_is_refused_does_nothing() -> None:

@@ -21,7 +21,7 @@ from pipeline.synthesis.rewriting import PromptRequest
 from teachers.endpoint.teacher import EndpointTeacher
 from teachers.pool.contracts import PoolReport, ReplicaDied, Task
 from teachers.pool.dispatch import Dispatcher
-from teachers.protocol import EndpointSpec, EngineDiedError, ItemsFailedError
+from teachers.protocol import Comparison, EndpointSpec, EngineDiedError, ItemsFailedError
 from teachers.tasks.answer import AnswerTask, plan_answers
 from teachers.tasks.control import CONTROL_MESSAGE
 from teachers.tasks.judge import JudgeTask, plan_judging, read_grades
@@ -47,6 +47,8 @@ class EndpointReplica:
         return self._teacher.metadata()
 
     async def canary(self) -> None: ...
+    async def compare_with_transformers(self) -> Comparison:
+        raise AssertionError("an endpoint has no weights here")
 
     async def run(self, task: Any) -> Any:
         try:
