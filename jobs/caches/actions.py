@@ -13,6 +13,7 @@ import numpy as np
 
 from jobs.bookkeeping.stage_records import read_record, write_record
 from jobs.caches.run_caches import RunCaches, round_dataset
+from jobs.stages.preference import preference_digest
 from pipeline import storage
 from pipeline.cache.generations import named_generations
 from pipeline.cache.index import forget_quarantined, missing_sequences
@@ -217,6 +218,12 @@ def _retry_round(run: Run) -> Counter[str]:
             record = read_record(layout, stage)
             if record.key:
                 write_record(layout, stage, record.model_copy(update={"key": ""}))
+    if (judge := run.config.evaluation.judge) is not None:
+        forgotten = forget_ungraded(layout, preference_digest(run, judge))
+        counts["preferences"] += forgotten
+        record = read_record(layout, "evaluate")
+        if forgotten and record.key:
+            write_record(layout, "evaluate", record.model_copy(update={"key": ""}))
     dataset = round_dataset(run.config)
     entries = [] if dataset is None else read_dataset(layout, dataset)
     for cache in run.all_layouts().values():

@@ -10,6 +10,7 @@ score          stage 3: every teacher's rows, the dataset to train on
 train          stage 4: student and twin
 export         stage 5: Hugging Face folders
 evaluate       stage 6: measures all models, writes the report
+preference     a judge's preference between answers of two models
 serving        serves one model, makes figures of its answers
 holdout        hold-out likelihoods of all models
 rounds_report  the report's rows for stages and rounds

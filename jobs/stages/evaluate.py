@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
@@ -12,6 +13,7 @@ from importlib import metadata
 from jobs.bookkeeping.plan import students_of
 from jobs.bookkeeping.stage_records import StageRecord, read_record, stage_key, unended_attempts
 from jobs.stages.holdout import holdout_figures, renormalised_sequences
+from jobs.stages.preference import preference_line, preferences
 from jobs.stages.rounds_report import round_rows, stage_rows
 from jobs.stages.serving import (
     ServedModel,
@@ -77,14 +79,16 @@ def evaluate(run: Run, dataset: str) -> StageRecord:
         for name in [*config.scoring_teachers, *students_of(config)]
     ]
     models = [model.figures for model in served]
-    took = {model.figures.name: model.seconds for model in served}
+    took: Counter[str] = Counter()
+    took.update({model.figures.name: model.seconds for model in served})
     begun = time.monotonic()
     students = [
         measure_former_student(replace(run, layout=former_layout), prompts, likelihoods)
         for former_layout, likelihoods in zip(former, figures.former, strict=True)
     ]
-    took[STUDENT] += time.monotonic() - begun
+    took.update({STUDENT: time.monotonic() - begun})
     students += [model.domains for model in models if model.name == STUDENT]
+    preferred = preferences(run, prompts, took)
     # Equal for all models: the student's tokenizer decides.
     too_long = {"holdout_too_long_to_ask": served[-1].num_too_long}
     synthesized, scored = (read_record(layout, stage) for stage in ("synthesize", "score"))
@@ -107,11 +111,17 @@ def evaluate(run: Run, dataset: str) -> StageRecord:
         fidelity=figures.fidelity,
         differences=figures.differences,
         shown_prompts=_shown_prompts(run, [m.name for m in models], prompts, holdout, figures.kl),
+        preferences=preferred,
     )
     storage.write_json(layout.report_json, report.model_dump())
     storage.write_bytes(layout.report_html, render_html(report).encode())
-    summary = f"{rounds_summary(report)}{text_summary(report)}\n{layout.report_html}"
-    return StageRecord(key=stage_key(run, "evaluate"), engine_seconds=took, summary=summary)
+    tables = f"{rounds_summary(report)}{text_summary(report)}"
+    lines = [tables, preference_line(preferred), layout.report_html]
+    return StageRecord(
+        key=stage_key(run, "evaluate"),
+        engine_seconds=dict(took),
+        summary="\n".join(filter(None, lines)),
+    )
 
 
 def run_provenance(run: Run, dataset: str, device: str) -> RunProvenance:
@@ -135,7 +145,7 @@ def run_provenance(run: Run, dataset: str, device: str) -> RunProvenance:
 
 
 def _own_row(
-    config: Config, layout: Layout, seconds: float, took: dict[str, float]
+    config: Config, layout: Layout, seconds: float, took: Mapping[str, float]
 ) -> EvaluateStageFigures:
     """Time and cost of this stage, which has no stage record yet."""
     return EvaluateStageFigures(
@@ -145,7 +155,7 @@ def _own_row(
         # This attempt is one of them.
         unended=max(0, unended_attempts(layout, "evaluate") - 1),
         seconds=seconds,
-        engine_seconds=took,
+        engine_seconds=dict(took),
     )
 
 

@@ -30,7 +30,7 @@ from pipeline.synthesis.prompts import load_prompts
 from pipeline.synthesis.rewriting import fill, rubric_of
 from pipeline.synthesis.steps import all_prompts, walk
 from teachers.pool.pool import run_pools
-from teachers.tasks.judge import JudgeTask, plan_judging, read_grades
+from teachers.tasks.judge import GRADES, JudgeTask, plan_judging, read_grades
 from teachers.tokenizing import answer_text, prompt_ids, student_tokenizer
 
 
@@ -170,20 +170,42 @@ def _grades(
     Args:
         seconds: engine seconds by teacher, to which the time of the judge is added.
     """
-    config, name = run.config, rule.teacher
-    identity, teacher = run.prepared.identities[name], config.teachers[name]
-    digest = digest_json(judging_identity(config, rule, identity, run.prepared.tokenizer_hash))
+    identity, tokenizer = run.prepared.identities[rule.teacher], run.prepared.tokenizer_hash
+    digest = digest_json(judging_identity(run.config, rule, identity, tokenizer))
     rubric = rubric_of(rule)
-    questions = [
-        (c.entry.sequence_id, _question(rubric, prompts[c.entry.prompt_id], c)) for c in candidates
-    ]
-    template = JudgeTask(run.layout, digest, (), config.student, not teacher.returns_text)
+    questions = []
+    for candidate in candidates:
+        text = fill(rubric, prompt=candidate.prompt, answer=candidate.answer)
+        prompt = prompts[candidate.entry.prompt_id]
+        questions.append((candidate.entry.sequence_id, as_question(prompt, text)))
+    return ask_judge(run, rule.teacher, digest, questions, seconds)
+
+
+def ask_judge(
+    run: Run,
+    name: str,
+    digest: str,
+    questions: Sequence[tuple[str, Prompt]],
+    seconds: Counter[str],
+    grades: tuple[int, ...] = GRADES,
+) -> dict[str, int | None]:
+    """All replies of a judge under an identity, by question; questions without one are asked now.
+
+    Args:
+        name: teacher that judges.
+        digest: digest of the identity, which names the folder of the replies.
+        questions: ids of the questions, with their words.
+        seconds: engine seconds by teacher, to which the time of the judge is added.
+        grades: digits that the judge may reply.
+    """
+    config, teacher = run.config, run.config.teachers[name]
+    template = JudgeTask(run.layout, digest, (), config.student, not teacher.returns_text, grades)
     known = read_grades(run.layout, digest)
     tokenizer, _ = student_tokenizer(config.student.files)
     needs = {
-        sequence_id: len(prompt_ids(tokenizer, question)) + template.max_tokens
-        for sequence_id, question in questions
-        if sequence_id not in known
+        identifier: len(prompt_ids(tokenizer, question)) + template.max_tokens
+        for identifier, question in questions
+        if identifier not in known
     }
     most = teacher.max_model_len or math.inf
     new = [(i, question) for i, question in questions if i in needs and needs[i] <= most]
@@ -201,9 +223,8 @@ def _grades(
     return read_grades(run.layout, digest)
 
 
-def _question(rubric: str, prompt: Prompt, candidate: Candidate) -> Prompt:
-    """The filled rubric as a prompt: a chat message if the prompt is a chat, otherwise raw text."""
-    text = fill(rubric, prompt=candidate.prompt, answer=candidate.answer)
+def as_question(prompt: Prompt, text: str) -> Prompt:
+    """A text about a prompt's answers: a chat message if the prompt is a chat, otherwise raw."""
     if prompt.messages is None:
         return replace(prompt, text=text)
     return replace(prompt, messages=({"role": "user", "content": text},))

@@ -7,7 +7,7 @@ Each check takes the sections that it compares, and raises a `ValueError` with a
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from pipeline.config.base import Resources
@@ -282,6 +282,29 @@ def _check_filter_teacher(place: str, rule: Filter, teachers: Teachers) -> None:
             f"{place} needs cached rows of {rule.scoring_teacher!r}, which does not score: name "
             f"one of {scoring}"
         )
+
+
+def check_judge(judge: str, against: Sequence[str], twin: bool, teachers: Teachers) -> None:
+    """Checks that a judge is a teacher, and that what it compares is served in the evaluation.
+
+    Args:
+        judge: name of the teacher that judges.
+        against: models whose answers are compared with the student's; none means the twin.
+        twin: whether a twin is trained.
+    """
+    _check_teacher("evaluation.judge.teacher", judge, teachers)
+    if not against and not twin:
+        raise ValueError(
+            "evaluation.judge compares the student with the twin, and there is none: name teachers "
+            "in evaluation.judge.against, or set evaluation.twin: true"
+        )
+    served = [*scoring_teachers(teachers), *(["twin"] if twin else [])]
+    for name in against:
+        if name not in served:
+            raise ValueError(
+                f"evaluation.judge.against names {name!r}, which the evaluation does not serve; "
+                f"{closest(name, served)}"
+            )
 
 
 def check_endpoints(teachers: Teachers, num_logprobs: int, env_vars: Container[str]) -> None:

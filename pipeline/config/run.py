@@ -20,6 +20,7 @@ from pipeline.config.checks import (
     check_engine_devices,
     check_filter_needs,
     check_hidden_states,
+    check_judge,
     check_recipe_authors,
     check_rounds,
     check_sequence_length,
@@ -68,6 +69,24 @@ class StorageConfig(Section):
         return self
 
 
+class JudgeConfig(Section):
+    """A teacher that compares answers of the student with those of other models.
+
+    The judge sees two answers to a hold-out prompt in both orders, and replies which one is better,
+    or that they are equally good. A preference counts where it is the same in both orders. The
+    words are those of `pipeline/synthesis/templates/prefer.txt`.
+    """
+
+    teacher: Name
+    """Teacher that judges. A large one, best none that the student is compared with: models prefer
+    answers like their own."""
+    prompts: Count = 50
+    """Number of hold-out prompts of each domain that are judged, chosen by the seed."""
+    against: list[Name] = Field(default_factory=list)
+    """Models whose answers are compared with the student's: `twin`, or teachers that score. Without
+    any it is the twin."""
+
+
 class EvaluationConfig(Section):
     """Measurements of the report on the hold-out prompts."""
 
@@ -87,6 +106,9 @@ class EvaluationConfig(Section):
     shown_prompts: Annotated[int, Field(ge=0, exclude_if=lambda number: number == 3)] = 3
     """Number of hold-out prompts of each domain, chosen by the seed, whose answers the report shows
     side by side. It shows as many more where the student is furthest from the teachers."""
+    judge: Annotated[JudgeConfig | None, Field(exclude_if=lambda judge: judge is None)] = None
+    """Comparison of the student's answers with those of other models by a teacher. Set it where
+    answers have no reference, and a teacher is good enough to judge them."""
     resources: Resources = Resources()
     """Resources of each engine that serves the student, and of the tasks that export the student
     and compute its hold-out losses. For GPUs set `{num_gpus: 1}`."""
@@ -162,6 +184,8 @@ class Config(Section):
         check_sequence_length(synthesis, training)
         check_system_prompts(synthesis, "system_prompt" in self.evaluation.model_fields_set)
         check_filter_needs(synthesis, self.prompts, teachers)
+        if (judge := self.evaluation.judge) is not None:
+            check_judge(judge.teacher, judge.against, self.evaluation.twin, teachers)
         check_endpoints(teachers, self.scoring.num_logprobs, self.cluster.env_vars)
         check_engine_devices(teachers, self.student, self.evaluation.resources)
         return self

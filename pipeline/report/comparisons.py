@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from pipeline.report.models import DifferenceFigures, Estimate, FidelityFigures, Report
+from pipeline.report.models import (
+    DifferenceFigures,
+    Estimate,
+    FidelityFigures,
+    PreferenceFigures,
+    Report,
+)
 from pipeline.report.numbers import number, percent, significant
+from pipeline.report.statistics import wilson_interval
 
 SMALL_NATS = 0.01
 LABELS = {"twin": "the twin", "start": "the model that it started from"}
@@ -48,6 +55,27 @@ def difference_words(report: Report, other: str) -> str:
         _nats_difference("hold-out loss", figures.loss),
     ]
     return "; ".join(filter(None, parts))
+
+
+def preference_words(figures: PreferenceFigures) -> str:
+    """The judge's preference with its interval, and the prompts at which there is none."""
+    rest = {
+        "the same answer": figures.same,
+        "equally good": figures.ties,
+        "changed with the order of the answers": figures.inconsistent,
+        "not judged": figures.unjudged,
+    }
+    others = ", ".join(f"{count:,} {reason}" for reason, count in rest.items() if count)
+    beside = f"; of {figures.prompts:,} prompts {others}" if others else ""
+    if not figures.decided:
+        return f"no preference at any of {figures.prompts:,} prompts{beside}"
+    share = figures.wins / figures.decided
+    low, high = wilson_interval(share, figures.decided)
+    chance = ", within chance" if low <= 0.5 <= high else ""
+    return (
+        f"the student's answer is preferred at {percent(share)} of {figures.decided:,} decided "
+        f"prompts (95 % {number(100 * low, 1)} to {percent(high)}{chance}){beside}"
+    )
 
 
 def nats(value: float) -> str:

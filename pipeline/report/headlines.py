@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from pipeline.report.comparisons import difference_words, fidelity_words
+from pipeline.report.comparisons import difference_words, fidelity_words, preference_words
 from pipeline.report.models import DomainFigures, ExportCheck, ModelFigures, Report
 from pipeline.report.numbers import number, percent, scaled, significant
 from pipeline.report.statistics import pooled, within_chance
@@ -33,6 +33,11 @@ def headlines(report: Report) -> list[str]:
             lines.append(f"Against the twin (cross-entropy alone): {'; '.join(findings)}.")
     if measured := difference_words(report, "start"):
         lines.append(f"Against the model that it started from: {measured}.")
+    lines += [
+        f"Against {row.other}, judged by {row.judge}: {preference_words(row)}."
+        for row in report.preferences
+        if row.domain is None or len(report.domains) == 1
+    ]
     return lines + _cautions(report.export_check)
 
 

@@ -136,6 +136,35 @@ class ShownPrompt(FrozenModel):
     answers: list[ShownAnswer]
 
 
+class PreferenceFigures(FrozenModel):
+    """A judge's preference between the student's answers and another model's, each pair asked in
+    both orders.
+    """
+
+    judge: str
+    other: str
+    domain: str | None
+    """None for all domains together."""
+    prompts: int
+    wins: int = 0
+    """Prompts at which the judge prefers the student in both orders."""
+    losses: int = 0
+    """Prompts at which the judge prefers the other model in both orders."""
+    ties: int = 0
+    """Prompts at which the judge finds both answers equally good in both orders."""
+    inconsistent: int = 0
+    """Prompts at which the order of the answers changes the reply."""
+    same: int = 0
+    """Prompts at which both answers are the same text, and the judge is not asked."""
+    unjudged: int = 0
+    """Prompts at which a reply cannot be read, or the answers do not fit into the judge."""
+
+    @property
+    def decided(self) -> int:
+        """Prompts at which the judge prefers one of the two."""
+        return self.wins + self.losses
+
+
 class ModelFigures(FrozenModel):
     """Quality, size, speed and price of one served model."""
 
@@ -300,6 +329,8 @@ class Report(FrozenModel):
     """Differences of the student from the twin and from its start."""
     shown_prompts: list[ShownPrompt] = []
     """Some hold-out prompts with the answers of all models."""
+    preferences: list[PreferenceFigures] = []
+    """A judge's preferences; empty where `evaluation.judge` is not set."""
 
     @property
     def student(self) -> ModelFigures:

@@ -17,7 +17,7 @@ from pipeline.config.synthesis import Answer, Answering, GivenAnswers, Recipe
 from pipeline.config.teachers import EndpointTeacherConfig, TeacherConfig
 from pipeline.fingerprint import digest_bytes, digest_json
 from pipeline.layout import CacheLayout, Layout
-from pipeline.synthesis.rewriting import rubric_of, templates_of
+from pipeline.synthesis.rewriting import preference_template, rubric_of, templates_of
 
 SYNTHESIS_SCHEMA_VERSION = 3
 """Schema version of answered shards."""
@@ -194,6 +194,24 @@ def judging_identity(
         "tokenizer": tokenizer_hash,
         "rubric": digest_bytes(rubric_of(rule).encode()),
         "vllm": _engine_identity(config.teachers[rule.teacher]),
+        "schema_version": SYNTHESIS_SCHEMA_VERSION,
+    }
+
+
+def preference_identity(
+    config: Config, judge: str, identity: dict[str, str], tokenizer_hash: str
+) -> dict[str, Any]:
+    """The identity that names the folder of a judge's replies about pairs of answers.
+
+    Args:
+        judge: name of the teacher that judges.
+        identity: identity of its model.
+    """
+    return {
+        "judge": identity,
+        "tokenizer": tokenizer_hash,
+        "template": digest_bytes(preference_template().encode()),
+        "vllm": _engine_identity(config.teachers[judge]),
         "schema_version": SYNTHESIS_SCHEMA_VERSION,
     }
 

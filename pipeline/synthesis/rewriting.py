@@ -107,6 +107,11 @@ def rubric_of(rule: Judge) -> str:
     return read_template(rule.rubric or str(SHIPPED / "judge.txt"), "prompt", "answer")
 
 
+def preference_template() -> str:
+    """Text in which a judge compares two answers."""
+    return read_template(str(SHIPPED / "prefer.txt"), "prompt", "first", "second")
+
+
 def make_requests(recipe: Writing, pool: Sequence[Prompt], seed: int) -> list[PromptRequest]:
     """Requests of a recipe; the same pool and seed give the same requests.
 

@@ -28,8 +28,11 @@ from teachers.tasks.items import halves_of
 from teachers.tokenizing import answer_text, prompt_ids, student_tokenizer
 
 GRADES = (1, 2, 3, 4, 5)
+"""Replies of a judge that grades; one that compares has others."""
 FREE_REPLY_TOKENS = 32
-_GRADE = re.compile(r"\W*(?:(?:grade|score|rating)\W+)?([1-5])(?:\s*/\s*5)?\W*", re.IGNORECASE)
+_GRADE = re.compile(
+    r"\W*(?:(?:grade|score|rating|answer)\W+)?([1-5])(?:\s*/\s*5)?\W*", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class JudgeTask:
         questions: sequence ids, each with the rubric into which prompt and answer are filled.
         student: student, whose tokenizer is used.
         is_bound: the judge can be kept from writing anything but a grade.
+        grades: digits that the judge may reply.
     """
 
     layout: Layout
@@ -49,6 +53,7 @@ class JudgeTask:
     questions: tuple[tuple[str, Prompt], ...]
     student: StudentConfig
     is_bound: bool = True
+    grades: tuple[int, ...] = GRADES
 
     @property
     def max_tokens(self) -> int:
@@ -83,7 +88,7 @@ class JudgeTask:
         """
         tokenizer, _ = student_tokenizer(self.student.files)
         sampling: dict[str, Any] = {"max_tokens": self.max_tokens, "temperature": 0.0}
-        grade_of = grade_tokens(tokenizer) if self.is_bound else {}
+        grade_of = grade_tokens(tokenizer, self.grades) if self.is_bound else {}
         if self.is_bound:
             sampling["allowed_token_ids"] = sorted(grade_of)
         grades: dict[str, int | None] = {}
@@ -95,7 +100,8 @@ class JudgeTask:
             if self.is_bound:
                 grades[name] = grade_of[reply.token_ids[0]]
             else:
-                grades[name] = read_grade(answer_text(tokenizer, reply.token_ids))
+                grade = read_grade(answer_text(tokenizer, reply.token_ids))
+                grades[name] = grade if grade in self.grades else None
         self._write(grades)
         if failed:
             alone = [(replace(self, questions=(item,)), error) for item, error in failed]
@@ -116,19 +122,21 @@ def read_grade(reply: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def grade_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, int]:
+def grade_tokens(
+    tokenizer: PreTrainedTokenizerBase, grades: Sequence[int] = GRADES
+) -> dict[int, int]:
     """Grades by the token id that stands for them.
 
     Raises:
         ConfigError: a digit is not a single token of the tokenizer.
     """
     grade_of: dict[int, int] = {}
-    for grade in GRADES:
+    for grade in grades:
         ids = tokenizer(str(grade), add_special_tokens=False)["input_ids"]
         if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
             raise ConfigError(
-                f"the filter judge needs a tokenizer in which {str(grade)!r} is one token, but "
-                f"{tokenizer.name_or_path} turns it into {ids}: leave the filter out, or judge by "
+                f"a judge needs a tokenizer in which {str(grade)!r} is one token, but "
+                f"{tokenizer.name_or_path} turns it into {ids}: leave the judge out, or judge by "
                 "an endpoint with `api: openai`"
             )
         grade_of[ids[0]] = grade

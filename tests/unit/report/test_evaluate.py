@@ -142,7 +142,7 @@ def test_the_same_measurements_make_the_same_report(
     assert expected["export_check"].pop("max_engine_logprob_difference") == pytest.approx(
         found["export_check"].pop("max_engine_logprob_difference"), rel=1e-6
     )
-    assert [found.pop(key) for key in ("fidelity", "differences")] == [[], []]
+    assert [found.pop(key) for key in ("fidelity", "differences", "preferences")] == [[]] * 3
     shown = found.pop("shown_prompts")
     assert sorted(s["reference"] for s in shown) == ["513", "735", "dfhc", "gebd"]
     assert [a["author"] for a in shown[0]["answers"]] == ["first", "second", "student"]

@@ -20,7 +20,7 @@ from tests.support.old_run import WRITTEN
 
 VOID_ELEMENTS = {"meta", "br", "link", "img", "hr", "input"}
 DOMAINS = ("algebra", "logic", "words")
-ADDED = ("fidelity", "differences", "shown_prompts")
+ADDED = ("fidelity", "differences", "shown_prompts", "preferences")
 """Keys that the oldest reports lack."""
 HOSTILE = '<script>alert("x")</script> & $\\frac{1}{0}$ _b'
 
