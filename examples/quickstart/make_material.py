@@ -252,7 +252,7 @@ def parse_arguments() -> argparse.Namespace:
         "--output", type=Path, default=Path(__file__).parent, help="folder to write into"
     )
     parser.add_argument("--seed", type=int, default=17, help="decides prompts and weights")
-    parser.add_argument("--training-prompts", type=int, default=2000, help="for each domain")
+    parser.add_argument("--training-prompts", type=int, default=200, help="for each domain")
     parser.add_argument("--holdout-prompts", type=int, default=180, help="for each domain")
     parser.add_argument("--steps", type=int, default=600, help="training steps of a teacher")
     parser.add_argument("--batch-size", type=int, default=128, help="sequences in a step")
@@ -276,16 +276,18 @@ def main() -> None:
         )
         for domain in DOMAINS
     }
-    write_tasks([t for d in DOMAINS for t in splits[d].training], output / "prompts.jsonl")
-    write_tasks([t for d in DOMAINS for t in splits[d].holdout], output / "holdout.jsonl")
+    training = [task for domain in DOMAINS for task in splits[domain].training]
+    holdout = [task for domain in DOMAINS for task in splits[domain].holdout]
+    write_tasks(training, output / "prompts.jsonl", with_references=False)
+    write_tasks(holdout, output / "holdout.jsonl", with_references=True)
     write_folder_basics(output / "student", student_config(tokenizer), tokenizer)
-    training = Training(
+    schedule = Training(
         steps=arguments.steps,
         batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
         warmup_steps=arguments.warmup_steps,
     )
-    figures = make_teachers(output, tokenizer, splits, training, arguments.seed)
+    figures = make_teachers(output, tokenizer, splits, schedule, arguments.seed)
     with torch.device("meta"):
         student = LlamaForCausalLM(student_config(tokenizer))
     print(json.dumps({"teachers": figures, "student_parameters": student.num_parameters()}))

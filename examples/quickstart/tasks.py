@@ -25,15 +25,10 @@ class Task:
     prompt: str
     reference: str
 
-    def to_json(self) -> str:
+    def to_json(self, with_reference: bool) -> str:
         """Returns the task as one line of the prompt format that the pipeline reads."""
-        return json.dumps(
-            {
-                "messages": [{"role": "user", "content": self.prompt}],
-                "domain": self.domain,
-                "reference": self.reference,
-            }
-        )
+        row = {"messages": [{"role": "user", "content": self.prompt}], "domain": self.domain}
+        return json.dumps(row | ({"reference": self.reference} if with_reference else {}))
 
 
 @dataclass(frozen=True)
@@ -85,6 +80,7 @@ def split_domain(domain: str, seed: int, num_training: int, num_holdout: int) ->
     return Split(pool=pool, training=pool[:num_training], holdout=tasks[:num_holdout])
 
 
-def write_tasks(tasks: Sequence[Task], path: Path) -> None:
+def write_tasks(tasks: Sequence[Task], path: Path, with_references: bool) -> None:
     """Writes tasks as JSON lines."""
-    path.write_text("".join(task.to_json() + "\n" for task in tasks), encoding="utf-8")
+    lines = [task.to_json(with_references) + "\n" for task in tasks]
+    path.write_text("".join(lines), encoding="utf-8")

@@ -89,6 +89,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {
         "prompts.sources.0.path": some_prompts("prompts.jsonl", NUM_TRAIN, folder),
         "prompts.sources.1.path": some_prompts("holdout.jsonl", NUM_HOLDOUT, folder),
+        "synthesis.recipes.0.sampling.temperature": 0.7,  # so that the checker drops no answer
         "synthesis.prompts_per_shard": 20,
         "training.steps": STEPS,
         "training.warmup_steps": 5,

@@ -26,6 +26,7 @@ from pipeline.layout import Layout
 from pipeline.records import TokenSequence
 from pipeline.sequences import read_dataset, read_sequences, write_dataset, write_sequences
 from tests.support.command_line import QUICKSTART, polystill
+from tests.support.quickstart import train_prompts
 
 TEACHER, RUN = "arithmetic", "faults"
 NUM_PROMPTS, PROMPTS_PER_SHARD = 600, 10
@@ -87,10 +88,9 @@ class Material:
 
 def make_material(folder: Path, env: Mapping[str, str]) -> Material:
     """Prepares prompts and answers, and puts one poison sequence among those of one shard."""
-    lines = (QUICKSTART / "prompts.jsonl").read_text().splitlines()
-    chosen = [line for line in lines if json.loads(line)["domain"] == TEACHER][:NUM_PROMPTS]
+    rows = train_prompts(TEACHER, NUM_PROMPTS)
     prompts = folder / "prompts.jsonl"
-    prompts.write_text("\n".join(chosen) + "\n")
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     material = Material(folder / "template", prompts, frozenset(), "")
     for stage in ("prepare", "synthesize"):
         done = polystill(

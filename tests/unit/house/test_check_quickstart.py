@@ -22,10 +22,17 @@ def report(**student: float | None) -> dict[str, Any]:
     }
     return {
         "models": [
-            {"name": name, "domains": {d: {"exact_match": rate} for d, rate in rates.items()}}
+            {
+                "name": name,
+                "domains": {d: {"exact_match": r, "prompts": 100} for d, r in rates.items()},
+            }
             for name, rates in exact.items()
         ],
         "weights": {"arithmetic": {}, "words": {}},
+        "differences": [
+            {"other": "twin", "teacher": None, "domain": None}
+            | {figure: {"mean": -0.2, "high": -0.1} for figure in ("loss", "kl")}
+        ],
         "filters": [{"filter": name, "seen": 9} for name in check.FILTERS],
     }
 
@@ -48,3 +55,15 @@ def test_a_missing_twin_and_a_filter_that_saw_nothing_are_named() -> None:
         "there is no twin",
         "the filters that saw answers are ['checker', 'contamination']",
     ]
+
+
+@pytest.mark.parametrize("high", [0.01, None])
+def test_a_twin_that_is_as_good_is_named(high: float | None) -> None:
+    made = report()
+    made["models"][3]["domains"] = {
+        domain: {"exact_match": 0.75, "prompts": 100} for domain in ("arithmetic", "words")
+    }
+    made["differences"][0]["kl"] = {"mean": -0.1, "high": high}
+    exact, kl = check.problems(made)
+    assert exact == "the student answers 0.810 of all prompts exactly, the twin 0.750"
+    assert kl.startswith("kl, student less twin: [{'mean': -0.1")
