@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config.base import Count, ModelFiles, Section
 
@@ -49,8 +49,8 @@ class StudentConfig(Section):
     a training begins with those that do. `false` sets them to 0 in training, and leaves the
     exported config as it is. Routers that draw their experts (PhiMoE) draw them in any case."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
-    """Attention implementation of transformers in training. The flash variants need their package
-    and a GPU."""
+    """Attention implementation of transformers in training. The flash variants need their package,
+    a GPU and `dtype: bfloat16`."""
     cost_per_hour: Annotated[float, Field(ge=0)] = 0.0
     """Price per hour of the hardware of one engine that serves the student, in any currency. The
     report adds it up; it changes nothing else."""
@@ -60,6 +60,15 @@ class StudentConfig(Section):
     replicas: Count = 1
     """Number of engines that serve the student when it writes answers (`by: student`). Each takes
     `evaluation.resources`."""
+
+    @model_validator(mode="after")
+    def _flash_attention_has_its_dtype(self) -> StudentConfig:
+        if self.attn_implementation.startswith("flash") and self.dtype == "float32":
+            raise ValueError(
+                f"attn_implementation {self.attn_implementation} computes in half precision only, "
+                "and dtype is float32: set dtype: bfloat16, or choose sdpa"
+            )
+        return self
 
     @property
     def files(self) -> ModelFiles:

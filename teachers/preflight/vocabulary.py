@@ -8,6 +8,7 @@ into the same ids, unless the config allows the difference by name.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence, Set
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -17,6 +18,8 @@ from pipeline.config.run import Config
 from pipeline.errors import ConfigError, VocabularyMismatchError
 from pipeline.records import Prompt
 from teachers.tokenizing import chat_end, load_tokenizer, prompt_ids, tokenizer_hash
+
+logger = logging.getLogger(__name__)
 
 ENTRIES_LISTED = 8
 PROMPTS_COMPARED = 1000
@@ -48,7 +51,7 @@ def check_vocabularies(config: Config, prompts: Sequence[Prompt]) -> str:
             continue  # its answers are text, which the student's tokenizer turns into ids
         tokenizer = load_tokenizer(teacher.files)
         lines = _differences(student, tokenizer)
-        lines += _end_differences(student, tokenizer, end_token_ids(teacher.files), sample)
+        lines += _end_differences(name, student, tokenizer, end_token_ids(teacher.files), sample)
         if not lines and not teacher.allow_chat_template_difference:
             lines = _rendering_differences(student, tokenizer, sample)
         problems += [f"teacher {name!r}: {line}" for line in lines]
@@ -112,25 +115,38 @@ def end_token_ids(files: ModelFiles) -> list[int]:
 
 
 def _end_differences(
+    name: str,
     student: PreTrainedTokenizerBase,
     teacher: PreTrainedTokenizerBase,
     theirs: Sequence[int],
     prompts: Sequence[Prompt],
 ) -> list[str]:
-    """Refuses a teacher that never writes the token with which the student's answers end, and so
-    would teach the student not to stop.
+    """Refuses a teacher that never writes the token with which the student's answers end.
+
+    Its distribution at that token has next to no mass on it and would teach the student not to
+    stop. Where only the templates differ, which the config may allow, a warning says so.
     """
     chat, text = chat_end(student), student.eos_token_id
     assert isinstance(text, int), "a tokenizer without one is refused above"
     chat = text if chat is None else chat
     ours = {text if prompt.messages is None else chat for prompt in prompts}
-    if teacher.eos_token_id == text or ours <= set(theirs):
+    if ours <= set(theirs):
         return []
-    name = teacher.convert_ids_to_tokens(theirs[0]) if theirs else None
+    if teacher.eos_token_id == text:
+        logger.warning(
+            "teacher %r ends answers by %s and the student by %s: its distributions teach the "
+            "student not to stop; name the teacher's template in student.chat_template, or let it "
+            "only write",
+            name,
+            _named(teacher, theirs),
+            _named(student, ours),
+        )
+        return []
+    end = teacher.convert_ids_to_tokens(theirs[0]) if theirs else None
     if chat != text and chat in ours - set(theirs):
         remedy = "name the teacher's template in student.chat_template"
     else:
-        remedy = f"set student.eos_token: {name!r} to end the student's answers by it, too"
+        remedy = f"set student.eos_token: {end!r} to end the student's answers by it, too"
     said = [_named(student, ours), _named(teacher, theirs) or "no token"]
     return [f"it ends answers by {said[1]}, the student by {said[0]}: {remedy}"]
 

@@ -105,6 +105,7 @@ def test_overrides_reach_lists_and_nested_keys() -> None:
             "teachers.words={model: a/b, resources: {num_gpus: 2}}",
             "no parallel size runs 1 process, on a GPU of its own",
         ),
+        ("student.attn_implementation=flash_attention_2", "set dtype: bfloat16, or choose sdpa"),
         (
             "evaluation.resources={num_gpus: 2}",
             "student.vllm with no parallel size",

@@ -100,13 +100,19 @@ def test_a_base_student_learns_the_end_that_its_template_writes(tmp_path: Path) 
     assert check_vocabularies(given, PROMPTS[:1]) == tokenizer_hash(student)
 
 
-def test_a_teacher_whose_template_ends_messages_otherwise_is_refused(tmp_path: Path) -> None:
+def test_a_teacher_whose_template_ends_messages_otherwise_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save(tmp_path)
     ends = CHAT_TEMPLATE.replace("m['content']", "m['content'] + '<user>'")
     save_tokenizer(tmp_path / "student", template=ends, eos="<pad>")
     allowed = [f"teachers.{n}.allow_chat_template_difference=true" for n in ("words", "arithmetic")]
     with pytest.raises(VocabularyMismatchError, match=r"'<user>' \(2\): name the teacher's temp"):
         check_vocabularies(config(tmp_path, *allowed), PROMPTS[:1])
+    caplog.set_level("WARNING")
+    same_eos = save_tokenizer(tmp_path / "student", template=ends)
+    assert check_vocabularies(config(tmp_path, *allowed), PROMPTS[:1]) == tokenizer_hash(same_eos)
+    assert "teacher 'words' ends answers by '<eos>' (1) and the student by '<user>'" in caplog.text
     (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
     assert end_token_ids(ModelFiles(str(tmp_path / "a"))) == [1, 2]
 

@@ -92,7 +92,8 @@ def test_a_missing_model_folder_is_found_without_a_cluster(tmp_path: Path) -> No
 def test_attention_that_is_not_installed_is_refused_before_anything_runs(
     name: str, tmp_path: Path
 ) -> None:
-    changes = [f"storage.root={tmp_path}", f"student.attn_implementation={name}"]
+    options = [f"student.attn_implementation={name}", "student.dtype=bfloat16"]
+    changes = [f"storage.root={tmp_path}", *options]
     with pytest.raises(ConfigError, match="none is installed here: choose sdpa"):
         dry_run_text(load_config(QUICKSTART, changes))
 
