@@ -3,6 +3,7 @@
 protocol     contract between a teacher and the tasks that use it
 canary       sequences that every engine scores first, and their comparison
 noise        how far rounding alone can move log-probabilities
+rope         which factors a model with LongRoPE is served with
 concurrency  asyncio helpers: cancel tasks, ask for all items at once
 tokenizing   the student's tokenizer, prompt ids, answer text
 engine/      a teacher in a vLLM engine of this run

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BatchEncoding
 from teachers.engine.hardware import weight_size
 from teachers.noise import MULTIPLE, expected_noise
 from teachers.protocol import CANARY_ENTRIES, CapturedRows, Comparison, EngineSpec
+from teachers.rope import uses_long_factors, with_long_factors
 
 FEWEST_TOKENS, MOST_TOKENS = 128, 1280
 BEHIND_A_WINDOW = 64
@@ -141,7 +142,7 @@ def _logprobs(spec: EngineSpec, dtype: str, input_ids: list[int], ids_PK: np.nda
         spec.model,
         revision=spec.revision,
         trust_remote_code=spec.trust_remote_code,
-        config=model_config(spec),
+        config=_config(spec),
         dtype=dtype,
         attn_implementation="eager",
     ).requires_grad_(False)
@@ -157,8 +158,11 @@ def _logprobs(spec: EngineSpec, dtype: str, input_ids: list[int], ids_PK: np.nda
     return found_PK
 
 
-def model_config(spec: EngineSpec) -> Any:
-    """Config of the model from transformers."""
-    return AutoConfig.from_pretrained(
+def _config(spec: EngineSpec) -> Any:
+    """Config of the model from transformers, with the rotary factors that the engine has."""
+    config = AutoConfig.from_pretrained(
         spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
     )
+    if uses_long_factors(spec.vllm, config.get_text_config()):
+        with_long_factors(config.get_text_config())
+    return config

@@ -26,6 +26,7 @@ from teachers.engine import arguments
 from teachers.engine.hidden_states import HiddenStatesFolder, take_hidden_states
 from teachers.engine.options import check_engine_arguments
 from teachers.protocol import EngineDiedError, EngineSpec
+from teachers.rope import check_context
 
 
 class RunningEngine:
@@ -78,6 +79,7 @@ class RunningEngine:
                 has_state = AsyncEngineArgs(**chosen).create_model_config().has_inner_state
                 chosen = arguments.cpu_arguments(spec, chosen, has_state)
             config = AsyncEngineArgs(**chosen).create_engine_config()
+            check_context(spec, config.model_config.hf_text_config)
             llm = AsyncLLM.from_vllm_config(config, disable_log_stats=quiet)
         except (VLLMError, ValueError) as error:
             raise TeacherError(f"vLLM refuses to start {spec.model}: {error}") from error

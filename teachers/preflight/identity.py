@@ -24,6 +24,8 @@ from pipeline.errors import ConfigError
 from pipeline.fingerprint import digest_json
 from pipeline.layout import Layout
 from pipeline.run.training_spec import is_complete_checkpoint
+from teachers.preflight.model_layers import text_config
+from teachers.rope import uses_long_factors
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
@@ -40,7 +42,8 @@ def model_identity(
 
     A hub model has `{"hub": id, "revision": commit}`, a folder `{"weights": hash}`, an endpoint
     `{"endpoint": label, "api": kind}`. The label is `model_identity`, or else the name of the
-    served model.
+    served model. `{"rope": "long"}` is added for a teacher that is served with the long factors of
+    LongRoPE.
 
     Raises:
         ConfigError: the folder is missing or holds no model, or the hub cannot be reached.
@@ -49,7 +52,7 @@ def model_identity(
         name = model.model_identity or model.endpoint.model
         return {"endpoint": name, "api": model.endpoint.api}
     if not is_folder(model.model):
-        return {"hub": model.model, "revision": _hub_commit(model)}
+        return {"hub": model.model, "revision": _hub_commit(model)} | _rope(model)
     folder = Path(model.model)
     if not (folder / "config.json").is_file():
         raise ConfigError(
@@ -65,7 +68,14 @@ def model_identity(
         for path in files
         if path.suffix in (*WEIGHT_SUFFIXES, CODE_SUFFIX) or path.name in OTHER_FILES
     ]
-    return {"weights": digest_json(_file_hashes(decisive, layout))}
+    return {"weights": digest_json(_file_hashes(decisive, layout))} | _rope(model)
+
+
+def _rope(model: TeacherConfig | StudentConfig) -> dict[str, str]:
+    """Part of a teacher's identity for the long factors of LongRoPE."""
+    if not isinstance(model, TeacherConfig) or model.max_model_len is None:
+        return {}
+    return {"rope": "long"} if uses_long_factors(model.vllm, text_config(model.files)) else {}
 
 
 def student_identity(student: StudentConfig, layout: Layout) -> dict[str, str]:
