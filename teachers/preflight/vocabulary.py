@@ -135,8 +135,8 @@ def _end_differences(
     if teacher.eos_token_id == text:
         logger.warning(
             "teacher %r ends answers by %s and the student by %s: its distributions teach the "
-            "student not to stop; name the teacher's template in student.chat_template, or let it "
-            "only write",
+            "student not to stop; name the teacher's template in student.chat_template, or leave "
+            "the teacher out",
             name,
             _named(teacher, theirs),
             _named(student, ours),

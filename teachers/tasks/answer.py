@@ -98,7 +98,7 @@ class AnswerTask:
         room = self._most_tokens - self.sampling["max_tokens"]
         fitting = [(prompt, ids) for prompt, ids in rendered if len(ids) <= room]
         answered, failed = await ask_each(fitting, lambda item: self._ask(teacher, *item))
-        outcome, author = ShardReplies(), self.author
+        outcome, author, known = ShardReplies(), self.author, vocabulary_size(tokenizer)
         for prompt, ids in rendered:
             if len(ids) > room:
                 detail = f"a prompt of {len(ids)} tokens leaves no room for an answer"
@@ -110,7 +110,7 @@ class AnswerTask:
                 answer = self._ended(sample, prompt)
                 text = answer_text(tokenizer, answer)
                 reason = sample.finish_reason
-                unknown = [i for i in answer if i >= vocabulary_size(tokenizer)]
+                unknown = [i for i in answer if i >= known]
                 if unknown:
                     detail = f"{len(unknown)} ids that no tokenizer has, the first is {unknown[0]}"
                     outcome.reject(prompt, author, "malformed", detail, text)
