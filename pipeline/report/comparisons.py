@@ -108,6 +108,7 @@ class FidelityGroup:
     """Rows of one domain and one target."""
 
     domain: str
+    is_overall: bool
     target: str
     prompts: int
     tokens: int
@@ -126,6 +127,7 @@ def fidelity_groups(report: Report) -> Iterator[FidelityGroup]:
             if rows:
                 yield FidelityGroup(
                     domain=domain or "All domains",
+                    is_overall=domain is None,
                     target=teacher or "the mixture",
                     prompts=rows[0].prompts,
                     tokens=rows[0].tokens,
