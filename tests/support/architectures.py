@@ -61,6 +61,16 @@ ATTENTION_ONLY: dict[str, Any] = {
     "attention_dropout": 0.0,
 }
 """Settings that architectures without the names of `SHAPE` share."""
+RECURRENT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "state_size": 8,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+"""Settings of state-space models."""
 LATENT: dict[str, Any] = {
     "kv_lora_rank": 16,
     "q_lora_rank": 24,
@@ -136,10 +146,23 @@ ARCHITECTURES = (
             }
         },
     ),
+    Architecture(
+        "Llama 4",
+        "llama4_text",
+        EXPERTS
+        | {
+            "interleave_moe_layer_step": 1,
+            "attention_chunk_size": 8,
+            "intermediate_size_mlp": 96,
+            "num_hidden_layers": 4,
+        },
+        packs=False,
+    ),
     Architecture("Mistral", "mistral", _windowed()),
     Architecture("Ministral", "ministral", _windowed()),
     Architecture("Mixtral", "mixtral", EXPERTS),
     Architecture("Qwen2", "qwen2"),
+    Architecture("Qwen2-MoE", "qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 32}),
     Architecture("Qwen3", "qwen3"),
     Architecture(
         "Qwen3-MoE", "qwen3_moe", EXPERTS | {"decoder_sparse_step": 1, "mlp_only_layers": []}
@@ -158,6 +181,19 @@ ARCHITECTURES = (
         _windowed() | {"query_pre_attn_scalar": 16, "final_logit_softcapping": 3.0},
     ),
     Architecture("Gemma 3", "gemma3_text", _windowed() | {"query_pre_attn_scalar": 16}),
+    Architecture(
+        "Gemma 4",
+        "gemma4_text",
+        _windowed()
+        | {
+            "final_logit_softcapping": 3.0,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "global_head_dim": 16,
+            "num_global_key_value_heads": 2,
+        },
+    ),
     Architecture("Phi", "phi", {"partial_rotary_factor": 0.5, "resid_pdrop": 0.0}),
     Architecture("Phi-3", "phi3", {"resid_pdrop": 0.0, "embd_pdrop": 0.0}),
     Architecture(
@@ -177,20 +213,34 @@ ARCHITECTURES = (
         },
     ),
     Architecture("PhiMoE", "phimoe", EXPERTS | {"router_jitter_noise": 0.0}),
+    Architecture("OLMo", "olmo"),
     Architecture("OLMo 2", "olmo2"),
     Architecture("OLMo 3", "olmo3", _windowed()),
     Architecture("OLMoE", "olmoe", EXPERTS),
+    Architecture("OLMo-Hybrid", "olmo_hybrid", LINEAR, packs=False),
     Architecture("SmolLM3", "smollm3", {"no_rope_layer_interval": 2, "num_hidden_layers": 4}),
     Architecture("StarCoder 2", "starcoder2", {"residual_dropout": 0.0, "embedding_dropout": 0.0}),
     Architecture("StableLM", "stablelm"),
     Architecture("GLM", "glm", {"partial_rotary_factor": 0.5}),
     Architecture("GLM-4", "glm4", {"partial_rotary_factor": 0.5}),
     Architecture("GLM-4-MoE", "glm4_moe", EXPERTS | GROUPED | {"partial_rotary_factor": 0.5}),
+    Architecture(
+        "DeepSeek-V2", "deepseek_v2", EXPERTS | LATENT | GROUPED | {"topk_method": "greedy"}
+    ),
     Architecture("DeepSeek-V3", "deepseek_v3", EXPERTS | LATENT | GROUPED),
     Architecture("gpt-oss", "gpt_oss", EXPERTS | _windowed(), attention="eager", packs=False),
     Architecture("EXAONE 4", "exaone4", _windowed()),
     Architecture("Seed-OSS", "seed_oss", {"residual_dropout": 0.0}),
     Architecture("ERNIE 4.5", "ernie4_5"),
+    Architecture(
+        "ERNIE 4.5-MoE",
+        "ernie4_5_moe",
+        EXPERTS | {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 0},
+    ),
+    Architecture("Hunyuan", "hunyuan_v1_dense"),
+    Architecture("HyperCLOVA X", "hyperclovax", {"logits_scaling": 0.125}),
+    Architecture("MiniMax-M2", "minimax_m2", EXPERTS),
+    Architecture("dots.llm1", "dots1", EXPERTS | GROUPED),
     Architecture("Apertus", "apertus"),
     Architecture("Arcee", "arcee"),
     Architecture("Helium", "helium"),
@@ -266,6 +316,22 @@ ARCHITECTURES = (
         packs=False,
     ),
     Architecture(
+        "Mamba",
+        "mamba",
+        RECURRENT,
+        whole=True,
+        attention="eager",
+        packs=False,
+    ),
+    Architecture(
+        "Mamba 2",
+        "mamba2",
+        RECURRENT | {"num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 16},
+        whole=True,
+        attention="eager",
+        packs=False,
+    ),
+    Architecture(
         "LFM2",
         "lfm2",
         {"block_ff_dim": 96, "conv_L_cache": 3, "layer_types": ["conv", "full_attention"]},
@@ -334,6 +400,22 @@ ARCHITECTURES = (
             "residual_multiplier": 0.22,
             "attention_multiplier": 0.015625,
         },
+    ),
+    Architecture("Granite-MoE", "granitemoe", EXPERTS | {"logits_scaling": 8.0}),
+    Architecture(
+        "Granite 4",
+        "granitemoehybrid",
+        EXPERTS
+        | {
+            "layer_types": ["mamba", "attention"],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+            "mamba_chunk_size": 16,
+            "shared_intermediate_size": 96,
+        },
+        packs=False,
     ),
     Architecture("Cohere", "cohere", {"logit_scale": 0.0625}),
     Architecture("Cohere 2", "cohere2", _windowed() | {"logit_scale": 0.0625}),
