@@ -14,6 +14,7 @@ from jobs.cluster.connection import connect
 from jobs.cluster.placement import check_local_head
 from jobs.cluster.run_lock import alone
 from jobs.cluster.stage_jobs import cluster, is_visible, submit_and_follow_stage
+from jobs.stages.preflight import check_options
 from pipeline.config.load import check_shared_paths
 from pipeline.config.rounds import layout_of, round_layouts, rounds_of
 from pipeline.config.run import Config
@@ -43,7 +44,8 @@ def run(config: Config, address: str | None, stages: Sequence[str] = STAGE_NAMES
         logger.info("nothing to do: every stage is complete")
         logger.info(where(config, stages))
         return
-    if address is None:
+    if address is None:  # a cluster may have other libraries than this machine
+        check_options(config)
         check_local_head(config, todo)
     # Commands with local Ray heads do not see one another's jobs, so they need a lock.
     lock = round_layouts(config)[0].lock("run")

@@ -42,7 +42,7 @@ def check_inputs(config: Config) -> tuple[list[Prompt], dict[str, int]]:
     Raises:
         ConfigError, PromptError: an option or a prompt cannot be used.
     """
-    _check_options(config)
+    check_options(config)
     prompts, counts = read_prompts(config.prompts)
     _check_prompts(config, prompts)
     check_recipes(config, prompts)
@@ -50,7 +50,12 @@ def check_inputs(config: Config) -> tuple[list[Prompt], dict[str, int]]:
     return prompts, counts
 
 
-def _check_options(config: Config) -> None:
+def check_options(config: Config) -> None:
+    """Checks the names of upstream libraries' options, and what contradicts other fields.
+
+    Raises:
+        ConfigError: an option cannot be used.
+    """
     checks = {
         f"teachers.{name}": partial(
             check_engine_arguments,

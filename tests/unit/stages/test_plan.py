@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs import distill
 from jobs.bookkeeping.plan import StagePlan, make_plan, plan_score
 from jobs.bookkeeping.stage_records import StageRecord, score_key, stage_key, write_record
 from jobs.dry_run import dry_run_text
@@ -274,6 +275,15 @@ def test_prepare_lets_vllm_judge_the_values(tmp_path: Path) -> None:
     config = load_config(QUICKSTART, changes)
     with pytest.raises(ConfigError, match=r"synthesis.recipes \(.*\): vLLM refuses .*negative"):
         prepare(config)
+
+
+def test_a_run_refuses_an_unknown_option_before_a_head_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.distill.cluster", None)
+    changes = [f"storage.root={tmp_path}", "evaluation.sampling.temprature=1"]
+    with pytest.raises(ConfigError, match="did you mean 'temperature'"):
+        distill.run(load_config(QUICKSTART, changes), None)
 
 
 def test_a_dry_run_imports_no_heavy_library(tmp_path: Path) -> None:
