@@ -31,6 +31,7 @@ from students.architecture.head import lm_head_of
 from students.architecture.noise import active_noise
 from students.architecture.positions import length_bounds
 from students.architecture.routers import refuse_ignored_balance
+from students.architecture.skeleton import check_skeleton, explained
 from students.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from students.checkpoints.resume import TrainingState, agreed_resume, allowed_changes
 from students.data.batches import StepBatch
@@ -104,10 +105,13 @@ def checked_model(spec: TrainingSpec, device: torch.device) -> PreTrainedModel:
         TrainingError: the model cannot be loaded or handled.
         ConfigError: its config asks for a loss that is not computed.
     """
-    model = build_student(spec.config.student, spec.seed)
-    if spec.config.student.attn_implementation.startswith("flash"):  # needs a GPU
-        torch.nn.Module.to(model, device)
-    check_architecture(model, spec.config.training.packing)
+    student, packing = spec.config.student, spec.config.training.packing
+    check_skeleton(student, packing)
+    with explained(student):
+        model = build_student(student, spec.seed)
+        if student.attn_implementation.startswith("flash"):  # needs a GPU
+            torch.nn.Module.to(model, device)
+        check_architecture(model, packing)
     refuse_ignored_balance(model.config)
     noise = active_noise(model)
     if noise and dist.get_rank() == 0:

@@ -57,8 +57,8 @@ def prepare(config: Config) -> Run:
     """Checks everything that can be checked without an engine, and writes `prepared.json`.
 
     Raises:
-        PromptError, ConfigError, VocabularyMismatchError: a prompt, a model or a setting cannot be
-            used; no hardware has been taken yet.
+        PromptError, ConfigError, VocabularyMismatchError, TrainingError: a prompt, a model or a
+            setting cannot be used; no hardware has been taken yet.
     """
     layout = layout_of(config)
     _check_start(config)
@@ -74,6 +74,7 @@ def prepare(config: Config) -> Run:
     check_layers(config)
     refuse_dynamic_scaling(text_config(config.student.files), config.synthesis.max_sequence_tokens)
     refuse_ignored_balance(text_config(config.student.files))
+    _check_student(config)
     tokenizer = load_tokenizer(config.student.files)
     judges = {rule.teacher for rule in config.synthesis.filters if isinstance(rule, Judge)}
     if not all(config.teachers[name].returns_text for name in judges):
@@ -174,6 +175,17 @@ def _check_values(config: Config) -> None:
             raise ConfigError(f"{place}: {error}") from error
     if config.training.deepspeed:
         check_deepspeed_options(config.training.deepspeed)
+
+
+def _check_student(config: Config) -> None:
+    """Trains a small copy of the student's architecture for a step.
+
+    Raises:
+        TrainingError: the student cannot be trained as configured.
+    """
+    from students.architecture.skeleton import check_skeleton
+
+    check_skeleton(config.student, config.training.packing)
 
 
 def _check_vocabulary_sizes(config: Config) -> dict[str, int]:

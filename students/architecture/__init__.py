@@ -9,4 +9,5 @@ routers          the balance loss that a model's config asks for
 positions        rotary frequencies that depend on length
 head             the LM head, and what follows it
 checks           head and neighbours measured before training
+skeleton         a small copy that is tried before anything is paid for
 """

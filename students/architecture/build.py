@@ -6,13 +6,35 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pipeline.config.student import StudentConfig
 from pipeline.errors import TrainingError
 from students.architecture.dtypes import DTYPES, as_loaded
 from students.architecture.initial_weights import load_initial_weights
 from students.architecture.noise import switch_off_noise
+
+
+def read_config(student: StudentConfig) -> PretrainedConfig:
+    """The model config of a student.
+
+    Raises:
+        TrainingError: it cannot be read, or it is that of a quantised model and the weights are to
+            be random.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            student.model, revision=student.revision, trust_remote_code=student.trust_remote_code
+        )
+    except (OSError, ImportError) as error:
+        raise TrainingError(f"student.model {student.model!r} cannot be loaded: {error}") from error
+    quantized = getattr(config, "quantization_config", None)
+    if student.initialization == "random" and quantized is not None:
+        raise TrainingError(
+            f"the config of student.model {student.model!r} has a quantization_config, and random "
+            "weights are not quantised: remove quantization_config from its config.json"
+        )
+    return config
 
 
 def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
@@ -25,7 +47,7 @@ def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
     source = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     options = {"dtype": DTYPES[config.dtype], "attn_implementation": config.attn_implementation}
     try:
-        model_config = AutoConfig.from_pretrained(config.model, **source)
+        model_config = read_config(config)
         if config.initialization == "pretrained" and config.initial_weights is None:
             model = AutoModelForCausalLM.from_pretrained(
                 config.model, use_safetensors=True, **source, **options

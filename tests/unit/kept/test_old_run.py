@@ -109,6 +109,7 @@ def test_moved_elsewhere_only_the_key_of_the_preparation_is_another(old: OldRun)
 
 def test_cache_commands_find_nothing_wrong(old: OldRun, capsys: pytest.CaptureFixture[str]) -> None:
     old.prepare()
+    capsys.readouterr()
     assert main(["cache", "status", old.path]) == 0
     status = capsys.readouterr().out
     first, _, *lines = status.splitlines()

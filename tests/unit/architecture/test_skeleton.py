@@ -1,0 +1,122 @@
+"""The skeleton: a student that cannot be trained is refused before anything is paid for."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline.config.student import StudentConfig
+from pipeline.errors import TrainingError
+from students.architecture.checks import check_architecture
+from students.architecture.skeleton import check_skeleton
+from tests.support.architectures import ARCHITECTURES, Architecture
+from tests.support.students import save_config
+
+BY_NAME = {each.name: each for each in ARCHITECTURES}
+LLAMA_70B = {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+MIXED = {"sliding_window": 4096, "num_hidden_layers": 48, "hidden_size": 3840, "head_dim": 256}
+
+
+def student(folder: Path, **options: Any) -> StudentConfig:
+    start = {"model": str(folder), "initialization": "random"}
+    return StudentConfig.model_validate(start | options)
+
+
+def saved(kind: str, folder: Path, **settings: Any) -> Path:
+    AutoConfig.for_model(kind, **settings).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "architecture", [each for each in ARCHITECTURES if not each.refused], ids=lambda each: each.name
+)
+def test_the_skeleton_judges_as_the_matrix_does(architecture: Architecture, tmp_path: Path) -> None:
+    small = {"initializer_range": 0.02}  # at which the whole model hides what it lets through
+    folder = save_config(architecture, tmp_path, **small)
+    options = student(folder, dtype="bfloat16", attn_implementation=architecture.attention)
+    check_skeleton(options, packing=False)
+    if architecture.packs:
+        check_skeleton(options, packing=True)
+        return
+    with pytest.raises(TrainingError, match=r"see one another.*set training\.packing: false"):
+        check_skeleton(options, packing=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "depth"),
+    [
+        ("llama", LLAMA_70B, 2),
+        ("gemma3_text", MIXED, 6),
+        ("mixtral", LLAMA_70B | {"num_hidden_layers": 56}, 2),
+    ],
+)
+def test_large_students_are_tried_small_with_every_kind_of_layer(
+    kind: str, settings: dict[str, Any], depth: int, tmp_path: Path, caplog
+) -> None:
+    caplog.set_level(logging.INFO)
+    check_skeleton(student(saved(kind, tmp_path, **settings), dtype="bfloat16"), packing=True)
+    (line,) = [each.message for each in caplog.records if "copy of" in each.message]
+    assert f"a copy of {depth} layers" in line
+    assert float(line.split(" M weights")[0].split()[-1]) < 50
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gpt-oss", r"set student\.attn_implementation: eager"),
+        ("BLOOM", r"set student\.attn_implementation: eager"),
+        ("BERT", r"not supported, choose another student\.model"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_with_the_setting_to_change(
+    name: str, message: str, tmp_path: Path
+) -> None:
+    folder = save_config(BY_NAME[name], tmp_path)
+    with pytest.raises(TrainingError, match=message) as caught:
+        check_skeleton(student(folder), packing=False)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_model_of_another_kind_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    folder = saved("t5", tmp_path)
+    with pytest.raises(TrainingError, match="no causal language model for its config") as caught:
+        check_skeleton(student(folder), packing=False)
+    assert len(str(caught.value)) < 500
+
+
+def test_random_weights_with_a_quantised_config_are_refused(tmp_path: Path) -> None:
+    folder = save_config(BY_NAME["Llama"], tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TrainingError, match=r"remove quantization_config from its config\.json"):
+        check_skeleton(student(folder), packing=False)
+
+
+def test_windows_that_hide_in_short_texts_are_exceeded(tmp_path: Path) -> None:
+    """Chunks of Llama 4 begin anew with each sequence, and not so in a packed row."""
+    settings = BY_NAME["Llama"].config | {
+        "attention_chunk_size": 8192,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 96,
+        "num_hidden_layers": 4,
+    }
+    folder = saved("llama4_text", tmp_path, **settings)
+    config = AutoConfig.from_pretrained(folder)
+    torch.manual_seed(0)
+    check_architecture(AutoModelForCausalLM.from_config(config, dtype=torch.float32), packing=True)
+    check_skeleton(student(folder), packing=False)
+    with pytest.raises(TrainingError, match=r"set training\.packing: false"):
+        check_skeleton(student(folder), packing=True)
