@@ -236,7 +236,7 @@ def test_a_round_is_not_prepared_before_the_student_is_exported(tmp_path: Path) 
     with pytest.raises(ConfigError, match=r"student of round 1, which is not exported.*round=1"):
         prepare(config)
     assert [plan.summary for plan in plan_rounds(config)[0][3:]] == [
-        "300 steps of 64 sequences, for student",
+        "400 steps of 64 sequences, for student",
         "student",
         "arithmetic, words, student on 360 hold-out prompts",
     ]
