@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from pipeline.report.models import (
     DifferenceFigures,
@@ -16,15 +17,18 @@ from pipeline.report.numbers import number, percent, significant
 from pipeline.report.statistics import wilson_interval
 
 SMALL_NATS = 0.01
+Row = TypeVar("Row", FidelityFigures, DifferenceFigures, PreferenceFigures)
 LABELS = {"twin": "the twin", "start": "the model that it started from"}
 """Models that have no name of their own, in words."""
 
 
 def fidelity_words(report: Report) -> str:
     """Closeness of the student to the mixture, beside that of the models that it is compared with,
-    over all domains.
+    over all domains; empty where it is not known for all of them.
     """
-    (ours,) = _overall(report.fidelity, "student")
+    ours = _overall(report.fidelity, "student")
+    if ours is None:
+        return ""
     whose = _mixture(report)
     sentence = (
         f"The student's next-token distributions are {nats(ours.kl.mean)} nats/token from "
@@ -34,7 +38,7 @@ def fidelity_words(report: Report) -> str:
     others = [
         f"{LABELS[model]} is at {nats(row.kl.mean)} and {percent(row.agreement.mean)}"
         for model in LABELS
-        for row in _overall(report.fidelity, model)
+        if (row := _overall(report.fidelity, model)) is not None
     ]
     return "; ".join([sentence, *others]) + "."
 
@@ -43,11 +47,9 @@ def difference_words(report: Report, other: str) -> str:
     """The student's differences from another model over all domains, each with its interval and
     what it means; empty without a measurement.
     """
-    rows = [d for d in report.differences if (d.other, d.teacher) == (other, None)]
-    overall = [d for d in rows if d.domain is None] or rows
-    if not overall:
+    figures = over_all([d for d in report.differences if (d.other, d.teacher) == (other, None)])
+    if figures is None:
         return ""
-    (figures,) = overall
     whose = _mixture(report)
     parts = [
         _nats_difference(f"KL to {whose}", figures.kl),
@@ -167,10 +169,16 @@ def _mixture(report: Report) -> str:
     return f"those of {next(iter(teachers))}" if len(teachers) == 1 else "the teachers' mixture"
 
 
-def _overall(figures: Iterable[FidelityFigures], model: str) -> list[FidelityFigures]:
-    """The row of a model over all domains towards the mixture, if there is one."""
-    rows = [row for row in figures if (row.model, row.teacher) == (model, None)]
-    return [row for row in rows if row.domain is None] or rows
+def over_all(rows: Sequence[Row]) -> Row | None:
+    """The row over all domains among rows about the same models; None if some domain is missing."""
+    if len(rows) == 1:
+        return rows[0]
+    return next((row for row in rows if row.domain is None), None)
+
+
+def _overall(figures: Iterable[FidelityFigures], model: str) -> FidelityFigures | None:
+    """The row of a model over all domains towards the mixture."""
+    return over_all([row for row in figures if (row.model, row.teacher) == (model, None)])
 
 
 def _interval(estimate: Estimate) -> str:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from pipeline.report.comparisons import difference_words, fidelity_words, preference_words
+from pipeline.report.comparisons import (
+    difference_words,
+    fidelity_words,
+    over_all,
+    preference_words,
+)
 from pipeline.report.models import DomainFigures, ExportCheck, ModelFigures, Report
 from pipeline.report.numbers import number, percent, scaled, significant
 from pipeline.report.statistics import pooled, within_chance
@@ -19,12 +24,13 @@ def headlines(report: Report) -> list[str]:
     """The student's gains and losses against each teacher and the twin, whoever wins."""
     student = report.student
     others = [model for model in report.models if model is not student]
-    lines = [_answers(report, student, others)]
+    lines, of_teachers = [_answers(report, student, others)], []
     for model in others:
         quality = _quality(student, model)
         if model.role == "teacher":
-            lines.append(f"Against {model.name}, in quality: {quality}.")
-            lines.append(f"Against {model.name}, in resources: {_resources(student, model)}.")
+            of_teachers.append(f"Against {model.name}, in quality: {quality}.")
+            resources = _resources(student, model)
+            of_teachers.append(f"Against {model.name}, in resources: {resources}.")
         else:
             findings = dict.fromkeys((quality, _likelihood(student, model)))
             if measured := difference_words(report, model.name):
@@ -33,12 +39,11 @@ def headlines(report: Report) -> list[str]:
             lines.append(f"Against the twin (cross-entropy alone): {'; '.join(findings)}.")
     if measured := difference_words(report, "start"):
         lines.append(f"Against the model that it started from: {measured}.")
-    lines += [
-        f"Against {row.other}, judged by {row.judge}: {preference_words(row)}."
-        for row in report.preferences
-        if row.domain is None or len(report.domains) == 1
-    ]
-    return lines + _cautions(report.export_check)
+    for other in dict.fromkeys(row.other for row in report.preferences):
+        row = over_all([row for row in report.preferences if row.other == other])
+        if row is not None:
+            lines.append(f"Against {other}, judged by {row.judge}: {preference_words(row)}.")
+    return lines + of_teachers + _cautions(report.export_check)
 
 
 def why_unchecked(report: Report) -> str:
@@ -50,8 +55,8 @@ def why_unchecked(report: Report) -> str:
 
 def _answers(report: Report, student: ModelFigures, others: Sequence[ModelFigures]) -> str:
     ours = pooled(student.domains)
-    if ours.exact_match is None and report.fidelity:
-        return fidelity_words(report)
+    if ours.exact_match is None and (words := fidelity_words(report)):
+        return words
     if ours.exact_match is None:
         return f"{why_unchecked(report)}: likelihood compares the models."
     rates = [f"{m.name} {percent(pooled(m.domains).exact_match)}" for m in others]

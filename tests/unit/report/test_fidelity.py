@@ -223,3 +223,11 @@ def test_the_table_has_a_group_for_each_domain_and_teacher(report: Report) -> No
     ]  # fmt: skip
     kl = {row.label: row.kl for row in groups[0].rows}
     assert kl["student"] == "0.125" and kl["student minus twin"] == "\u22120.208"
+
+
+def test_nothing_is_said_over_all_where_a_domain_is_not_known(report: Report) -> None:
+    apart = [f for f in report.fidelity if f.domain is not None]
+    assert fidelity_words(report.model_copy(update={"fidelity": apart})) == ""
+    alone = [f for f in report.fidelity if f.teacher == "owl"]
+    assert fidelity_words(report.model_copy(update={"fidelity": alone})) == ""
+    assert list(fidelity_groups(report.model_copy(update={"fidelity": alone})))
