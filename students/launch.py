@@ -27,7 +27,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from pipeline import storage
 from pipeline.errors import DistillationError, TrainingError
 from pipeline.run.training_spec import TrainingSpec
-from students.checkpoints.resume import finished_summary, prepare_resume
+from students.checkpoints.resume import complete_checkpoints, finished_summary, prepare_resume
 from students.deepspeed_options import check_deepspeed_options
 from students.disk_space import full_disk_explained
 from students.progress import FollowedMetrics, describe_metrics
@@ -88,21 +88,35 @@ def train_student(spec: TrainingSpec) -> dict[str, Any]:
 
 
 class StopAtOnce(UserCallback):
-    """Ends a run at the first error for the user: it would come again, and Ray Train would restart
-    the workers `max_failures` times. An error that a callback raises ends the run.
+    """Ends a run at the first error that would come again, and that Ray Train would answer by
+    starting the workers `max_failures` times: every error for the user, and before the first step
+    every other one that no lost worker and no storage causes. An error that a callback raises ends
+    the run.
     """
+
+    def __init__(self, spec: TrainingSpec) -> None:
+        self._spec = spec
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         for error in worker_exceptions.values():
             if isinstance(error, DistillationError):
                 raise error
+        if storage.exists(self._spec.metrics_path):
+            return
+        for error in worker_exceptions.values():
+            if not isinstance(error, RuntimeError | OSError | RayError):
+                raise TrainingError(
+                    f"training of {self._spec.student} failed before its first step: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
 
 
 def _interrupted(spec: TrainingSpec, error: Exception) -> TrainingError:
-    return TrainingError(
-        f"training of {spec.student} failed: {error}\nits checkpoints are kept: run the same "
-        "command again to resume"
-    )
+    if not complete_checkpoints(spec.folder):
+        advice = "it has no checkpoint yet: mend the cause, then run the same command again"
+    else:
+        advice = "its checkpoints are kept: run the same command again to resume"
+    return TrainingError(f"training of {spec.student} failed: {error}\n{advice}")
 
 
 def _trainer(spec: TrainingSpec, scratch: Path) -> TorchTrainer:
@@ -122,7 +136,7 @@ def _trainer(spec: TrainingSpec, scratch: Path) -> TorchTrainer:
             name=f"{spec.student}-{uuid.uuid4().hex[:8]}",
             storage_path=str(scratch),
             failure_config=FailureConfig(max_failures=training.max_failures),
-            callbacks=[StopAtOnce()],
+            callbacks=[StopAtOnce(spec)],
         ),
     )
 
