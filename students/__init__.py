@@ -9,7 +9,7 @@ progress           metrics, TensorBoard, progress lines
 micro_batch        a packed micro-batch as tensors
 training_data      a worker's data: steps read ahead, hold-out, probe
 evaluation         hold-out loss, KL, agreement
-reference          log-probabilities by transformers alone
+reference          log-probabilities by transformers alone, and their noise
 disk_space         one message for a full disk
 architecture/      how the student is built, its parts, and their checks
 losses/            the losses, in closed form and bounded memory

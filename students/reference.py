@@ -1,20 +1,24 @@
-"""Log-probabilities of an exported folder by transformers alone, a sequence at a time: any other
-computation of the same numbers must reproduce them.
+"""Log-probabilities of an exported model by transformers alone, a sequence at a time, and their
+noise, within which any other computation must reproduce them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from pipeline.records import TokenSequence
-from students.architecture.build import load_model
+from pipeline.rounding import NoisyLogprobs
 
 POSITIONS_AT_ONCE = 512
 """Positions whose logits are cast to float32 together: with 152,000 ids they take 300 MiB."""
+PERTURBATIONS = 3
+"""Computations from which the noise is measured."""
+TF32 = 2.0**-10
+"""Step from 1 to the next number of TF32, to which kernels for GPUs may round float32 inputs."""
 
 
 def vocabulary_size(folder: str, trust_remote_code: bool) -> int:
@@ -23,17 +27,49 @@ def vocabulary_size(folder: str, trust_remote_code: bool) -> int:
     return config.get_text_config().vocab_size
 
 
+def noisy_logprobs(
+    model: PreTrainedModel, sequences: Sequence[TokenSequence], on_gpu: bool = False
+) -> NoisyLogprobs:
+    """The log-probabilities of `gold_logprobs`, and those from perturbed inputs.
+
+    Args:
+        on_gpu: whether this computation or the one that it is compared with runs on a GPU.
+    """
+    values, perturbed = gold_logprobs(model, sequences), []
+    step = torch.finfo(model.dtype).eps
+    for seed in range(PERTURBATIONS):
+        with perturbed_inputs(model, seed, max(step, TF32) if on_gpu else step):
+            perturbed.append(gold_logprobs(model, sequences))
+    return NoisyLogprobs(values, perturbed)
+
+
+@contextmanager
+def perturbed_inputs(model: PreTrainedModel, seed: int, step: float) -> Iterator[None]:
+    """Perturbs the embeddings of all tokens at random, each number by a share of at most `step`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def perturb(_module: torch.nn.Module, _arguments: object, states: torch.Tensor) -> torch.Tensor:
+        share = 2 * torch.rand(states.shape, generator=generator, dtype=torch.float64) - 1
+        factor = 1 + step * share
+        return (states.double() * factor.to(states.device)).to(states.dtype)
+
+    hook = model.get_input_embeddings().register_forward_hook(perturb)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 @torch.no_grad()
 def gold_logprobs(
-    folder: str | Path, sequences: Sequence[TokenSequence], trust_remote_code: bool, device: str
+    model: PreTrainedModel, sequences: Sequence[TokenSequence]
 ) -> dict[str, list[float]]:
     """Log-probabilities, in nats, of the tokens at every position of each sequence, by its id."""
-    model = load_model(folder, trust_remote_code, device)
     logprobs = {}
     for sequence in sequences:
-        ids = torch.tensor(sequence.input_ids[None], dtype=torch.int64, device=device)
+        ids = torch.tensor(sequence.input_ids[None], dtype=torch.int64, device=model.device)
         logits_TV = model(input_ids=ids, use_cache=False).logits[0]
-        positions = torch.tensor(sequence.position_indices, device=device)
+        positions = torch.tensor(sequence.position_indices, device=model.device)
         logprobs[sequence.sequence_id] = [
             logprob
             for part in positions.split(POSITIONS_AT_ONCE)

@@ -14,9 +14,11 @@ import resource
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -27,6 +29,7 @@ from pipeline.errors import TrainingError
 from pipeline.run.training_spec import TrainingSpec
 from students.architecture.build import build_student
 from students.architecture.checks import check_architecture
+from students.architecture.dtypes import float_buffers
 from students.architecture.head import lm_head_of
 from students.architecture.noise import active_noise
 from students.architecture.positions import length_bounds
@@ -252,7 +255,12 @@ def finish(
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(weights, path, metadata={"format": "pt"})
         path.chmod(0o644)  # safetensors writes files that only their owner can read
-        probe = {"shards": sorted({entry.shard for entry in entries}), "gold_logprobs": {}}
+        probe: dict[str, Any] = {
+            "shards": sorted({entry.shard for entry in entries}),
+            "buffers": float_buffers(student.module.model),
+            "transformers": transformers.__version__,
+            "gold_logprobs": {},
+        }
         for entry in entries:
             probe["gold_logprobs"][entry.sequence_id] = gold_logprobs[: entry.num_positions]
             del gold_logprobs[: entry.num_positions]

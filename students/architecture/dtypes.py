@@ -20,3 +20,14 @@ def as_loaded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         return model
     config, weights = model.config, model.state_dict()
     return type(model).from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+
+
+def float_buffers(model: PreTrainedModel) -> dict[str, str]:
+    """Number format of every buffer of floating-point numbers, by name; rotary frequencies are
+    such.
+    """
+    return {
+        name: str(value.dtype).removeprefix("torch.")
+        for name, value in model.named_buffers()
+        if value.is_floating_point()
+    }

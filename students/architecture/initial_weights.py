@@ -76,6 +76,29 @@ def fit_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], sou
         TrainingError: a name is missing or superfluous, a shape differs, or the source has two
             matrices where the student has one.
     """
+    refuse_misfits(model, weights, source)
+    model.load_state_dict(weights, strict=False)
+    loaded = model.state_dict()
+    _refuse(
+        model,
+        source,
+        [
+            f"{name} is tied to another matrix in the student"
+            for name, value in weights.items()
+            if not torch.equal(loaded[name], value.to(loaded[name]))
+        ],
+    )
+
+
+def refuse_misfits(
+    model: PreTrainedModel, weights: Mapping[str, torch.Tensor], source: str
+) -> None:
+    """Compares names and shapes of weights with those of a model, which may lie on the meta device;
+    second names of tied weights may be left out.
+
+    Raises:
+        TrainingError: a name is missing or superfluous, or a shape differs.
+    """
     own = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     known = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     misfits = [f"{name} is missing" for name in own if name not in weights]
@@ -84,14 +107,10 @@ def fit_weights(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], sou
             misfits.append(f"{name} is not in the student")
         elif known[name] != tuple(value.shape):
             misfits.append(f"{name} has shape {tuple(value.shape)}, the student's {known[name]}")
-    if not misfits:
-        model.load_state_dict(weights, strict=False)
-        loaded = model.state_dict()
-        misfits = [
-            f"{name} is tied to another matrix in the student"
-            for name, value in weights.items()
-            if not torch.equal(loaded[name], value.to(loaded[name]))
-        ]
+    _refuse(model, source, misfits)
+
+
+def _refuse(model: PreTrainedModel, source: str, misfits: list[str]) -> None:
     if misfits:
         rest = f"\n  and {len(misfits) - SHOWN} more" if len(misfits) > SHOWN else ""
         raise TrainingError(

@@ -16,13 +16,14 @@ from jobs.stages import evaluate, holdout, serving
 from jobs.stages import export as export_stage
 from jobs.stages.evaluate import run_provenance
 from jobs.stages.holdout import HoldoutFigures
-from jobs.stages.serving import largest_difference, model_figures
+from jobs.stages.serving import model_figures
 from pipeline.config.load import load_config
 from pipeline.config.rounds import layout_of
 from pipeline.config.run import Config
 from pipeline.errors import ClusterError, TrainingError
-from pipeline.report.models import DomainFigures, ModelFigures, Report
+from pipeline.report.models import DomainFigures, ExportCheck, ModelFigures, Report
 from pipeline.report.statistics import pooled
+from pipeline.rounding import NoisyLogprobs
 from pipeline.run.prepared_run import Run
 from teachers.pool.pool import TeacherWork
 from teachers.tasks.holdout import AnsweredPrompts
@@ -90,7 +91,7 @@ def test_the_report_says_which_checker_judged() -> None:
         assert run.checker == checker and run.hardware.startswith("Xeon 6 (")
 
 
-def answers_of(model: ModelFigures, difference: float) -> AnsweredPrompts:
+def answers_of(model: ModelFigures) -> AnsweredPrompts:
     """Answers of a model as an earlier run measured them."""
     return AnsweredPrompts(
         correct={domain: figures.exact_match for domain, figures in model.domains.items()},
@@ -100,23 +101,23 @@ def answers_of(model: ModelFigures, difference: float) -> AnsweredPrompts:
         tokens_per_second=model.tokens_per_second,
         tokens_per_second_range=model.tokens_per_second_range,
         latency_seconds=model.latency_seconds,
-        gold_logprobs={"s": [-1.0 + difference]},
+        gold_logprobs={"s": [-1.25]},
     )
 
 
 def test_the_same_measurements_make_the_same_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The report of an earlier version is written again, byte by byte, from what it measured."""
+    """The report of an earlier version is written again, key by key, from what it measured."""
     old = copy_old_run(tmp_path / "old")
     run, layout = old.prepare(), old.layout
     expected = json.loads(Path(layout.report_json).read_text())
     written = Report.model_validate(expected)
     models = {model.name: model for model in written.models}
-    difference = written.export_check.max_engine_logprob_difference
+    noisy = NoisyLogprobs({"s": [-1.0]}, [{"s": [-1.5]}])
 
     def serve(run: Run, name: str, *_: Any) -> Any:
-        return answers_of(models[name], difference), models[name].engine
+        return answers_of(models[name]), models[name].engine
 
     likelihoods = {
         name: {
@@ -125,9 +126,7 @@ def test_the_same_measurements_make_the_same_report(
         }
         for name, model in models.items()
     }
-    figures = HoldoutFigures(
-        likelihoods, {"student": {"s": [-1.0]}}, [], written.weights, written.product
-    )
+    figures = HoldoutFigures(likelihoods, {"student": noisy}, [], written.weights, written.product)
     monkeypatch.setattr(serving, "serve_model", serve)
     monkeypatch.setattr(evaluate, "holdout_figures", lambda *_: figures)
     outcome = evaluate.evaluate(run, old.dataset())
@@ -139,9 +138,10 @@ def test_the_same_measurements_make_the_same_report(
     for key in ("seconds", "cost", "unended"):
         expected["stages"][-1][key] = found["stages"][-1][key]
     expected["stages"][-1]["engine_seconds"] = outcome.engine_seconds
-    assert expected["export_check"].pop("max_engine_logprob_difference") == pytest.approx(
-        found["export_check"].pop("max_engine_logprob_difference"), rel=1e-6
-    )
+    # The earlier version checked the export otherwise.
+    del expected["export_check"]
+    check = found.pop("export_check")
+    assert (check["exports"], check["engines"]["student"]["mean_difference"]) == ({}, 0.25)
     assert [found.pop(key) for key in ("fidelity", "differences", "preferences")] == [[]] * 3
     shown = found.pop("shown_prompts")
     assert sorted(s["reference"] for s in shown) == ["513", "735", "dfhc", "gebd"]
@@ -151,14 +151,24 @@ def test_the_same_measurements_make_the_same_report(
     assert outcome.summary.endswith(layout.report_html)
 
 
-def test_the_largest_difference_is_over_all_tokens() -> None:
-    trained, served = {"a": [-1.0, -2.0], "b": [-3.0]}, {"a": [-1.0, -2.5], "b": [-2.0]}
-    assert largest_difference(trained, served) == pytest.approx(1.0)
+def test_an_engine_that_computes_otherwise_is_refused(tmp_path: Path) -> None:
+    """With a way out; rounding as large on its own token is none."""
+    layout = copy_old_run(tmp_path / "old").layout
+    exported = NoisyLogprobs({"s": [-1.0, -2.0]}, [{"s": [-1.01, -2.01]}])
 
+    def served(name: str, logprobs: list[float]) -> Any:
+        figures = SimpleNamespace(name=name)
+        return SimpleNamespace(figures=figures, agreement=exported.agreement({"s": logprobs}))
 
-def test_a_difference_that_is_no_number_is_not_overlooked() -> None:
-    trained, served = {"a": [-1.0, -2.0]}, {"a": [-1.5, math.nan]}
-    assert math.isnan(largest_difference(trained, served))
+    teacher: Any = SimpleNamespace(figures=SimpleNamespace(name="first"), agreement=None)
+    right = served("student", [-1.012, -1.995])
+    check = evaluate._export_check(layout, [teacher, right])
+    assert check == ExportCheck(exports={}, engines={"student": right.agreement})
+    for wrong in ([-1.2, -2.0], [-1.0, math.nan]):
+        with pytest.raises(TrainingError) as refusal:
+            evaluate._export_check(layout, [right, served("twin", wrong)])
+        assert f"with the exported twin in {layout.export_folder('twin')}" in str(refusal.value)
+        assert "student.vllm.model_impl: transformers" in str(refusal.value)
 
 
 class Cluster:
@@ -208,7 +218,7 @@ def test_a_student_is_exported_where_it_is_served(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And not in the job's own process, on a head that may be too small for it."""
-    exported = {"folder": "f", "largest_difference_nats": 0.0}
+    exported = {"folder": "f", "agreement": {"mean_difference": 1e-3, "noise": 2e-3}}
     monkeypatch.setattr(export_stage, "dataset_to_train_on", lambda run: "d")
     monkeypatch.setattr(export_stage, "stage_key", lambda *_: "key")
     monkeypatch.setattr(
@@ -219,6 +229,8 @@ def test_a_student_is_exported_where_it_is_served(
     prepared: Any = None
     record = export_stage.export(Run(config, layout_of(config), prepared))
     assert record.figures == {"twin": exported}
+    found = "weights equal to the trained ones; log-probabilities 1.0e-03 nats from training"
+    assert record.summary == f"f ({found}, noise 2.0e-03)"
     assert cluster.asked == {"num_cpus": 3, "num_gpus": 0, "resources": {"big": 0.5}}
 
 
