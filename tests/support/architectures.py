@@ -1,7 +1,8 @@
 """Tiny configs of the architectures that are tried as models, and what each can do as a student.
 
-`tests/unit/architecture/test_matrix.py` tries each of them beside transformers, and
-`docs/make_architectures.py` writes the table of `docs/architectures.md`.
+`tests/unit/architecture/test_matrix.py` tries each of them beside transformers as a student,
+`tests/integration/test_teacher_matrix.py` some as teachers, and `docs/make_architectures.py` writes
+the tables of `docs/architectures.md`.
 """
 
 from __future__ import annotations
@@ -437,3 +438,9 @@ ARCHITECTURES = (
     ),
     Architecture("BERT", "bert", {"is_decoder": True}, refused="not supported"),
 )
+
+TEACHERS = (
+    "Llama",
+    "Mistral",
+)
+"""Names of the architectures that are tried as teachers, in vLLM's engine."""
