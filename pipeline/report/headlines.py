@@ -25,6 +25,8 @@ def headlines(report: Report) -> list[str]:
     student = report.student
     others = [model for model in report.models if model is not student]
     lines, of_teachers = [_answers(report, student, others)], []
+    if (words := fidelity_words(report)) and words != lines[0]:
+        lines.append(f"Fidelity to the teachers: {words[0].lower()}{words[1:]}")
     for model in others:
         quality = _quality(student, model)
         if model.role == "teacher":

@@ -10,6 +10,7 @@ from pipeline.config.scoring import Sampled, Selection, TopK
 from pipeline.records import CombinedTargets, DatasetEntry, SparseLogprobs, TokenSequence
 from pipeline.report.comparisons import difference_words, fidelity_groups, fidelity_words
 from pipeline.report.fidelity import SequenceSums, difference_figures, fidelity_figures
+from pipeline.report.headlines import headlines
 from pipeline.report.models import Report
 from pipeline.report.statistics import mean_interval, t_95
 from students.architecture.build import load_model
@@ -203,6 +204,7 @@ def test_words_say_what_is_better_and_what_is_chance(report: Report) -> None:
         "0.048 to 0.227), and its likeliest token is theirs at 91.2 % of 80 hold-out tokens; the "
         "twin is at 0.341 and 82.5 %; the model that it started from is at 0.133 and 89.6 %."
     )
+    assert headlines(report)[1].startswith("Fidelity to the teachers: the student's next-token")
     words = difference_words(report, "twin")
     assert words.startswith("KL to those of owl 0.204 nats/token lower, 95 % 0.19")
     assert "(better); top-1 agreement 8.8 points higher, 95 % " in words
