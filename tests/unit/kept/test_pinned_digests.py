@@ -61,7 +61,7 @@ from tests.unit.synthesis.test_recipes import Engines
 DATA = ROOT / "tests/data/pinned"
 EXPECTED = json.loads((DATA / "expected.json").read_text())
 CONFIGS = {
-    "quickstart": QUICKSTART / "config.yaml",
+    "quickstart": DATA / "quickstart.yaml",
     "hidden_states": DATA / "hidden_states.yaml",
     "rounds": DATA / "rounds.yaml",
     "endpoint": DATA / "endpoint.yaml",
