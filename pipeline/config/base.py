@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-)
+from pydantic import BaseModel, ConfigDict, Field
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 Name = Annotated[str, Field(pattern=NAME)]
@@ -24,17 +18,6 @@ class Section(BaseModel):
     """Base of all sections: frozen, without unknown keys; docstrings of fields are their help."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-    later_fields: ClassVar[frozenset[str]] = frozenset()
-    """Fields that the section did not have at first. A dump leaves them out where they hold their
-    defaults, so that the identities and digests of configs without them stay as they were."""
-
-    @model_serializer(mode="wrap")
-    def _without_unset_later_fields(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values = dump(self)
-        for name in self.later_fields & values.keys():
-            if getattr(self, name) == type(self).model_fields[name].default:
-                del values[name]
-        return values
 
 
 class Resources(Section):

@@ -12,8 +12,6 @@ from pipeline.config.base import Count, ModelFiles, Section
 class StudentConfig(Section):
     """The student: a Hugging Face causal language model that DeepSpeed trains and vLLM serves."""
 
-    later_fields = frozenset({"dropout", "eos_token", "chat_template"})
-
     model: str
     """Folder or hub id of the student. Its tokenizer and chat template are used for the whole run,
     and the vocabularies of all teachers must equal its own. A value that begins with `.`, `~` or
@@ -29,12 +27,12 @@ class StudentConfig(Section):
     """Branch, tag or commit of the model on the hub; the default branch without it."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Set it only for models whose code you trust."""
-    eos_token: str | None = None
+    eos_token: Annotated[str | None, Field(exclude_if=lambda token: token is None)] = None
     """Token that ends sequences, such as `<|im_end|>`, in place of the tokenizer's own
     end-of-sequence token. A base student without a chat template needs it if its teachers end
     answers by another token. Answers to chats end as the chat template says. The exported student
     keeps it."""
-    chat_template: str | None = None
+    chat_template: Annotated[str | None, Field(exclude_if=lambda path: path is None)] = None
     """File with a chat template (Jinja), such as a teacher's `chat_template.jinja`, in place of the
     student's own. It turns a base student without one into a chat model, and is exported with
     it."""
@@ -44,7 +42,7 @@ class StudentConfig(Section):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass and do not keep them. It saves memory and
     costs about a third more time; set it if a micro-batch does not fit."""
-    dropout: bool = True
+    dropout: Annotated[bool, Field(exclude_if=lambda dropout: dropout)] = True
     """Whether dropout, layer drop and jitter of the model's own config act in training; the log of
     a training begins with those that do. `false` sets them to 0 in training, and leaves the
     exported config as it is. Routers that draw their experts (PhiMoE) draw them in any case."""
