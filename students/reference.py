@@ -18,7 +18,7 @@ POSITIONS_AT_ONCE = 512
 PERTURBATIONS = 3
 """Computations from which the noise is measured."""
 TF32 = 2.0**-10
-"""Step from 1 to the next number of TF32, to which kernels for GPUs may round float32 inputs."""
+"""Step from 1 to the next number of TF32, to which kernels for GPUs and of engines may round."""
 
 
 def vocabulary_size(folder: str, trust_remote_code: bool) -> int:
@@ -28,17 +28,18 @@ def vocabulary_size(folder: str, trust_remote_code: bool) -> int:
 
 
 def noisy_logprobs(
-    model: PreTrainedModel, sequences: Sequence[TokenSequence], on_gpu: bool = False
+    model: PreTrainedModel, sequences: Sequence[TokenSequence], coarse: bool = False
 ) -> NoisyLogprobs:
     """The log-probabilities of `gold_logprobs`, and those from perturbed inputs.
 
     Args:
-        on_gpu: whether this computation or the one that it is compared with runs on a GPU.
+        coarse: whether this computation or the one that it is compared with may round float32 to
+            TF32, as kernels for GPUs and of engines do.
     """
     values, perturbed = gold_logprobs(model, sequences), []
     step = torch.finfo(model.dtype).eps
     for seed in range(PERTURBATIONS):
-        with perturbed_inputs(model, seed, max(step, TF32) if on_gpu else step):
+        with perturbed_inputs(model, seed, max(step, TF32) if coarse else step):
             perturbed.append(gold_logprobs(model, sequences))
     return NoisyLogprobs(values, perturbed)
 

@@ -184,10 +184,11 @@ def _export_check(layout: Layout, served: Sequence[ServedModel]) -> ExportCheck:
             raise TrainingError(
                 f"vLLM does not compute what transformers computes with the exported {label} in "
                 f"{layout.export_folder(label)}: {agreement}; the export itself equals the trained "
-                "student, but its answers would be those of another model: remove options that "
-                "change numbers from student.vllm (such as quantization, dtype or kv_cache_dtype), "
-                "or set student.vllm.model_impl: transformers, and run the same command again, "
-                "which only evaluates"
+                "student, but its answers would be those of another model: let student.vllm.dtype "
+                "be that of student.dtype, remove other options that change numbers (such as "
+                "quantization or kv_cache_dtype) from student.vllm, or set "
+                "student.vllm.model_impl: transformers, and run the same command again, which only "
+                "evaluates"
             )
     records = read_record(layout, "export").figures
     exports = {

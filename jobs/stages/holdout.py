@@ -189,7 +189,7 @@ def _figures(
         folder = layout.export_folder(label)
         model = load_model(folder, trust, device)
         models[label] = measure(label, model)
-        golds[label] = noisy_logprobs(model, compared, on_gpu=device == "cuda")
+        golds[label] = noisy_logprobs(model, compared, coarse=True)
         del model
     if (start := load_start(config.student, device)) is not None:
         measure(START, start)

@@ -50,8 +50,8 @@ def prove(spec: TrainingSpec, model: PreTrainedModel, folder: Path) -> Agreement
         if sequence.sequence_id in trained
     ]
     config = spec.config
-    on_gpu = bool(config.training.resources.num_gpus or config.evaluation.resources.num_gpus)
-    agreement = noisy_logprobs(model, sequences, on_gpu).agreement(trained)
+    coarse = bool(config.training.resources.num_gpus or config.evaluation.resources.num_gpus)
+    agreement = noisy_logprobs(model, sequences, coarse).agreement(trained)
     if not agreement.holds:
         raise TrainingError(
             f"the exported student in {folder} has the trained weights, but does not compute with "

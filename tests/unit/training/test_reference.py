@@ -71,5 +71,5 @@ def test_the_noise_is_measured_with_several_perturbations(model: Path) -> None:
     assert len(noisy.perturbed) == 3
     assert len({tuple(perturbed["s"]) for perturbed in noisy.perturbed}) > 1
     assert noisy.agreement(noisy.values).mean_difference == 0
-    on_gpu = reference.noisy_logprobs(load_model(model), [sequence], on_gpu=True)
-    assert on_gpu.agreement(noisy.values).noise > 100 * noisy.agreement(noisy.values).noise
+    coarse = reference.noisy_logprobs(load_model(model), [sequence], coarse=True)
+    assert coarse.agreement(noisy.values).noise > 100 * noisy.agreement(noisy.values).noise
