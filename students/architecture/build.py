@@ -19,8 +19,7 @@ def read_config(student: StudentConfig) -> PretrainedConfig:
     """The model config of a student.
 
     Raises:
-        TrainingError: it cannot be read, or it is that of a quantised model and the weights are to
-            be random.
+        TrainingError: it cannot be read, or it is that of a quantised model.
     """
     try:
         config = AutoConfig.from_pretrained(
@@ -28,11 +27,13 @@ def read_config(student: StudentConfig) -> PretrainedConfig:
         )
     except (OSError, ImportError) as error:
         raise TrainingError(f"student.model {student.model!r} cannot be loaded: {error}") from error
-    quantized = getattr(config, "quantization_config", None)
-    if student.initialization == "random" and quantized is not None:
+    if getattr(config, "quantization_config", None) is not None:
+        unquantized = "choose a copy of it whose weights are not quantised"
+        if student.initialization == "random" or student.initial_weights is not None:
+            unquantized = "remove quantization_config from its config.json"
         raise TrainingError(
-            f"the config of student.model {student.model!r} has a quantization_config, and random "
-            "weights are not quantised: remove quantization_config from its config.json"
+            f"the config of student.model {student.model!r} has a quantization_config, and only "
+            f"weights that are not quantised are trained: {unquantized}"
         )
     return config
 

@@ -1,4 +1,5 @@
-"""Measurements of a model before it is trained: its logits, and whether sequences see one another.
+"""Measurements of a model before it is trained: its logits, and whether tokens see what they must
+not.
 
 No bound is guessed: a forward of the same sequence in a larger batch says how far logits move by
 rounding alone.
@@ -31,7 +32,8 @@ LEAST_ROUNDINGS = 16
 @torch.no_grad()
 def check_architecture(model: PreTrainedModel, packing: bool) -> None:
     """Checks on three sequences that LM head times last hidden state, with its step, gives the
-    model's logits, and that sequences that are computed together do not see one another.
+    model's logits, that tokens do not see later ones, and that sequences that are computed together
+    do not see one another.
 
     Raises:
         TrainingError: logits differ; the message has the difference.
@@ -41,8 +43,9 @@ def check_architecture(model: PreTrainedModel, packing: bool) -> None:
     sequences = _sequences(lm_head_of(model).out_features, model.device)
     alone = [model(input_ids=ids[None], use_cache=False).logits[0].float() for ids in sequences]
     own = _by_head(model, body_hidden_states(model, sequences[0][None], None))
-    longest = sequences[0].expand(len(sequences), -1)
-    batched = model(input_ids=longest, use_cache=False).logits[0].float()
+    longest, half = sequences[0].repeat(len(sequences), 1), len(sequences[0]) // 2
+    longest[1, half:] = longest[1, half:].flip(0)
+    batched, with_other_end, *_ = model(input_ids=longest, use_cache=False).logits.float()
     together = _computed_together(model, sequences, packing)
     model.train(was_training)
     largest = max(logits.abs().max() for logits in alone)
@@ -54,6 +57,12 @@ def check_architecture(model: PreTrainedModel, packing: bool) -> None:
         raise TrainingError(
             f"LM head times last hidden state of {type(model).__name__} differs from the model's "
             f"own logits {size.format(difference)}: {unsupported}"
+        )
+    if not (difference := _distance(with_other_end[:half], alone[0][:half]) / largest) <= tolerance:
+        raise TrainingError(
+            f"{type(model).__name__} lets tokens see those that follow, since logits differ with "
+            f"these {size.format(difference)}, but a student must be causal: choose another "
+            "student.model or config"
         )
     if not (difference := _distance(torch.cat(together), torch.cat(alone)) / largest) <= tolerance:
         raise TrainingError(

@@ -104,7 +104,9 @@ def explained(student: StudentConfig) -> Iterator[None]:
     except DistillationError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        # transformers goes on to list all classes that it knows
+        reason = " ".join(str(error).partition(" for this kind of AutoModel")[0].split())[:200]
+        reason = f"{type(error).__name__}: {reason}"
         raise TrainingError(
             f"student.model {student.model!r} cannot be trained ({reason}): "
             f"{_remedy(str(error), student)}"

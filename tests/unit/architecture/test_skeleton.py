@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.config.student import StudentConfig
 from pipeline.errors import TrainingError
+from students.architecture.build import build_student
 from students.architecture.checks import check_architecture
 from students.architecture.skeleton import check_skeleton
 from tests.support.architectures import ARCHITECTURES, Architecture
@@ -88,20 +89,39 @@ def test_what_cannot_be_built_is_refused_with_the_setting_to_change(
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_a_student_that_sees_later_tokens_is_refused(tmp_path: Path) -> None:
+    options = student(save_config(BY_NAME["Gemma 3"], tmp_path, use_bidirectional_attention=True))
+    with pytest.raises(TrainingError, match="lets tokens see those that follow"):
+        check_skeleton(options, packing=False)
+    with pytest.raises(TrainingError, match="lets tokens see those that follow"):
+        check_architecture(build_student(options, seed=0), packing=True)
+
+
 def test_a_model_of_another_kind_is_refused_in_one_sentence(tmp_path: Path) -> None:
     folder = saved("t5", tmp_path)
     with pytest.raises(TrainingError, match="no causal language model for its config") as caught:
         check_skeleton(student(folder), packing=False)
     assert len(str(caught.value)) < 500
+    assert "GPT2Config" not in str(caught.value)
 
 
-def test_random_weights_with_a_quantised_config_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"initialization": "random"}, r"remove quantization_config from its config\.json"),
+        ({"initialization": "pretrained"}, "choose a copy of it whose weights are not quantised"),
+    ],
+)
+@pytest.mark.parametrize("method", ["fp8", "gptq", "mxfp4"])
+def test_a_quantised_student_is_refused(
+    method: str, options: dict[str, str], remedy: str, tmp_path: Path
+) -> None:
     folder = save_config(BY_NAME["Llama"], tmp_path)
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": method}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(TrainingError, match=r"remove quantization_config from its config\.json"):
-        check_skeleton(student(folder), packing=False)
+    with pytest.raises(TrainingError, match=remedy):
+        check_skeleton(student(folder, **options), packing=False)
 
 
 def test_windows_that_hide_in_short_texts_are_exceeded(tmp_path: Path) -> None:
