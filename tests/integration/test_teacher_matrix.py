@@ -48,6 +48,14 @@ def save(architecture: Architecture, folder: Path) -> None:
     model.to(torch.float32).save_pretrained(folder)
 
 
+def know_the_class(folder: Path) -> None:
+    """Tells vLLM about the model's class, which it would else ask a new process of seconds."""
+    from vllm import ModelRegistry
+
+    (name,) = AutoConfig.from_pretrained(folder).architectures or ()
+    ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+
+
 async def largest_difference(folder: Path) -> tuple[float, Comparison]:
     """Largest difference in nats from transformers over a text and over a prompt of two answers,
     and the product's own comparison.
@@ -65,6 +73,7 @@ async def largest_difference(folder: Path) -> tuple[float, Comparison]:
         num_logprobs=16,
         share_prefixes=True,
     )
+    know_the_class(folder)
     chosen = engine_arguments(spec)
     has_state = EngineArgs(**chosen).create_model_config().has_inner_state
     llm: Any = InThisProcess(cpu_arguments(spec, chosen, has_state))

@@ -442,5 +442,15 @@ ARCHITECTURES = (
 TEACHERS = (
     "Llama",
     "Mistral",
+    "Qwen2",
+    "Qwen3",
+    "Qwen3-MoE",
+    "Gemma 2",
+    "Gemma 3",
+    "Phi-3",
+    "GLM-4",
+    "gpt-oss",
+    "Falcon-H1",
+    "Granite",
 )
 """Names of the architectures that are tried as teachers, in vLLM's engine."""
