@@ -45,7 +45,7 @@ def report(**changed: dict[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def test_a_student_better_than_its_start_and_closer_than_its_twin_passes() -> None:
+def test_a_student_better_than_its_start_and_compared_with_its_twin_passes() -> None:
     assert check.problems(report()) == []
 
 
@@ -54,14 +54,20 @@ def test_a_student_better_than_its_start_and_closer_than_its_twin_passes() -> No
     [
         ("start_loss", estimate(-0.04)),
         ("start_kl", estimate(0.1)),
-        ("start_kl", None),
-        ("twin_kl", estimate(0.01)),
+        ("start_kl", {"mean": -1.0, "low": None, "high": None}),
     ],
 )
 def test_a_difference_that_shows_nothing_is_named(name: str, value: Any) -> None:
     (problem,) = check.problems(report(**{name: value}))
     other, figure = name.split("_")
     assert problem.startswith(f"{figure}, student less {other}: ")
+
+
+@pytest.mark.parametrize("name", ["start_loss", "start_kl", "twin_loss", "twin_kl"])
+def test_a_figure_that_is_not_compared_is_named(name: str) -> None:
+    other, figure = name.split("_")
+    expected = f"no {figure} of the student less that of its {other}"
+    assert check.problems(report(**{name: None})) == [expected]
 
 
 def test_missing_models_comparisons_and_fidelity_are_named() -> None:
