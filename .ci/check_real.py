@@ -2,8 +2,8 @@
 not.
 
 On the hold-out split the student must be better than what training started from beyond the 95 %
-interval, in the loss on the text and in KL to the teachers. The report must compare it with the twin
-in both, and show answers of all models in each domain.
+interval, in the loss on the text and in KL to the teachers. The report must compare it with the
+twin in both, and show answers of all models in each domain.
 """
 
 from __future__ import annotations
