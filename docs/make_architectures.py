@@ -16,7 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.support.architectures import ARCHITECTURES, TEACHERS, Architecture
+from tests.support.architectures import (
+    ARCHITECTURES,
+    REFUSED_TEACHERS,
+    TEACHERS,
+    Architecture,
+    RefusedTeacher,
+)
 
 PAGE = ROOT / "docs" / "architectures.md"
 COMMAND = ".venv/bin/python docs/make_architectures.py"
@@ -39,6 +45,12 @@ float32, attention windows and answers to one prompt included. Any other teacher
 
 """
 
+REFUSED_HEAD = """
+vLLM computes these otherwise than transformers, without a word. The comparison refuses them before
+a row is written: `vLLM computes another model than transformers: …`.
+
+"""
+
 
 def main() -> None:
     """Writes the page again; the command line has no options."""
@@ -52,7 +64,8 @@ def page(before: str) -> str:
     if not marker:
         raise ValueError(f"{PAGE.relative_to(ROOT)} has lost its marker: {MARKER!r}")
     students = STUDENTS + "\n" + students_table(ARCHITECTURES)
-    return head + MARKER + students + TEACHERS_HEAD + teachers_table(ARCHITECTURES)
+    teachers = TEACHERS_HEAD + teachers_table(ARCHITECTURES)
+    return head + MARKER + students + teachers + REFUSED_HEAD + refused_table(REFUSED_TEACHERS)
 
 
 def students_table(architectures: Sequence[Architecture]) -> str:
@@ -76,6 +89,15 @@ def teachers_table(architectures: Sequence[Architecture]) -> str:
     """A row for every architecture that is tried as a teacher."""
     rows = [(each.name, f"`{each.kind}`") for each in architectures if each.name in TEACHERS]
     return table(("architecture", "`model_type`"), rows)
+
+
+def refused_table(refused: Sequence[RefusedTeacher]) -> str:
+    """A row for every teacher that is refused."""
+    rows = []
+    for each in refused:
+        block = ", ".join(f"`{key}: {value}`" for key, value in each.block.items())
+        rows.append((each.name, block, each.reason))
+    return table(("architecture", "`vllm:`", "vLLM 0.32"), rows)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

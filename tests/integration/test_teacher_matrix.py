@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,17 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pipeline.errors import TeacherError
+from teachers.canary import check_cache_canaries
 from teachers.pool.actor import CPU_ENV_VARS, ENGINE_ENV_VARS
-from teachers.protocol import Comparison, EngineSpec, ScoringRequest
-from tests.support.architectures import ARCHITECTURES, TEACHERS, Architecture
+from teachers.protocol import Canary, EngineSpec, ScoringRequest
+from tests.support.architectures import (
+    ARCHITECTURES,
+    REFUSED_TEACHERS,
+    TEACHERS,
+    Architecture,
+    RefusedTeacher,
+)
 
 pytestmark = pytest.mark.timeout(300)
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
@@ -48,17 +57,21 @@ def save(architecture: Architecture, folder: Path) -> None:
     model.to(torch.float32).save_pretrained(folder)
 
 
-def know_the_class(folder: Path) -> None:
-    """Tells vLLM about the model's class, which it would else ask a new process of seconds."""
+def know_the_classes(folder: Path) -> None:
+    """Tells vLLM about the model's classes, for each of which it would else start a process."""
     from vllm import ModelRegistry
 
-    (name,) = AutoConfig.from_pretrained(folder).architectures or ()
-    ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+    own = AutoConfig.from_pretrained(folder).architectures or ()
+    for name in (*own, "TransformersForCausalLM"):
+        ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
-async def largest_difference(folder: Path) -> tuple[float, Comparison]:
+async def largest_difference(folder: Path, block: dict[str, Any]) -> tuple[float, Canary]:
     """Largest difference in nats from transformers over a text and over a prompt of two answers,
-    and the product's own comparison.
+    and the engine's canary with the product's own comparison.
+
+    Args:
+        block: keys of the teacher's `vllm:` block.
     """
     from vllm.engine.arg_utils import EngineArgs
 
@@ -69,11 +82,11 @@ async def largest_difference(folder: Path) -> tuple[float, Comparison]:
     spec = EngineSpec(
         model=str(folder),
         min_model_len=200,
-        vllm={"dtype": "float32", "enforce_eager": True, "max_num_seqs": 4},
+        vllm={"dtype": "float32", "enforce_eager": True, "max_num_seqs": 4} | block,
         num_logprobs=16,
         share_prefixes=True,
     )
-    know_the_class(folder)
+    know_the_classes(folder)
     chosen = engine_arguments(spec)
     has_state = EngineArgs(**chosen).create_model_config().has_inner_state
     llm: Any = InThisProcess(cpu_arguments(spec, chosen, has_state))
@@ -86,7 +99,7 @@ async def largest_difference(folder: Path) -> tuple[float, Comparison]:
     asked = [(rng.integers(3, 128, 60).tolist(), 1)]
     asked += [(prompt + rng.integers(3, 128, 12).tolist(), 40) for _ in range(2)]
     try:
-        await teacher.capture.choose_mode()
+        canary = Canary.of(await teacher.capture.choose_mode(), teacher.metadata())
         assert teacher.capture.mode == "arrays"
         worst = 0.0
         for ids, first in asked:
@@ -98,7 +111,7 @@ async def largest_difference(folder: Path) -> tuple[float, Comparison]:
             top = -np.sort(-dense, axis=1)[:, :16]
             worst = max(worst, float(np.abs(rows.gold_logprobs - gold).max()))
             worst = max(worst, float(np.abs(rows.logprobs - top).max()))
-        return worst, await teacher.compare_with_transformers()
+        return worst, replace(canary, comparison=await teacher.compare_with_transformers())
     finally:
         teacher.capture.restore()
 
@@ -107,6 +120,10 @@ async def largest_difference(folder: Path) -> tuple[float, Comparison]:
 def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for key, value in (ENGINE_ENV_VARS | CPU_ENV_VARS).items():
         monkeypatch.setenv(key, value)
+    from vllm.model_executor.models.transformers.base import Base
+
+    # This backend alters transformers' own classes, which a run has in another process.
+    monkeypatch.setattr(Base, "_decorate_for_torch_compile", lambda _: None)
     yield
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -117,6 +134,16 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("name", TEACHERS)
 def test_rows_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     save(BY_NAME[name], tmp_path)
-    worst, comparison = asyncio.run(largest_difference(tmp_path))
-    assert comparison.reason is None and comparison.mean < 1e-5
-    assert worst < 1e-4
+    worst, canary = asyncio.run(largest_difference(tmp_path, {}))
+    check_cache_canaries([], name, canary)
+    assert canary.comparison is not None and canary.comparison.reason is None
+    assert canary.comparison.mean < 1e-5 and worst < 1e-4
+
+
+@pytest.mark.parametrize("refused", REFUSED_TEACHERS, ids=lambda refused: refused.name)
+def test_other_rows_are_refused(refused: RefusedTeacher, tmp_path: Path) -> None:
+    save(BY_NAME[refused.name], tmp_path)
+    worst, canary = asyncio.run(largest_difference(tmp_path, refused.block))
+    assert worst > 0.1
+    with pytest.raises(TeacherError, match="vLLM computes another model than transformers"):
+        check_cache_canaries([], refused.name, canary)

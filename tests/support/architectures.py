@@ -335,7 +335,13 @@ ARCHITECTURES = (
     Architecture(
         "LFM2",
         "lfm2",
-        {"block_ff_dim": 96, "conv_L_cache": 3, "layer_types": ["conv", "full_attention"]},
+        {
+            "block_ff_dim": 96,
+            "block_dim": 64,
+            "conv_dim": 64,
+            "conv_L_cache": 3,
+            "layer_types": ["conv", "full_attention"],
+        },
         packs=False,
     ),
     Architecture(
@@ -448,9 +454,36 @@ TEACHERS = (
     "Gemma 2",
     "Gemma 3",
     "Phi-3",
+    "OLMo 2",
     "GLM-4",
     "gpt-oss",
     "Falcon-H1",
     "Granite",
 )
 """Names of the architectures that are tried as teachers, in vLLM's engine."""
+
+
+@dataclass(frozen=True)
+class RefusedTeacher:
+    """A teacher of which vLLM 0.32 computes other rows than transformers.
+
+    Attributes:
+        name: name of the architecture.
+        reason: what vLLM computes instead.
+        block: the teacher's `vllm:` block.
+    """
+
+    name: str
+    reason: str
+    block: dict[str, Any] = field(default_factory=dict)
+
+
+REFUSED_TEACHERS = (
+    RefusedTeacher(
+        "Granite",
+        "logits are not divided by `logits_scaling`",
+        {"model_impl": "transformers"},
+    ),
+    RefusedTeacher("LFM2", "on a CPU, rotary positions are applied to the wrong rows"),
+    RefusedTeacher("Cohere 2", "a token sees `sliding_window` + 1 tokens"),
+)
