@@ -70,6 +70,7 @@ def logit_step(model: PreTrainedModel) -> LogitStep:
         for body in bodies:  # some models call their decoder past its wrapper
             stack.enter_context(_forward_of(body, lambda *_, **__: _Fed(hidden_1TH)))
         stack.enter_context(_forward_of(lm_head, head))
+        stack.enter_context(torch.enable_grad())
         logits = model(input_ids=ids, use_cache=False).logits
     if len(received) != 1 or received[0].shape != hidden_1TH.shape:
         raise _unsupported(f"{name} does not compute its logits by its LM head from its body")
@@ -85,6 +86,8 @@ def logit_step(model: PreTrainedModel) -> LogitStep:
         raise _unsupported(f"{name} scales hidden states before an LM head with a bias")
     if after is None:
         raise _unsupported(f"{name} changes its logits by more than a factor and a soft-cap")
+    if received[0].requires_grad or logits.requires_grad:
+        raise _unsupported(f"{name} trains its logits by weights beside its body and its LM head")
     config = model.config.to_dict()
     rounding = max(_rounding(received[0]), _rounding(logits))
     factor = _as_written(before.factor * after.factor, config, rounding)

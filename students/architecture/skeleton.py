@@ -53,10 +53,16 @@ WIDTHS = {
     "moe_num_experts": 8,
     "num_experts_per_tok": 2,
     **dict.fromkeys(("n_group", "topk_group"), 1),
+    "linear_num_heads": 4,
 }
 """Widths that other settings do not depend on, with their largest values here."""
 HEADS = {"num_attention_heads": 4}
-"""Heads at most; their groups and the hidden size follow."""
+"""Heads at most; their groups, the hidden size, and what is a multiple of it follow."""
+MULTIPLES = (
+    "attention_hidden_size",
+    *("mamba_d_ssm", "mamba_n_heads", "n_mamba_heads", "mamba_num_heads"),
+)
+"""Settings that keep their ratio to the hidden size."""
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
 LEAST_DEPTH, MOST_DEPTH = 2, 16
 MOST_WEIGHTS = 300_000_000
@@ -72,7 +78,7 @@ def check_skeleton(student: StudentConfig, packing: bool) -> None:
         TrainingError: the student cannot be built, checked or trained; the message names the
             setting to change.
     """
-    started, failure = time.monotonic(), None
+    started, failure, is_certain = time.monotonic(), None, False
     with explained(student):
         config = read_config(student)
         for small in _shrunk_configs(config, student):
@@ -80,8 +86,10 @@ def check_skeleton(student: StudentConfig, packing: bool) -> None:
                 model = _try(small, student, packing)
             except DistillationError:
                 raise
-            except Exception as error:  # perhaps settings that the forward ties together
+            except Exception as error:
+                # fewer heads may break what a forward ties together, and say nothing then
                 failure = error
+                is_certain = _width(small) == _width(config)
                 continue
             logger.info(
                 "student %s: a copy of %d layers and %.1f M weights trains, tried in %.1f s",
@@ -91,7 +99,7 @@ def check_skeleton(student: StudentConfig, packing: bool) -> None:
                 time.monotonic() - started,
             )
             return
-        if failure is not None:
+        if failure is not None and is_certain:
             raise failure
     logger.warning("student %s is too large to be tried beforehand", student.model)
 
@@ -116,6 +124,10 @@ def explained(student: StudentConfig) -> Iterator[None]:
 def _remedy(reason: str, student: StudentConfig) -> str:
     if "attention implementation" in reason and student.attn_implementation != "eager":
         return "set student.attn_implementation: eager"
+    if "does not support gradient checkpointing" in reason:
+        return "set student.gradient_checkpointing: false"
+    if "dtype" in reason and student.dtype != "float32":
+        return "set student.dtype: float32"
     if "trust_remote_code" in reason:
         return "set student.trust_remote_code: true if you trust its code"
     if "Unrecognized configuration class" in reason:
@@ -185,7 +197,7 @@ def _shrunk(config: PretrainedConfig, settings: dict[str, int], depth: int) -> P
     for name, value in known.items():
         of_layers = isinstance(value, list) or (isinstance(value, str) and "pattern" in name)
         if of_layers and len(value) == layers and name not in ("time_step_limit", "eos_token_id"):
-            setattr(text, name, value[:depth])
+            setattr(text, name, getattr(text, name)[:depth])
     for name in DEPTHS:
         if known.get(name) == layers:
             setattr(text, name, depth)
@@ -193,14 +205,26 @@ def _shrunk(config: PretrainedConfig, settings: dict[str, int], depth: int) -> P
 
 
 def _width_of_heads(known: dict[str, Any], settings: dict[str, int]) -> dict[str, int]:
-    """Hidden size and groups of heads that go with fewer heads."""
+    """Hidden size, groups of heads and multiples that go with fewer heads."""
     heads, hidden = known.get("num_attention_heads"), known.get("hidden_size")
     if "num_attention_heads" not in settings or not isinstance(heads, int) or not hidden:
         return {}
     fewer = min(heads, settings["num_attention_heads"])
     groups = known.get("num_key_value_heads") or heads
     width = fewer * (known.get("head_dim") or hidden // heads)
-    return {"hidden_size": width, "num_key_value_heads": max(1, groups * fewer // heads)}
+    multiples = {
+        name: max(1, known[name] * width // hidden)
+        for name in MULTIPLES
+        if isinstance(known.get(name), int)
+    }
+    return multiples | {
+        "hidden_size": width,
+        "num_key_value_heads": max(1, groups * fewer // heads),
+    }
+
+
+def _width(config: PretrainedConfig) -> int | None:
+    return getattr(config.get_text_config(), "hidden_size", None)
 
 
 def _depth(config: PretrainedConfig) -> int:

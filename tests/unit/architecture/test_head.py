@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from pipeline.errors import TrainingError
@@ -98,8 +99,9 @@ def test_a_factor_and_a_soft_cap_are_found_together() -> None:
         (lambda logits: logits + torch.arange(11), "more than a factor and a soft-cap"),
         (lambda logits: logits.clamp(-50, 50), "more than a factor and a soft-cap"),
         (lambda logits: torch.log_softmax(logits, -1), "more than a factor and a soft-cap"),
+        (lambda logits: logits * nn.Parameter(torch.tensor(1.7)), "weights beside its body"),
     ],
-    ids=["fewer logits", "bias", "clamp", "softmax"],
+    ids=["fewer logits", "bias", "clamp", "softmax", "trained temperature"],
 )
 def test_another_step_is_refused(step, message: str) -> None:
     model = Rescaled(tiny_llama(VOCABULARY).config)

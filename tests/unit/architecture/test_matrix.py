@@ -21,7 +21,6 @@ from pipeline.errors import TrainingError
 from students.architecture.build import build_student, load_model
 from students.architecture.checks import check_architecture
 from students.architecture.positions import length_bounds
-from students.architecture.skeleton import check_skeleton
 from students.data.packing import pack, plan_groups
 from students.losses.divergences import CrossEntropy, ForwardKL
 from students.micro_batch import MicroBatch
@@ -127,14 +126,6 @@ def assert_same(model: PreTrainedModel, other: PreTrainedModel) -> None:
     for name, value in expected.items():
         assert found[name].dtype == value.dtype, name
         assert torch.equal(found[name], value), name
-
-
-def test_prepare_says_the_same_of_a_small_copy(architecture: Architecture, tmp_path: Path) -> None:
-    student = options(architecture, save_config(architecture, tmp_path), dtype="bfloat16")
-    check_skeleton(student, packing=architecture.packs)
-    if not architecture.packs:
-        with pytest.raises(TrainingError, match=r"training\.packing: false"):
-            check_skeleton(student, packing=True)
 
 
 @pytest.mark.parametrize("architecture", REFUSED, ids=lambda each: each.name)
