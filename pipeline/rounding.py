@@ -15,7 +15,8 @@ With d the differences at T tokens, n those of the perturbed computations, and F
 where s is the standard error of mean n, from the sums of whole sequences, since the tokens of a
 sequence share their noise. The last term bounds a bias that noise itself has: log-softmax of logits
 with errors of variance v is lower by at most v / 2 on average, in second order. Both bounds are
-raised by the rounding of the log-probabilities themselves, which are float32.
+raised by the rounding of the last subtraction, of a log-sum-exp from a logit in float32: where a
+model is sure of a token, that is all that rounding does.
 """
 
 from __future__ import annotations
@@ -82,10 +83,13 @@ class NoisyLogprobs:
         values: as the model computes them.
         perturbed: as it computes them from inputs that were perturbed in their last place; one or
             more, each with other perturbations.
+        terms: size of the numbers whose differences the log-probabilities are, a logit and a
+            log-sum-exp; their own size where it is not known.
     """
 
     values: GoldLogprobs
     perturbed: Sequence[GoldLogprobs]
+    terms: GoldLogprobs | None = None
 
     def agreement(self, others: GoldLogprobs) -> Agreement:
         """Compares another computation of these sequences, or of some of them."""
@@ -98,8 +102,9 @@ class NoisyLogprobs:
         num_tokens, sizes_DT = len(differences_T), np.abs(noise_DT)
         variances_S = [np.square(noise.sum(axis=1)).mean() for noise in noise_ST]
         signed_error = np.sqrt(np.sum(variances_S)) / num_tokens
-        own = np.concatenate([np.asarray(self.values[name], np.float64) for name in names])
-        rounding = FLOAT32 * float(np.abs(own).mean())
+        terms = self.values if self.terms is None else self.terms
+        sizes_T = np.abs(np.concatenate([np.asarray(terms[name], np.float64) for name in names]))
+        rounding = FLOAT32 * float(sizes_T.mean())
         error = STANDARD_ERRORS * sizes_DT.std() / np.sqrt(num_tokens)
         bias = np.square(NOISE_FACTOR * noise_DT).mean() / 2
         return Agreement(

@@ -36,12 +36,12 @@ def noisy_logprobs(
         coarse: whether this computation or the one that it is compared with may round float32 to
             TF32, as kernels for GPUs and of engines do.
     """
-    values, perturbed = gold_logprobs(model, sequences), []
+    (values, terms), perturbed = _gold_logprobs(model, sequences), []
     step = torch.finfo(model.dtype).eps
     for seed in range(PERTURBATIONS):
         with perturbed_inputs(model, seed, max(step, TF32) if coarse else step):
             perturbed.append(gold_logprobs(model, sequences))
-    return NoisyLogprobs(values, perturbed)
+    return NoisyLogprobs(values, perturbed, terms)
 
 
 @contextmanager
@@ -61,24 +61,32 @@ def perturbed_inputs(model: PreTrainedModel, seed: int, step: float) -> Iterator
         hook.remove()
 
 
-@torch.no_grad()
 def gold_logprobs(
     model: PreTrainedModel, sequences: Sequence[TokenSequence]
 ) -> dict[str, list[float]]:
     """Log-probabilities, in nats, of the tokens at every position of each sequence, by its id."""
-    logprobs = {}
+    return _gold_logprobs(model, sequences)[0]
+
+
+@torch.no_grad()
+def _gold_logprobs(
+    model: PreTrainedModel, sequences: Sequence[TokenSequence]
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Log-probabilities of the tokens at every position of each sequence, by its id; and the size
+    of the numbers whose differences they are: the token's logit and the log-sum-exp.
+    """
+    logprobs: dict[str, list[float]] = {}
+    terms: dict[str, list[float]] = {}
     for sequence in sequences:
         ids = torch.tensor(sequence.input_ids[None], dtype=torch.int64, device=model.device)
         logits_TV = model(input_ids=ids, use_cache=False).logits[0]
         positions = torch.tensor(sequence.position_indices, device=model.device)
-        logprobs[sequence.sequence_id] = [
-            logprob
-            for part in positions.split(POSITIONS_AT_ONCE)
-            for logprob in _gold(logits_TV[part - 1], ids[0, part]).tolist()
-        ]
-    return logprobs
-
-
-def _gold(logits_PV: torch.Tensor, gold_P: torch.Tensor) -> torch.Tensor:
-    """float32[P]: log-probability of each gold id."""
-    return torch.log_softmax(logits_PV.float(), dim=-1).gather(1, gold_P[:, None])[:, 0]
+        name = sequence.sequence_id
+        logprobs[name], terms[name] = [], []
+        for part in positions.split(POSITIONS_AT_ONCE):
+            logits_PV, gold_P1 = logits_TV[part - 1].float(), ids[0, part][:, None]
+            logit_P = logits_PV.gather(1, gold_P1)[:, 0]
+            logprob_P = torch.log_softmax(logits_PV, dim=-1).gather(1, gold_P1)[:, 0]
+            logprobs[name] += logprob_P.tolist()
+            terms[name] += torch.maximum(logit_P.abs(), (logit_P - logprob_P).abs()).tolist()
+    return logprobs, terms

@@ -63,6 +63,16 @@ def test_rounding_of_the_figures_alone_is_no_difference() -> None:
     assert not noisy.agreement({"a": [-5.001, -7.0]}).holds
 
 
+def test_a_sure_model_rounds_only_where_its_logits_are_subtracted() -> None:
+    """Perturbed inputs move no log-probability near 0; a log-sum-exp of 16 is rounded all the
+    same, to steps of 1.9e-6."""
+    values, off = {"a": [-1e-7, -2e-7]}, {"a": [-1e-7, -1.9e-6]}
+    terms = {"a": [16.0, 16.0]}
+    assert NoisyLogprobs(values, [values], terms).agreement(off).holds
+    assert not NoisyLogprobs(values, [values]).agreement(off).holds
+    assert not NoisyLogprobs(values, [values], terms).agreement({"a": [-1e-5, -2e-7]}).holds
+
+
 def test_figures_are_means_over_the_tokens_of_the_other_computation() -> None:
     noisy = NoisyLogprobs({"a": [-1.0, -2.0], "b": [-3.0]}, [{"a": [-1.5, -2.5], "b": [-3.0]}])
     agreement = noisy.agreement({"a": [-1.25, -1.75]})

@@ -69,6 +69,12 @@ def test_the_noise_is_measured_with_several_perturbations(model: Path) -> None:
     noisy = reference.noisy_logprobs(load_model(model), [sequence])
     assert noisy.values == reference.gold_logprobs(load_model(model), [sequence])
     assert len(noisy.perturbed) == 3
+    logits_TV = load_model(model)(torch.tensor(ids[None], dtype=torch.int64)).logits[0]
+    gold_P = ids[[4, 5, 6, 9, 10]]
+    largest_P = torch.maximum(
+        logits_TV[[3, 4, 5, 8, 9], gold_P].abs(), logits_TV[[3, 4, 5, 8, 9]].logsumexp(1).abs()
+    )
+    assert noisy.terms is not None and noisy.terms["s"] == pytest.approx(largest_P.tolist())
     assert len({tuple(perturbed["s"]) for perturbed in noisy.perturbed}) > 1
     assert noisy.agreement(noisy.values).mean_difference == 0
     coarse = reference.noisy_logprobs(load_model(model), [sequence], coarse=True)
