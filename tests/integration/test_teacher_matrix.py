@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -120,6 +121,10 @@ async def largest_difference(folder: Path, block: dict[str, Any]) -> tuple[float
 def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for key, value in (ENGINE_ENV_VARS | CPU_ENV_VARS).items():
         monkeypatch.setenv(key, value)
+    # vLLM looks at every name of every module, and a web server's names answer in a request alone.
+    for name, module in list(sys.modules.items()):
+        if any(type(value).__name__ == "LocalProxy" for value in vars(module).values()):
+            monkeypatch.delitem(sys.modules, name)
     from vllm.model_executor.models.transformers.base import Base
 
     # This backend alters transformers' own classes, which a run has in another process.
