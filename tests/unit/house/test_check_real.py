@@ -21,7 +21,7 @@ def report(**changed: dict[str, Any] | None) -> dict[str, Any]:
     """A report with nothing to object to; `changed` replaces differences as `start_loss`."""
     differences = {
         "start": {"loss": estimate(-1.0), "kl": estimate(-0.9)},
-        "twin": {"loss": estimate(0.01), "kl": estimate(-0.02)},
+        "twin": {"loss": estimate(0.01), "kl": estimate(-0.12)},
     }
     for name, value in changed.items():
         other, figure = name.split("_")
@@ -45,7 +45,7 @@ def report(**changed: dict[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def test_a_student_better_than_its_start_and_compared_with_its_twin_passes() -> None:
+def test_a_student_better_than_its_start_and_closer_than_its_twin_passes() -> None:
     assert check.problems(report()) == []
 
 
@@ -54,20 +54,16 @@ def test_a_student_better_than_its_start_and_compared_with_its_twin_passes() -> 
     [
         ("start_loss", estimate(-0.04)),
         ("start_kl", estimate(0.1)),
+        ("start_kl", None),
         ("start_kl", {"mean": -1.0, "low": None, "high": None}),
+        ("twin_kl", estimate(-0.04)),
+        ("twin_kl", None),
     ],
 )
 def test_a_difference_that_shows_nothing_is_named(name: str, value: Any) -> None:
     (problem,) = check.problems(report(**{name: value}))
     other, figure = name.split("_")
     assert problem.startswith(f"{figure}, student less {other}: ")
-
-
-@pytest.mark.parametrize("name", ["start_loss", "start_kl", "twin_loss", "twin_kl"])
-def test_a_figure_that_is_not_compared_is_named(name: str) -> None:
-    other, figure = name.split("_")
-    expected = f"no {figure} of the student less that of its {other}"
-    assert check.problems(report(**{name: None})) == [expected]
 
 
 def test_missing_models_comparisons_and_fidelity_are_named() -> None:
