@@ -33,7 +33,6 @@ from students.architecture.dtypes import float_buffers
 from students.architecture.head import lm_head_of
 from students.architecture.noise import active_noise
 from students.architecture.positions import length_bounds
-from students.architecture.routers import refuse_ignored_balance
 from students.architecture.skeleton import check_skeleton, explained
 from students.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from students.checkpoints.resume import TrainingState, agreed_resume, allowed_changes
@@ -106,7 +105,6 @@ def checked_model(spec: TrainingSpec, device: torch.device) -> PreTrainedModel:
 
     Raises:
         TrainingError: the model cannot be loaded or handled.
-        ConfigError: its config asks for a loss that is not computed.
     """
     student, packing = spec.config.student, spec.config.training.packing
     check_skeleton(student, packing)
@@ -115,7 +113,6 @@ def checked_model(spec: TrainingSpec, device: torch.device) -> PreTrainedModel:
         if student.attn_implementation.startswith("flash"):  # needs a GPU
             torch.nn.Module.to(model, device)
         check_architecture(model, packing)
-    refuse_ignored_balance(model.config)
     noise = active_noise(model)
     if noise and dist.get_rank() == 0:
         logger.warning(

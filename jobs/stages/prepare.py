@@ -33,7 +33,6 @@ from pipeline.run.prepared_run import Run
 from pipeline.synthesis.prompts import write_prompts
 from pipeline.synthesis.steps import handed_on, prompts_to_answer, steps_of, with_system_prompts
 from students.architecture.positions import refuse_dynamic_scaling
-from students.architecture.routers import refuse_ignored_balance
 from students.deepspeed_options import check_deepspeed_options
 from teachers.engine.options import check_sampling_values
 from teachers.preflight.identity import check_model, check_weights, model_identity, student_identity
@@ -73,7 +72,6 @@ def prepare(config: Config) -> Run:
     rows = _check_vocabulary_sizes(config)
     check_layers(config)
     refuse_dynamic_scaling(text_config(config.student.files), config.synthesis.max_sequence_tokens)
-    refuse_ignored_balance(text_config(config.student.files))
     _check_student(config)
     tokenizer = load_tokenizer(config.student.files)
     judges = {rule.teacher for rule in config.synthesis.filters if isinstance(rule, Judge)}

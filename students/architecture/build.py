@@ -13,13 +13,15 @@ from pipeline.errors import TrainingError
 from students.architecture.dtypes import DTYPES, as_loaded
 from students.architecture.initial_weights import load_initial_weights
 from students.architecture.noise import switch_off_noise
+from students.architecture.routers import refuse_ignored_balance
 
 
 def read_config(student: StudentConfig) -> PretrainedConfig:
     """The model config of a student.
 
     Raises:
-        TrainingError: it cannot be read, or it is that of a quantised model.
+        TrainingError: it cannot be read, is that of a quantised model, or asks for a loss that is
+            not computed.
     """
     try:
         config = AutoConfig.from_pretrained(
@@ -35,6 +37,7 @@ def read_config(student: StudentConfig) -> PretrainedConfig:
             f"the config of student.model {student.model!r} has a quantization_config, and only "
             f"weights that are not quantised are trained: {unquantized}"
         )
+    refuse_ignored_balance(config)
     return config
 
 
