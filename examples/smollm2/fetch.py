@@ -187,18 +187,25 @@ def fetch(models: Path = MODELS) -> Path:
     return folder
 
 
-def main() -> None:
-    """Fetches the model, or ends with one sentence on standard error."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--models", type=Path, default=MODELS, help="folder to make it in")
-    models = parser.parse_args().models
-    os.environ.update(TQDM_DISABLE="1", DS_ACCELERATOR="cpu")  # both would write between our lines
+@contextmanager
+def told() -> Iterator[None]:
+    """Ends the program with one sentence on standard error if a model cannot be made."""
     try:
-        fetch(models)
+        yield
     except FetchError as error:
         sys.exit(f"smollm2: {error}")
     except KeyboardInterrupt:
         sys.exit("smollm2: interrupted; the next run begins this model again")
+
+
+def main() -> None:
+    """Fetches the model."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--models", type=Path, default=MODELS, help="folder to make it in")
+    models = parser.parse_args().models
+    os.environ.update(TQDM_DISABLE="1", DS_ACCELERATOR="cpu")  # both would write between our lines
+    with told():
+        fetch(models)
 
 
 if __name__ == "__main__":

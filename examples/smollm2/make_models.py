@@ -14,14 +14,13 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fetch import MODELS, NAME, FetchError, exclusive, replaced_when_complete, say
+from fetch import MODELS, NAME, FetchError, exclusive, replaced_when_complete, say, told
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -179,7 +178,7 @@ def make_models(models: Path, learning_rate: float, seed: int) -> None:
 
 
 def main() -> None:
-    """Makes the models, or ends with one sentence on standard error."""
+    """Makes the models."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", type=Path, default=MODELS, help="folder to make them in")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="its peak, at the start")
@@ -187,12 +186,8 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed warns that it found no other
     disable_progress_bar()
-    try:
+    with told():
         make_models(arguments.models, arguments.learning_rate, arguments.seed)
-    except FetchError as error:
-        sys.exit(f"smollm2: {error}")
-    except KeyboardInterrupt:
-        sys.exit("smollm2: interrupted; the next run begins this model again")
 
 
 if __name__ == "__main__":
