@@ -126,9 +126,7 @@ class Dispatcher:
         logger.info("%s: a replica starts", self._name)
         try:
             metadata = await replica.ready()
-            async with (
-                self._comparing
-            ):  # no other replica works before the first is known to be right
+            async with self._comparing:  # nobody works before the first is known to be right
                 comparison = await self._compare(replica)
         except (DistillationError, ReplicaDied):
             raise
