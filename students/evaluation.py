@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from pipeline.layout import Layout
 from pipeline.records import DatasetEntry, SparseLogprobs
 from pipeline.report.fidelity import SequenceSums, Target
 from students.architecture.body import body_hidden_states
-from students.architecture.build import build_student, load_model
+from students.architecture.build import build_student
 from students.architecture.head import lm_head_of, logit_step
 from students.architecture.positions import length_bounds
 from students.data.examples import Example, Examples
@@ -73,32 +72,6 @@ class Measured:
     def has(self, entry: DatasetEntry) -> bool:
         """Whether a sequence has this target."""
         return self.scored is None or entry.sequence_id in self.scored
-
-
-def holdout_numbers(
-    model_folder: str | Path,
-    entries: Sequence[DatasetEntry],
-    examples: Examples,
-    tokens_per_micro_batch: int,
-    device: str = "cpu",
-    trust_remote_code: bool = False,
-    packing: bool = True,
-) -> dict[str, Means]:
-    """A student's numbers on hold-out sequences, by domain.
-
-    Returns:
-        For each domain `tokens`, `loss` (cross-entropy with the text), `kl_to_mixture`, and
-        `agreement` (share of positions where its most probable token is the mixture's, or one of
-        the mixture's tokens that tie).
-
-    Raises:
-        CacheError: the caches do not cover a sequence.
-        TrainingError: a sequence is longer than the budget.
-    """
-    model = load_model(model_folder, trust_remote_code, device)
-    targets: dict[Target, Measured] = {None: Measured(examples)}
-    sums = student_sums(model, entries, targets, tokens_per_micro_batch, packing)
-    return domain_means(entries, sums[None])
 
 
 def measured_targets(
@@ -247,6 +220,11 @@ def domain_means(
     Args:
         sums: sums by sequence id; a sequence may be missing.
         bounded: whether `bounded_mass` is one of the means.
+
+    Returns:
+        For each domain `tokens`, `loss` (cross-entropy with the text), `kl_to_mixture`, and
+        `agreement` (share of positions where the most probable token is the mixture's, or one of
+        the mixture's tokens that tie).
     """
     by_domain: dict[str, list[SequenceSums]] = {}
     for entry in entries:

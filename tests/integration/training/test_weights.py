@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from pipeline.cache.reader import open_cache
 from pipeline.errors import ConfigError, TrainingError
 from pipeline.sequences import read_dataset
-from students.architecture.build import build_student
+from students.architecture.build import build_student, load_model
 from students.checkpoints.resume import latest_complete
 from students.data.examples import open_examples
-from students.evaluation import holdout_numbers, teacher_holdout_numbers
+from students.evaluation import Measured, domain_means, student_sums, teacher_holdout_numbers
 from students.export.folder import export_student
 from teachers.preflight.identity import student_identity
 from tests.support.trainings import DOMAINS, VOCABULARY, curve, final_weights, make_spec, steps_of
@@ -53,7 +53,9 @@ def test_export_loads_and_evaluates_like_training(reference, material, tmp_path)
         entries,
         VOCABULARY,
     )
-    numbers = holdout_numbers(tmp_path / "export", entries, examples, 64)
+    exported = load_model(tmp_path / "export")
+    sums = student_sums(exported, entries, {None: Measured(examples)}, 64, True)
+    numbers = domain_means(entries, sums[None])
     tokens = {d: sum(e.num_positions for e in entries if e.domain == d) for d in DOMAINS}
     assert {domain: found["tokens"] for domain, found in numbers.items()} == tokens
     for name, figure in (("loss", "cross_entropy"), ("kl_to_mixture", "forward_kl")):

@@ -9,8 +9,9 @@ import pytest
 from pipeline.cache.selection import select
 from pipeline.config.scoring import Sampled, Selection, TopP
 from pipeline.records import CombinedTargets, DatasetEntry, SparseLogprobs, TokenSequence
+from students.architecture.build import load_model
 from students.data.examples import example_of
-from students.evaluation import holdout_numbers, teacher_holdout_numbers
+from students.evaluation import Measured, domain_means, student_sums, teacher_holdout_numbers
 from tests.support.tiny_models import save_tiny_llama
 
 VOCABULARY, POSITIONS = 12, 5
@@ -43,7 +44,8 @@ def test_kl_and_agreement_are_numbers_only_without_draws(
     weights = np.full((2, POSITIONS), 0.5, np.float32)
     examples = {ENTRY: example_of(CombinedTargets(SEQUENCE, tuple(rows.values()), weights))}
     readers = {name: SimpleNamespace(row={"s": row}.get) for name, row in rows.items()}
-    ours = {"student": holdout_numbers(student, [ENTRY], examples, 64)}
+    sums = student_sums(load_model(student), [ENTRY], {None: Measured(examples)}, 64, True)
+    ours = {"student": domain_means([ENTRY], sums[None])}
     theirs = teacher_holdout_numbers([ENTRY], examples, readers)
     for name, numbers in (ours | theirs).items():
         found = numbers["words"]
