@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -134,22 +135,47 @@ def test_two_jobs_at_once_neither_mix_nor_double_rows(bench: Bench, tmp_path: Pa
     """Two runs that share a cache and lack the same sequences, grouped differently."""
     store = bench.fresh(tmp_path / "out")
     faults.add_run(Path(store.root), "other", sequences_per_shard=7)
-    commands = [
-        bench.start(store, tmp_path / "log", faults.RUN),
-        bench.start(store, tmp_path / "other", "other"),
-    ]
-    for command in commands:
+    commands = {
+        PROMPTS_PER_SHARD: bench.start(store, tmp_path / "log", faults.RUN),
+        7: bench.start(store, tmp_path / "other", "other"),
+    }
+    meet(commands, store)
+    for command in commands.values():
         assert ended(command) == 0, command.printed()
         assert "new shards" in command.stdout.read_text(), command.printed()
-    written: dict[int, list[int]] = {7: [], PROMPTS_PER_SHARD: []}
-    for uri in store.shards():
-        size = pq.read_metadata(uri).num_rows
-        written.get(size, []).append(Path(uri).stat().st_mtime_ns)
-    ours, theirs = written.values()
+    ours, theirs = (written_by_size(store)[size] for size in commands)
     assert min(ours) < max(theirs) and min(theirs) < max(ours), "one had ended before the other"
     twice = sum(len(found) > 1 for found in store.rows().values())
     assert twice > NUM_PROMPTS / 2
     assert_whole(bench.material, store, bench.rows, overlap=True)
+
+
+def meet(commands: dict[int, RunningCommand], store: Store) -> None:
+    """Holds the command that is first to write until the other writes as well.
+
+    Args:
+        commands: by the number of rows of their shards.
+    """
+    some = next(iter(commands.values()))
+    some.wait_until("a shard", lambda: bool(written_by_size(store)), SECONDS)
+    size = next(iter(written_by_size(store)))
+    (late,) = commands.keys() - {size}
+    held = commands[size].process
+    held.send_signal(signal.SIGSTOP)
+    try:
+        commands[late].wait_until("its shard", lambda: late in written_by_size(store), SECONDS)
+    finally:
+        held.send_signal(signal.SIGCONT)
+
+
+def written_by_size(store: Store) -> dict[int, list[int]]:
+    """Times at which the shards of the two jobs were written, by their number of rows."""
+    written: dict[int, list[int]] = defaultdict(list)
+    for uri in store.shards():
+        size = pq.read_metadata(uri).num_rows
+        if size in (7, PROMPTS_PER_SHARD):
+            written[size].append(Path(uri).stat().st_mtime_ns)
+    return written
 
 
 def test_damaged_shards_are_named_and_never_trained_on(bench: Bench, tmp_path: Path) -> None:
