@@ -28,10 +28,10 @@ from pipeline.config.student import StudentConfig
 from pipeline.layout import Layout
 from pipeline.records import DatasetEntry, SparseLogprobs
 from pipeline.report.fidelity import SequenceSums, Target
+from pipeline.rope import length_bounds
 from students.architecture.body import body_hidden_states
 from students.architecture.build import build_student
 from students.architecture.head import lm_head_of, logit_step
-from students.architecture.positions import length_bounds
 from students.data.examples import Example, Examples
 from students.data.packing import pack, plan_groups, refuse_long_sequences
 from students.losses.distillation import PositionFigures, position_figures

@@ -26,13 +26,13 @@ from pipeline import storage
 from pipeline.config.losses import HiddenStatesLoss
 from pipeline.config.training import TrainingConfig
 from pipeline.errors import TrainingError
+from pipeline.rope import length_bounds
 from pipeline.run.training_spec import TrainingSpec
 from students.architecture.build import build_student
 from students.architecture.checks import check_architecture
 from students.architecture.dtypes import float_buffers
 from students.architecture.head import lm_head_of
 from students.architecture.noise import active_noise
-from students.architecture.positions import length_bounds
 from students.architecture.skeleton import check_skeleton, explained
 from students.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from students.checkpoints.resume import TrainingState, agreed_resume, allowed_changes

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.errors import TeacherError
+from pipeline.rope import length_bounds, rope_settings
 from teachers.protocol import EngineSpec
 
 
@@ -20,12 +21,7 @@ def first_context(config: Any) -> int | None:
     Args:
         config: text config of the model from transformers.
     """
-    values = config.to_dict()
-    rope = values.get("rope_parameters") or {}
-    if rope.get("rope_type") != "longrope":
-        return None
-    own = rope.get("original_max_position_embeddings")
-    return own or values.get("original_max_position_embeddings")
+    return min(length_bounds(config), default=None)
 
 
 def uses_long_factors(vllm: dict[str, Any], config: Any) -> bool:
@@ -65,6 +61,7 @@ def with_long_factors(config: Any) -> Any:
     Args:
         config: text config of the model from transformers, which is changed.
     """
-    rope = config.rope_parameters
-    config.rope_parameters = rope | {"short_factor": rope["long_factor"]}
+    for rope in rope_settings(config):
+        if rope.get("rope_type") == "longrope":
+            rope["short_factor"] = rope["long_factor"]
     return config

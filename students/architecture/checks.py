@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import TrainingError
+from pipeline.rope import length_bounds
 from students.architecture.body import body_hidden_states
 from students.architecture.head import lm_head_of, logit_step
-from students.architecture.positions import length_bounds
 
 LENGTHS = (37, 23, 5)
 """Tokens of the sequences that are computed alone and together."""

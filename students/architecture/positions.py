@@ -12,21 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.errors import ConfigError
-
-
-def length_bounds(model_config: Any) -> tuple[int, ...]:
-    """Most tokens of the sequences that get LongRoPE's short factors; longer ones get the long
-    factors. Empty for models without LongRoPE; several if their layers differ.
-    """
-    return tuple(
-        sorted(
-            {
-                int(each["original_max_position_embeddings"])
-                for each in _rope_parameters(model_config)
-                if each.get("rope_type") == "longrope"
-            }
-        )
-    )
+from pipeline.rope import rope_settings
 
 
 def refuse_dynamic_scaling(model_config: Any, longest: int | None) -> None:
@@ -38,7 +24,7 @@ def refuse_dynamic_scaling(model_config: Any, longest: int | None) -> None:
     Raises:
         ConfigError: sequences may be longer than `max_position_embeddings` of such a model.
     """
-    if all("dynamic" not in str(each.get("rope_type")) for each in _rope_parameters(model_config)):
+    if all("dynamic" not in str(each.get("rope_type")) for each in rope_settings(model_config)):
         return
     bound = int(model_config.get_text_config().max_position_embeddings)
     if longest is None or longest > bound:
@@ -49,10 +35,3 @@ def refuse_dynamic_scaling(model_config: Any, longest: int | None) -> None:
             f"synthesis.max_sequence_tokens to at most {bound}, or use a copy of the student with "
             "another rope_type, such as yarn"
         )
-
-
-def _rope_parameters(model_config: Any) -> list[dict[str, Any]]:
-    """Rotary settings of a model's layers: one set for all, or one for each type of layer."""
-    parameters = getattr(model_config.get_text_config(), "rope_parameters", None) or {}
-    nested = [each for each in parameters.values() if isinstance(each, dict)]
-    return nested or [parameters]

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from pipeline.config.student import StudentConfig
 from pipeline.errors import TrainingError
+from pipeline.rope import length_bounds
 from students.architecture.build import build_student, load_model
 from students.architecture.checks import check_architecture
-from students.architecture.positions import length_bounds
 from students.data.packing import pack, plan_groups
 from students.losses.divergences import CrossEntropy, ForwardKL
 from students.micro_batch import MicroBatch

@@ -4,7 +4,8 @@ import pytest
 from transformers import AutoConfig
 
 from pipeline.errors import ConfigError
-from students.architecture.positions import length_bounds, refuse_dynamic_scaling
+from pipeline.rope import length_bounds
+from students.architecture.positions import refuse_dynamic_scaling
 
 LONGROPE = {
     "rope_type": "longrope",
