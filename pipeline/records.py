@@ -88,7 +88,8 @@ class TokenSequence:
             overlapping.
         authors: names of the teachers that wrote the answer, `student`, or `dataset` for a given
             reference. The files on disk call them generators.
-        finish_reason: `stop` or `length`, reported by the teacher; `dataset` for given references.
+        finish_reason: `stop` or `length`, reported by the teacher; `unknown` where an endpoint ends
+            answers by a word of its own; `dataset` for given references.
     """
 
     sequence_id: str

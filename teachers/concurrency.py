@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from pipeline.errors import TeacherError
-from teachers.protocol import EngineDiedError
+from teachers.protocol import EngineDiedError, ItemRefusedError
 
 Item = TypeVar("Item")
 ItemReply = TypeVar("ItemReply")
@@ -23,7 +23,8 @@ async def ask_each(
         each in the order given.
 
     Raises:
-        TeacherError: all items failed, so nothing shows that any one of them is at fault.
+        TeacherError: the only item failed; or all items failed, and not all by refusals of the
+            items themselves, so nothing shows that any one of them is at fault.
         DistillationError: the teacher is gone or refuses this kind of request; the other requests
             are cancelled.
     """
@@ -42,8 +43,9 @@ async def ask_each(
     finally:
         await cancel(asking)
     errors = [reply for _, reply in replies if isinstance(reply, TeacherError)]
-    if errors and len(errors) == len(items):
-        raise errors[0]
+    unexplained = [error for error in errors if not isinstance(error, ItemRefusedError)]
+    if len(errors) == len(items) and (unexplained or len(items) == 1):
+        raise (unexplained or errors)[0]
     done = [(item, reply) for item, reply in replies if not isinstance(reply, TeacherError)]
     failed = [(item, str(reply)) for item, reply in replies if isinstance(reply, TeacherError)]
     return done, failed

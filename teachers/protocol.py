@@ -30,6 +30,10 @@ class EngineDiedError(TeacherError):
     """
 
 
+class ItemRefusedError(TeacherError):
+    """The teacher refuses this item, and would refuse it again."""
+
+
 class ItemsFailedError(TeacherError):
     """Some items of a task failed; the others are done and need not be asked again.
 
@@ -180,13 +184,15 @@ class GeneratedAnswer:
         token_ids: tokens of the answer alone; the last one is the end-of-sequence token if that
             stopped the answer.
         finish_reason: `stop`, `length` or `repetition`, as the engine reports it; `content_filter`
-            too from an endpoint.
+            or `unknown` too from an endpoint.
         seconds: time from the request to its last token, including the wait inside the engine.
+        had_thoughts: the server sent reasoning apart from the answer.
     """
 
     token_ids: list[int]
     finish_reason: str
     seconds: float
+    had_thoughts: bool = False
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from pipeline.run.identities import sampling_of
 from pipeline.synthesis.prompts import read_prompts
 from pipeline.synthesis.rewriting import make_requests, rubric_of
 from pipeline.synthesis.steps import Step, steps_of
+from teachers.engine.arguments import check_request_changes
 from teachers.engine.options import check_engine_arguments, check_sampling_parameters
 
 _NO_PLACE = (
@@ -70,6 +71,13 @@ def check_options(config: Config) -> None:
         teacher.endpoint.api
         for teacher in config.teachers.values()
         if isinstance(teacher, EndpointTeacherConfig) and teacher.scores
+    }
+    checks |= {
+        f"teachers.{name}": partial(
+            check_request_changes, teacher.endpoint.request, teacher.endpoint.api
+        )
+        for name, teacher in config.teachers.items()
+        if isinstance(teacher, EndpointTeacherConfig)
     }
     checks["student"] = partial(check_engine_arguments, config.student.vllm)
     checks["evaluation"] = partial(

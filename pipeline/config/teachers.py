@@ -12,6 +12,10 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pipeline.config.base import Count, ModelFiles, Name, Positive, Resources, Section
 
 ENVIRONMENT_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
+PROMPT_FIELDS = frozenset({"model", "messages", "prompt"})
+"""Fields without which a request asks for nothing."""
+RESERVED_FIELDS = PROMPT_FIELDS | {"max_tokens", "n", "seed", "stream"}
+"""Fields of a request that polystill sets, or that would change the form of the reply."""
 NEUTRAL_ENDPOINT_KEYS = frozenset(
     {"url", "api_key_env", "max_concurrency", "max_retries", "timeout_seconds", "dtype"}
 )
@@ -76,6 +80,39 @@ class TeacherConfig(Section):
         return most if isinstance(most, int) and most > 0 else None
 
 
+class RequestChanges(Section):
+    """Changes to the fields of every request, for servers that differ from OpenAI's API."""
+
+    rename: dict[str, str] = Field(default_factory=dict)
+    """New names of fields, such as `{max_tokens: max_completion_tokens}`."""
+    omit: list[str] = Field(default_factory=list)
+    """Fields that the server refuses, such as `[seed, temperature]`. Without `seed` every run gets
+    other answers."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """Further fields, such as `{reasoning_effort: low}`."""
+
+    @model_validator(mode="after")
+    def _leaves_a_request(self) -> RequestChanges:
+        if needed := PROMPT_FIELDS & {*self.rename, *self.omit}:
+            raise ValueError(f"{sorted(needed)} belong to every request: leave them as they are")
+        if twice := sorted({*self.rename} & {*self.omit}):
+            raise ValueError(f"{twice} are both renamed and omitted: leave one of the two out")
+        if owned := sorted(RESERVED_FIELDS & self.extra.keys()):
+            raise ValueError(
+                f"extra may not hold {owned}: sampling parameters stand in `sampling`, and the "
+                "others are set for each request"
+            )
+        names = [*self.rename.values(), *self.extra]
+        if again := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{again} would be set twice: give each new field another name")
+        return self
+
+    def applied(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Copy of a request with these changes."""
+        kept = {key: value for key, value in body.items() if key not in self.omit}
+        return {self.rename.get(key, key): value for key, value in kept.items()} | self.extra
+
+
 class EndpointConfig(Section):
     """Address and abilities of a server that runs elsewhere."""
 
@@ -109,6 +146,18 @@ class EndpointConfig(Section):
     """Name of the environment variable that holds the API key. The key itself never stands in a
     config. Export the variable before `ray start` on every node, or before `polystill run` without
     an address. Without this field no key is sent."""
+    request: Annotated[
+        RequestChanges, Field(exclude_if=lambda changes: changes == RequestChanges())
+    ] = RequestChanges()
+    """Changes to the fields of every request, such as `{rename: {max_tokens:
+    max_completion_tokens}, omit: [seed, temperature], extra: {reasoning_effort: low}}`. They are
+    part of the identity of what the teacher writes and scores."""
+    reasoning: Annotated[
+        Literal["drop", "keep"], Field(exclude_if=lambda reasoning: reasoning == "drop")
+    ] = "drop"
+    """Reasoning that the server sends apart from its answers. `drop` leaves it out; `keep` puts it
+    before the answer, between `<think>` and `</think>`. The stage counts the answers with reasoning
+    in either case. Thoughts inside of an answer always stay."""
     max_concurrency: Count = 32
     """Largest number of requests that are open at the same time. Raise it until the server's
     throughput stops growing; lower it if the server limits requests."""
@@ -156,6 +205,11 @@ class EndpointConfig(Section):
             raise ValueError(
                 "api vllm exchanges token ids: `tokenizer` must name a folder or hub id with the "
                 "served model's tokenizer"
+            )
+        if self.api == "vllm" and self.reasoning == "keep":
+            raise ValueError(
+                "api vllm returns thoughts inside of its answers: leave `reasoning` out, or set "
+                "`api: openai` and `scores: false`"
             )
         if self.api == "openai" and self.tokenizer is not None:
             raise ValueError(

@@ -48,9 +48,11 @@ NEUTRAL_ENGINE_KEYS = frozenset(
 
 
 def _engine_identity(teacher: TeacherConfig | EndpointTeacherConfig) -> dict[str, Any]:
-    """The vLLM keys of a teacher that can change its numbers."""
+    """The settings of a teacher, beside its model, that can change its numbers or answers."""
     if isinstance(teacher, EndpointTeacherConfig):
-        return {}  # `model_identity` stands for everything that the endpoint runs
+        # `model_identity` stands for everything that the endpoint runs.
+        changed = {"request", "reasoning"}
+        return teacher.endpoint.model_dump(mode="json", include=changed)
     return {key: value for key, value in teacher.vllm.items() if key not in NEUTRAL_ENGINE_KEYS}
 
 

@@ -10,6 +10,7 @@ Counts = Mapping[str, Mapping[str, int]]
 
 DROPPED = {
     "truncated": "cut at max_tokens",
+    "withheld": "withheld by the server's content filter",
     "over_long": "replies cut at max_tokens",
     "empty": "empty",
     "too_long": "too long",
@@ -20,13 +21,20 @@ DROPPED = {
     "quarantined": "quarantined",
 }
 """Words for each outcome of a reply that was not kept, in the order in which people read them."""
+NOTED = {
+    "unknown_end": "ended for a reason that is not known, and kept without an end of sequence",
+    "thoughts": "came with reasoning apart (endpoint.reasoning)",
+}
+"""Words for what else is counted of replies."""
 CUT = ("truncated", "over_long")
 LARGE_SHARE = 0.1
 """Share of a step's replies above which cut ones call for another setting."""
 
 
 def outcome_summary(counts: Counts) -> str:
-    """Kept and written answers of each step, and the dropped ones of all steps by reason."""
+    """Kept and written answers of each step, the dropped ones of all steps by reason, and what is
+    worth knowing of the others.
+    """
     kept = (f"{label} {of.get('kept', 0)} of {of['answers']}" for label, of in counts.items())
     dropped = Counter[str]()
     for of in counts.values():
@@ -34,7 +42,10 @@ def outcome_summary(counts: Counts) -> str:
     reasons = ", ".join(
         f"{dropped[reason]} {DROPPED[reason]}" for reason in DROPPED if dropped[reason]
     )
-    return f"answers kept: {', '.join(kept)}" + (f"; dropped: {reasons}" if reasons else "")
+    noted = {words: sum(of.get(name, 0) for of in counts.values()) for name, words in NOTED.items()}
+    parts = [f"answers kept: {', '.join(kept)}", f"dropped: {reasons}" if reasons else ""]
+    parts += [f"{number} answers {words}" for words, number in noted.items() if number]
+    return "; ".join(filter(None, parts))
 
 
 def often_cut(counts: Counts, settings: Mapping[str, tuple[str, int]]) -> list[str]:

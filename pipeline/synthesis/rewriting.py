@@ -187,7 +187,7 @@ def read_reply(request: PromptRequest, text: str, finish_reason: str) -> PromptR
     """
     if finish_reason == "content_filter":
         return PromptReply(reason="refusal", detail="withheld by the endpoint's content filter")
-    if finish_reason != "stop":
+    if finish_reason not in ("stop", "unknown"):
         return PromptReply(reason="over_long", detail=f"the reply ended by {finish_reason!r}")
     reply = text.rpartition("</think>")[2].strip()
     if not reply:

@@ -5,6 +5,7 @@ T are the tokens of a sequence.
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -13,16 +14,19 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import ConfigError, TeacherError
 from pipeline.records import Prompt
+from teachers.endpoint.answers import read_answer, with_thoughts
+from teachers.endpoint.forms import RequestForms
 from teachers.endpoint.replies import TEXT_REPLY, TOKEN_REPLY, TokenChoice, sorted_rows
 from teachers.endpoint.transport import Requester
 from teachers.engine.prompt_topk import BrokenRowsError
 from teachers.protocol import CapturedRows, EndpointSpec, GeneratedAnswer
 from teachers.tokenizing import repeats_bos
 
-FINISHED = {
-    "vllm": ("stop", "length", "repetition"),
-    "openai": ("stop", "length", "content_filter"),
-}
+FINISHED = ("stop", "length", "repetition")
+"""Proper ends of an answer of a vLLM server."""
+OPENING = re.compile(r"<think>\s*$")
+PROMPT_TAIL = 16
+"""Tokens at the end of a prompt in which an opened thought is looked for."""
 PLAIN_SAMPLING = {
     "temperature": 1.0,
     "top_p": 1.0,
@@ -44,6 +48,7 @@ class Completions:
     ) -> None:
         self._endpoint, self._eos_token_ids = spec.endpoint, spec.eos_token_ids
         self._requester = requester
+        self._forms = RequestForms(f"{spec.endpoint.url} ({spec.endpoint.model})")
         self._tokenizer: Any = tokenizer  # upstream's stubs are too wide
 
     async def rows(self, input_ids: list[int], first_index: int, width: int) -> CapturedRows:
@@ -93,13 +98,18 @@ class Completions:
                 f"{self._endpoint.url} returns no token ids, so it is no vLLM server or an old "
                 "one: update it, or set `api: openai` and `scores: false`"
             )
-        finish_reason = self._finish_reason(choice.get("finish_reason"))
-        return GeneratedAnswer(token_ids, finish_reason, time.monotonic() - started)
+        reason = choice.get("finish_reason")
+        if reason not in FINISHED:
+            raise self._broken_off(reason)
+        return GeneratedAnswer(token_ids, reason, time.monotonic() - started)
 
-    async def text_answer(self, prompt: Prompt, sampling: dict[str, Any]) -> GeneratedAnswer:
+    async def text_answer(
+        self, prompt_ids: list[int], prompt: Prompt, sampling: dict[str, Any]
+    ) -> GeneratedAnswer:
         """Generates an answer to text, as text; for servers with `api: openai`.
 
-        The student's tokenizer turns the answer into token ids.
+        The student's tokenizer turns the answer into token ids. An answer whose end has an unknown
+        name gets no end of sequence.
         """
         started = time.monotonic()
         if prompt.messages is None:
@@ -110,19 +120,30 @@ class Completions:
         else:
             path, question = "/chat/completions", {"messages": list(prompt.messages)}
         choice = await self._choice(path, TEXT_REPLY, sampling | question)
-        message = choice.get("message", {})
-        text = choice.get("text") or message.get("content") or message.get("refusal") or ""
-        finish_reason = self._finish_reason(choice.get("finish_reason"))
+        answer = read_answer(choice)
+        if answer.end == "failed":
+            raise self._broken_off(choice.get("finish_reason"))
+        text = answer.text
+        if answer.thoughts and self._endpoint.reasoning == "keep":
+            text = with_thoughts(answer, self._opens_thought(prompt_ids))
+        elif answer.thoughts:
+            text = text.lstrip()
         # What looks like a special token in a reply is text like any other.
         token_ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-        end = [self._tokenizer.eos_token_id] if finish_reason == "stop" else []
+        end = [self._tokenizer.eos_token_id] if answer.end == "stop" else []
+        seconds = time.monotonic() - started
         return GeneratedAnswer(
-            [*token_ids["input_ids"], *end], finish_reason, time.monotonic() - started
+            [*token_ids["input_ids"], *end], answer.end, seconds, bool(answer.thoughts)
         )
 
+    def _opens_thought(self, prompt_ids: list[int]) -> bool:
+        """Whether a prompt, as the student sees it, ends inside of a thought."""
+        return OPENING.search(self._tokenizer.decode(prompt_ids[-PROMPT_TAIL:])) is not None
+
     async def _choice(self, path: str, kind: TypeAdapter[Any], body: dict[str, Any]) -> Any:
-        named = {"model": self._endpoint.model, **body}
-        return (await self._requester.ask(path, kind, named))["choices"][0]
+        request = self._endpoint.request.applied({"model": self._endpoint.model, **body})
+        reply = await self._forms.ask(body, lambda: self._requester.ask(path, kind, request))
+        return reply["choices"][0]
 
     def _check_prompt(self, choice: TokenChoice, input_ids: list[int]) -> None:
         """Refuses a server that cut or changed the prompt."""
@@ -133,11 +154,7 @@ class Completions:
                 "or other ones: the server must take token ids unchanged"
             )
 
-    def _finish_reason(self, reason: str | None) -> str:
-        proper = FINISHED[self._endpoint.api]
-        if reason not in proper:
-            raise TeacherError(
-                f"{self._endpoint.url}: an answer ended by {reason!r}, and only "
-                f"{', '.join(proper)} are proper ends"
-            )
-        return reason
+    def _broken_off(self, reason: str | None) -> TeacherError:
+        return TeacherError(
+            f"{self._endpoint.url}: an answer ended by {reason!r}, so the server broke it off"
+        )

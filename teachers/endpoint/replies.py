@@ -40,13 +40,17 @@ class TokenReply(TypedDict):
 
 
 class ReplyMessage(TypedDict, total=False):
-    content: str | None
+    """Message of an assistant; servers send reasoning apart under either name, or as parts."""
+
+    content: str | list[str | dict[str, Any]] | None
+    reasoning_content: str | None
+    reasoning: str | None
     refusal: str | None
 
 
 class TextChoice(TypedDict, total=False):
-    message: ReplyMessage
-    text: str
+    message: ReplyMessage | None
+    text: str | None
     finish_reason: str | None
 
 

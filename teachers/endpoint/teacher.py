@@ -118,7 +118,9 @@ class EndpointTeacher:
             answers = [self._completions.token_answer(prompt_ids, each) for each in samplings]
         else:
             assert prompt is not None, "text is exchanged"
-            answers = [self._completions.text_answer(prompt, each) for each in samplings]
+            answers = [
+                self._completions.text_answer(prompt_ids, prompt, each) for each in samplings
+            ]
         return list(await asyncio.gather(*answers))
 
     def canary(self) -> Canary | None:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import random
+import re
 import time
 from collections.abc import Awaitable, Callable
 from email.utils import parsedate_to_datetime
@@ -21,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.config.teachers import EndpointConfig
 from pipeline.errors import ConfigError, TeacherError
-from teachers.protocol import EngineDiedError
+from teachers.protocol import EngineDiedError, ItemRefusedError
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,12 @@ FORBIDDEN = 403
 """Status of a key that is not allowed. After the server has answered a request with this key, it is
 the status by which some APIs refuse a single prompt.
 """
+
+LONE_SURROGATE = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
+    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+)
+"""Half of a character in JSON, which servers write when they cut an answer inside of it."""
 
 HttpReply = TypeVar("HttpReply")
 
@@ -100,7 +107,9 @@ class Requester:
         Raises:
             ConfigError: the server never accepts such requests, because of key, credit, path or
                 model.
-            TeacherError: the server does not accept this request, or every try failed.
+            ItemRefusedError: the server does not accept this request, or replies to it in another
+                shape.
+            TeacherError: every try failed.
             EngineDiedError: the server is gone, or too busy in every try.
         """
         url = path if "://" in path else self._endpoint.url + path
@@ -151,16 +160,26 @@ class Requester:
             shown = self._shown(target, status, content)
             raise self._refusal(status, shown, _retry_after_seconds(retry_after))
         try:
-            reply = kind.validate_json(content)
+            reply = kind.validate_json(LONE_SURROGATE.sub(rb"\\ufffd", content))
         except ValidationError as error:
-            shown = self._shown(target, status, content)
-            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            place = ".".join(map(str, first["loc"])) or "the reply"
-            problem = f"{shown}: the reply is not as expected, at {place}: {first['msg']}"
-            raise _TryFailed(TeacherError(problem), True) from None
+            raise self._other_shape(target, content, error) from None
         # A server may list its models for everybody; only an answer shows that the key is accepted.
         self._has_answered |= body is not None
         return reply
+
+    def _other_shape(self, target: str, content: bytes, error: ValidationError) -> _TryFailed:
+        """A reply of another shape. One that holds choices is complete and paid, and would come
+        again; anything else may be the word of a proxy, or the error of a server that is busy.
+        """
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the reply"
+        problem = (
+            f"{self._shown(target, 200, content)}: the reply is not as expected, at {place}: "
+            f"{first['msg']}"
+        )
+        if first["type"] != "json_invalid" and b'"choices"' in content and len(first["loc"]) > 1:
+            return _TryFailed(ItemRefusedError(problem), False)
+        return _TryFailed(TeacherError(problem), True)
 
     def _refusal(self, status: int, shown: str, wait_seconds: float) -> _TryFailed:
         refuses_this_prompt = status == FORBIDDEN and self._has_answered
@@ -171,9 +190,9 @@ class Requester:
             return _TryFailed(ConfigError(f"{shown}; {advice}"), False)
         if status in SERVER_GONE_STATUSES:
             return _TryFailed(EngineDiedError(shown), True, wait_seconds)
-        return _TryFailed(
-            TeacherError(shown), status in RETRIED_STATUSES or status >= 500, wait_seconds
-        )
+        if status in RETRIED_STATUSES or status >= 500:
+            return _TryFailed(TeacherError(shown), True, wait_seconds)
+        return _TryFailed(ItemRefusedError(shown), False)
 
     def _shown(self, target: str, status: int, content: bytes) -> str:
         text = _shortened(self._clean(content.decode(errors="replace")))

@@ -10,7 +10,9 @@ import difflib
 from collections.abc import Set
 from typing import Any
 
+from pipeline.config.teachers import RequestChanges
 from pipeline.errors import ConfigError, TeacherError
+from pipeline.messages import closest
 from teachers.protocol import EngineSpec
 
 OWNED_ENGINE_ARGUMENTS = {
@@ -108,8 +110,25 @@ def check_endpoint_sampling(block: dict[str, Any], api: str) -> None:
         if key not in ENDPOINT_PARAMETERS[api]:
             raise ConfigError(
                 f"an endpoint with `api: {api}` ignores sampling.{key}: leave it out; the endpoint "
-                f"honours {', '.join(sorted(ENDPOINT_PARAMETERS[api]))}"
+                f"honours {', '.join(sorted(ENDPOINT_PARAMETERS[api]))}, and takes fields of its "
+                "own from endpoint.request.extra"
             )
+
+
+def check_request_changes(changes: RequestChanges, api: str) -> None:
+    """Checks that an endpoint's `request` changes fields that requests have.
+
+    Raises:
+        ConfigError: no request has the field; the closest one is named.
+    """
+    known = ENDPOINT_PARAMETERS[api] | {"seed"}
+    for kind, names in {"rename": changes.rename, "omit": changes.omit}.items():
+        for name in names:
+            if name not in known:
+                raise ConfigError(
+                    f"endpoint.request.{kind}: no request has a field {name!r}; "
+                    f"{closest(name, known)}"
+                )
 
 
 def check_capture(block: dict[str, Any], num_logprobs: int) -> None:

@@ -3,10 +3,10 @@
 The ledger knows no replica: the dispatcher takes attempts from it and tells it how they ended.
 
 Policy for a task that fails: the task is tried once more; then it is cut in halves; a single item
-is set aside. A task that can tell which of its items failed has done the others, so only the failed
-items are tried once more, one by one. Items set aside are quarantined as soon as another task
-succeeds, since that shows that the item is at fault and not the teacher. If no other task is left,
-a control task takes its place.
+is set aside. A task that can tell which of its items are at fault has done the others, so only the
+failed items are tried once more, one by one. Items set aside are quarantined as soon as another
+task succeeds, since that shows that the item is at fault and not the teacher. If no other task is
+left, a control task takes its place. An error of the config ends the work at once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 TRIES = 2
 ITEMS_SET_ASIDE_IN_A_ROW = 8
-NOT_THE_ITEMS_FAULT = (ConfigError, StorageError)
 
 
 @dataclass(eq=False)
@@ -37,7 +36,8 @@ class Attempt:
 
     Attributes:
         failures: number of times that the task failed.
-        stood_among_others: the task is one item of a larger task whose other items are done.
+        stood_among_others: the task is one item of a larger task whose other items are done, or
+            were refused as well.
         begun: time of the last start, by `time.monotonic`.
         failed: time of the last failure, by `time.monotonic`.
         error: message of the last failure.
@@ -108,9 +108,12 @@ class TaskLedger:
             "%s: %s failed (failure %d): %s", self._name, task.label, attempt.failures, error
         )
         if isinstance(error, ItemsFailedError):
-            self._quarantine(before=attempt.begun)
-            self._add(len(task) - len(error.failed), error.result)
+            if num_done := len(task) - len(error.failed):
+                self._quarantine(before=attempt.begun)
+                self._add(num_done, error.result)
             return [Attempt(item, 1, stood_among_others=True) for item, _ in error.failed]
+        if isinstance(error, ConfigError):
+            raise error
         if attempt.failures < TRIES:
             return [attempt]
         if isinstance(task, ControlTask):
@@ -120,7 +123,7 @@ class TaskLedger:
                 f"is {first.task.label}: {first.error}; the {task.label} fails as well ({error}), "
                 "so the teacher is at fault and not the items: mend the teacher and run it again"
             ) from error
-        if isinstance(error, NOT_THE_ITEMS_FAULT):
+        if isinstance(error, StorageError):
             raise error
         if len(task) > 1:
             return [Attempt(half) for half in task.halves()]

@@ -107,6 +107,8 @@ class AnswerTask:
         for (prompt, ids), samples in answered:
             for sample in samples:
                 outcome.count(prompt.prompt_id, generated_tokens=len(sample.token_ids))
+                if sample.had_thoughts:
+                    outcome.count(prompt.prompt_id, thoughts=1)
                 answer = self._ended(sample, prompt)
                 text = answer_text(tokenizer, answer)
                 reason = sample.finish_reason
@@ -114,7 +116,10 @@ class AnswerTask:
                 if unknown:
                     detail = f"{len(unknown)} ids that no tokenizer has, the first is {unknown[0]}"
                     outcome.reject(prompt, author, "malformed", detail, text)
-                elif reason not in self.finish_reasons:
+                elif reason == "content_filter":
+                    detail = f"withheld after {len(sample.token_ids)} tokens"
+                    outcome.reject(prompt, author, "withheld", detail, text)
+                elif reason not in (*self.finish_reasons, "unknown"):
                     detail = f"{reason} after {len(sample.token_ids)} tokens"
                     outcome.reject(prompt, author, "truncated", detail, text)
                 elif not text.strip():
@@ -125,12 +130,15 @@ class AnswerTask:
                     outcome.reject(prompt, author, "too_long", detail, text)
                 else:
                     outcome.keep(self._sequence(prompt, ids, answer, reason, tokenizer_digest))
+                    if reason == "unknown":
+                        outcome.count(prompt.prompt_id, unknown_end=1)
         lacking = {prompt.prompt_id for (prompt, _), _ in failed}
         done = tuple(prompt for prompt in self.prompts if prompt.prompt_id not in lacking)
-        answered_shard = replace(self, prompts=done)._write(outcome)
+        answered_shard = replace(self, prompts=done)._write(outcome) if done else None
         if failed:
             alone = [(replace(self, prompts=(prompt,)), error) for (prompt, _), error in failed]
             raise ItemsFailedError(answered_shard, alone)
+        assert answered_shard is not None, "a task has prompts"
         return answered_shard
 
     async def _ask(self, teacher: Teacher, prompt: Prompt, ids: list[int]) -> list[GeneratedAnswer]:

@@ -102,7 +102,8 @@ class JudgeTask:
             else:
                 grade = read_grade(answer_text(tokenizer, reply.token_ids))
                 grades[name] = grade if grade in self.grades else None
-        self._write(grades)
+        if grades:
+            self._write(grades)
         if failed:
             alone = [(replace(self, questions=(item,)), error) for item, error in failed]
             raise ItemsFailedError(len(replied), alone)

@@ -102,10 +102,11 @@ class RewriteTask:
             outcome.written[name] = [new_prompt(request.source, text) for text in reply.texts]
         lacking = {request.prompt.prompt_id for (request, _), _ in failed}
         done = tuple(r for r in self.requests if r.prompt.prompt_id not in lacking)
-        answered_shard = replace(self, requests=done)._write(outcome)
+        answered_shard = replace(self, requests=done)._write(outcome) if done else None
         if failed:
             alone = [(replace(self, requests=(request,)), error) for (request, _), error in failed]
             raise ItemsFailedError(answered_shard, alone)
+        assert answered_shard is not None, "a task has requests"
         return answered_shard
 
     async def _ask(

@@ -15,7 +15,7 @@ from pipeline.config.teachers import EndpointConfig
 from pipeline.errors import ConfigError, DistillationError, TeacherError
 from teachers.endpoint.replies import ANY_REPLY, TEXT_REPLY
 from teachers.endpoint.transport import LONGEST_WAIT_SECONDS, Requester
-from teachers.protocol import EngineDiedError
+from teachers.protocol import EngineDiedError, ItemRefusedError
 from tests.support.endpoints import DROPPED, Loopback, Response, at_once, chat_reply, loopback
 
 KEY = "sk-SECRET-0123456789"
@@ -105,8 +105,13 @@ def test_a_wait_longer_than_any_answer_is_not_begun() -> None:
         (Response.of({"error": "not yours"}, 403), ConfigError, "endpoint.api_key_env"),
         (Response.of({"error": "no model x"}, 404), ConfigError, "endpoint.model"),
         (Response(b"", 307, {"Location": "/elsewhere"}), ConfigError, "final address"),
-        (Response.of({"error": "prompt too long"}, 400), TeacherError, "prompt too long"),
-        (Response.of({"error": "too large"}, 413), TeacherError, "too large"),
+        (Response.of({"error": "prompt too long"}, 400), ItemRefusedError, "prompt too long"),
+        (Response.of({"error": "too large"}, 413), ItemRefusedError, "too large"),
+        (
+            Response.of({"choices": [{"message": {"content": 7}}]}),
+            ItemRefusedError,
+            "at choices.0.message.content",
+        ),
     ],
 )
 def test_what_cannot_succeed_is_asked_once(
@@ -142,7 +147,7 @@ def test_forbidden_is_the_keys_fault_until_a_request_was_answered() -> None:
     with loopback(lambda path, body: flagged if body.get("a") == 2 else GOOD) as server:
         models_reply, first, second = in_turn(server.url)
     assert isinstance(models_reply, dict) and isinstance(first, dict)
-    assert type(second) is TeacherError and "your input was flagged" in str(second)
+    assert type(second) is ItemRefusedError and "your input was flagged" in str(second)
     with loopback(lambda path, body: flagged if body else models) as server:
         _, first, second = in_turn(server.url)
     assert type(first) is type(second) is ConfigError, "a list of models is shown to everybody"
@@ -174,7 +179,7 @@ def test_a_good_reply_is_not_made_into_a_text_that_nobody_reads(
     ("response", "kind"),
     [
         (Response.of({"detail": "x" * 1000}, 500), TeacherError),
-        (Response.of({"choices": [{"message": {"content": 7}}]}), TeacherError),
+        (Response.of({"error": {"message": "no capacity"}}), TeacherError),
         (Response.of({}, 429), EngineDiedError),
         (Response.of({}, 502), EngineDiedError),
         (DROPPED, EngineDiedError),

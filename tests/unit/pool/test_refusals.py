@@ -4,6 +4,8 @@ what is quarantined.
 
 import asyncio
 import pickle
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +28,7 @@ from teachers.tasks.answer import AnswerTask, plan_answers
 from teachers.tasks.control import CONTROL_MESSAGE
 from teachers.tasks.judge import JudgeTask, plan_judging, read_grades
 from teachers.tasks.rewrite import RewriteTask, plan_rewrites
-from tests.support.endpoints import Loopback, Response, at_once, by_text, chat_reply, loopback
+from tests.support.endpoints import Json, Loopback, Response, at_once, by_text, chat_reply, loopback
 from tests.support.tokenizers_for_tests import save_byte_tokenizer
 
 COUNT = 64
@@ -202,17 +204,76 @@ def test_where_credit_ends_the_others_are_not_asked_any_more(tasks: Tasks) -> No
     assert len(asked) < 40 and len(tasks.finished()) == 10 and tasks.errors() == {}
 
 
-def test_when_all_prompts_of_a_shard_are_refused_they_are_told_apart_by_halves(
-    tasks: Tasks,
-) -> None:
+def test_a_shard_whose_prompts_are_all_refused_is_asked_twice(tasks: Tasks) -> None:
     report, _ = dispatched(tasks, tasks.answers(NAMES[:3]), lambda text: REFUSED)
     assert type(report) is TeacherError and tasks.errors() == {}, "the control is refused as well"
     known = {CONTROL: chat_reply("yes")}
-    report, server = dispatched(
-        tasks, tasks.answers(NAMES[:3]), lambda text: known.get(text, REFUSED)
+    report, server = dispatched(tasks, tasks.answers(NAMES), lambda text: known.get(text, REFUSED))
+    assert isinstance(report, PoolReport) and tasks.errors().keys() == set(NAMES)
+    assert asked_of(server) == Counter(NAMES * 2) + Counter([CONTROL])
+
+
+UNKNOWN_SEED = Response.of({"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"]}]}, 422)
+ODD = Response.of({"choices": [{"message": {"content": 7}, "finish_reason": "stop"}]})
+
+
+@pytest.mark.parametrize("reply", [UNKNOWN_SEED, ODD], ids=["refused", "of another shape"])
+def test_three_prompts_show_that_the_server_takes_no_such_request(
+    tasks: Tasks, reply: Response
+) -> None:
+    error, server = dispatched(tasks, tasks.answers(NAMES, 10), lambda text: reply)
+    assert type(error) is ConfigError and "refused 3 different prompts in the same words" in str(
+        error
     )
-    assert isinstance(report, PoolReport) and tasks.errors().keys() == set(NAMES[:3])
-    assert max(asked_of(server).values()) <= 6
+    assert "endpoint.request (rename, omit, extra)" in str(error)
+    assert len(server.requests) == 3 and server.open_at_once == 1 and tasks.errors() == {}
+
+
+def test_a_server_that_begins_to_refuse_ends_the_work_as_well(tasks: Tasks) -> None:
+    asked: list[str] = []
+
+    def reply(text: str) -> Response:
+        asked.append(text)
+        limit = Response.of({"error": "hard limit of 12 answers reached"}, 400)
+        return chat_reply("yes") if len(asked) <= 12 else limit
+
+    error, server = dispatched(tasks, tasks.answers(NAMES, 32), reply, max_concurrency=1)
+    assert type(error) is ConfigError and "refused 16 different prompts" in str(error)
+    assert len(server.requests) < 40
+
+
+def test_the_first_request_of_each_form_goes_alone(tasks: Tasks) -> None:
+    seen: Counter[int] = Counter()
+    others = threading.Barrier(len(NAMES[1:8]), timeout=30)
+
+    def respond(path: str, body: Json) -> Response:
+        if not body:
+            return Response.of({}, 404)
+        seen[body["max_tokens"]] += 1
+        if seen[body["max_tokens"]] > 1:
+            others.wait()  # each meets all others
+        else:
+            time.sleep(0.2)
+            assert seen[body["max_tokens"]] == 1
+        return chat_reply("yes")
+
+    with loopback(respond) as server:
+        spec = EndpointSpec(
+            EndpointConfig(url=server.url, model="m", api="openai", scores=False),
+            tasks.student,
+            64,
+        )
+
+        async def run() -> None:
+            teacher = await EndpointTeacher.start(spec, at_once)
+            for sampling in ({"max_tokens": 5}, {"max_tokens": 6}):
+                first = [teacher.generate([3], sampling, 1, chat(name)) for name in NAMES[:8]]
+                await asyncio.gather(*first)
+            teacher.shutdown()
+            await asyncio.sleep(0)
+
+        asyncio.run(run())
+    assert seen == {5: 8, 6: 8} and server.open_at_once == 7
 
 
 def test_the_error_that_says_which_items_failed_travels(tasks: Tasks) -> None:
