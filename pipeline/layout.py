@@ -191,6 +191,10 @@ class Layout:
         """Log-probabilities of the canary from the first start of an endpoint."""
         return join(self.root, "endpoints", f"{digest}.json")
 
+    def endpoint_batches(self, digest: str) -> str:
+        """Folder with a record of every batch that an endpoint was sent."""
+        return join(self.root, "endpoints", f"{digest}-batches")
+
     @property
     def datasets_folder(self) -> str:
         return join(self.root, "datasets")

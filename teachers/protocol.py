@@ -96,6 +96,7 @@ class EndpointSpec:
         eos_token_ids: tokens that end an answer, beside those that the server knows.
         canary_path: file of the first canary under the endpoint's identity, written if it does not
             exist; None if nothing is scored under this identity.
+        batches_folder: folder of the records of batches; None if the endpoint takes none.
     """
 
     endpoint: EndpointConfig
@@ -104,6 +105,7 @@ class EndpointSpec:
     num_logprobs: int = 0
     eos_token_ids: tuple[int, ...] = ()
     canary_path: str | None = None
+    batches_folder: str | None = None
 
 
 @dataclass(frozen=True)

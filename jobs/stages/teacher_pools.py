@@ -77,17 +77,17 @@ def endpoint_spec(run: Run, name: str, *, min_model_len: int, num_logprobs: int)
     """Specification of an endpoint; one that scores must repeat its first canary."""
     teacher = run.config.teachers[name]
     assert isinstance(teacher, EndpointTeacherConfig), f"{name} runs in engines of this run"
-    canary = None
-    if teacher.scores:
-        digest = digest_json([run.prepared.identities[name], run.prepared.tokenizer_hash])
-        canary = run.layout.endpoint_canary(digest)
+    identity = run.prepared.identities[name]
+    scored = digest_json([identity, run.prepared.tokenizer_hash])
+    server = digest_json([identity, teacher.endpoint.url])
     return EndpointSpec(
         endpoint=teacher.endpoint,
         student=run.config.student,
         min_model_len=min_model_len,
         num_logprobs=num_logprobs,
         eos_token_ids=run.prepared.stop_token_ids(name),
-        canary_path=canary,
+        canary_path=run.layout.endpoint_canary(scored) if teacher.scores else None,
+        batches_folder=run.layout.endpoint_batches(server) if teacher.endpoint.batch else None,
     )
 
 

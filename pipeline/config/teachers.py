@@ -17,7 +17,7 @@ PROMPT_FIELDS = frozenset({"model", "messages", "prompt"})
 RESERVED_FIELDS = PROMPT_FIELDS | {"max_tokens", "n", "seed", "stream"}
 """Fields of a request that polystill sets, or that would change the form of the reply."""
 NEUTRAL_ENDPOINT_KEYS = frozenset(
-    {"url", "api_key_env", "max_concurrency", "max_retries", "timeout_seconds", "dtype"}
+    {"url", "api_key_env", "batch", "max_concurrency", "max_retries", "timeout_seconds", "dtype"}
 )
 """Fields of an endpoint that change neither the model nor its numbers."""
 
@@ -158,6 +158,12 @@ class EndpointConfig(Section):
     """Reasoning that the server sends apart from its answers. `drop` leaves it out; `keep` puts it
     before the answer, between `<think>` and `</think>`. The stage counts the answers with reasoning
     in either case. Thoughts inside of an answer always stay."""
+    batch: Annotated[bool, Field(exclude_if=lambda batch: not batch)] = False
+    """Send requests in batches (OpenAI's batch API: `/files` and `/batches`), which providers serve
+    within a day, often at half the price. All requests of a stage go into as few batches as the API
+    allows; the first request with given parameters is asked at once, to see that the server takes
+    them. A run that is started again finds its batches by their records and sends no request of
+    them twice."""
     max_concurrency: Count = 32
     """Largest number of requests that are open at the same time. Raise it until the server's
     throughput stops growing; lower it if the server limits requests."""
@@ -205,6 +211,11 @@ class EndpointConfig(Section):
             raise ValueError(
                 "api vllm exchanges token ids: `tokenizer` must name a folder or hub id with the "
                 "served model's tokenizer"
+            )
+        if self.api == "vllm" and self.batch:
+            raise ValueError(
+                "api vllm takes no batches: leave `batch` out, since requests to a server of your "
+                "own wait for nothing"
             )
         if self.api == "vllm" and self.reasoning == "keep":
             raise ValueError(

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.errors import ConfigError, TeacherError
 from pipeline.records import Prompt
 from teachers.endpoint.answers import read_answer, with_thoughts
+from teachers.endpoint.batches import Batches
 from teachers.endpoint.forms import RequestForms
 from teachers.endpoint.replies import TEXT_REPLY, TOKEN_REPLY, TokenChoice, sorted_rows
 from teachers.endpoint.transport import Requester
@@ -44,10 +45,15 @@ class Completions:
     """Completions of one endpoint, for requests that fit into its context."""
 
     def __init__(
-        self, spec: EndpointSpec, requester: Requester, tokenizer: PreTrainedTokenizerBase
+        self,
+        spec: EndpointSpec,
+        requester: Requester,
+        batches: Batches | None,
+        tokenizer: PreTrainedTokenizerBase,
     ) -> None:
+        """`batches`: batches in which requests wait for their replies; None to ask at once."""
         self._endpoint, self._eos_token_ids = spec.endpoint, spec.eos_token_ids
-        self._requester = requester
+        self._requester, self._batches = requester, batches
         self._forms = RequestForms(f"{spec.endpoint.url} ({spec.endpoint.model})")
         self._tokenizer: Any = tokenizer  # upstream's stubs are too wide
 
@@ -142,8 +148,13 @@ class Completions:
 
     async def _choice(self, path: str, kind: TypeAdapter[Any], body: dict[str, Any]) -> Any:
         request = self._endpoint.request.applied({"model": self._endpoint.model, **body})
-        reply = await self._forms.ask(body, lambda: self._requester.ask(path, kind, request))
-        return reply["choices"][0]
+
+        async def send(alone: bool) -> Any:
+            if self._batches is None or alone:
+                return await self._requester.ask(path, kind, request)
+            return await self._batches.ask(path, kind, request)
+
+        return (await self._forms.ask(body, send))["choices"][0]
 
     def _check_prompt(self, choice: TokenChoice, input_ids: list[int]) -> None:
         """Refuses a server that cut or changed the prompt."""

@@ -55,12 +55,12 @@ class RequestForms:
         self._server = server
         self._forms: defaultdict[str, _Form] = defaultdict(_Form)
 
-    async def ask(self, body: dict[str, Any], send: Callable[[], Awaitable[T]]) -> T:
+    async def ask(self, body: dict[str, Any], send: Callable[[bool], Awaitable[T]]) -> T:
         """Sends a request; until one of its form is answered, requests of the form go one by one.
 
         Args:
             body: the request.
-            send: function that sends it.
+            send: function that sends it, and is told whether it goes alone.
 
         Raises:
             ConfigError: several different prompts met the same refusal.
@@ -69,18 +69,19 @@ class RequestForms:
         fixed = {key: value for key, value in body.items() if key not in VARYING}
         form = self._forms[json.dumps(fixed, sort_keys=True)]
         prompt = digest_json([body.get("messages"), body.get("prompt")])
-        if form.works:
-            return await self._send(form, prompt, send)
-        async with form.alone:
-            if not form.works:
-                return await self._send(form, prompt, send)
-        return await self._send(form, prompt, send)
+        if not form.works:
+            async with form.alone:
+                if not form.works:
+                    return await self._send(form, prompt, send, alone=True)
+        return await self._send(form, prompt, send, alone=False)
 
-    async def _send(self, form: _Form, prompt: str, send: Callable[[], Awaitable[T]]) -> T:
+    async def _send(
+        self, form: _Form, prompt: str, send: Callable[[bool], Awaitable[T]], alone: bool
+    ) -> T:
         if form.error is not None:
             raise form.error
         try:
-            reply = await send()
+            reply = await send(alone)
         except ItemRefusedError as error:
             self._count(form, prompt, error)
             raise

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from pipeline.errors import ConfigError, TeacherError
 from pipeline.records import Prompt
 from teachers.canary import CANARY_TOKENS, canary_ids, check_endpoint_canary
+from teachers.endpoint.batches import Batches
 from teachers.endpoint.completions import Completions
 from teachers.endpoint.replies import ANY_REPLY, MODELS_REPLY, VERSION_REPLY
 from teachers.endpoint.transport import Requester
@@ -40,11 +41,14 @@ class EndpointTeacher:
         can_score: the teacher was started to capture rows, and not only to generate.
     """
 
-    def __init__(self, spec: EndpointSpec, requester: Requester) -> None:
+    def __init__(
+        self, spec: EndpointSpec, requester: Requester, batches: Batches | None = None
+    ) -> None:
         self._spec, self._endpoint, self._requester = spec, spec.endpoint, requester
+        self._batches = batches
         self.can_score = spec.num_logprobs > 0
         self._tokenizer, _ = student_tokenizer(spec.student.files)
-        self._completions = Completions(spec, requester, self._tokenizer)
+        self._completions = Completions(spec, requester, batches, self._tokenizer)
         self._max_model_len = spec.endpoint.max_model_len
         self._version: str | None = None
         self._canary: Canary | None = None
@@ -65,7 +69,11 @@ class EndpointTeacher:
             TeacherError: the server is not there, its context is too short, it gives fewer
                 log-probabilities than needed, or it disagrees with its first canary.
         """
-        teacher = cls(spec, Requester(spec.endpoint, sleep))
+        requester, batches = Requester(spec.endpoint, sleep), None
+        if spec.endpoint.batch:
+            assert spec.batches_folder is not None, "batches are found again by their records"
+            batches = Batches(spec.endpoint, requester, spec.batches_folder, sleep)
+        teacher = cls(spec, requester, batches)
         try:
             if spec.endpoint.api == "vllm":
                 await teacher._check_server()
@@ -154,7 +162,9 @@ class EndpointTeacher:
         return None
 
     def shutdown(self) -> None:
-        """Closes the connections; called inside the event loop."""
+        """Closes the connections; called inside the event loop. Batches go on at the server."""
+        if self._batches is not None:
+            self._batches.close()
         self._closing = asyncio.get_running_loop().create_task(self._requester.close())
 
     async def _check_server(self) -> None:

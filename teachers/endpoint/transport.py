@@ -40,6 +40,7 @@ NEEDS_ANOTHER_CONFIG = {
     405: "there is no such path: check endpoint.url and endpoint.api",
 }
 
+NOT_FOUND = 404
 FORBIDDEN = 403
 """Status of a key that is not allowed. After the server has answered a request with this key, it is
 the status by which some APIs refuse a single prompt.
@@ -52,6 +53,10 @@ LONE_SURROGATE = re.compile(
 """Half of a character in JSON, which servers write when they cut an answer inside of it."""
 
 HttpReply = TypeVar("HttpReply")
+
+
+class NotThereError(ConfigError):
+    """The server has no such path, model, batch or file."""
 
 
 class _TryFailed(Exception):
@@ -105,6 +110,7 @@ class Requester:
             body: JSON content of the request.
 
         Raises:
+            NotThereError: the server has no such path.
             ConfigError: the server never accepts such requests, because of key, credit, path or
                 model.
             ItemRefusedError: the server does not accept this request, or replies to it in another
@@ -112,11 +118,39 @@ class Requester:
             TeacherError: every try failed.
             EngineDiedError: the server is gone, or too busy in every try.
         """
+        method = "GET" if body is None else "POST"
+        reply = await self._tried(method, path, _reader_of(kind), lambda: {"json": body})
+        # A server may list its models for everybody; only an answer shows that the key is accepted.
+        self._has_answered |= body is not None
+        return reply
+
+    async def upload(self, path: str, kind: TypeAdapter[HttpReply], content: bytes) -> HttpReply:
+        """Sends a file of requests for a batch; see `ask`."""
+
+        def form() -> dict[str, Any]:
+            fields = aiohttp.FormData({"purpose": "batch"})
+            fields.add_field("file", content, filename="requests.jsonl")
+            return {"data": fields}
+
+        return await self._tried("POST", path, _reader_of(kind), form)
+
+    async def download(self, path: str) -> bytes:
+        """Content of a file of the server; see `ask`."""
+        return await self._tried("GET", path, lambda content: content, dict)
+
+    async def _tried(
+        self,
+        method: str,
+        path: str,
+        read: Callable[[bytes], HttpReply],
+        options: Callable[[], dict[str, Any]],
+    ) -> HttpReply:
+        """Sends a request until `read` accepts its reply; `options` makes its content anew."""
         url = path if "://" in path else self._endpoint.url + path
         async with self._slots:  # also while it waits, so that a busy server is asked less
             for number in range(self._endpoint.max_retries + 1):
                 try:
-                    return await self._once(url, kind, body)
+                    return await self._once(method, url, read, options())
                 except _TryFailed as failed:
                     failure = failed
                 if not failure.passes:
@@ -140,12 +174,11 @@ class Requester:
         await self._session.close()
 
     async def _once(
-        self, url: str, kind: TypeAdapter[HttpReply], body: dict[str, Any] | None
+        self, method: str, url: str, read: Callable[[bytes], HttpReply], options: dict[str, Any]
     ) -> HttpReply:
-        method = "GET" if body is None else "POST"
         target = f"{method} {url}"
         try:
-            request = self._session.request(method, url, json=body, allow_redirects=False)
+            request = self._session.request(method, url, allow_redirects=False, **options)
             async with request as response:
                 status, content = response.status, await response.read()
                 retry_after = response.headers.get("Retry-After", "")
@@ -160,12 +193,9 @@ class Requester:
             shown = self._shown(target, status, content)
             raise self._refusal(status, shown, _retry_after_seconds(retry_after))
         try:
-            reply = kind.validate_json(LONE_SURROGATE.sub(rb"\\ufffd", content))
+            return read(content)
         except ValidationError as error:
             raise self._other_shape(target, content, error) from None
-        # A server may list its models for everybody; only an answer shows that the key is accepted.
-        self._has_answered |= body is not None
-        return reply
 
     def _other_shape(self, target: str, content: bytes, error: ValidationError) -> _TryFailed:
         """A reply of another shape. One that holds choices is complete and paid, and would come
@@ -184,7 +214,8 @@ class Requester:
     def _refusal(self, status: int, shown: str, wait_seconds: float) -> _TryFailed:
         refuses_this_prompt = status == FORBIDDEN and self._has_answered
         if status in NEEDS_ANOTHER_CONFIG and not refuses_this_prompt:
-            return _TryFailed(ConfigError(f"{shown}; {NEEDS_ANOTHER_CONFIG[status]}"), False)
+            kind = NotThereError if status == NOT_FOUND else ConfigError
+            return _TryFailed(kind(f"{shown}; {NEEDS_ANOTHER_CONFIG[status]}"), False)
         if status < 400:
             advice = "the server redirects: set endpoint.url to the final address"
             return _TryFailed(ConfigError(f"{shown}; {advice}"), False)
@@ -201,6 +232,10 @@ class Requester:
     def _clean(self, text: str) -> str:
         """Removes the key, which a server may repeat."""
         return text.replace(self._key, "***") if self._key else text
+
+
+def _reader_of(kind: TypeAdapter[HttpReply]) -> Callable[[bytes], HttpReply]:
+    return lambda content: kind.validate_json(LONE_SURROGATE.sub(rb"\\ufffd", content))
 
 
 def _secret_key(endpoint: EndpointConfig) -> str | None:

@@ -37,7 +37,8 @@ CPU_ENV_VARS = {
     MULTIPROCESSING: "0",
 }
 SHUTDOWN_SECONDS = 20
-MAX_CONCURRENCY = TASKS_IN_FLIGHT + 2  # tasks, and the other calls beside them
+OTHER_CALLS = 2
+"""Calls of an actor beside those of its tasks."""
 
 
 class TeacherActor:
@@ -91,7 +92,11 @@ class RayReplica:
     """Driver's handle on one actor; the actor waits in Ray until its resources are free."""
 
     def __init__(
-        self, spec: EngineSpec | EndpointSpec, resources: Resources, env_vars: Mapping[str, str]
+        self,
+        spec: EngineSpec | EndpointSpec,
+        resources: Resources,
+        env_vars: Mapping[str, str],
+        tasks_in_flight: int = TASKS_IN_FLIGHT,
     ) -> None:
         self._is_ready = False
         self._actor: Any = (
@@ -102,7 +107,7 @@ class RayReplica:
                 resources=resources.custom,
                 max_restarts=0,
                 max_task_retries=0,
-                max_concurrency=MAX_CONCURRENCY,
+                max_concurrency=tasks_in_flight + OTHER_CALLS,
                 runtime_env={"env_vars": engine_env_vars(resources, env_vars, os.environ)},
             )
             .remote(spec)

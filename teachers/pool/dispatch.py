@@ -52,6 +52,7 @@ class Dispatcher:
         progress: Progress | None = None,
         check_canary: Callable[[Canary], None] | None = None,
         compare_with_transformers: bool = False,
+        tasks_in_flight: int = TASKS_IN_FLIGHT,
     ) -> None:
         """`check_canary` refuses a replica by its canary, whatever the other replicas score; the
         first canary has the comparison with transformers, if there shall be one.
@@ -59,7 +60,7 @@ class Dispatcher:
         self._name, self._launch, self._check_canary = name, launch, check_canary
         self._num_slots = min(replicas, len(tasks))
         # No replica takes at once what another, still starting, could share.
-        self._num_lanes = min(TASKS_IN_FLIGHT, math.ceil(len(tasks) / max(self._num_slots, 1)))
+        self._num_lanes = min(tasks_in_flight, math.ceil(len(tasks) / max(self._num_slots, 1)))
         self._ledger = TaskLedger(name, tasks, progress)
         self._report = self._ledger.report
         self._running: dict[Replica, dict[str, Any]] = {}

@@ -16,7 +16,7 @@ from pipeline.config.base import Resources
 from teachers.concurrency import cancel
 from teachers.pool.actor import RayReplica
 from teachers.pool.contracts import PoolReport, Progress, Task
-from teachers.pool.dispatch import Dispatcher
+from teachers.pool.dispatch import TASKS_IN_FLIGHT, Dispatcher
 from teachers.pool.placement import check_placement
 from teachers.protocol import Canary, EndpointSpec, EngineSpec
 
@@ -53,7 +53,15 @@ class TeacherWork:
 
     def launch(self) -> RayReplica:
         """Starts a new actor."""
-        return RayReplica(self.spec, self.resources, self.env_vars)
+        return RayReplica(self.spec, self.resources, self.env_vars, self.tasks_in_flight)
+
+    @property
+    def tasks_in_flight(self) -> int:
+        """Tasks that one actor works on at a time: all of them if their requests wait in batches,
+        so that few batches hold them all.
+        """
+        waits = isinstance(self.spec, EndpointSpec) and self.spec.endpoint.batch
+        return max(len(self.tasks), 1) if waits else TASKS_IN_FLIGHT
 
 
 def run_pools(all_work: Sequence[TeacherWork]) -> dict[str, PoolReport]:
@@ -80,6 +88,7 @@ async def _run_all(all_work: Sequence[TeacherWork]) -> dict[str, PoolReport]:
             w.progress,
             w.check_canary,
             w.compare_with_transformers,
+            w.tasks_in_flight,
         )
         for w in all_work
     ]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from email import message_from_bytes
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -76,7 +78,16 @@ def loopback(respond: Callable[[str, Json], Response]) -> Iterator[Loopback]:
             self._answer({})
 
         def do_POST(self) -> None:
-            self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.headers["Content-Type"].startswith("multipart/form-data"):
+                form = b"Content-Type: " + self.headers["Content-Type"].encode() + b"\n\n" + content
+                parts = message_from_bytes(form).walk()
+                texts = [part.get_payload(decode=True) for part in parts]
+                self._answer(
+                    {"parts": [text.decode() for text in texts if isinstance(text, bytes)]}
+                )
+            else:
+                self._answer(json.loads(content))
 
         def _answer(self, body: Json) -> None:
             nonlocal now_open
@@ -126,6 +137,59 @@ def by_text(reply: Callable[[str], Response]) -> Callable[[str, Json], Response]
     """A text API whose reply is a function of the last message; it lists no models."""
     missing = Response.of({"error": "Not Found"}, 404)
     return lambda path, body: reply(body["messages"][-1]["content"]) if body else missing
+
+
+@dataclass
+class FakeBatchApi:
+    """Text API with batches.
+
+    Attributes:
+        reply: function from the last message to the reply, also inside of a batch.
+        status: function from the number of polls of a batch to its status.
+        batches: requests of every batch, by its id.
+        begun: what each batch was begun with.
+    """
+
+    reply: Callable[[str], Response]
+    status: Callable[[int], str] = lambda polls: "completed" if polls > 2 else "in_progress"
+    batches: dict[str, list[Json]] = field(default_factory=dict)
+    begun: dict[str, Json] = field(default_factory=dict)
+    answered: Callable[[Json], bool] = lambda line: True
+    _files: dict[str, str] = field(default_factory=dict)
+    _polls: Counter[str] = field(default_factory=Counter)
+
+    def __call__(self, path: str, body: Json) -> Response:
+        place = path.removeprefix("/v1").partition("?")[0].split("/")[1:]
+        if place == ["chat", "completions"]:
+            return self.reply(body["messages"][-1]["content"])
+        if place == ["files"]:
+            name = f"file-{len(self._files)}"
+            self._files[name] = body["parts"][-1]
+            assert body["parts"][0] == "batch"
+            return Response.of({"id": name})
+        if place == ["batches"] and not body:
+            return Response.of({"data": [self._told(name, "in_progress") for name in self.batches]})
+        if place == ["batches"]:
+            name = f"batch-{len(self.batches)}"
+            lines = self._files[body["input_file_id"]].splitlines()
+            self.batches[name], self.begun[name] = [*map(json.loads, lines)], body
+            return Response.of(self._told(name, "validating"))
+        if place[0] == "batches" and place[1] in self.batches:
+            self._polls[place[1]] += 1
+            return Response.of(self._told(place[1], self.status(self._polls[place[1]])))
+        if place[0] == "files" and place[1].removesuffix("-out") in self.batches:
+            lines = self.batches[place[1].removesuffix("-out")]
+            return Response("\n".join(map(self._line, filter(self.answered, lines))).encode())
+        return Response.of({"error": "Not Found"}, 404)
+
+    def _told(self, name: str, status: str) -> Json:
+        told = {"id": name, "status": status, "metadata": self.begun.get(name, {}).get("metadata")}
+        return told | ({"output_file_id": f"{name}-out"} if status == "completed" else {})
+
+    def _line(self, request: Json) -> str:
+        response = self.reply(request["body"]["messages"][-1]["content"])
+        value = {"status_code": response.status, "body": json.loads(response.content or b"")}
+        return json.dumps({"custom_id": request["custom_id"], "response": value, "error": None})
 
 
 @dataclass

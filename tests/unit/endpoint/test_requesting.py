@@ -14,7 +14,7 @@ import pytest
 from pipeline.config.teachers import EndpointConfig
 from pipeline.errors import ConfigError, DistillationError, TeacherError
 from teachers.endpoint.replies import ANY_REPLY, TEXT_REPLY
-from teachers.endpoint.transport import LONGEST_WAIT_SECONDS, Requester
+from teachers.endpoint.transport import LONGEST_WAIT_SECONDS, NotThereError, Requester
 from teachers.protocol import EngineDiedError, ItemRefusedError
 from tests.support.endpoints import DROPPED, Loopback, Response, at_once, chat_reply, loopback
 
@@ -103,7 +103,7 @@ def test_a_wait_longer_than_any_answer_is_not_begun() -> None:
         (Response.of({"error": "no such key"}, 401), ConfigError, "endpoint.api_key_env"),
         (Response.of({"error": "Insufficient credits"}, 402), ConfigError, "no credit left"),
         (Response.of({"error": "not yours"}, 403), ConfigError, "endpoint.api_key_env"),
-        (Response.of({"error": "no model x"}, 404), ConfigError, "endpoint.model"),
+        (Response.of({"error": "no model x"}, 404), NotThereError, "endpoint.model"),
         (Response(b"", 307, {"Location": "/elsewhere"}), ConfigError, "final address"),
         (Response.of({"error": "prompt too long"}, 400), ItemRefusedError, "prompt too long"),
         (Response.of({"error": "too large"}, 413), ItemRefusedError, "too large"),

@@ -21,48 +21,20 @@ from pipeline.records import AnswerEnds, Prompt
 from pipeline.synthesis.answered_shards import read_answered_shards
 from pipeline.synthesis.rewriting import PromptRequest
 from teachers.endpoint.teacher import EndpointTeacher
-from teachers.pool.contracts import PoolReport, ReplicaDied, Task
+from teachers.pool.contracts import PoolReport, Task
 from teachers.pool.dispatch import Dispatcher
-from teachers.protocol import Comparison, EndpointSpec, EngineDiedError, ItemsFailedError
+from teachers.protocol import EndpointSpec, ItemsFailedError
 from teachers.tasks.answer import AnswerTask, plan_answers
 from teachers.tasks.control import CONTROL_MESSAGE
 from teachers.tasks.judge import JudgeTask, plan_judging, read_grades
 from teachers.tasks.rewrite import RewriteTask, plan_rewrites
 from tests.support.endpoints import Json, Loopback, Response, at_once, by_text, chat_reply, loopback
+from tests.support.replicas import EndpointReplica
 from tests.support.tokenizers_for_tests import save_byte_tokenizer
 
 COUNT = 64
 REFUSED = Response.of({"error": "your input was flagged"}, 400)
 CONTROL = CONTROL_MESSAGE["content"]
-
-
-class EndpointReplica:
-    """A replica in this process that asks an endpoint."""
-
-    def __init__(self, spec: EndpointSpec) -> None:
-        self._spec = spec
-
-    async def placed(self) -> None: ...
-
-    async def ready(self) -> dict[str, Any]:
-        self._teacher = await EndpointTeacher.start(self._spec, at_once)
-        return self._teacher.metadata()
-
-    async def canary(self) -> None: ...
-    async def compare_with_transformers(self) -> Comparison:
-        raise AssertionError("an endpoint has no weights here")
-
-    async def run(self, task: Any) -> Any:
-        try:
-            return await task.run(self._teacher)
-        except EngineDiedError as error:
-            raise ReplicaDied(str(error)) from error
-
-    async def peak_memory_bytes(self) -> None: ...
-
-    async def stop(self) -> None:
-        self._teacher.shutdown()
-        await asyncio.sleep(0)
 
 
 def asked_of(server: Loopback) -> Counter[str]:
@@ -132,7 +104,7 @@ def dispatched(
         values = {"url": server.url, "model": "m", "api": "openai", "scores": False}
         endpoint = EndpointConfig.model_validate(values | {"max_retries": 0} | settings)
         spec = EndpointSpec(endpoint, tasks.student, 64)
-        dispatcher = Dispatcher("helper", lambda: EndpointReplica(spec), 1, todo)
+        dispatcher = Dispatcher("helper", lambda: EndpointReplica(spec, at_once), 1, todo)
         try:
             return asyncio.run(asyncio.wait_for(dispatcher.run(), 60)), server
         except ValueError as error:

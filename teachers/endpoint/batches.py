@@ -1,0 +1,315 @@
+"""Requests that wait in batches of a provider (OpenAI's batch API), found again by their records.
+
+    <folder>/<id of the batch>.json     keys of its requests
+
+The record is written as soon as the provider has named the batch. A later start asks the provider
+for these batches and sends only what none of them holds. A batch that the provider has begun and
+nobody has recorded is known by its metadata.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NotRequired, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from pipeline import storage
+from pipeline.config.teachers import EndpointConfig
+from pipeline.errors import ConfigError, DistillationError, TeacherError
+from pipeline.fingerprint import digest_ids, digest_json
+from teachers.endpoint.transport import RETRIED_STATUSES, NotThereError, Requester
+from teachers.protocol import ItemRefusedError
+
+logger = logging.getLogger(__name__)
+
+GATHERING_SECONDS, POLL_SECONDS = 2.0, 30.0
+MAX_REQUESTS, MAX_BYTES = 50_000, 100_000_000
+"""Size of a batch; OpenAI takes 50,000 requests and 200 MB."""
+WINDOW = "24h"
+MARK = "polystill"
+"""Key of a batch's metadata; its value is the digest of the keys of its requests."""
+ENDED = frozenset({"completed", "expired", "cancelled"})
+
+HttpReply = TypeVar("HttpReply")
+
+
+class StoredFile(TypedDict):
+    id: str
+
+
+class Batch(TypedDict):
+    """Batch as the provider tells of it."""
+
+    id: str
+    status: str
+    output_file_id: NotRequired[str | None]
+    error_file_id: NotRequired[str | None]
+    errors: NotRequired[Any]
+    request_counts: NotRequired[dict[str, int] | None]
+    metadata: NotRequired[dict[str, str] | None]
+
+
+class BatchList(TypedDict):
+    data: list[Batch]
+
+
+class LineReply(TypedDict):
+    status_code: int
+    body: Any
+
+
+class Line(TypedDict):
+    """One line of a batch's output."""
+
+    custom_id: str
+    response: NotRequired[LineReply | None]
+    error: NotRequired[Any]
+
+
+FILE, BATCH, BATCHES = TypeAdapter(StoredFile), TypeAdapter(Batch), TypeAdapter(BatchList)
+LINE = TypeAdapter(Line)
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A request that waits for a batch: its line in the batch's file."""
+
+    key: str
+    url: str
+    line: bytes
+
+
+class Batches:
+    """Batches of one endpoint, in the event loop that asks."""
+
+    def __init__(
+        self,
+        endpoint: EndpointConfig,
+        requester: Requester,
+        folder: str,
+        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+    ) -> None:
+        """`folder`: folder of the records; `sleep`: function that waits for a number of seconds."""
+        self._model, self._requester = endpoint.model, requester
+        self._folder, self._sleep = folder, sleep
+        self._replies: dict[str, asyncio.Future[LineReply]] = {}
+        self._queue: list[_Waiting] = []
+        self._recorded: dict[str, str] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sender: asyncio.Task[None] | None = None
+
+    async def ask(self, path: str, kind: TypeAdapter[HttpReply], body: dict[str, Any]) -> HttpReply:
+        """Puts a request into a batch and waits for its reply.
+
+        A request that was refused in a batch is asked at once the second time.
+
+        Args:
+            path: path below `/v1`, with its leading slash.
+            kind: expected kind of the reply.
+            body: JSON content of the request.
+
+        Raises:
+            ConfigError: the provider takes no such batch.
+            ItemRefusedError: the request was refused, or has a reply of another shape.
+            TeacherError: the batch ended without this reply.
+        """
+        key = self._key(path, body)
+        if key in self._replies and _status(self._replies[key]) not in (None, 200):
+            return await self._requester.ask(path, kind, body)
+        if self._recorded is None:
+            self._recorded = self._read_records()
+        reply = self._replies[key] = asyncio.get_running_loop().create_future()
+        line = {"custom_id": key, "method": "POST", "url": f"/v1{path}", "body": body}
+        self._queue.append(_Waiting(key, line["url"], json.dumps(line).encode() + b"\n"))
+        if self._sender is None:
+            self._sender = self._start(self._gather())
+        found = await reply
+        status, content = found["status_code"], found["body"]
+        if status != 200:
+            problem = f"a request of a batch was refused: status {status}: {content}"
+            passes = status in RETRIED_STATUSES or status >= 500
+            raise TeacherError(problem) if passes else ItemRefusedError(problem)
+        try:
+            return kind.validate_python(content)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            place = ".".join(map(str, first["loc"])) or "the reply"
+            raise ItemRefusedError(
+                f"a reply of a batch is not as expected, at {place}: {first['msg']}"
+            ) from None
+
+    def close(self) -> None:
+        """Stops waiting; the batches go on at the provider."""
+        for task in self._tasks:
+            task.cancel()
+
+    def _key(self, path: str, body: dict[str, Any]) -> str:
+        """Name of a request, the same after a restart; equal requests that wait are numbered."""
+        digest = key = digest_json([path, body])
+        number = 0
+        while key in self._replies and not self._replies[key].done():
+            number += 1
+            key = f"{digest}-{number}"
+        return key
+
+    def _read_records(self) -> dict[str, str]:
+        """Ids of the recorded batches, by the keys of their requests."""
+        found: dict[str, str] = {}
+        for info in storage.list_files(self._folder, ".json"):
+            record = storage.read_json(storage.join(self._folder, info.base_name))
+            found |= dict.fromkeys(record["keys"], record["batch"])
+        return found
+
+    async def _record(self, batch: str, keys: Sequence[str]) -> None:
+        """Notes which requests a batch holds."""
+        others = {key: its for key, its in (self._recorded or {}).items() if its != batch}
+        self._recorded = others | dict.fromkeys(keys, batch)
+        path = storage.join(self._folder, f"{batch}.json")
+        await asyncio.to_thread(storage.write_json, path, {"batch": batch, "keys": list(keys)})
+
+    def _start(self, work: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Hands an error of ours to everybody who waits."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(list(self._replies), error)
+
+    async def _gather(self) -> None:
+        """Waits until no more requests arrive, then sends what no recorded batch holds."""
+        count = 0
+        while count < len(self._queue):
+            count = len(self._queue)
+            await self._sleep(GATHERING_SECONDS)
+        queue, self._queue, self._sender = self._queue, [], None
+        assert self._recorded is not None, "the records are read before a request waits"
+        known: dict[str, list[_Waiting]] = {}
+        new = []
+        for waiting in queue:
+            batch = self._recorded.get(waiting.key)
+            (new if batch is None else known.setdefault(batch, [])).append(waiting)
+        for batch, members in known.items():
+            self._start(self._collect_again(batch, members))
+        for members in _in_bounds(new):
+            self._start(self._send(members))
+
+    async def _collect_again(self, batch: str, members: Sequence[_Waiting]) -> None:
+        """Waits for a recorded batch; what it has lost is sent anew."""
+        try:
+            lost = await self._collect(batch, [waiting.key for waiting in members])
+        except NotThereError:
+            logger.info("the provider no longer has batch %s: its requests are sent anew", batch)
+            lost = {waiting.key for waiting in members}
+        except DistillationError as error:
+            self._fail([waiting.key for waiting in members], error)
+            return
+        for again in _in_bounds([waiting for waiting in members if waiting.key in lost]):
+            await self._send(again)
+
+    async def _send(self, members: Sequence[_Waiting]) -> None:
+        """Sends a batch and waits for its replies."""
+        keys = [waiting.key for waiting in members]
+        try:
+            batch = await self._begin(members)
+            await self._record(batch, keys)
+            lost = await self._collect(batch, keys)
+        except DistillationError as error:
+            self._fail(keys, error)
+            return
+        problem = f"batch {batch} of {self._model} ended without a reply to this request"
+        self._fail(sorted(lost), TeacherError(problem))
+
+    async def _begin(self, members: Sequence[_Waiting]) -> str:
+        """Id of a new batch, or of one that was begun and not recorded."""
+        mark = digest_ids(waiting.key for waiting in members)
+        for batch in await self._listed():
+            if (batch.get("metadata") or {}).get(MARK) == mark and not _has_failed(batch):
+                return batch["id"]
+        content = b"".join(waiting.line for waiting in members)
+        file = await self._requester.upload("/files", FILE, content)
+        request = {"input_file_id": file["id"], "endpoint": members[0].url}
+        request |= {"completion_window": WINDOW, "metadata": {MARK: mark}}
+        begun = await self._requester.ask("/batches", BATCH, request)
+        logger.info("batch %s of %d requests is begun", begun["id"], len(members))
+        return begun["id"]
+
+    async def _listed(self) -> list[Batch]:
+        """The latest batches; none if the provider does not list them."""
+        try:
+            return (await self._requester.ask("/batches?limit=100", BATCHES))["data"]
+        except (NotThereError, ItemRefusedError):
+            return []
+
+    async def _collect(self, batch: str, keys: Sequence[str]) -> set[str]:
+        """Waits for the end of a batch and hands out its replies; returns the keys without one.
+
+        The record keeps only the requests that were answered, so that the others can be sent again.
+        """
+        found, shown = await self._requester.ask(f"/batches/{batch}", BATCH), None
+        while found["status"] not in ENDED:
+            if _has_failed(found):
+                await self._record(batch, [])
+                raise ConfigError(
+                    f"the provider failed batch {batch} of {self._model}: {found.get('errors')}; "
+                    "mend what it says, or set endpoint.batch: false, and run it again"
+                )
+            told = (found["status"], found.get("request_counts"))
+            if told != shown:
+                logger.info("batch %s: %s, requests %s", batch, *told)
+                shown = told
+            await self._sleep(POLL_SECONDS)
+            found = await self._requester.ask(f"/batches/{batch}", BATCH)
+        left, answered = set(keys), []
+        for file in (found.get("output_file_id"), found.get("error_file_id")):
+            content = await self._requester.download(f"/files/{file}/content") if file else b""
+            for line in map(LINE.validate_json, filter(None, content.splitlines())):
+                key, reply = line["custom_id"], line.get("response")
+                if reply is not None and reply["status_code"] == 200:
+                    answered.append(key)
+                if reply is not None and key in left:
+                    left.remove(key)
+                    if not self._replies[key].done():
+                        self._replies[key].set_result(reply)
+        await self._record(batch, answered)
+        logger.info("batch %s: %s, %d answered", batch, found["status"], len(answered))
+        return left
+
+    def _fail(self, keys: Sequence[str], error: BaseException) -> None:
+        for key in keys:
+            if not self._replies[key].done():
+                self._replies[key].set_exception(error)
+
+
+def _has_failed(batch: Batch) -> bool:
+    return batch["status"] == "failed"
+
+
+def _status(reply: asyncio.Future[LineReply]) -> int | None:
+    """Status of a reply; None if there is none."""
+    has_one = reply.done() and not reply.cancelled() and reply.exception() is None
+    return reply.result()["status_code"] if has_one else None
+
+
+def _in_bounds(waiting: Sequence[_Waiting]) -> list[list[_Waiting]]:
+    """Requests in groups that fit into one batch; all requests of a group have one path."""
+    groups: list[list[_Waiting]] = []
+    size = 0
+    for each in sorted(waiting, key=lambda each: each.url):
+        size += len(each.line)
+        last = groups[-1] if groups else []
+        if last and last[0].url == each.url and len(last) < MAX_REQUESTS and size <= MAX_BYTES:
+            last.append(each)
+        else:
+            groups.append([each])
+            size = len(each.line)
+    return groups
