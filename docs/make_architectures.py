@@ -32,7 +32,8 @@ STUDENTS = """
 
 A student that trains has the gradients that transformers computes for each sequence alone: in both
 formats of `student.dtype`, packed and padded, with `student.gradient_checkpointing` and without it.
-The attention is the one that it was tried with.
+A setting in a row is one that the architecture needs; with another it is refused. The attention is
+the one that it was tried with.
 """
 
 
@@ -81,8 +82,9 @@ def student_row(architecture: Architecture) -> tuple[str, ...]:
     name, kind = architecture.name, f"`{architecture.kind}`"
     if architecture.refused:
         return name, kind, "refused", "", ""
+    needs = "yes" + "".join(f", with `{setting}`" for setting in architecture.needs)
     packs = "yes" if architecture.packs else "`training.packing: false`"
-    return name, kind, "yes", packs, f"`{architecture.attention}`"
+    return name, kind, needs, packs, f"`{architecture.attention}`"
 
 
 def teachers_table(architectures: Sequence[Architecture]) -> str:

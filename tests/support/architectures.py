@@ -100,6 +100,16 @@ LINEAR: dict[str, Any] = {
 """Gated delta nets in three of four layers."""
 
 
+INDEXED: dict[str, Any] = {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 16}
+"""Sparse attention to keys that an index chooses. With few heads many keys have the index 0, and
+the choice between equal ones is nobody's.
+"""
+SECOND_FULL: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"]}
+SECOND_SPARSE: dict[str, Any] = {"mlp_layer_types": ["dense", "sparse"]}
+FLOAT32 = "student.dtype: float32"
+NO_CHECKPOINTING = "student.gradient_checkpointing: false"
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A model with random weights, and what it can do as a student.
@@ -111,6 +121,7 @@ class Architecture:
         whole: whether `settings` are all fields.
         attention: `student.attn_implementation` with which it trains.
         packs: whether its sequences can be packed.
+        needs: settings without which it is refused.
         refused: part of the sentence with which it is refused; empty if it trains.
     """
 
@@ -120,6 +131,7 @@ class Architecture:
     whole: bool = False
     attention: str = "sdpa"
     packs: bool = True
+    needs: tuple[str, ...] = ()
     refused: str = ""
 
     @property
@@ -161,6 +173,23 @@ ARCHITECTURES = (
     ),
     Architecture("Mistral", "mistral", _windowed()),
     Architecture("Ministral", "ministral", _windowed()),
+    Architecture(
+        "Ministral 3",
+        "ministral3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "llama_4_scaling_beta": 0.1,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            }
+        },
+    ),
     Architecture("Mixtral", "mixtral", EXPERTS),
     Architecture("Qwen2", "qwen2"),
     Architecture("Qwen2-MoE", "qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 32}),
@@ -175,6 +204,34 @@ ARCHITECTURES = (
         packs=False,
     ),
     Architecture("Qwen3.5", "qwen3_5_text", LINEAR, packs=False),
+    Architecture(
+        "Qwen3.5-MoE",
+        "qwen3_5_moe_text",
+        EXPERTS | LINEAR | {"shared_expert_intermediate_size": 32},
+        packs=False,
+    ),
+    Architecture(
+        "Qwen4, experimental",
+        "qwen4_exp_text",
+        EXPERTS
+        | LINEAR
+        | {
+            "shared_expert_intermediate_size": 32,
+            "hc_count": 2,
+            "hc_lowrank": 8,
+            "ple_embed_dim": 32,
+            "layer_types": ["linear_attention"] * 3 + ["indexed_attention"],
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 8,
+            "indexer_compress_ratio": 4,
+            "ngram_vocab_size_base": 128,
+            "make_ngram_vocab_size_divisible_by": 8,
+            "split_ngram_parts": 4,
+        },
+        packs=False,
+    ),
     Architecture("Gemma", "gemma"),
     Architecture(
         "Gemma 2",
@@ -182,6 +239,21 @@ ARCHITECTURES = (
         _windowed() | {"query_pre_attn_scalar": 16, "final_logit_softcapping": 3.0},
     ),
     Architecture("Gemma 3", "gemma3_text", _windowed() | {"query_pre_attn_scalar": 16}),
+    Architecture(
+        "Gemma 3n",
+        "gemma3n_text",
+        _windowed()
+        | {
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "laurel_rank": 8,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
     Architecture(
         "Gemma 4",
         "gemma4_text",
@@ -194,6 +266,11 @@ ARCHITECTURES = (
             "global_head_dim": 16,
             "num_global_key_value_heads": 2,
         },
+    ),
+    Architecture(
+        "VaultGemma",
+        "vaultgemma",
+        _windowed() | {"query_pre_attn_scalar": 16, "final_logit_softcapping": 3.0},
     ),
     Architecture("Phi", "phi", {"partial_rotary_factor": 0.5, "resid_pdrop": 0.0}),
     Architecture("Phi-3", "phi3", {"resid_pdrop": 0.0, "embd_pdrop": 0.0}),
@@ -218,6 +295,7 @@ ARCHITECTURES = (
     Architecture("OLMo 2", "olmo2"),
     Architecture("OLMo 3", "olmo3", _windowed()),
     Architecture("OLMoE", "olmoe", EXPERTS),
+    Architecture("FlexOlmo", "flex_olmo", EXPERTS),
     Architecture("OLMo-Hybrid", "olmo_hybrid", LINEAR, packs=False),
     Architecture("SmolLM3", "smollm3", {"no_rope_layer_interval": 2, "num_hidden_layers": 4}),
     Architecture("StarCoder 2", "starcoder2", {"residual_dropout": 0.0, "embedding_dropout": 0.0}),
@@ -225,12 +303,70 @@ ARCHITECTURES = (
     Architecture("GLM", "glm", {"partial_rotary_factor": 0.5}),
     Architecture("GLM-4", "glm4", {"partial_rotary_factor": 0.5}),
     Architecture("GLM-4-MoE", "glm4_moe", EXPERTS | GROUPED | {"partial_rotary_factor": 0.5}),
+    Architecture("GLM-4-MoE-Lite", "glm4_moe_lite", EXPERTS | LATENT | GROUPED | SECOND_SPARSE),
+    Architecture("GLM-5", "glm_moe_dsa", EXPERTS | LATENT | GROUPED | INDEXED),
     Architecture(
         "DeepSeek-V2", "deepseek_v2", EXPERTS | LATENT | GROUPED | {"topk_method": "greedy"}
     ),
     Architecture("DeepSeek-V3", "deepseek_v3", EXPERTS | LATENT | GROUPED),
+    Architecture("DeepSeek-V3.2", "deepseek_v32", EXPERTS | LATENT | GROUPED | INDEXED),
+    Architecture(
+        "DeepSeek-V4",
+        "deepseek_v4",
+        EXPERTS
+        | INDEXED
+        | _windowed()
+        | {
+            "n_routed_experts": 4,
+            "q_lora_rank": 24,
+            "o_groups": 2,
+            "o_lora_rank": 16,
+            "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"],
+            "mlp_layer_types": ["hash_moe", "moe"],
+            "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        },
+        attention="eager",
+        packs=False,
+        needs=(FLOAT32,),
+    ),
+    Architecture(
+        "Kimi-Linear",
+        "kimi_linear",
+        EXPERTS
+        | LATENT
+        | {
+            "linear_num_heads": 4,
+            "linear_head_dim": 16,
+            "num_experts_per_token": 2,
+            "q_lora_rank": None,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+        packs=False,
+    ),
+    Architecture(
+        "LongCat-Flash",
+        "longcat_flash",
+        EXPERTS
+        | LATENT
+        | {
+            "num_layers": 2,
+            "ffn_hidden_size": 96,
+            "expert_ffn_hidden_size": 32,
+            "n_routed_experts": 4,
+            "zero_expert_num": 2,
+            "moe_topk": 2,
+        },
+    ),
+    Architecture("Youtu", "youtu", LATENT),
+    Architecture("A.X K1", "axk1", EXPERTS | LATENT | GROUPED),
+    Architecture(
+        "A.X K2",
+        "axk2",
+        EXPERTS | LATENT | GROUPED | INDEXED | SECOND_SPARSE | {"gated_norm_rank": 8},
+    ),
     Architecture("gpt-oss", "gpt_oss", EXPERTS | _windowed(), attention="eager", packs=False),
     Architecture("EXAONE 4", "exaone4", _windowed()),
+    Architecture("EXAONE-MoE", "exaone_moe", EXPERTS | _windowed() | SECOND_FULL | SECOND_SPARSE),
     Architecture("Seed-OSS", "seed_oss", {"residual_dropout": 0.0}),
     Architecture("ERNIE 4.5", "ernie4_5"),
     Architecture(
@@ -239,17 +375,121 @@ ARCHITECTURES = (
         EXPERTS | {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 0},
     ),
     Architecture("Hunyuan", "hunyuan_v1_dense"),
+    Architecture("Hunyuan-MoE", "hunyuan_v1_moe", EXPERTS | {"moe_topk": 2}),
+    Architecture("Hy3", "hy_v3", EXPERTS | SECOND_SPARSE),
+    Architecture(
+        "Hy4",
+        "hy_v4",
+        EXPERTS
+        | LATENT
+        | GROUPED
+        | INDEXED
+        | SECOND_SPARSE
+        | {"indexer_types": ["full", "shared"], "hc_mult": 2},
+        attention="eager",
+    ),
     Architecture("HyperCLOVA X", "hyperclovax", {"logits_scaling": 0.125}),
     Architecture("MiniMax-M2", "minimax_m2", EXPERTS),
+    Architecture(
+        "MiniMax-M3",
+        "minimax_m3_vl_text",
+        EXPERTS
+        | SECOND_SPARSE
+        | {
+            "layer_types": ["full_attention", "minimax_m3_sparse"],
+            "dense_intermediate_size": 96,
+            "shared_intermediate_size": 32,
+            "rotary_dim": 8,
+            "index_n_heads": 2,
+            "index_head_dim": 16,
+            "index_block_size": 8,
+            "index_topk_blocks": 2,
+        },
+        packs=False,
+    ),
+    Architecture(
+        "MiniMax",
+        "minimax",
+        EXPERTS | {"block_size": 16, "layer_types": ["linear_attention", "full_attention"]},
+        packs=False,
+    ),
+    Architecture(
+        "MiMo-V2-Flash",
+        "mimo_v2_flash",
+        EXPERTS | GROUPED | _windowed() | SECOND_FULL | SECOND_SPARSE | {"v_head_dim": 16},
+        attention="eager",
+    ),
+    Architecture("Solar Open", "solar_open", EXPERTS | GROUPED),
+    Architecture(
+        "Inkling",
+        "inkling_text",
+        EXPERTS
+        | GROUPED
+        | SECOND_SPARSE
+        | {
+            "layer_types": ["hybrid_sliding", "hybrid"],
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 16,
+            "sliding_window_size": 8,
+            "d_rel": 4,
+            "rel_extent": 64,
+        },
+        packs=False,
+    ),
+    Architecture(
+        "Laguna",
+        "laguna",
+        EXPERTS
+        | _windowed()
+        | SECOND_FULL
+        | SECOND_SPARSE
+        | {"shared_expert_intermediate_size": 32, "num_attention_heads_per_layer": [4, 4]},
+    ),
+    Architecture("Mellum 2", "mellum", EXPERTS | _windowed() | SECOND_FULL | SECOND_SPARSE),
+    Architecture(
+        "Zaya",
+        "zaya",
+        {"num_experts": 4, "moe_intermediate_size": 32, "router_hidden_size": 16},
+        packs=False,
+    ),
     Architecture("dots.llm1", "dots1", EXPERTS | GROUPED),
     Architecture("Apertus", "apertus"),
     Architecture("Arcee", "arcee"),
+    Architecture(
+        "Trinity",
+        "afmoe",
+        EXPERTS | _windowed() | SECOND_FULL | {"num_dense_layers": 1, "num_shared_experts": 1},
+        packs=False,
+    ),
+    Architecture("BitNet", "bitnet"),
+    Architecture("CWM", "cwm", _windowed() | SECOND_FULL),
+    Architecture("DiffLlama", "diffllama"),
+    Architecture("Doge", "doge", {"keep_window_size": 48}),
+    Architecture("HRM", "hrm_text", {"num_layers_per_stack": 1, "num_hidden_layers": 8}),
+    Architecture("Jais 2", "jais2"),
     Architecture("Helium", "helium"),
     Architecture("Nemotron", "nemotron"),
     Architecture("NanoChat", "nanochat", {"final_logit_softcapping": 15.0}),
+    Architecture(
+        "GPT",
+        "openai-gpt",
+        GPT2,
+        whole=True,
+        attention="eager",
+        packs=False,
+        needs=(NO_CHECKPOINTING,),
+    ),
     Architecture("GPT-2", "gpt2", GPT2, whole=True),
     Architecture("GPT-BigCode", "gpt_bigcode", GPT2, whole=True),
     Architecture("GPT-NeoX", "gpt_neox", {"hidden_dropout": 0.0}),
+    Architecture(
+        "GPT-NeoX Japanese",
+        "gpt_neox_japanese",
+        {"hidden_dropout": 0.0},
+        attention="eager",
+        needs=(NO_CHECKPOINTING,),
+    ),
     Architecture(
         "GPT-Neo",
         "gpt_neo",
@@ -279,11 +519,40 @@ ARCHITECTURES = (
         whole=True,
         attention="eager",
     ),
+    Architecture("CTRL", "ctrl", GPT2 | {"dff": 96}, whole=True, needs=(NO_CHECKPOINTING,)),
+    Architecture(
+        "DBRX",
+        "dbrx",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 64,
+            "n_heads": 4,
+            "n_layers": 2,
+            "max_seq_len": 256,
+            "initializer_range": 0.15,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+            "ffn_config": {
+                "hidden_size": 64,
+                "ffn_hidden_size": 96,
+                "moe_num_experts": 4,
+                "moe_top_k": 2,
+            },
+        },
+        whole=True,
+    ),
+    Architecture("JetMoE", "jetmoe", EXPERTS | {"kv_channels": 16}, needs=(NO_CHECKPOINTING,)),
+    Architecture("Persimmon", "persimmon", {"hidden_dropout": 0.0}),
     Architecture(
         "OPT",
         "opt",
         ATTENTION_ONLY | {"ffn_dim": 96, "word_embed_proj_dim": 64},
         whole=True,
+        packs=False,
+    ),
+    Architecture(
+        "BioGPT",
+        "biogpt",
+        {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
         packs=False,
     ),
     Architecture(
@@ -333,6 +602,56 @@ ARCHITECTURES = (
         packs=False,
     ),
     Architecture(
+        "Falcon-Mamba", "falcon_mamba", RECURRENT, whole=True, attention="eager", packs=False
+    ),
+    Architecture(
+        "RWKV",
+        "rwkv",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 64,
+            "attention_hidden_size": 64,
+            "num_hidden_layers": 2,
+            "context_length": 256,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        whole=True,
+        attention="eager",
+        packs=False,
+    ),
+    Architecture(
+        "Zamba",
+        "zamba",
+        {
+            "num_hidden_layers": 4,
+            "layers_block_type": ["mamba", "hybrid"] * 2,
+            "attention_hidden_size": 128,
+            "attention_head_dim": 32,
+            "num_key_value_heads": 4,
+            "n_mamba_heads": 2,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+        },
+        packs=False,
+    ),
+    Architecture(
+        "Zamba 2",
+        "zamba2",
+        {
+            "num_hidden_layers": 4,
+            "layers_block_type": ["mamba", "hybrid"] * 2,
+            "num_key_value_heads": 4,
+            "n_mamba_heads": 8,
+            "mamba_d_state": 8,
+            "chunk_size": 16,
+            "adapter_rank": 8,
+            "use_mamba_kernels": False,
+        },
+        packs=False,
+    ),
+    Architecture(
         "LFM2",
         "lfm2",
         {
@@ -342,6 +661,13 @@ ARCHITECTURES = (
             "conv_L_cache": 3,
             "layer_types": ["conv", "full_attention"],
         },
+        packs=False,
+    ),
+    Architecture(
+        "LFM2-MoE",
+        "lfm2_moe",
+        EXPERTS
+        | {"num_dense_layers": 1, "conv_L_cache": 3, "layer_types": ["conv", "full_attention"]},
         packs=False,
     ),
     Architecture(
@@ -410,6 +736,23 @@ ARCHITECTURES = (
     ),
     Architecture("Granite-MoE", "granitemoe", EXPERTS | {"logits_scaling": 8.0}),
     Architecture(
+        "Granite-MoE, shared experts",
+        "granitemoeshared",
+        EXPERTS | {"shared_intermediate_size": 32, "logits_scaling": 8.0},
+    ),
+    Architecture(
+        "Granite, windows",
+        "granite_swa",
+        _windowed() | SECOND_FULL | {"layer_rope_theta": [10000.0, 10000.0]},
+        attention="eager",
+    ),
+    Architecture(
+        "Granite-MoE, windows",
+        "granitemoe_swa",
+        EXPERTS | _windowed() | SECOND_FULL | {"layer_rope_theta": [10000.0, 10000.0]},
+        attention="eager",
+    ),
+    Architecture(
         "Granite 4",
         "granitemoehybrid",
         EXPERTS
@@ -427,6 +770,9 @@ ARCHITECTURES = (
     Architecture("Cohere", "cohere", {"logit_scale": 0.0625}),
     Architecture("Cohere 2", "cohere2", _windowed() | {"logit_scale": 0.0625}),
     Architecture(
+        "Cohere 2-MoE", "cohere2_moe", EXPERTS | _windowed() | SECOND_FULL | {"logit_scale": 0.0625}
+    ),
+    Architecture(
         "MiniCPM3",
         "minicpm3",
         LATENT | {"dim_model_base": 16, "scale_emb": 12, "scale_depth": 1.4},
@@ -443,6 +789,17 @@ ARCHITECTURES = (
         packs=False,
     ),
     Architecture("BERT", "bert", {"is_decoder": True}, refused="not supported"),
+    Architecture(
+        "ModernBERT decoder",
+        "modernbert-decoder",
+        {
+            "local_attention": 16,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+        },
+        refused="not supported",
+    ),
 )
 
 TEACHERS = (

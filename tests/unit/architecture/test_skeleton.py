@@ -6,18 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from pipeline.config.student import StudentConfig
 from pipeline.errors import TrainingError
 from students.architecture.build import build_student
 from students.architecture.checks import check_architecture
 from students.architecture.skeleton import check_skeleton
-from tests.support.architectures import ARCHITECTURES, EXPERTS, SHAPE, Architecture
+from tests.support.architectures import ARCHITECTURES, FLOAT32, NO_CHECKPOINTING, Architecture
 from tests.support.students import save_config
 
 BY_NAME = {each.name: each for each in ARCHITECTURES}
+OTHERWISE = {FLOAT32: {"dtype": "bfloat16"}, NO_CHECKPOINTING: {"gradient_checkpointing": True}}
+"""Options of a student that go against what an architecture needs."""
 LLAMA_70B = {
     "hidden_size": 8192,
     "intermediate_size": 28672,
@@ -45,7 +46,8 @@ def saved(kind: str, folder: Path, **settings: Any) -> Path:
 def test_the_skeleton_judges_as_the_matrix_does(architecture: Architecture, tmp_path: Path) -> None:
     small = {"initializer_range": 0.02}  # at which the whole model hides what it lets through
     folder = save_config(architecture, tmp_path, **small)
-    options = student(folder, dtype="bfloat16", attn_implementation=architecture.attention)
+    dtype = "float32" if FLOAT32 in architecture.needs else "bfloat16"
+    options = student(folder, dtype=dtype, attn_implementation=architecture.attention)
     check_skeleton(options, packing=False)
     if architecture.packs:
         check_skeleton(options, packing=True)
@@ -93,22 +95,14 @@ def test_what_cannot_be_built_is_refused_with_the_setting_to_change(
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "message"),
-    [
-        ("ctrl", {"gradient_checkpointing": True}, r"set student\.gradient_checkpointing: false"),
-        (
-            "deepseek_v4",
-            {"dtype": "bfloat16", "attn_implementation": "eager"},
-            r"set student\.dtype: float32",
-        ),
-    ],
+    ("name", "setting"), [(each.name, setting) for each in ARCHITECTURES for setting in each.needs]
 )
-def test_an_option_that_an_architecture_does_not_know_is_named(
-    kind: str, options: dict[str, Any], message: str, tmp_path: Path
+def test_a_setting_that_an_architecture_needs_is_named(
+    name: str, setting: str, tmp_path: Path
 ) -> None:
-    small = SHAPE | EXPERTS | {"dff": 96, "n_positions": 256}
-    with pytest.raises(TrainingError, match=message):
-        check_skeleton(student(saved(kind, tmp_path, **small), **options), packing=False)
+    options = {"attn_implementation": BY_NAME[name].attention} | OTHERWISE[setting]
+    with pytest.raises(TrainingError, match=f": set {setting}$"):
+        check_skeleton(student(save_config(BY_NAME[name], tmp_path), **options), packing=False)
 
 
 def test_rounding_that_a_deep_copy_amplifies_is_no_leak(tmp_path: Path) -> None:
@@ -153,19 +147,19 @@ def test_a_quantised_student_is_refused(
         check_skeleton(student(folder, **options), packing=False)
 
 
-def test_windows_that_hide_in_short_texts_are_exceeded(tmp_path: Path) -> None:
-    """Chunks of Llama 4 begin anew with each sequence, and not so in a packed row."""
-    settings = BY_NAME["Llama"].config | {
-        "attention_chunk_size": 8192,
-        "num_local_experts": 2,
-        "num_experts_per_tok": 1,
-        "intermediate_size_mlp": 96,
-        "num_hidden_layers": 4,
-    }
-    folder = saved("llama4_text", tmp_path, **settings)
-    config = AutoConfig.from_pretrained(folder)
-    torch.manual_seed(0)
-    check_architecture(AutoModelForCausalLM.from_config(config, dtype=torch.float32), packing=True)
-    check_skeleton(student(folder), packing=False)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        # chunks begin anew with each sequence, and not so in a packed row
+        ("Llama 4", {"attention_chunk_size": 8192}),
+    ],
+)
+def test_windows_that_hide_in_short_texts_are_exceeded(
+    name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = save_config(BY_NAME[name], tmp_path, **settings)
+    options = student(folder, attn_implementation=BY_NAME[name].attention)
+    check_architecture(build_student(options, seed=0), packing=True)
+    check_skeleton(options, packing=False)
     with pytest.raises(TrainingError, match=r"set training\.packing: false"):
-        check_skeleton(student(folder), packing=True)
+        check_skeleton(options, packing=True)
