@@ -31,21 +31,26 @@ from students.losses.inputs import Targets
 
 logger = logging.getLogger(__name__)
 
-WINDOWS: dict[str, int] = dict.fromkeys(
-    (
-        "sliding_window",
-        "attention_chunk_size",
-        "attention_window_size",
-        "window_size",
-        "local_attention",
-        "original_max_position_embeddings",
-    ),
-    8,
-)
+WINDOWS: dict[str, int] = {
+    **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_window_size"), 8),
+    **dict.fromkeys(("window_size", "local_attention", "attention_chunk_size"), 8),
+    "original_max_position_embeddings": 8,
+    # state-space and linear layers compute a shorter sequence in another way than a longer one
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size", "block_size"), 8),
+    # keys that sparse attention chooses, and what it compresses into one of them
+    **dict.fromkeys(("index_topk", "index_block_size", "indexer_budget", "compress_rates"), 8),
+    "indexer_compress_ratio": 4,
+    "index_topk_blocks": 2,
+}
 """Settings that sequences of the checks shall exceed, with their largest values here."""
+INDEX_HEADS = 32
+"""Heads at least of an index by which tokens are chosen: it is the sum of what is above 0 in each,
+and with few heads it is 0 for many tokens, so that rounding and places choose among these.
+"""
 WIDTHS = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 512),
     **dict.fromkeys(("intermediate_size", "intermediate_size_mlp", "ffn_dim", "n_inner"), 128),
+    **dict.fromkeys(("ffn_hidden_size", "expert_ffn_hidden_size"), 128),
     "moe_intermediate_size": 64,
     "shared_expert_intermediate_size": 64,
     "shared_intermediate_size": 64,
@@ -53,13 +58,15 @@ WIDTHS = {
     "moe_num_experts": 8,
     "num_experts_per_tok": 2,
     **dict.fromkeys(("n_group", "topk_group"), 1),
-    "linear_num_heads": 4,
+    **dict.fromkeys(("linear_num_heads", "o_groups"), 4),
 }
 """Widths that other settings do not depend on, with their largest values here."""
-HEADS = {"num_attention_heads": 4}
-"""Heads at most; their groups, the hidden size, and what is a multiple of it follow."""
+HEADS = {"num_attention_heads": 4, "hidden_size": 256}
+"""Heads at most; their groups, the hidden size, and what is a multiple of it follow. The hidden
+size at most where there are no heads of attention.
+"""
 MULTIPLES = (
-    "attention_hidden_size",
+    *("attention_hidden_size", "embedding_dim", "num_heads"),
     *("mamba_d_ssm", "mamba_n_heads", "n_mamba_heads", "mamba_num_heads"),
 )
 """Settings that keep their ratio to the hidden size."""
@@ -79,11 +86,11 @@ def check_skeleton(student: StudentConfig, packing: bool) -> None:
             setting to change.
     """
     started, failure, is_certain = time.monotonic(), None, False
-    with explained(student):
+    with explained(student), torch.random.fork_rng():
         config = read_config(student)
         for small in _shrunk_configs(config, student):
             try:
-                model = _try(small, student, packing)
+                model = _checked(small, student, packing)
             except DistillationError:
                 raise
             except Exception as error:
@@ -91,6 +98,9 @@ def check_skeleton(student: StudentConfig, packing: bool) -> None:
                 failure = error
                 is_certain = _width(small) == _width(config)
                 continue
+            # sizes that fit together in the checks do so in a step
+            model = as_loaded(model, DTYPES[student.dtype])
+            _take_step(model, student.gradient_checkpointing)
             logger.info(
                 "student %s: a copy of %d layers and %.1f M weights trains, tried in %.1f s",
                 type(model).__name__,
@@ -135,14 +145,11 @@ def _remedy(reason: str, student: StudentConfig) -> str:
     return "choose another one"
 
 
-def _try(config: PretrainedConfig, student: StudentConfig, packing: bool) -> PreTrainedModel:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = _build(config, student)
-        _enlarge(model)
-        check_architecture(model, packing)
-        model = as_loaded(model, DTYPES[student.dtype])
-        _take_step(model, student.gradient_checkpointing)
+def _checked(config: PretrainedConfig, student: StudentConfig, packing: bool) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = _build(config, student)
+    _enlarge(model)
+    check_architecture(model, packing)
     return model
 
 
@@ -186,6 +193,10 @@ def _shrunk(config: PretrainedConfig, settings: dict[str, int], depth: int) -> P
             setattr(text, name, most)
         elif isinstance(value, list) and all(isinstance(each, int) for each in value):
             setattr(text, name, [min(each, most) for each in value])
+        elif isinstance(value, dict) and all(isinstance(each, int) for each in value.values()):
+            setattr(text, name, {key: min(each, most) for key, each in value.items()})
+    if "index_topk" in known and "index_topk" in settings:
+        text.index_n_heads = max(known["index_n_heads"], INDEX_HEADS)
     rope = getattr(text, "rope_parameters", None) or {}
     for values in [rope, *rope.values()]:
         name = "original_max_position_embeddings"
@@ -207,11 +218,15 @@ def _shrunk(config: PretrainedConfig, settings: dict[str, int], depth: int) -> P
 def _width_of_heads(known: dict[str, Any], settings: dict[str, int]) -> dict[str, int]:
     """Hidden size, groups of heads and multiples that go with fewer heads."""
     heads, hidden = known.get("num_attention_heads"), known.get("hidden_size")
-    if "num_attention_heads" not in settings or not isinstance(heads, int) or not hidden:
+    if "num_attention_heads" not in settings or not isinstance(hidden, int):
         return {}
-    fewer = min(heads, settings["num_attention_heads"])
-    groups = known.get("num_key_value_heads") or heads
-    width = fewer * (known.get("head_dim") or hidden // heads)
+    if isinstance(heads, int):
+        fewer = min(heads, settings["num_attention_heads"])
+        groups = known.get("num_key_value_heads") or heads
+        width = fewer * (known.get("head_dim") or hidden // heads)
+    else:
+        fewer = groups = heads = 1
+        width = min(hidden, settings["hidden_size"])
     multiples = {
         name: max(1, known[name] * width // hidden)
         for name in MULTIPLES

@@ -621,6 +621,24 @@ ARCHITECTURES = (
         packs=False,
     ),
     Architecture(
+        "xLSTM",
+        "xlstm",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 64,
+            "num_blocks": 2,
+            "num_heads": 4,
+            "chunk_size": 16,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        whole=True,
+        attention="eager",
+        packs=False,
+        needs=(FLOAT32,),
+    ),
+    Architecture(
         "Zamba",
         "zamba",
         {

@@ -112,6 +112,17 @@ def test_rounding_that_a_deep_copy_amplifies_is_no_leak(tmp_path: Path) -> None:
     check_skeleton(student(saved("gemma3n_text", tmp_path, **sizes, **tables)), packing=False)
 
 
+@pytest.mark.parametrize(
+    "name", [each.name for each in ARCHITECTURES if "index_topk" in each.config]
+)
+def test_a_choice_between_equal_keys_is_no_leak(name: str, tmp_path: Path) -> None:
+    """With two heads the index is 0 for every fourth key, and nothing is left out of 2048."""
+    architecture = BY_NAME[name]
+    folder = save_config(architecture, tmp_path, index_n_heads=2, index_topk=2048)
+    options = student(folder, attn_implementation=architecture.attention)
+    check_skeleton(options, packing=architecture.packs)
+
+
 def test_a_student_that_sees_later_tokens_is_refused(tmp_path: Path) -> None:
     options = student(save_config(BY_NAME["Gemma 3"], tmp_path, use_bidirectional_attention=True))
     with pytest.raises(TrainingError, match="lets tokens see those that follow"):
@@ -152,6 +163,17 @@ def test_a_quantised_student_is_refused(
     [
         # chunks begin anew with each sequence, and not so in a packed row
         ("Llama 4", {"attention_chunk_size": 8192}),
+        # blocks of keys are cut from the row, and chosen by positions in the sequence
+        ("MiniMax-M3", {"index_block_size": 128, "index_topk_blocks": 16}),
+        # a key stands for several tokens of a row
+        (
+            "DeepSeek-V4",
+            {
+                "layer_types": ["heavily_compressed_attention"] * 2,
+                "compress_rates": {"heavily_compressed_attention": 128},
+                "sliding_window": 128,
+            },
+        ),
     ],
 )
 def test_windows_that_hide_in_short_texts_are_exceeded(
@@ -163,3 +185,20 @@ def test_windows_that_hide_in_short_texts_are_exceeded(
     check_skeleton(options, packing=False)
     with pytest.raises(TrainingError, match=r"set training\.packing: false"):
         check_skeleton(options, packing=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"), [("bfloat16", r": set student\.dtype: float32$"), ("float32", None)]
+)
+def test_a_step_that_fails_at_a_small_size_fails_at_any(
+    dtype: str, message: str | None, tmp_path: Path, caplog
+) -> None:
+    """xLSTM mixes formats in sequences of a chunk and more, and is large where nothing shrinks."""
+    caplog.set_level(logging.INFO)
+    options = student(saved("xlstm", tmp_path), dtype=dtype, attn_implementation="eager")
+    if message is not None:
+        with pytest.raises(TrainingError, match=message):
+            check_skeleton(options, packing=False)
+        return
+    check_skeleton(options, packing=False)
+    assert any("a copy of 2 layers" in each.message for each in caplog.records)
