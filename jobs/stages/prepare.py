@@ -9,7 +9,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from jobs.bookkeeping.stage_records import read_record
+from jobs.stages.preference import CHOICES
 from jobs.stages.preflight import check_inputs, steps_by_place
 from pipeline.config.base import ModelFiles
 from pipeline.config.filters import Filter, Judge
@@ -38,7 +41,7 @@ from teachers.engine.options import check_sampling_values
 from teachers.preflight.identity import check_model, check_weights, model_identity, student_identity
 from teachers.preflight.model_layers import check_layers, hidden_sizes, text_config
 from teachers.preflight.vocabulary import check_vocabularies, further_ends
-from teachers.tasks.judge import grade_tokens
+from teachers.tasks.judge import GRADES, grade_tokens
 from teachers.tokenizing import (
     chat_end,
     load_tokenizer,
@@ -74,9 +77,7 @@ def prepare(config: Config) -> Run:
     refuse_dynamic_scaling(text_config(config.student.files), config.synthesis.max_sequence_tokens)
     _check_student(config)
     tokenizer = load_tokenizer(config.student.files)
-    judges = {rule.teacher for rule in config.synthesis.filters if isinstance(rule, Judge)}
-    if not all(config.teachers[name].returns_text for name in judges):
-        grade_tokens(tokenizer)
+    _check_judges(config, tokenizer)
     lengths = {prompt.digest: len(prompt_ids(tokenizer, prompt)) for prompt in asked_prompts}
     _check_lengths(config, prompts, lengths)
     repeated = sum(p.text is not None and repeats_bos(tokenizer, p.text) for p in prompts)
@@ -253,6 +254,17 @@ def _check_lengths(config: Config, prompts: Sequence[Prompt], tokens: Mapping[st
     longest = max(tokens[p.under(system).digest] for p in prompts if p.split == "holdout")
     for name in [*config.scoring_teachers, STUDENT]:
         _check_room(config, "evaluation", name, longest, sampling["max_tokens"])
+
+
+def _check_judges(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that an engine that judges can be bound to its replies."""
+    replies: dict[str, tuple[int, ...]] = {}
+    if (judge := config.evaluation.judge) is not None:
+        replies[judge.teacher] = CHOICES
+    replies |= {r.teacher: GRADES for r in config.synthesis.filters if isinstance(r, Judge)}
+    for name, digits in replies.items():
+        if not config.teachers[name].returns_text:
+            grade_tokens(tokenizer, digits)
 
 
 def _check_room(config: Config, place: str, name: str, prompt: int, answer: int) -> None:

@@ -14,6 +14,7 @@ from jobs.stages.evaluate import holdout_prompts
 from jobs.stages.preference import preference_digest, preference_line, preferences
 from pipeline import storage
 from pipeline.config.load import load_config
+from pipeline.errors import ConfigError
 from pipeline.report.comparisons import preference_words
 from pipeline.report.headlines import headlines
 from pipeline.report.models import PreferenceFigures, Report
@@ -125,6 +126,28 @@ def test_what_could_not_be_judged_is_counted_and_asked_again(
 def test_what_cannot_be_compared_is_refused(judge: str, said: str, old: OldRun) -> None:
     with pytest.raises((ValueError, ValidationError), match=said):
         load_config(old.path, [f"evaluation.judge={judge}", "evaluation.twin=false"])
+
+
+@pytest.mark.parametrize(
+    ("missing", "change"),
+    [
+        ("3", JUDGED[0]),
+        ("5", "synthesis.filters=[{type: judge, teacher: second, min_grade: 2}]"),
+    ],
+)
+def test_a_judge_whose_replies_are_no_tokens_is_refused_before_the_run(
+    missing: str, change: str, old: OldRun
+) -> None:
+    for model in ("first", "second", "student"):
+        path = old.folder / model / "tokenizer.json"
+        tokenizer = json.loads(path.read_text())
+        vocabulary = tokenizer["model"]["vocab"]
+        vocabulary["\N{MICRO SIGN}"] = vocabulary.pop(missing)
+        path.write_text(json.dumps(tokenizer))
+    unjudged = "synthesis.filters=[]"
+    old.prepare(unjudged)
+    with pytest.raises(ConfigError, match=f"'{missing}' is one token.*leave the judge out"):
+        old.prepare(unjudged, change)
 
 
 def test_the_report_tells_share_interval_and_the_rest(old: OldRun) -> None:
