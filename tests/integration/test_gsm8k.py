@@ -1,5 +1,5 @@
-"""GSM8K's rows end to end: teachers trained here, their caches and the student checked by
-transformers."""
+"""GSM8K's rows end to end: teachers trained here, their caches, the student and a judge's replies
+checked by transformers."""
 
 import json
 import math
@@ -7,11 +7,13 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,6 +37,11 @@ NUM_TRAIN, NUM_HOLDOUT, MAX_SEQUENCE_TOKENS, STEPS = 48, 16, 320, 20
 # A float16 keeps 11 bits, so half of its last place is 2**-11 of the value; two float32 forwards of
 # these models (vLLM's and transformers') differ by less than 1e-3 nats.
 RELATIVE, ABSOLUTE = 2**-11, 1e-3
+JUDGE, COMPARED, MOST_PROMPTS = "detailed", ("twin", "concise"), 8
+TEMPLATE = ROOT / "pipeline/synthesis/templates/prefer.txt"
+ROOM = 400  # tokens that the judge holds: the longest question is longer with two answers
+OUTCOMES = {(1, 2): "wins", (2, 1): "losses", (3, 3): "ties"}
+"""What replies mean where the student's answer stands first, and then second."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         "prompts.sources.0.limit": NUM_TRAIN,
         "prompts.sources.1.limit": NUM_HOLDOUT,
         **{f"teachers.{name}.model": models / "teachers" / name for name in TEACHERS},
+        f"teachers.{JUDGE}.vllm.max_model_len": ROOM,
         "student.model": models / "student",
         "synthesis.max_sequence_tokens": MAX_SEQUENCE_TOKENS,
         "synthesis.prompts_per_shard": 16,
@@ -87,7 +95,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         "training.evaluate_every_steps": 10,
         "training.checkpoint_every_steps": 10,
         "evaluation.sampling.max_tokens": 16,
-        "evaluation.max_prompts_per_domain": 8,
+        "evaluation.max_prompts_per_domain": MOST_PROMPTS,
+        "evaluation.judge": f"{{teacher: {JUDGE}, against: [{', '.join(COMPARED)}]}}",
     }
     arguments = ["run", "examples/gsm8k/config.yaml", *(f"{k}={v}" for k, v in overrides.items())]
     done = polystill(*arguments, seconds=700)
@@ -220,6 +229,82 @@ def test_the_report_is_complete_and_finite(finished: Finished) -> None:
         assert report["curves"][student] == metrics(finished, student)
 
 
+def answers_of(finished: Finished, model: str) -> dict[str, str]:
+    """Answers to the hold-out prompts by prompt id."""
+    lines = (finished.folder / "answers" / f"{model}.jsonl").read_text().splitlines()
+    return {line["prompt_id"]: line["answer"].strip() for line in map(json.loads, lines)}
+
+
+class Judge:
+    """The judge under transformers, asked for one of three digits.
+
+    Attributes:
+        replies: the digits in order of their logits by prompt, first and second answer; a question
+            that leaves no room for a digit is not among them.
+        close: questions whose two best digits an engine may exchange.
+    """
+
+    def __init__(self, finished: Finished) -> None:
+        folder = finished.models / "teachers" / JUDGE
+        self._tokenizer, self._model = AutoTokenizer.from_pretrained(folder), load(folder)
+        (table,) = (finished.root / "prompts").glob("*.parquet")
+        self._words = {row["prompt_id"]: row["text"] for row in pq.read_table(table).to_pylist()}
+        self.replies: dict[tuple[str, str, str], int] = {}
+        self.close: set[tuple[str, str, str]] = set()
+
+    @torch.no_grad()
+    def ask(self, prompt: str, first: str, second: str) -> int | None:
+        """The likeliest digit, or None where the question is too long."""
+        words = TEMPLATE.read_text().format(prompt=self._words[prompt], first=first, second=second)
+        ids = self._tokenizer(words, return_tensors="pt")["input_ids"]
+        if ids.shape[1] + 1 > ROOM:
+            return None
+        digits = self._tokenizer.convert_tokens_to_ids(["1", "2", "3"])
+        best = self._model(input_ids=ids).logits[0, -1, digits].sort(descending=True)
+        if best.values[0] - best.values[1] < 2 * ABSOLUTE:
+            self.close.add((prompt, first, second))
+        self.replies[prompt, first, second] = int(best.indices[0]) + 1
+        return self.replies[prompt, first, second]
+
+
+def test_the_judge_is_asked_in_both_orders_and_prefers_as_transformers_does(
+    finished: Finished,
+) -> None:
+    judge, ours = Judge(finished), answers_of(finished, "student")
+    rows = {row["other"]: row for row in finished.report()["preferences"]}
+    page = (finished.folder / "report.html").read_text()
+    assert rows.keys() == set(COMPARED) and len(ours) == MOST_PROMPTS
+    for other in COMPARED:
+        sure, unsure = Counter(), 0
+        for prompt, theirs in answers_of(finished, other).items():
+            if theirs == ours[prompt]:
+                sure["same"] += 1
+                continue
+            orders = [(prompt, ours[prompt], theirs), (prompt, theirs, ours[prompt])]
+            replies = tuple(judge.ask(*order) for order in orders)
+            if judge.close.intersection(orders):
+                unsure += 1
+            else:
+                # a digit that stays when the answers change places is no preference
+                sure["unjudged" if None in replies else OUTCOMES.get(replies, "inconsistent")] += 1
+        row = rows[other]
+        kinds = (*OUTCOMES.values(), "inconsistent", "same", "unjudged")
+        assert sum(row[kind] for kind in kinds) == row["prompts"] == MOST_PROMPTS
+        assert all(sure[kind] <= row[kind] <= sure[kind] + unsure for kind in kinds), (row, sure)
+        assert (row["judge"], row["domain"]) == (JUDGE, "mathematics")
+        assert f"Against {other}, judged by {JUDGE}: " in page
+        assert f"{other} {row['losses']} times of {MOST_PROMPTS}" in finished.printed
+    assert any(row["unjudged"] for row in rows.values())
+    stored = [
+        reply
+        for path in (finished.root / "judgements").glob("*/*.json")
+        for reply in json.loads(path.read_text()).values()
+    ]
+    assert len(stored) == len(judge.replies) > 0 and set(stored) <= {1, 2, 3}
+    moved = Counter(judge.replies.values()) - Counter(stored)
+    assert moved.total() <= len(judge.close)
+
+
 def test_the_html_report_needs_nothing_from_outside(finished: Finished) -> None:
     page = (finished.folder / "report.html").read_text()
     assert all(name in page for name in MODELS)
@@ -250,6 +335,7 @@ def test_train_starts_from_a_checkpoint_and_ends_with_an_export(finished: Finish
         *overrides,
         "name=again",
         "evaluation.twin=false",
+        "evaluation.judge=null",
         "training.steps=3",
         "training.warmup_steps=0",
         "training.learning_rate=1e-6",
