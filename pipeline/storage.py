@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import io
 import json
 import logging
 import os
@@ -211,9 +212,58 @@ def _read(uri: str) -> pa.Buffer:
         return file.read_buffer()
 
 
+class StoredFile(io.RawIOBase):
+    """A file as a stream that reads no further than it is asked to.
+
+    Raises:
+        StorageError: the file does not exist or cannot be read.
+    """
+
+    def __init__(self, uri: str) -> None:
+        super().__init__()
+        self._uri, self._position, self._file = uri, 0, _opened(uri)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        starts = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size()}
+        self._position = starts[whence] + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._piece(self._position, len(buffer))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    @_retried
+    def _piece(self, start: int, num_bytes: int) -> bytes:
+        with explained("read", self._uri):
+            return self._file.read_at(num_bytes, start)
+
+
+@_retried
+def _opened(uri: str) -> pa.NativeFile:
+    filesystem, path = _open(uri)
+    with explained("read", uri):
+        return filesystem.open_input_file(path)
+
+
 def exists(uri: str) -> bool:
     """Whether a file or folder exists."""
     return _info(uri).type != fs.FileType.NotFound
+
+
+def is_folder(uri: str) -> bool:
+    """Whether a path is a folder that exists."""
+    return _info(uri).type == fs.FileType.Directory
 
 
 @_retried

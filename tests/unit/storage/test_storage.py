@@ -1,5 +1,6 @@
 """Storage: an object store is used like a folder, and each failure is one message for users."""
 
+import io
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,17 @@ class Failing:
     def close(self) -> None:
         self.done.append("close")
 
+    def open_input_file(self, path: str) -> "Failing":
+        self._answer("open")
+        return self
+
+    def read_at(self, num_bytes: int, start: int) -> bytes:
+        self._answer(f"read {start}")
+        return b"0123456789"[start : start + num_bytes]
+
+    def size(self) -> int:
+        return 10
+
     def get_file_info(self, path: str) -> fs.FileInfo:
         self._answer("look")
         return fs.FileInfo(path, fs.FileType.File)
@@ -97,6 +109,20 @@ def test_a_dropped_connection_is_tried_again_and_a_failed_write_is_never_complet
     assert pauses == list(storage.PAUSES_SECONDS)
     store.failures = 1
     assert storage.exists("s3://bucket/x")
+
+
+def test_a_piece_of_a_file_is_asked_for_again(
+    pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Failing(1, DROPPED)
+    monkeypatch.setattr(storage, "_open", lambda uri: (store, uri))
+    file = storage.StoredFile("s3://bucket/x")
+    assert file.read(4) == b"0123"
+    store.failures = 1
+    assert file.read(4) == b"4567" and file.tell() == 8
+    assert file.seek(-3, io.SEEK_END) == 7 and file.seek(1, io.SEEK_CUR) == 8
+    assert file.read() == b"89" and file.read(1) == b""
+    assert store.done[:5] == ["open", "open", "read 0", "read 4", "read 4"]
 
 
 def test_tries_are_bounded_and_the_message_names_the_object(
