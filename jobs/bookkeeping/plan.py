@@ -180,7 +180,7 @@ def _outputs(run: Run, stage: str) -> list[str]:
 def _plan_of_a_new_run(config: Config) -> list[StagePlan]:
     """Plans of a run that is not prepared, from its config and its prompts alone."""
     check_model_folders(config)
-    prompts, counts = read_prompts(config.prompts)
+    prompts, counts = read_prompts(config.prompts, quiet=True)  # the checks read them again
     held_out = [prompt for prompt in prompts if prompt.split == "holdout"]
     num_answers, num_holdout, longest = 0, 0, 0
     for recipe in config.synthesis.recipes:

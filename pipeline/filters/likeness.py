@@ -21,7 +21,7 @@ from pipeline.config.filters import (
 )
 from pipeline.errors import ConfigError
 from pipeline.filters.candidates import Candidate, Evidence
-from pipeline.synthesis.prompts import numbered_rows
+from pipeline.synthesis.rows import numbered_rows
 
 NUM_PERMUTATIONS = 128
 # Thai, Lao, Burmese, Khmer, kana and ideographs are written without spaces: each character counts

@@ -1,6 +1,8 @@
 """Synthesis: prompts, the steps that write and answer them, and the records of finished work.
 
-prompts          prompt files to one checked, split, deduplicated table
+prompts          sources of prompts to one checked, split, deduplicated table
+rows             rows of JSON Lines, JSON arrays, CSV, Parquet and dataset folders
+parsing          a row to a checked prompt
 rewriting        requests for new prompts, and new prompts from replies
 steps            the recipes as steps: which author is asked which prompts
 answered_shards  records of finished prompt shards

@@ -1,5 +1,6 @@
 """Prompts: formats, stable ids, duplicates, splits, and bad rows named by file and line."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -49,6 +50,90 @@ def test_ids_depend_on_content_alone_and_duplicates_are_counted(tmp_path: Path) 
     assert counts == {"read": 4, "duplicates": 2, "train": 2}
     alone, _ = read_prompts(config(sources[1]))
     assert alone[0].prompt_id == prompts[1].prompt_id
+
+
+def test_a_hold_out_prompt_stays_whatever_the_order_of_the_sources(tmp_path: Path) -> None:
+    files = {
+        "train": jsonl(tmp_path / "t.jsonl", *({"text": f"q{i}"} for i in range(6))),
+        "validation": jsonl(tmp_path / "v.jsonl", *({"text": f"q{i}"} for i in (1, 2, 3, 8))),
+        "holdout": jsonl(tmp_path / "h.jsonl", *({"text": f"q{i}"} for i in (0, 1, 2, 9))),
+    }
+    for splits in itertools.permutations(files):
+        sources = [PromptSource(path=files[s], domain="d", split=s) for s in splits]
+        prompts, counts = read_prompts(config(*sources))
+        assert {prompt.text: prompt.split for prompt in prompts} == {
+            "q0": "holdout", "q1": "holdout", "q2": "holdout", "q9": "holdout",
+            "q3": "validation", "q8": "validation", "q4": "train", "q5": "train",
+        }  # fmt: skip
+        assert counts == {
+            "read": 14, "duplicates": 6, "holdout": 4, "validation": 2, "train": 2,
+        }  # fmt: skip
+
+
+def test_an_id_is_free_again_once_its_prompt_was_left_out(tmp_path: Path) -> None:
+    train = jsonl(tmp_path / "t.jsonl", {"id": 1, "text": "x"})
+    held = jsonl(tmp_path / "h.jsonl", {"id": 2, "text": "x"}, {"id": 1, "text": "y"})
+    sources = [
+        PromptSource(path=train, domain="d", split="train"),
+        PromptSource(path=held, domain="d", split="holdout"),
+    ]
+    for order in (sources, sources[::-1]):
+        prompts, _ = read_prompts(config(*order))
+        assert [(p.prompt_id, p.text) for p in prompts] == [("2", "x"), ("1", "y")]
+
+
+def test_rows_that_disagree_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [
+        {"text": "Capital?", "reference": "Bern"},
+        {"text": "Capital?", "reference": "Oslo"},
+        {"text": "Capital?"},
+        {"text": "Capital?", "reference": "Bern", "domain": "e"},
+    ]
+    path = jsonl(tmp_path / "p.jsonl", *rows)
+    (prompt,), counts = read_prompts(config(PromptSource(path=path, domain="d")))
+    assert (prompt.reference, prompt.domain) == ("Bern", "d")
+    assert counts == {"read": 4, "duplicates": 3, "disagreeing": 2, "train": 1}
+    (said,) = caplog.messages
+    assert f"{path}:2 beside {path}:1 (reference 'Oslo' against 'Bern')" in said
+    assert f"{path}:4 beside {path}:1 (domain 'e' against 'd')" in said and ":3 beside" not in said
+    caplog.clear()
+    read_prompts(config(PromptSource(path=path, domain="d")), quiet=True)
+    assert not caplog.messages
+
+
+def test_many_rows_that_disagree_in_one_split_are_refused(tmp_path: Path) -> None:
+    rows = [{"text": "Add the numbers.", "reference": str(i)} for i in range(12)]
+    path = jsonl(tmp_path / "p.jsonl", *rows)
+    source = PromptSource(path=path, domain="d")
+    with pytest.raises(PromptError, match=r"11 of 12 rows repeat .*p\.jsonl:2 beside .*`template`"):
+        read_prompts(config(source))
+    read_prompts(config(source.model_copy(update={"limit": 11})))
+    others = jsonl(tmp_path / "o.jsonl", *({"text": f"other {i}"} for i in range(1_088)))
+    more = PromptSource(path=others, domain="d")
+    assert read_prompts(config(source, more))[1]["disagreeing"] == 11, "one in a hundred is few"
+
+
+def test_other_references_in_another_split_are_no_reason_to_stop(tmp_path: Path) -> None:
+    train = jsonl(tmp_path / "t.jsonl", *({"text": f"q{i}", "reference": "1"} for i in range(40)))
+    held = jsonl(tmp_path / "h.jsonl", *({"text": f"q{i}", "reference": "2"} for i in range(20)))
+    prompts, counts = read_prompts(
+        config(
+            PromptSource(path=train, domain="d", split="train"),
+            PromptSource(path=held, domain="d", split="holdout"),
+        )
+    )
+    assert counts["disagreeing"] == 20 and counts["holdout"] == 20
+    assert {p.reference for p in prompts if p.split == "holdout"} == {"2"}
+
+
+def test_a_column_split_that_is_not_read_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = jsonl(tmp_path / "p.jsonl", {"text": "x", "split": "test"})
+    read_prompts(config(PromptSource(path=path, domain="d", split="train")))
+    assert not caplog.messages
+    read_prompts(config(PromptSource(path=path, domain="d")))
+    assert "p.jsonl has a column 'split', which is not read" in caplog.messages[0]
 
 
 def test_the_split_follows_the_id_and_not_the_order(tmp_path: Path) -> None:
@@ -101,9 +186,20 @@ def test_fields_template_limit_and_given_split(tmp_path: Path) -> None:
             {"messages": [{"role": "assistant", "content": "x"}], "domain": "d"},
             "the role `assistant`",
         ),
-        ({"text": "x", "domain": "d", "reference": 5}, "`reference`"),
+        ({"text": "x", "domain": "d", "reference": 42.0}, "such as '42', since it can be written"),
+        ({"text": "x", "domain": "d", "reference": True}, "`reference` must be a non-empty text"),
+        ({"text": "x", "domain": "d", "reference": ["5"]}, "`reference` must be a non-empty text"),
+        ({"text": "x", "domain": "d", "reference": " "}, "leave it out, or give null"),
         ({"text": "x", "domain": "d", "refrence": "5"}, "no 'reference', but 'refrence'"),
+        ({"text": "x", "domain": "d", "REFERENCE": "5"}, "no 'reference', but 'REFERENCE'"),
+        (
+            {"text": "x", "domain": "d", "reference": None, "refrence": "5"},
+            "give the source `fields: {reference: refrence}`",
+        ),
         ({"text": "x", "domian": "d"}, "no 'domain', but 'domian'"),
+        ({"mesages": [{"role": "user", "content": "x"}], "domain": "d"}, "but 'mesages'"),
+        ({"question": "x", "domain": "d"}, "give the source `fields: {text: question}`"),
+        ({"text": None, "domain": "d"}, "`text` is empty here: remove the row"),
         ({"messages": [{"role": "usr", "content": "x"}], "domain": "d"}, "found 'usr'"),
     ],
 )
@@ -125,7 +221,7 @@ def test_a_column_that_no_row_has_is_refused(tmp_path: Path) -> None:
     source = PromptSource(path=path, domain="d", fields={"reference": "label"})
     assert [prompt.reference for prompt in read_prompts(config(source))[0]] == [None, "1"]
     source = PromptSource(path=path, domain="d", fields={"reference": "solution"})
-    with pytest.raises(PromptError, match=r"p\.jsonl: `fields` names \['solution'\]"):
+    with pytest.raises(PromptError, match=r"p\.jsonl: `fields` names the column 'solution'"):
         read_prompts(config(source))
 
 
@@ -138,10 +234,17 @@ def test_one_id_for_two_prompts_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("none.jsonl", "does not exist"), ("x.csv", "is not a .jsonl")]
+    ("name", "message"),
+    [
+        ("none.jsonl", "does not exist"),
+        ("*.jsonl", "does not exist: patterns are not read, so name each file"),
+        ("x.txt", "name ends in .jsonl, .json, .csv"),
+        ("folder", "is a folder, but no dataset folder"),
+    ],
 )
 def test_a_missing_or_unknown_source_is_named(name: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "x.csv").write_text("a,b")
+    (tmp_path / "x.txt").write_text("a,b")
+    (tmp_path / "folder").mkdir()
     with pytest.raises(PromptError, match=message):
         read_prompts(config(PromptSource(path=str(tmp_path / name), domain="d")))
 
