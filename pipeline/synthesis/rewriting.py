@@ -19,6 +19,7 @@ from pipeline import storage
 from pipeline.config.filters import Judge
 from pipeline.config.synthesis import Evolve, Paraphrase, SelfInstruct, Writing
 from pipeline.errors import ConfigError
+from pipeline.final_text import final_text
 from pipeline.fingerprint import digest_bytes, digest_json
 from pipeline.records import Prompt
 
@@ -189,7 +190,7 @@ def read_reply(request: PromptRequest, text: str, finish_reason: str) -> PromptR
         return PromptReply(reason="refusal", detail="withheld by the endpoint's content filter")
     if finish_reason not in ("stop", "unknown"):
         return PromptReply(reason="over_long", detail=f"the reply ended by {finish_reason!r}")
-    reply = text.rpartition("</think>")[2].strip()
+    reply = final_text(text)
     if not reply:
         detail = "the reply holds only thoughts" if text.strip() else ""
         return PromptReply(reason="empty", detail=detail)

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline import storage
 from pipeline.config.student import StudentConfig
 from pipeline.errors import ConfigError
+from pipeline.final_text import final_text
 from pipeline.fingerprint import digest_ids
 from pipeline.layout import Layout
 from pipeline.records import Prompt
@@ -118,7 +119,7 @@ def read_grade(reply: str) -> int | None:
     """Grade in the first line of a reply, such as `4`, `**4**`, `Grade: 4` or `4/5`; None if the
     line is anything else.
     """
-    text = reply.rpartition("</think>")[2].strip()
+    text = final_text(reply)
     match = _GRADE.fullmatch(text.partition("\n")[0])
     return int(match[1]) if match else None
 
