@@ -11,6 +11,7 @@ from jobs.stages.filter import as_question, ask_judge
 from pipeline import storage
 from pipeline.config.run import JudgeConfig
 from pipeline.config.synthesis import STUDENT
+from pipeline.final_text import final_text
 from pipeline.fingerprint import digest_json
 from pipeline.records import Prompt
 from pipeline.report.models import PreferenceFigures
@@ -102,9 +103,9 @@ def preference_line(figures: Sequence[PreferenceFigures]) -> str:
 
 
 def _answers(run: Run, model: str) -> dict[str, str]:
-    """Answers of a model by prompt id."""
+    """Final texts of a model's answers by prompt id."""
     lines = storage.read_bytes(run.layout.answers(model)).decode().splitlines()
-    return {line["prompt_id"]: line["answer"].strip() for line in map(json.loads, lines)}
+    return {line["prompt_id"]: final_text(line["answer"]) for line in map(json.loads, lines)}
 
 
 def _chosen(

@@ -138,7 +138,7 @@ class Contamination(FilterSection):
 class Checker(FilterSection):
     """Drops answers that `prompts.checker` finds wrong, or at which it raises an error.
 
-    Answers to prompts without a reference pass.
+    Answers to prompts without a reference, or with one that the checker cannot read, pass.
     """
 
     type: Literal["checker"]
@@ -172,8 +172,8 @@ class Agreement(FilterSection):
 
     type: Literal["agreement"]
     by: Literal["exact", "number"]
-    """Meaning of agreement: answers have the same text (`exact`) or the same final `number`, which
-    stands after the last `####` or is the last number of the text."""
+    """Meaning of agreement: answers have the same text behind their thoughts (`exact`), or the same
+    `number`, as the checker of that name reads it. Answers without one vote for none."""
     min_share: Annotated[float, Field(gt=0, le=1)]
     """Smallest share, from 0 to 1, of a prompt's samples that must agree on the winning answer.
     Without such a winner, and in a tie, all answers to the prompt are dropped."""
@@ -188,8 +188,9 @@ class BestOf(FilterSection):
     answers that a prompt can have."""
     by: Literal["shortest", "longest", "samples", "likelihood"]
     """Order of the answers to a prompt, best first: fewest tokens (`shortest`), most tokens
-    (`longest`), written most often (`samples`), or highest mean log-likelihood under `teacher`
-    (`likelihood`). With `likelihood` this filter, and all behind it, run after scoring."""
+    (`longest`), the text behind the thoughts written most often (`samples`), or highest mean
+    log-likelihood under `teacher` (`likelihood`). With `likelihood` this filter, and all behind it,
+    run after scoring. Answers that were cut in their thoughts are dropped."""
     teacher: Name | None = None
     """Teacher under which the likelihood is taken; needed with `by: likelihood`, and only then."""
 

@@ -116,9 +116,10 @@ class PromptsConfig(Section):
     prompt's id decides. It concerns sources without a `split`."""
     checker: str | None = None
     """Function that says whether an answer is right, given the prompt's reference: `exact` (the
-    same text), `number` (the same final number), or the dotted path of your own function
-    `(answer, reference) -> bool` in a package that is installed on every node. The filter `checker`
-    and the report's accuracy need it."""
+    same text), `number` (the same number or formula, behind `####`, in `\\boxed{}` or at the end),
+    or the dotted path of your own function `(answer, reference) -> bool` in a package that is
+    installed on every node. It sees the text behind the answer's thoughts, and may return `None`
+    for a reference that it cannot read. The filter `checker` and the report's accuracy need it."""
 
     @model_validator(mode="after")
     def _fractions_have_an_effect(self) -> PromptsConfig:

@@ -6,4 +6,9 @@ text             filters that look at each answer alone
 likeness         duplicates and contamination
 groups           votes, best of n, shares of domains
 answer_checkers  functions that compare an answer with its reference
+marked_parts     the part of an answer that is compared
+prose            numbers in running text, with all that belongs to them
+readings         readings of a part: a value, a list, or plain text
+exact_values     exact values of short texts
+plain_text       one writing of mathematical texts
 """

@@ -8,63 +8,57 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.errors import ConfigError
+from pipeline.filters.marked_parts import compared_part
+from pipeline.filters.readings import Reading, read_part, same_reading
+from pipeline.final_text import final_text
 from pipeline.fingerprint import digest_bytes
 from pipeline.messages import closest
 
 logger = logging.getLogger(__name__)
 
-CheckAnswer = Callable[[str, str], bool]
-
-# A sign belongs to a number unless it stands between two numbers (`3-5`); a leading point does
-# unless it follows a word (`No.5`).
-_NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)])[-+\u2212])?"
-    r"(?:(?P<over>(?<![\d/.,])\d+)/(?P<under>0*[1-9]\d*)(?![\d/])"
-    r"|(?P<plain>\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+))"
-)
+CheckAnswer = Callable[[str, str], bool | None]
 
 
-def exact(answer: str, reference: str) -> bool:
-    """Whether both texts are the same, apart from white space around them."""
-    return answer.strip() == reference.strip()
+def exact(answer: str, reference: str) -> bool | None:
+    """Whether the final texts are the same, apart from white space around them.
 
-
-def number(answer: str, reference: str) -> bool:
-    """Whether both texts have the same final number, see `final_number`."""
-    expected = final_number(reference)
-    return expected is not None and final_number(answer) == expected
-
-
-def final_number(text: str) -> float | None:
-    """Final number of a text: the first after the last `####` (GSM8K's mark), else the last number.
-
-    Numbers have forms such as `-3`, `1,234.5`, `.5` and `1/2`. None if there is no number.
+    None if the reference has none.
     """
-    marked = text.rsplit("####", 1)
-    numbers = list(_NUMBER.finditer(marked[-1]))
-    return _value(numbers[0 if len(marked) == 2 else -1]) if numbers else None
+    expected = final_text(reference)
+    return final_text(answer) == expected if expected else None
 
 
-def _value(match: re.Match[str]) -> float:
-    plain = match["plain"]
-    size = float(plain.replace(",", "")) if plain else _quotient(match["over"], match["under"])
-    return size if match["sign"] in (None, "+") else -size
+def number(answer: str, reference: str) -> bool | None:
+    """Whether the compared parts of both texts are the same, see `final_value`.
+
+    None if the reference has none.
+    """
+    expected = final_value(reference)
+    if expected is None:
+        return None
+    found = final_value(answer)
+    return found is not None and same_reading(found, expected)
 
 
-def _quotient(over: str, under: str) -> float:
-    """Quotient of two numbers; infinite, 0 or not a number if they have too many digits."""
-    try:
-        return int(over) / int(under)
-    except (OverflowError, ValueError):  # the quotient is too large, or `int` refuses the length
-        return float(over) / float(under)
+def final_value(text: str) -> Reading | None:
+    """Reading of the part of a text that is compared; None if there is none.
+
+    The part stands behind the first `####`, else in the last balanced `\\boxed{…}`, else behind the
+    last `the answer is`, else it is the last number with all that belongs to it. A text that is a
+    value or a list as a whole is compared as a whole.
+    """
+    final = final_text(text)
+    part = compared_part(final)
+    return read_part(part) or None if part is not None else None
 
 
 CHECKERS: dict[str, CheckAnswer] = {"exact": exact, "number": number}
+VERSIONS = {"exact": 2, "number": 2}
+"""Versions of the shipped checkers, raised when one judges differently."""
 
 
 def find_checker(name: str) -> CheckAnswer:
@@ -99,8 +93,9 @@ def find_checker(name: str) -> CheckAnswer:
 class SafeChecker:
     """Checker that judges every answer: an answer at which the function raises is wrong.
 
-    The first error is logged at once. `num_errors` counts all errors, and `log_count` logs their
-    number.
+    The function sees the final text of an answer, and an answer without one is wrong. The first
+    error is logged at once. `num_errors` and `num_unread` count errors and answers whose reference
+    the function cannot read; `log_count` logs both.
 
     Args:
         name: name of a checker, as `find_checker` takes it.
@@ -108,17 +103,22 @@ class SafeChecker:
 
     def __init__(self, name: str) -> None:
         self._name, self._check = name, find_checker(name)
-        self.num_errors = self._num_judged = 0
+        self.num_errors = self.num_unread = self._num_judged = 0
 
-    def __call__(self, answer: str, reference: str) -> bool:
-        """Whether the answer is right."""
+    def __call__(self, answer: str, reference: str) -> bool | None:
+        """Whether the answer is right; None if the checker cannot read the reference."""
         return self.judge(answer, reference)[0]
 
-    def judge(self, answer: str, reference: str) -> tuple[bool, str | None]:
-        """Whether the answer is right, and the error if the checker raised one."""
+    def judge(self, answer: str, reference: str) -> tuple[bool | None, str | None]:
+        """Verdict as a call gives it, and the error if the checker raised one."""
         self._num_judged += 1
+        final = final_text(answer)
         try:
-            return bool(self._check(answer, reference)), None
+            verdict = self._check(final, reference)
+            if verdict is None:
+                self.num_unread += 1
+                return None, None
+            return bool(verdict) and bool(final), None
         except Exception as error:  # a function of the user may raise anything
             problem = f"{type(error).__name__}: {error}"
         self.num_errors += 1
@@ -131,7 +131,7 @@ class SafeChecker:
         return False, problem
 
     def log_count(self) -> None:
-        """Logs the number of answers that count as wrong because the checker raised, if any."""
+        """Logs how many answers are wrong because the checker raised, and how many unchecked."""
         if self.num_errors:
             logger.warning(
                 "checker %s raised at %d of %d answers, which count as wrong",
@@ -139,18 +139,26 @@ class SafeChecker:
                 self.num_errors,
                 self._num_judged,
             )
+        if self.num_unread:
+            logger.warning(
+                "checker %s cannot read the reference of %d of %d answers, which are unchecked",
+                self._name,
+                self.num_unread,
+                self._num_judged,
+            )
 
 
 def checker_identity(name: str) -> str:
     """Identity of a checker, which changes when it may judge differently.
 
-    It is the name of a shipped checker, or a hash of the source of the user's module.
+    It is name and version of a shipped checker, the name alone for the first version, or a hash of
+    the source of the user's module.
 
     Raises:
         ConfigError: the checker cannot be found, see `find_checker`.
     """
-    if name in CHECKERS:
-        return name
+    if name in VERSIONS:
+        return name if VERSIONS[name] == 1 else f"{name}-{VERSIONS[name]}"
     source = inspect.getsourcefile(find_checker(name))
     assert source is not None, "every Python function has a source file"
     return digest_bytes(name.encode(), Path(source).read_bytes())

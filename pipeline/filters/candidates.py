@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.final_text import final_text
+
 if TYPE_CHECKING:
     from pipeline.records import DatasetEntry
 
@@ -22,6 +24,7 @@ class Candidate:
         answer_ids: int32[P], tokens of the answer.
         reference: correct answer, if the prompt has one.
         samples: number of times that its authors wrote exactly this answer.
+        begins_in_thought: whether the prompt ends with an opened thought that the answer continues.
     """
 
     entry: DatasetEntry
@@ -30,6 +33,12 @@ class Candidate:
     answer_ids: np.ndarray
     reference: str | None = None
     samples: int = 1
+    begins_in_thought: bool = False
+
+    @property
+    def final(self) -> str:
+        """Text of the answer behind its thoughts; nothing if it was cut in them."""
+        return final_text(self.answer, self.begins_in_thought)
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,8 @@ class Evidence:
     """Knowledge of filters besides the candidates.
 
     Attributes:
-        checker: function of answer and reference; None if the run has no checker.
+        checker: function of answer and reference, which gives None for a reference that it cannot
+            read; None if the run has no checker.
         holdout_prompts: texts of the hold-out prompts, by a name for people.
         gold_logprobs: for each teacher that a filter names, the mean log-probability in nats of the
             gold tokens of each scored sequence, by sequence id.
@@ -45,7 +55,7 @@ class Evidence:
             or missing if the judge cannot grade.
     """
 
-    checker: Callable[[str, str], bool] | None = None
+    checker: Callable[[str, str], bool | None] | None = None
     holdout_prompts: Mapping[str, str] = field(default_factory=dict)
     gold_logprobs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     grade: Callable[[Any, Sequence[Candidate]], Mapping[str, int | None]] | None = None

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 
 from pipeline.config.filters import Agreement, Balance, BestOf
 from pipeline.errors import FilterError
-from pipeline.filters.answer_checkers import final_number
+from pipeline.filters.answer_checkers import final_value
 from pipeline.filters.candidates import Candidate, Evidence
+from pipeline.filters.readings import reading_key
 from pipeline.fingerprint import unit_interval
 
 
@@ -19,11 +20,11 @@ def agreement(
     """Drops answers that lose the vote of their prompt's samples, or win it too narrowly.
 
     Every sample of every author has a vote, even if equal samples became one sequence. Answers
-    without a number count as samples but vote for no answer.
+    without a final text, or without a number, count as samples but vote for no answer.
     """
     dropped = {}
     for members in _by_prompt(candidates):
-        votes: Counter[str | float | None] = Counter()
+        votes: Counter[str | None] = Counter()
         for i in members:
             votes[_vote(rule, candidates[i])] += candidates[i].samples
         total = votes.total()
@@ -36,23 +37,31 @@ def agreement(
             if winner is None or is_tie or count < rule.min_share * total:
                 dropped[i] = f"no agreement: at most {count} of {total} samples say the same"
             elif vote != winner:
-                dropped[i] = f"{votes[vote]} of {total} samples say so, {count} say {winner!r}"
+                dropped[i] = f"{votes[vote]} of {total} samples say so, {count} say {winner}"
     return dropped
 
 
 def best_of(rule: BestOf, candidates: Sequence[Candidate], evidence: Evidence) -> dict[int, str]:
-    """Drops all but the best answers to each prompt; among equals the first is better."""
+    """Drops all but the best answers to each prompt; among equals the first is better.
+
+    An answer that was cut in its thoughts is never among the best.
+    """
     means = evidence.gold_logprobs[rule.teacher] if rule.teacher is not None else {}
+    samples: Counter[tuple[str, str]] = Counter()
+    for candidate in candidates:
+        samples[candidate.entry.prompt_id, candidate.final] += candidate.samples
     figures: dict[str, Callable[[Candidate], float]] = {
         "shortest": lambda c: -len(c.answer_ids),
         "longest": lambda c: len(c.answer_ids),
-        "samples": lambda c: c.samples,
+        "samples": lambda c: samples[c.entry.prompt_id, c.final],
         "likelihood": lambda c: means.get(c.entry.sequence_id, -math.inf),
     }
     figure = figures[rule.by]
     dropped = {}
     for members in _by_prompt(candidates):
-        ranked = sorted(members, key=lambda i: -figure(candidates[i]))
+        whole = [i for i in members if candidates[i].final]
+        dropped |= dict.fromkeys(set(members) - set(whole), "its thoughts are cut off")
+        ranked = sorted(whole, key=lambda i: -figure(candidates[i]))
         for place, i in enumerate(ranked[rule.keep :], start=rule.keep + 1):
             dropped[i] = f"number {place} of {len(ranked)} by {rule.by}"
     return dropped
@@ -93,8 +102,9 @@ def _by_prompt(candidates: Sequence[Candidate]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _vote(rule: Agreement, candidate: Candidate) -> str | float | None:
+def _vote(rule: Agreement, candidate: Candidate) -> str | None:
     """Answer that a candidate votes for; None if it votes for none."""
-    if rule.by == "number":
-        return final_number(candidate.answer)
-    return candidate.answer.strip() or None
+    if rule.by == "exact":
+        return candidate.final or None
+    reading = final_value(candidate.final)
+    return None if reading is None else reading_key(reading)

@@ -46,8 +46,8 @@ FILTERS: dict[str, Callable[[Any, Sequence[Candidate], Evidence], dict[int, str]
 """Functions by the type of a filter. Each takes the filter's settings, the candidates that are
 left, and the evidence besides. It returns the places of the candidates that it drops, each with a
 detail for people."""
-FILTERS_VERSION = 2
-"""Version of the filters' decisions, raised when a filter or checker decides differently."""
+VERSIONS = dict.fromkeys(FILTERS, 2) | dict.fromkeys(("checker", "agreement", "best_of"), 3)
+"""Version of each filter's decisions, raised when the filter decides differently."""
 EXAMPLES_SHOWN = 5
 NEEDED_SPLITS = ("train", "holdout")
 
@@ -121,7 +121,7 @@ def filter_identity(
         ConfigError: the checker does not exist.
         StorageError: an evaluation file does not exist.
     """
-    identity = rule.model_dump(mode="json") | {"version": FILTERS_VERSION}
+    identity = rule.model_dump(mode="json") | {"version": VERSIONS[rule.type]}
     if isinstance(rule, CheckerFilter):
         assert checker_name is not None, "the config refuses the filter without a checker"
         identity["checker"] = checker_identity(checker_name)

@@ -60,14 +60,20 @@ def repetition(
 
 
 def checker(rule: Checker, candidates: Sequence[Candidate], evidence: Evidence) -> dict[int, str]:
-    """Drops answers that the run's checker finds wrong; answers without a reference pass."""
+    """Drops answers that the run's checker finds wrong.
+
+    Answers without a reference, or with one that the checker cannot read, pass.
+    """
     check = evidence.checker
     assert check is not None, "the config refuses the filter without a checker"
-    return {
-        i: f"{_shown(candidate.answer)!r} against {_shown(candidate.reference)!r}"
-        for i, candidate in enumerate(candidates)
-        if candidate.reference is not None and not check(candidate.answer, candidate.reference)
-    }
+    dropped = {}
+    for i, candidate in enumerate(candidates):
+        if candidate.reference is None:
+            continue
+        verdict = check(candidate.final, candidate.reference)
+        if verdict is not None and not verdict:
+            dropped[i] = f"{_shown(candidate.answer)!r} against {_shown(candidate.reference)!r}"
+    return dropped
 
 
 def judge(rule: Judge, candidates: Sequence[Candidate], evidence: Evidence) -> dict[int, str]:

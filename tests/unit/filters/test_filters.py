@@ -18,7 +18,7 @@ from pipeline.config.filters import Filter
 from pipeline.config.load import load_config
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError, FilterError
-from pipeline.filters.answer_checkers import exact
+from pipeline.filters.answer_checkers import exact, number
 from pipeline.filters.candidates import Candidate, Evidence
 from pipeline.filters.likeness import jaccard, shingles_of
 from pipeline.filters.run import FILTERS, filter_identity, filter_summary, run_filters
@@ -196,6 +196,50 @@ def test_contamination_needs_the_columns_that_it_is_given(tmp_path: Path) -> Non
 def test_the_checker_judges_what_has_a_reference() -> None:
     rows = [candidate("7", reference="7"), candidate("8", reference="7"), candidate("9")]
     assert dropped({"type": "checker"}, rows, Evidence(checker=exact)) == [1]
+
+
+def test_answers_to_a_reference_that_the_checker_cannot_read_pass() -> None:
+    references = [r"\text{East}", "x+y", r"\pi", "no solution", "Tuesday"]
+    rows = [
+        candidate(answer, of=reference, reference=reference, number=i)
+        for reference in references
+        for i, answer in enumerate((f"The answer is {reference}", "It is 5"))
+    ]
+    rows.append(candidate("It is 5", of="read", reference="4"))
+    assert dropped({"type": "checker"}, rows, Evidence(checker=number)) == [len(rows) - 1]
+
+
+def test_checkers_and_votes_look_behind_thoughts() -> None:
+    rows = [
+        candidate("<think>way 1</think>\nblue", of="q", reference="blue"),
+        candidate("<think>way 2</think>\nblue", of="q", reference="blue", number=1),
+        candidate("<think>blue", of="q", reference="blue", number=2),
+        replace(candidate("blue", of="q", reference="blue", number=3), begins_in_thought=True),
+    ]
+    assert dropped({"type": "checker"}, rows, Evidence(checker=exact)) == [2, 3]
+    settings = {"type": "agreement", "by": "exact", "min_share": 0.5}
+    assert dropped(settings, rows) == [2, 3], "two of four samples vote for blue"
+    assert dropped(settings, rows[1:]) == [0, 1, 2], "one of three is too few"
+
+
+def test_the_best_answer_has_a_final_text() -> None:
+    rows = [
+        candidate("<think>1", of="q"),
+        candidate("<think>12</think>red", of="q", number=1),
+        candidate("<think>123</think>blue", of="q", number=2),
+        candidate("<think>1234</think>blue", of="q", number=3),
+        candidate("<think>all are cut", of="other"),
+    ]
+    assert dropped({"type": "best_of", "keep": 1, "by": "shortest"}, rows) == [0, 2, 3, 4]
+    settings = {"type": "best_of", "keep": 1, "by": "samples"}
+    assert dropped(settings, rows) == [0, 1, 3, 4], "two samples say blue"
+
+
+def test_fractions_are_votes_of_their_own() -> None:
+    texts = [r"\frac{1}{2}", r"\frac{3}{2}", r"\frac{5}{2}", "0.5", "50\\%", r"\sqrt{2}"]
+    rows = [candidate(f"so \\boxed{{{text}}}", of="q", number=i) for i, text in enumerate(texts)]
+    settings = {"type": "agreement", "by": "number", "min_share": 0.5}
+    assert dropped(settings, rows) == [1, 2, 5], "three of six samples say a half"
 
 
 def test_agreement_counts_every_sample() -> None:

@@ -24,6 +24,7 @@ from pipeline.cache.manifest import is_published
 from pipeline.cache.reader import open_cache, open_hidden_states
 from pipeline.cache_care.gc import find_garbage
 from pipeline.errors import TeacherError, TrainingError
+from pipeline.filters.answer_checkers import VERSIONS
 from pipeline.fingerprint import digest_bytes
 from pipeline.layout import CacheLayout
 from pipeline.records import HiddenStates, SparseLogprobs
@@ -51,7 +52,13 @@ def old(tmp_path: Path) -> OldRun:
 
 
 @pytest.fixture
-def in_place(old: OldRun, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def old_checker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the run's checker have the version that it had then."""
+    monkeypatch.setitem(VERSIONS, "exact", 1)
+
+
+@pytest.fixture
+def in_place(old: OldRun, old_checker: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Overrides under which the run is where it was made, and its files as old as then."""
     monkeypatch.setattr("pipeline.storage.file_states", old_file_states)
     return old.in_its_old_place()
@@ -98,13 +105,20 @@ def test_run_and_stages_start_nothing(
     assert files_and_times(old) == before
 
 
-def test_moved_elsewhere_only_the_key_of_the_preparation_is_another(old: OldRun) -> None:
+def test_moved_elsewhere_only_the_key_of_the_preparation_is_another(
+    old: OldRun, old_checker: None
+) -> None:
     written = old.prepared()
     assert todo(make_plan(old.config()))["prepare"] == 1
     again = old.prepare().prepared
     assert again.key != written.key
     assert again.model_copy(update={"key": written.key}) == written
     assert todo(make_plan(old.config())) == dict.fromkeys(STAGE_NAMES, 0)
+
+
+def test_a_checker_that_judges_differently_asks_for_another_report_alone(old: OldRun) -> None:
+    old.prepare()
+    assert todo(make_plan(old.config())) == dict.fromkeys(STAGE_NAMES, 0) | {"evaluate": 1}
 
 
 def test_cache_commands_find_nothing_wrong(old: OldRun, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,8 @@ packages were moved.
 
 A value that changes here makes caches, answers, trainings or checkpoints of users useless, although
 nothing about them has changed. `expected.json` holds what these functions returned at commit
-ead47cf; none of it depends on where the repository or a storage root lies. The hash of a tokenizer
+ead47cf, with the versions of checkers, and of the filters that use them, that judge now. None of it
+depends on where the repository or a storage root lies. The hash of a tokenizer
 depends on how the library `tokenizers` writes one down: an upgrade may change it, and all that it
 enters.
 """
