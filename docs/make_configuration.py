@@ -18,12 +18,13 @@ import types
 import typing
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from datetime import date
 from inspect import cleandoc
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import annotated_types
-from pydantic import BaseModel
+from pydantic import BaseModel, JsonValue
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -305,7 +306,13 @@ def _plain_words(annotation: Any, metadata: Sequence[Any]) -> str:
     if annotation is str:
         is_name = any(getattr(part, "pattern", None) == NAME for part in metadata)
         return "name" if is_name else "text"
-    kinds = {int: "integer", float: "number", Any: "any value"}
+    kinds = {
+        int: "integer",
+        float: "number",
+        date: "date",
+        Any: "any value",
+        JsonValue: "any value",
+    }
     if annotation not in kinds:
         raise TypeError(f"docs/make_configuration.py has no words for the type {annotation}")
     return " ".join(filter(None, (kinds[annotation], _bounds(metadata))))

@@ -7,6 +7,7 @@ fingerprint  stable hashes of everything that decides an output
 records      frozen records that cross the boundaries between stages
 sequences    sequence shards and the dataset
 final_text   the part of an answer behind its thoughts
+templating   arguments of chat templates, as Jinja text
 rope         rotary settings in a model's config
 rounding     whether log-probabilities differ by rounding alone
 messages     tables and spelling hints for people

@@ -5,7 +5,8 @@ canary       sequences that every engine scores first, and their comparison
 noise        how far rounding alone can move log-probabilities
 rope         which factors a model with LongRoPE is served with
 concurrency  asyncio helpers: cancel tasks, ask for all items at once
-tokenizing   the student's tokenizer, prompt ids, answer text
+tokenizing   the student's tokenizer, ids of prompts and answers
+rendering    chats as the template writes them, with data kept text
 engine/      a teacher in a vLLM engine of this run
 endpoint/    a teacher behind an OpenAI-compatible API
 pool/        Ray actors, and the tasks that they share

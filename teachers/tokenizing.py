@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +15,7 @@ from pipeline.errors import ConfigError
 from pipeline.fingerprint import digest_bytes, digest_json
 from pipeline.records import Prompt
 from pipeline.synthesis.rewriting import read_template
+from teachers.rendering import ids_of, masked, render, template_of
 
 ANSWERS_TRIED = ("Yes.", "42", "Two lines:\n\n- it's the 2nd one!")
 """Answers behind which the end of a message is looked for."""
@@ -35,6 +37,8 @@ def load_tokenizer(model: ModelFiles) -> PreTrainedTokenizerBase:
         raise ConfigError(f"cannot load a tokenizer from {model.model}: {error}") from error
     if model.chat_template is not None:
         tokenizer.chat_template = read_template(model.chat_template)
+    if model.template_prelude and (template := template_of(tokenizer)) is not None:
+        tokenizer.chat_template = model.template_prelude + template
     if model.eos_token is not None:
         if model.eos_token not in tokenizer.get_vocab():
             special = ", ".join(map(repr, tokenizer.all_special_tokens))
@@ -67,37 +71,105 @@ def student_tokenizer(files: ModelFiles) -> tuple[PreTrainedTokenizerBase, str]:
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Token ids of a prompt: messages go through the chat template up to the start of the answer,
     text is tokenized unchanged. A text that already begins with the token that the tokenizer puts
-    before it keeps one of the two.
+    before it keeps one of the two. Special tokens that a message spells stay text; raw text has no
+    other structure than the tokens that it spells.
 
     Raises:
         ConfigError: the prompt has messages, but the tokenizer has no chat template or its template
             refuses them; or the prompt has no tokens.
     """
-    ids: Any  # upstream's stubs name what the other options return as well
+    ids = _ids(tokenizer, prompt, prompt_text(tokenizer, prompt))
+    if not ids:
+        raise ConfigError(f"prompt {prompt.prompt_id} has no tokens: remove it from its dataset")
+    return ids
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
+    """Text whose tokens a prompt becomes, with placeholders for special tokens in its messages.
+
+    Raises:
+        ConfigError: see `prompt_ids`.
+    """
     if prompt.messages is None:
-        ids = tokenizer(prompt.text)["input_ids"]
-        if repeats_bos(tokenizer, str(prompt.text)):
-            ids = ids[1:]
-    elif tokenizer.chat_template is None:
+        return str(prompt.text)
+    if tokenizer.chat_template is None:
         raise ConfigError(
             f"prompt {prompt.prompt_id} has chat messages, but the student's tokenizer has no chat "
             "template: name a file with one in student.chat_template, such as a teacher's "
             "chat_template.jinja, or give prompts as `text`"
         )
-    else:
-        try:
-            ids = tokenizer.apply_chat_template(
-                list(prompt.messages), add_generation_prompt=True, return_dict=False
-            )
-        except TemplateError as error:
-            raise ConfigError(
-                f"the chat template of {tokenizer.name_or_path} refuses prompt "
-                f"{prompt.prompt_id}: {error}; change its messages, among them the system_prompt "
-                "of a recipe or of the evaluation, or leave the prompt out"
-            ) from error
-    if not ids:
-        raise ConfigError(f"prompt {prompt.prompt_id} has no tokens: remove it from its dataset")
-    return list(ids)
+    messages = [
+        {"role": message["role"], "content": masked(tokenizer, message["content"])}
+        for message in prompt.messages
+    ]
+    try:
+        return render(tokenizer, messages)
+    except TemplateError as error:
+        raise ConfigError(
+            f"the chat template of {tokenizer.name_or_path} refuses prompt "
+            f"{prompt.prompt_id}: {error}; change its messages, among them the system_prompt "
+            "of a recipe or of the evaluation, or leave the prompt out"
+        ) from error
+
+
+def answer_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, asked: Sequence[int], answer: str
+) -> list[int]:
+    """Token ids of an answer that is given as text, as they follow those of its prompt.
+
+    They are cut out of the tokens of prompt and answer together, since some tokenizers put a space
+    before a text. Where the prompt's own tokens change by what follows them, the answer is
+    tokenized behind a line break. Special tokens that it spells stay text.
+
+    Args:
+        asked: token ids of the prompt.
+        answer: text as it follows the prompt. A space that the template writes before an answer may
+            be left out.
+    """
+    text = _behind(tokenizer, prompt, answer)
+    together = ids_together(tokenizer, prompt, answer)
+    if together[: len(asked)] == list(asked) and len(together) > len(asked):
+        return together[len(asked) :]
+    line_break, behind = ids_of(tokenizer, "\n"), ids_of(tokenizer, "\n" + text)
+    if behind[: len(line_break)] == line_break and len(behind) > len(line_break):
+        return behind[len(line_break) :]
+    return ids_of(tokenizer, text)
+
+
+def ids_together(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str) -> list[int]:
+    """Token ids of a prompt and an answer as one text."""
+    text = prompt_text(tokenizer, prompt) + _behind(tokenizer, prompt, answer)
+    return _ids(tokenizer, prompt, text)
+
+
+def _behind(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, answer: str) -> str:
+    """Text of an answer behind its prompt, with placeholders for special tokens."""
+    text = masked(tokenizer, answer)
+    gap = "" if prompt.messages is None else answer_gap(tokenizer)
+    return text if text.startswith(gap) else gap + text
+
+
+@lru_cache(maxsize=4)
+def answer_gap(tokenizer: PreTrainedTokenizerBase) -> str:
+    """White space that the chat template writes between the prompt of an answer and the answer, as
+    `[/INST] Yes` has it; empty if there is none or if anything else stands there.
+    """
+    question, answer = {"role": "user", "content": "Go on"}, ANSWERS_TRIED[0]
+    try:
+        asked = render(tokenizer, [question])
+        whole = render(tokenizer, [question, {"role": "assistant", "content": answer}])
+    except TemplateError:
+        return ""
+    gap, found, _ = whole.removeprefix(asked).partition(answer)
+    return gap if found and whole.startswith(asked) and gap.isspace() else ""
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str) -> list[int]:
+    """Token ids of a text that begins with a prompt's."""
+    if prompt.messages is not None:
+        return ids_of(tokenizer, text)
+    ids = ids_of(tokenizer, text, adds_special=True)
+    return ids[1:] if repeats_bos(tokenizer, str(prompt.text)) else ids
 
 
 @lru_cache(maxsize=4)
@@ -125,7 +197,7 @@ def chat_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def _end_behind(tokenizer: PreTrainedTokenizerBase, answer: str) -> int | None:
     messages = [{"role": "user", "content": "Go on"}, {"role": "assistant", "content": answer}]
     try:
-        rendered = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        rendered = render(tokenizer, messages, opens_answer=False)
     except TemplateError:
         return None
     _, found, behind = rendered.rpartition(answer)

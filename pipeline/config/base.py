@@ -44,6 +44,7 @@ class ModelFiles:
         trust_remote_code: whether Python code that comes with the model may run.
         eos_token: end-of-sequence token in place of the tokenizer's own.
         chat_template: file with a chat template in place of the tokenizer's own.
+        template_prelude: Jinja text before the chat template that sets its arguments.
     """
 
     model: str
@@ -51,3 +52,4 @@ class ModelFiles:
     trust_remote_code: bool = False
     eos_token: str | None = None
     chat_template: str | None = None
+    template_prelude: str = ""

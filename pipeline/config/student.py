@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from pipeline.config.base import Count, ModelFiles, Section
+from pipeline.templating import prelude, refuse_reserved
 
 
 class StudentConfig(Section):
@@ -36,6 +38,17 @@ class StudentConfig(Section):
     """File with a chat template (Jinja), such as a teacher's `chat_template.jinja`, in place of the
     student's own. It turns a base student without one into a chat model, and is exported with
     it."""
+    template_arguments: Annotated[
+        dict[str, JsonValue], Field(exclude_if=lambda arguments: not arguments)
+    ] = Field(default_factory=dict)
+    """Values of variables that the chat template reads, such as `{enable_thinking: false}`. They
+    hold wherever the run renders a chat, with teachers' own templates as well, and are part of
+    every identity. The exported template has them as defaults. A server with `api: openai` renders
+    chats itself and has `endpoint.template_arguments`."""
+    template_date: Annotated[date | None, Field(exclude_if=lambda day: day is None)] = None
+    """Day that a chat template with `strftime_now` writes as today, such as `2026-11-30`. Without
+    it the day is 2025-01-01 in every run, so that a prompt has the same ids on every day. Another
+    day is another identity. The exported template writes the day of its use."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the weights in training. `bfloat16` turns on DeepSpeed's bf16 mode, which
     takes half the memory and is faster on GPUs; its master weights stay float32."""
@@ -59,6 +72,12 @@ class StudentConfig(Section):
     """Number of engines that serve the student when it writes answers (`by: student`). Each takes
     `evaluation.resources`."""
 
+    @field_validator("template_arguments")
+    @classmethod
+    def _check_arguments(cls, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        refuse_reserved(arguments)
+        return arguments
+
     @model_validator(mode="after")
     def _flash_attention_has_its_dtype(self) -> StudentConfig:
         if self.attn_implementation.startswith("flash") and self.dtype == "float32":
@@ -72,5 +91,10 @@ class StudentConfig(Section):
     def files(self) -> ModelFiles:
         """Source of the student's tokenizer and config."""
         return ModelFiles(
-            self.model, self.revision, self.trust_remote_code, self.eos_token, self.chat_template
+            self.model,
+            self.revision,
+            self.trust_remote_code,
+            self.eos_token,
+            self.chat_template,
+            prelude(self.template_arguments, self.template_date),
         )

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
 
 from pipeline.config.base import Count, ModelFiles, Name, Positive, Resources, Section
+from pipeline.templating import refuse_reserved
 
 ENVIRONMENT_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
 PROMPT_FIELDS = frozenset({"model", "messages", "prompt"})
@@ -131,6 +132,13 @@ class EndpointConfig(Section):
     """Folder or hub id with the tokenizer and config of the served model; required for `api: vllm`,
     and not allowed for `api: openai`. Both are compared with the student's; weights are not read
     from it."""
+    template_arguments: Annotated[
+        dict[str, JsonValue] | None, Field(exclude_if=lambda arguments: arguments is None)
+    ] = None
+    """Values of variables of the server's chat template, such as `{enable_thinking: false}`, sent
+    with every chat as `chat_template_kwargs`. Servers of vLLM and SGLang know this key, OpenAI's
+    refuses it. With `api: vllm` the run itself renders prompts, with `student.template_arguments`.
+    They are part of the identity of answers and grades. `{}` says that nothing is to be sent."""
     max_logprobs: Count = 20
     """Largest number of log-probabilities that the server returns at a position.
     `scoring.num_logprobs` may not exceed it. For more, start the server with `--max-logprobs N` and
@@ -226,6 +234,12 @@ class EndpointConfig(Section):
             raise ValueError(
                 "api openai exchanges text and needs no tokenizer: leave `tokenizer` out"
             )
+        if self.api == "vllm" and self.template_arguments is not None:
+            raise ValueError(
+                "api vllm exchanges token ids, which are rendered with student.template_arguments: "
+                "leave template_arguments out here"
+            )
+        refuse_reserved(self.template_arguments or {})
         return self
 
 

@@ -50,9 +50,10 @@ NEUTRAL_ENGINE_KEYS = frozenset(
 def _engine_identity(teacher: TeacherConfig | EndpointTeacherConfig) -> dict[str, Any]:
     """The settings of a teacher, beside its model, that can change its numbers or answers."""
     if isinstance(teacher, EndpointTeacherConfig):
-        # `model_identity` stands for everything that the endpoint runs.
-        changed = {"request", "reasoning"}
-        return teacher.endpoint.model_dump(mode="json", include=changed)
+        # `model_identity` stands for everything else that the endpoint runs.
+        arguments = teacher.endpoint.template_arguments
+        told = {"chat_template_kwargs": arguments} if arguments else {}
+        return told | teacher.endpoint.model_dump(mode="json", include={"request", "reasoning"})
     return {key: value for key, value in teacher.vllm.items() if key not in NEUTRAL_ENGINE_KEYS}
 
 

@@ -44,7 +44,8 @@ ZeRO stage.
 """
 NEUTRAL_STUDENT_KEYS = {
     *("cost_per_hour", "vllm", "replicas", "model", "revision", "initial_weights"),
-    *("eos_token", "chat_template"),  # the tokenizer's hash holds them
+    # the tokenizer's hash holds them
+    *("eos_token", "chat_template", "template_arguments", "template_date"),
 }
 COMPLETE = "COMPLETE"
 """The file that is written last into a checkpoint's folder."""

@@ -35,6 +35,8 @@ def model_card(spec: TrainingSpec) -> str:
         },
         "round": config.round,
         "initial_weights": config.student.initial_weights,
+        # only what the config sets
+        **config.student.model_dump(mode="json", include={"template_arguments", "template_date"}),
         "dataset": spec.dataset_digest,
         "steps": summary["steps"],
         "final": summary["final"],

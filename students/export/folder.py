@@ -25,6 +25,7 @@ from pipeline.config.load import is_folder
 from pipeline.config.student import StudentConfig
 from pipeline.errors import TrainingError
 from pipeline.run.training_spec import TrainingSpec
+from pipeline.templating import prelude
 from students.architecture.build import load_model
 from students.architecture.dtypes import DTYPES
 from students.architecture.initial_weights import refuse_misfits
@@ -144,17 +145,23 @@ def copy_tokenizer(source: str, target: Path) -> None:
 
 def set_tokenizer_options(student: StudentConfig, target: Path) -> None:
     """Puts the end-of-sequence token and the chat template that the config names into a copy of the
-    student's tokenizer files.
+    student's tokenizer files, with the template's arguments as its defaults.
     """
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = target / name
         if path.is_file() and student.eos_token is not None:
             values = json.loads(path.read_text())
             path.write_text(json.dumps(values | {"eos_token": student.eos_token}, indent=2) + "\n")
-    if student.chat_template is not None:
-        path = target / "tokenizer_config.json"
-        values = json.loads(path.read_text())
-        values.pop("chat_template", None)
-        path.write_text(json.dumps(values, indent=2) + "\n")
+    arguments = prelude(student.template_arguments)  # the day is that of the use
+    if student.chat_template is None and not arguments:
+        return
+    if student.chat_template is None:
+        own = AutoTokenizer.from_pretrained(target, trust_remote_code=student.trust_remote_code)
+        template = own.get_chat_template().encode()
+    else:
         template = storage.read_bytes(student.chat_template)
-        (target / "chat_template.jinja").write_bytes(template)
+    path = target / "tokenizer_config.json"
+    values = json.loads(path.read_text())
+    values.pop("chat_template", None)
+    path.write_text(json.dumps(values, indent=2) + "\n")
+    (target / "chat_template.jinja").write_bytes(arguments.encode() + template)

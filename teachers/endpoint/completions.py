@@ -5,7 +5,6 @@ T are the tokens of a sequence.
 
 from __future__ import annotations
 
-import re
 import time
 from typing import Any
 
@@ -21,11 +20,11 @@ from teachers.endpoint.replies import TEXT_REPLY, TOKEN_REPLY, TokenChoice, sort
 from teachers.endpoint.transport import Requester
 from teachers.engine.prompt_topk import BrokenRowsError
 from teachers.protocol import CapturedRows, EndpointSpec, GeneratedAnswer
-from teachers.tokenizing import repeats_bos
+from teachers.rendering import has_open_thought
+from teachers.tokenizing import answer_ids, repeats_bos
 
 FINISHED = ("stop", "length", "repetition")
 """Proper ends of an answer of a vLLM server."""
-OPENING = re.compile(r"<think>\s*$")
 PROMPT_TAIL = 16
 """Tokens at the end of a prompt in which an opened thought is looked for."""
 PLAIN_SAMPLING = {
@@ -114,37 +113,37 @@ class Completions:
     ) -> GeneratedAnswer:
         """Generates an answer to text, as text; for servers with `api: openai`.
 
-        The student's tokenizer turns the answer into token ids. An answer whose end has an unknown
-        name gets no end of sequence.
+        The student's tokenizer turns the answer into token ids that follow those of the prompt. An
+        answer whose end has an unknown name gets no end of sequence.
         """
         started = time.monotonic()
         if prompt.messages is None:
             text = str(prompt.text)
             if repeats_bos(self._tokenizer, text):  # the server adds its own
                 text = text.removeprefix(self._tokenizer.bos_token)
-            path, question = "/completions", {"prompt": text}
+            path = "/completions"
+            question: dict[str, Any] = {"prompt": text}
         else:
             path, question = "/chat/completions", {"messages": list(prompt.messages)}
+            if self._endpoint.template_arguments:
+                question["chat_template_kwargs"] = self._endpoint.template_arguments
         choice = await self._choice(path, TEXT_REPLY, sampling | question)
         answer = read_answer(choice)
         if answer.end == "failed":
             raise self._broken_off(choice.get("finish_reason"))
-        text = answer.text
-        if answer.thoughts and self._endpoint.reasoning == "keep":
-            text = with_thoughts(answer, self._opens_thought(prompt_ids))
+        text, is_opened = answer.text, self._opens_thought(prompt_ids)
+        if self._endpoint.reasoning == "keep" and (answer.thoughts or is_opened):
+            text = with_thoughts(answer, is_opened)
         elif answer.thoughts:
             text = text.lstrip()
-        # What looks like a special token in a reply is text like any other.
-        token_ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        token_ids = answer_ids(self._tokenizer, prompt, prompt_ids, text) if text else []
         end = [self._tokenizer.eos_token_id] if answer.end == "stop" else []
         seconds = time.monotonic() - started
-        return GeneratedAnswer(
-            [*token_ids["input_ids"], *end], answer.end, seconds, bool(answer.thoughts)
-        )
+        return GeneratedAnswer([*token_ids, *end], answer.end, seconds, bool(answer.thoughts))
 
     def _opens_thought(self, prompt_ids: list[int]) -> bool:
         """Whether a prompt, as the student sees it, ends inside of a thought."""
-        return OPENING.search(self._tokenizer.decode(prompt_ids[-PROMPT_TAIL:])) is not None
+        return has_open_thought(self._tokenizer.decode(prompt_ids[-PROMPT_TAIL:]))
 
     async def _choice(self, path: str, kind: TypeAdapter[Any], body: dict[str, Any]) -> Any:
         request = self._endpoint.request.applied({"model": self._endpoint.model, **body})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence, Set
+from dataclasses import replace
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -49,9 +50,11 @@ def check_vocabularies(config: Config, prompts: Sequence[Prompt]) -> str:
     for name, teacher in config.teachers.items():
         if teacher.files is None:
             continue  # its answers are text, which the student's tokenizer turns into ids
-        tokenizer = load_tokenizer(teacher.files)
+        # Its own template is compared under the same arguments.
+        files = replace(teacher.files, template_prelude=config.student.files.template_prelude)
+        tokenizer = load_tokenizer(files)
         lines = _differences(student, tokenizer)
-        lines += _end_differences(name, student, tokenizer, end_token_ids(teacher.files), sample)
+        lines += _end_differences(name, student, tokenizer, end_token_ids(files), sample)
         if not lines and not teacher.allow_chat_template_difference:
             lines = _rendering_differences(student, tokenizer, sample)
         problems += [f"teacher {name!r}: {line}" for line in lines]

@@ -29,7 +29,13 @@ from pipeline.synthesis.index import new_prompts
 from teachers.concurrency import ask_each
 from teachers.protocol import GeneratedAnswer, ItemsFailedError, Teacher
 from teachers.tasks.items import halves_of, prompt_seed
-from teachers.tokenizing import answer_text, prompt_ids, student_tokenizer, vocabulary_size
+from teachers.tokenizing import (
+    answer_ids,
+    answer_text,
+    prompt_ids,
+    student_tokenizer,
+    vocabulary_size,
+)
 
 
 @dataclass(frozen=True)
@@ -161,9 +167,9 @@ class AnswerTask:
         outcome = ShardReplies()
         for prompt in self.prompts:
             assert prompt.reference is not None, "prompts without a reference are not asked"
-            written = tokenizer(_separated(prompt), add_special_tokens=False)["input_ids"]
-            answer = [*written, self.ends.after(prompt)]
             ids = prompt_ids(tokenizer, prompt)
+            written = answer_ids(tokenizer, prompt, ids, _separated(prompt))
+            answer = [*written, self.ends.after(prompt)]
             sequence = self._sequence(prompt, ids, answer, "dataset", tokenizer_digest)
             if len(sequence.input_ids) > self._most_tokens:
                 detail = f"{len(sequence.input_ids)} tokens"

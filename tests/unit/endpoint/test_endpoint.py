@@ -18,6 +18,7 @@ from pipeline.records import Prompt
 from teachers.endpoint.teacher import EndpointTeacher
 from teachers.protocol import EndpointSpec, GeneratedAnswer, ScoringRequest
 from teachers.tasks.control import ControlTask
+from teachers.tokenizing import answer_text
 from tests.support.endpoints import (
     DROPPED,
     MAX_MODEL_LEN,
@@ -322,6 +323,24 @@ def test_text_is_exchanged_in_chat_form_and_tokenized_by_the_student(spec: Endpo
     tokenizer = save_byte_tokenizer(Path(spec.student.model))
     assert tokenizer.decode(answer.token_ids[:-1]) == "héllo"
     assert answer.token_ids[-1] == tokenizer.eos_token_id and answer.finish_reason == "stop"
+
+
+def test_template_arguments_are_sent_where_the_config_names_them(spec: EndpointSpec) -> None:
+    with loopback(lambda path, body: chat_reply("y")) as server:
+        text = text_spec(spec, server.url)
+        for arguments in ({}, {"enable_thinking": False}):
+            named = text.endpoint.model_copy(update={"template_arguments": arguments})
+            asked(replace(text, endpoint=named), lambda t: t.generate([3], SAMPLING, 1, CHAT))
+    bodies = server.bodies("/v1/chat/completions")
+    assert "chat_template_kwargs" not in bodies[0]
+    assert bodies[1]["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_special_tokens_in_a_reply_are_text(spec: EndpointSpec) -> None:
+    answer, _ = said(spec, chat_reply("the <eos> of <user>"))
+    tokenizer = save_byte_tokenizer(Path(spec.student.model))
+    assert answer.token_ids.count(tokenizer.eos_token_id) == 1
+    assert answer_text(tokenizer, answer.token_ids) == "the <eos> of <user>"
 
 
 def test_raw_text_is_continued_as_text(spec: EndpointSpec) -> None:

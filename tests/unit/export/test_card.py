@@ -53,3 +53,11 @@ def test_nothing_is_named_that_it_was_not_tuned_from(overrides: list[str], tmp_p
 def test_a_later_round_was_tuned_from_what_the_first_was(tmp_path: Path) -> None:
     before = [*TUNED, "student.initial_weights=/output/runs/quickstart/export/student"]
     assert card_of(before, tmp_path, round=2)[0]["base_model"] == "org/small"
+
+
+def test_template_arguments_stand_in_the_provenance(tmp_path: Path) -> None:
+    named = ["student.template_arguments={enable_thinking: false}"]
+    named.append("student.template_date=2026-11-30")
+    card = card_of([*TUNED, *named], tmp_path)[1]
+    assert "template_arguments:\n  enable_thinking: false\ntemplate_date: '2026-11-30'\n" in card
+    assert "template_" not in card_of(TUNED, tmp_path)[1]

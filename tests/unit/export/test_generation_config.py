@@ -1,6 +1,8 @@
 """The export's end tokens and sampling defaults, as transformers and vLLM read them."""
 
 import json
+import shutil
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +28,7 @@ def student(tmp_path: Path) -> Path:
 
 
 def exported(
-    student: Path, monkeypatch: pytest.MonkeyPatch, end_of_answer: int | None, **options: str
+    student: Path, monkeypatch: pytest.MonkeyPatch, end_of_answer: int | None, **options: Any
 ) -> Path:
     """The folder that is written for weights that were not trained."""
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(student))
@@ -136,3 +138,22 @@ def test_the_tokenizer_has_the_end_and_the_template_that_the_config_names(
     assert tokenizer.eos_token_id == end != source.eos_token_id
     assert tokenizer.chat_template == template.read_text() != source.chat_template
     assert end in np.atleast_1d(end_tokens(folder)[0])
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+def test_the_template_has_its_arguments_as_defaults(
+    student: Path, monkeypatch: pytest.MonkeyPatch, is_named: bool
+) -> None:
+    template = student.parent / "chat.jinja"
+    template.write_text("\n{{ messages[0].content }}{{ kind }}{{ strftime_now('%Y') }}")
+    if not is_named:
+        shutil.copyfile(template, student / "chat_template.jinja")
+    options = {"template_arguments": {"kind": "a"}, "template_date": "1999-01-01"}
+    options |= {"chat_template": str(template)} if is_named else {}
+    folder = exported(student, monkeypatch, end_of_answer=None, **options)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "x"}]
+    today = f"{datetime.now():%Y}"
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == f"\nxa{today}"
+    other = tokenizer.apply_chat_template(messages, tokenize=False, kind="b")
+    assert other == f"\nxb{today}"
