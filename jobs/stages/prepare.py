@@ -16,10 +16,10 @@ from jobs.stages.preference import CHOICES
 from jobs.stages.preflight import check_inputs, steps_by_place
 from pipeline.config.base import ModelFiles
 from pipeline.config.filters import Filter, Judge
-from pipeline.config.rounds import layout_of, round_layouts, rounds_of
+from pipeline.config.rounds import layout_of, round_layouts
 from pipeline.config.run import Config
-from pipeline.config.synthesis import STUDENT, Answering, Writing
-from pipeline.config.teachers import TeacherConfig
+from pipeline.config.synthesis import STUDENT, Answering, GivenAnswers
+from pipeline.config.teachers import EndpointTeacherConfig, TeacherConfig
 from pipeline.errors import ConfigError
 from pipeline.filters.answer_checkers import checker_identity
 from pipeline.filters.run import filter_identity
@@ -34,10 +34,11 @@ from pipeline.run.identities import (
 from pipeline.run.preparation import Prepared, preparation_key, save_prepared
 from pipeline.run.prepared_run import Run
 from pipeline.synthesis.prompts import write_prompts
-from pipeline.synthesis.steps import handed_on, prompts_to_answer, steps_of, with_system_prompts
+from pipeline.synthesis.steps import planned_answers, steps_of, with_system_prompts
 from students.architecture.positions import refuse_dynamic_scaling
 from students.deepspeed_options import check_deepspeed_options
 from teachers.engine.options import check_sampling_values
+from teachers.preflight.boundary import check_bound_judges, check_boundaries, check_template
 from teachers.preflight.identity import check_model, check_weights, model_identity, student_identity
 from teachers.preflight.model_layers import check_layers, hidden_sizes, text_config
 from teachers.preflight.vocabulary import check_vocabularies, further_ends
@@ -71,6 +72,7 @@ def prepare(config: Config) -> Run:
             check_model(files)
     _check_weights(config)
     asked_prompts = with_system_prompts(config, prompts)
+    template_date = check_template(config.student)
     tokenizer_hash = check_vocabularies(config, asked_prompts)
     rows = _check_vocabulary_sizes(config)
     check_layers(config)
@@ -79,6 +81,7 @@ def prepare(config: Config) -> Run:
     tokenizer = load_tokenizer(config.student.files)
     _check_judges(config, tokenizer)
     lengths = {prompt.digest: len(prompt_ids(tokenizer, prompt)) for prompt in asked_prompts}
+    check_boundaries(tokenizer, asked_prompts, _answered_by_text(config, prompts))
     _check_lengths(config, prompts, lengths)
     repeated = sum(p.text is not None and repeats_bos(tokenizer, p.text) for p in prompts)
     if repeated:
@@ -102,6 +105,7 @@ def prepare(config: Config) -> Run:
         chat_end_token_id=end,
         vocabulary_size=_padded(rows, vocabulary_size(tokenizer)),
         own_end_token_ids=further_ends(config, {eos_token_id, end}),
+        template_date=template_date,
         student_identity=student_identity(config.student, layout),
         cache_identities=cache_identities(config, identities, tokenizer_hash),
         synthesis_identities=synthesis_identities(config, identities, tokenizer_hash, end),
@@ -187,6 +191,44 @@ def _check_student(config: Config) -> None:
     check_skeleton(config.student, config.training.packing)
 
 
+def _check_judges(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that judges of this run's engines can reply with one digit and nothing else.
+
+    Raises:
+        ConfigError: a grade is not a single token, or the chat template opens thoughts.
+    """
+    judges = {rule.teacher for rule in config.synthesis.filters if isinstance(rule, Judge)}
+    compares = config.evaluation.judge
+    bound = {name for name in judges if not config.teachers[name].returns_text}
+    if bound:
+        grade_tokens(tokenizer)
+    if compares is not None and not config.teachers[compares.teacher].returns_text:
+        bound.add(compares.teacher)
+    check_bound_judges(tokenizer, bound)
+
+
+def _answered_by_text(config: Config, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Prompts whose answers are text that is tokenized: references, or replies of text APIs.
+
+    A teacher that renders chats itself is not told the student's template arguments.
+    """
+    answered: list[Prompt] = []
+    silent: set[str] = set()
+    for of_round, step, asked in planned_answers(config, prompts):
+        teacher = None if isinstance(step.recipe, GivenAnswers) else of_round.author(step.author)
+        if teacher is None or teacher.returns_text:
+            answered += asked
+        if isinstance(teacher, EndpointTeacherConfig) and teacher.returns_text:
+            silent |= {step.author} if teacher.endpoint.template_arguments is None else set()
+    if silent and config.student.template_arguments:
+        logger.warning(
+            "%s: the server renders chats itself and is not told student.template_arguments: give "
+            "its template's own in endpoint.template_arguments, or {} if it takes none",
+            ", ".join(sorted(silent)),
+        )
+    return answered
+
+
 def _check_vocabulary_sizes(config: Config) -> dict[str, int]:
     """Rows in the vocabulary of every model whose tokens are exchanged, by name.
 
@@ -240,16 +282,12 @@ def _check_lengths(config: Config, prompts: Sequence[Prompt], tokens: Mapping[st
     Raises:
         ConfigError: an engine is too short, and the config does not let such prompts be dropped.
     """
-    for of_round in rounds_of(config):
-        pool = list(prompts)
-        for step in steps_of(of_round):
-            if isinstance(step.recipe, Writing):
-                pool = handed_on(step.recipe, pool)
-            elif isinstance(step.recipe, Answering):
-                lengths = (tokens[p.digest] for p in prompts_to_answer(of_round, step, pool))
-                most = sampling_of(step.recipe, step.author)["max_tokens"]
-                place = f"synthesis.recipes ({step.label})"
-                _check_room(of_round, place, step.author, max(lengths, default=0), most)
+    for of_round, step, answered in planned_answers(config, prompts):
+        if isinstance(step.recipe, Answering):
+            longest = max((tokens[prompt.digest] for prompt in answered), default=0)
+            most = sampling_of(step.recipe, step.author)["max_tokens"]
+            place = f"synthesis.recipes ({step.label})"
+            _check_room(of_round, place, step.author, longest, most)
     sampling, system = config.evaluation.sampling, config.evaluation.system_prompt
     longest = max(tokens[p.under(system).digest] for p in prompts if p.split == "holdout")
     for name in [*config.scoring_teachers, STUDENT]:

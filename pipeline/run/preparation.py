@@ -42,7 +42,7 @@ JSON_KEYS = {
     "checker_identity": "checker",
 }
 """Attributes of `Prepared` that have another name in `prepared.json`."""
-NEWER_KEYS = ("chat_end_token_id", "vocabulary_size", "own_end_token_ids")
+NEWER_KEYS = ("chat_end_token_id", "vocabulary_size", "own_end_token_ids", "template_date")
 """Keys of `prepared.json` that are left out where they hold their defaults, as older files do."""
 
 
@@ -60,6 +60,7 @@ class Prepared(BaseModel):
         chat_end_token_id: token that ends an answer to chat messages, if it is another one.
         vocabulary_size: number of ids that the tokenizer has, if a teacher has others as well.
         own_end_token_ids: further tokens with which teachers end answers of their own, by teacher.
+        template_date: day that the chat template writes as today; None if it writes none.
         cache_identities: identity of every cache, by cache name: a teacher's distributions, or its
             hidden states; wide caches follow from them (`all_cache_identities`).
         synthesis_identities: identity of every step, by its label (`pipeline/synthesis/steps.py`).
@@ -87,6 +88,7 @@ class Prepared(BaseModel):
     chat_end_token_id: int | None = None
     vocabulary_size: int | None = None
     own_end_token_ids: dict[str, list[int]] = {}
+    template_date: str | None = None
     cache_identities: dict[str, dict[str, Any]]
     synthesis_identities: dict[str, dict[str, Any]]
     student_identity: dict[str, str]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from pipeline.config.rounds import rounds_of
 from pipeline.config.run import Config
 from pipeline.config.synthesis import (
     Answer,
@@ -112,6 +113,21 @@ def prompts_to_answer(config: Config, step: Step, pool: Sequence[Prompt]) -> lis
     """Prompts of a pool that a step answers, with the step's system prompt."""
     system = _system_prompt(step.recipe)
     return [prompt.under(system) for prompt in pool if _answers(config, step, prompt)]
+
+
+def planned_answers(
+    config: Config, prompts: Sequence[Prompt]
+) -> Iterator[tuple[Config, Step, list[Prompt]]]:
+    """Yields every step of every round that answers, with the config of its round and the given
+    prompts that the step will be asked.
+    """
+    for of_round in rounds_of(config):
+        pool = list(prompts)
+        for step in steps_of(of_round):
+            if isinstance(step.recipe, Writing):
+                pool = handed_on(step.recipe, pool)
+            else:
+                yield of_round, step, prompts_to_answer(of_round, step, pool)
 
 
 def handed_on(recipe: Writing, pool: Sequence[Prompt]) -> list[Prompt]:
