@@ -195,20 +195,22 @@ def _check_judges(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     """Checks that judges of this run's engines can reply with one digit and nothing else.
 
     Raises:
-        ConfigError: a grade is not a single token, or the chat template opens thoughts.
+        ConfigError: a digit is not a single token, or the chat template opens thoughts.
     """
-    judges = {rule.teacher for rule in config.synthesis.filters if isinstance(rule, Judge)}
-    compares = config.evaluation.judge
-    bound = {name for name in judges if not config.teachers[name].returns_text}
-    if bound:
-        grade_tokens(tokenizer)
-    if compares is not None and not config.teachers[compares.teacher].returns_text:
-        bound.add(compares.teacher)
+    digits: dict[str, tuple[int, ...]] = {
+        rule.teacher: GRADES for rule in config.synthesis.filters if isinstance(rule, Judge)
+    }
+    if (judge := config.evaluation.judge) is not None:
+        digits[judge.teacher] = (*digits.get(judge.teacher, ()), *CHOICES)
+    bound = {name for name in digits if not config.teachers[name].returns_text}
+    for name in bound:
+        grade_tokens(tokenizer, digits[name])
     check_bound_judges(tokenizer, bound)
 
 
 def _answered_by_text(config: Config, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Prompts whose answers are text that is tokenized: references, or replies of text APIs.
+    """Prompts whose answers are text that is tokenized: references, or replies of text APIs without
+    the thoughts that a template may open.
 
     A teacher that renders chats itself is not told the student's template arguments.
     """
@@ -216,7 +218,10 @@ def _answered_by_text(config: Config, prompts: Sequence[Prompt]) -> list[Prompt]
     silent: set[str] = set()
     for of_round, step, asked in planned_answers(config, prompts):
         teacher = None if isinstance(step.recipe, GivenAnswers) else of_round.author(step.author)
-        if teacher is None or teacher.returns_text:
+        closes_thoughts = (
+            isinstance(teacher, EndpointTeacherConfig) and teacher.endpoint.reasoning == "keep"
+        )
+        if teacher is None or (teacher.returns_text and not closes_thoughts):
             answered += asked
         if isinstance(teacher, EndpointTeacherConfig) and teacher.returns_text:
             silent |= {step.author} if teacher.endpoint.template_arguments is None else set()
@@ -292,17 +297,6 @@ def _check_lengths(config: Config, prompts: Sequence[Prompt], tokens: Mapping[st
     longest = max(tokens[p.under(system).digest] for p in prompts if p.split == "holdout")
     for name in [*config.scoring_teachers, STUDENT]:
         _check_room(config, "evaluation", name, longest, sampling["max_tokens"])
-
-
-def _check_judges(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Checks that an engine that judges can be bound to its replies."""
-    replies: dict[str, tuple[int, ...]] = {}
-    if (judge := config.evaluation.judge) is not None:
-        replies[judge.teacher] = CHOICES
-    replies |= {r.teacher: GRADES for r in config.synthesis.filters if isinstance(r, Judge)}
-    for name, digits in replies.items():
-        if not config.teachers[name].returns_text:
-            grade_tokens(tokenizer, digits)
 
 
 def _check_room(config: Config, place: str, name: str, prompt: int, answer: int) -> None:
