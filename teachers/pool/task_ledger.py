@@ -21,7 +21,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError, StorageError, TeacherError
 from teachers.pool.contracts import PoolReport, Progress, Task
-from teachers.protocol import ItemsFailedError
+from teachers.protocol import ItemRefusedError, ItemsFailedError
 from teachers.tasks.control import ControlTask
 
 logger = logging.getLogger(__name__)
@@ -36,8 +36,8 @@ class Attempt:
 
     Attributes:
         failures: number of times that the task failed.
-        stood_among_others: the task is one item of a larger task whose other items are done, or
-            were refused as well.
+        is_at_fault: the task is one item that the teacher refuses, or the one that failed of a
+            larger task; so it says nothing against the teacher.
         begun: time of the last start, by `time.monotonic`.
         failed: time of the last failure, by `time.monotonic`.
         error: message of the last failure.
@@ -45,7 +45,7 @@ class Attempt:
 
     task: Any
     failures: int = 0
-    stood_among_others: bool = False
+    is_at_fault: bool = False
     begun: float = 0.0
     failed: float = 0.0
     error: str = ""
@@ -104,6 +104,7 @@ class TaskLedger:
         task = attempt.task
         attempt.failures += 1
         attempt.failed, attempt.error = time.monotonic(), str(error)
+        attempt.is_at_fault |= isinstance(error, ItemRefusedError)
         logger.warning(
             "%s: %s failed (failure %d): %s", self._name, task.label, attempt.failures, error
         )
@@ -111,7 +112,7 @@ class TaskLedger:
             if num_done := len(task) - len(error.failed):
                 self._quarantine(before=attempt.begun)
                 self._add(num_done, error.result)
-            return [Attempt(item, 1, stood_among_others=True) for item, _ in error.failed]
+            return [Attempt(item, 1, is_at_fault=True) for item, _ in error.failed]
         if isinstance(error, ConfigError):
             raise error
         if attempt.failures < TRIES:
@@ -128,7 +129,7 @@ class TaskLedger:
         if len(task) > 1:
             return [Attempt(half) for half in task.halves()]
         self._set_aside.append(attempt)
-        count = sum(not each.stood_among_others for each in self._set_aside)
+        count = sum(not each.is_at_fault for each in self._set_aside)
         if count > ITEMS_SET_ASIDE_IN_A_ROW:
             raise TeacherError(
                 f"{self._name}: {count} items failed one after another and no task succeeded in "

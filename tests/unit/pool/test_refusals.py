@@ -185,6 +185,16 @@ def test_a_shard_whose_prompts_are_all_refused_is_asked_twice(tasks: Tasks) -> N
     assert asked_of(server) == Counter(NAMES * 2) + Counter([CONTROL])
 
 
+def test_many_refused_prompts_in_shards_of_their_own_say_nothing_against_the_teacher(
+    tasks: Tasks,
+) -> None:
+    known = {CONTROL: chat_reply("yes")}
+    todo = tasks.answers(NAMES[:12], per_shard=1)
+    report, server = dispatched(tasks, todo, lambda text: known.get(text, REFUSED))
+    assert isinstance(report, PoolReport) and tasks.errors().keys() == set(NAMES[:12])
+    assert asked_of(server) == Counter(NAMES[:12] * 2) + Counter([CONTROL])
+
+
 UNKNOWN_SEED = Response.of({"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"]}]}, 422)
 ODD = Response.of({"choices": [{"message": {"content": 7}, "finish_reason": "stop"}]})
 
