@@ -324,6 +324,10 @@ class Teacher(Protocol):
         """Peak memory of the teacher's processes on this machine; None if unknown."""
         ...
 
+    def waits_for(self) -> str | None:
+        """Event elsewhere that the teacher waits for, for people; None if it works."""
+        ...
+
     def shutdown(self) -> None:
         """Frees memory, processes and connections of the teacher."""
         ...

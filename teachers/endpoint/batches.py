@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypeVar
@@ -25,8 +24,6 @@ from pipeline.errors import ConfigError, DistillationError, TeacherError
 from pipeline.fingerprint import digest_ids, digest_json
 from teachers.endpoint.transport import RETRIED_STATUSES, NotThereError, Requester
 from teachers.protocol import ItemRefusedError
-
-logger = logging.getLogger(__name__)
 
 GATHERING_SECONDS, POLL_SECONDS = 2.0, 30.0
 MAX_REQUESTS, MAX_BYTES = 50_000, 100_000_000
@@ -101,6 +98,7 @@ class Batches:
         self._replies: dict[str, asyncio.Future[LineReply]] = {}
         self._queue: list[_Waiting] = []
         self._recorded: dict[str, str] | None = None
+        self._states: dict[str, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._sender: asyncio.Task[None] | None = None
 
@@ -143,6 +141,11 @@ class Batches:
             raise ItemRefusedError(
                 f"a reply of a batch is not as expected, at {place}: {first['msg']}"
             ) from None
+
+    def state(self) -> str | None:
+        """Batches that are not finished, and how far they are; None without any."""
+        states = [f"batch {batch}: {state}" for batch, state in self._states.items()]
+        return "; ".join(states) or None
 
     def close(self) -> None:
         """Stops waiting; the batches go on at the provider."""
@@ -208,7 +211,6 @@ class Batches:
         try:
             lost = await self._collect(batch, [waiting.key for waiting in members])
         except NotThereError:
-            logger.info("the provider no longer has batch %s: its requests are sent anew", batch)
             lost = {waiting.key for waiting in members}
         except DistillationError as error:
             self._fail([waiting.key for waiting in members], error)
@@ -240,7 +242,6 @@ class Batches:
         request = {"input_file_id": file["id"], "endpoint": members[0].url}
         request |= {"completion_window": WINDOW, "metadata": {MARK: mark}}
         begun = await self._requester.ask("/batches", BATCH, request)
-        logger.info("batch %s of %d requests is begun", begun["id"], len(members))
         return begun["id"]
 
     async def _listed(self) -> list[Batch]:
@@ -255,7 +256,7 @@ class Batches:
 
         The record keeps only the requests that were answered, so that the others can be sent again.
         """
-        found, shown = await self._requester.ask(f"/batches/{batch}", BATCH), None
+        found = await self._requester.ask(f"/batches/{batch}", BATCH)
         while found["status"] not in ENDED:
             if _has_failed(found):
                 await self._record(batch, [])
@@ -263,12 +264,10 @@ class Batches:
                     f"the provider failed batch {batch} of {self._model}: {found.get('errors')}; "
                     "mend what it says, or set endpoint.batch: false, and run it again"
                 )
-            told = (found["status"], found.get("request_counts"))
-            if told != shown:
-                logger.info("batch %s: %s, requests %s", batch, *told)
-                shown = told
+            self._states[batch] = _progress(found, len(keys))
             await self._sleep(POLL_SECONDS)
             found = await self._requester.ask(f"/batches/{batch}", BATCH)
+        self._states.pop(batch, None)
         left, answered = set(keys), []
         for file in (found.get("output_file_id"), found.get("error_file_id")):
             content = await self._requester.download(f"/files/{file}/content") if file else b""
@@ -281,13 +280,18 @@ class Batches:
                     if not self._replies[key].done():
                         self._replies[key].set_result(reply)
         await self._record(batch, answered)
-        logger.info("batch %s: %s, %d answered", batch, found["status"], len(answered))
         return left
 
     def _fail(self, keys: Sequence[str], error: BaseException) -> None:
         for key in keys:
             if not self._replies[key].done():
                 self._replies[key].set_exception(error)
+
+
+def _progress(batch: Batch, num_requests: int) -> str:
+    counts = batch.get("request_counts") or {}
+    done = counts.get("completed", 0) + counts.get("failed", 0)
+    return f"{batch['status']}, {done} of {counts.get('total') or num_requests} requests"
 
 
 def _has_failed(batch: Batch) -> bool:

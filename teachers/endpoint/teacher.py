@@ -157,6 +157,11 @@ class EndpointTeacher:
             "weight_bytes": None,
         }
 
+    def waits_for(self) -> str | None:
+        """Requests that are tried again, and batches that are not finished; None without any."""
+        states = [self._requester.state(), self._batches.state() if self._batches else None]
+        return "; ".join(filter(None, states)) or None
+
     def peak_memory_bytes(self) -> int | None:
         """None, since the server's processes are elsewhere."""
         return None

@@ -8,7 +8,6 @@ headers.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import random
 import re
@@ -23,8 +22,6 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.config.teachers import EndpointConfig
 from pipeline.errors import ConfigError, TeacherError
 from teachers.protocol import EngineDiedError, ItemRefusedError
-
-logger = logging.getLogger(__name__)
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 60.0
 SHOWN_CHARACTERS = 300
@@ -98,6 +95,14 @@ class Requester:
         )
         self._slots = asyncio.Semaphore(endpoint.max_concurrency)
         self._has_answered = False
+        self._tried_again: dict[int, str] = {}
+
+    def state(self) -> str | None:
+        """Number of requests that wait for their next try, and why one of them does."""
+        if not self._tried_again:
+            return None
+        problem = next(reversed(self._tried_again.values()))
+        return f"requests that wait for another try: {len(self._tried_again)}, one after {problem}"
 
     async def ask(
         self, path: str, kind: TypeAdapter[HttpReply], body: dict[str, Any] | None = None
@@ -163,8 +168,11 @@ class Requester:
                     )
                 if number < self._endpoint.max_retries:
                     seconds = _wait(number, failure.wait_seconds)
-                    logger.info("%s; next try in %.1f s", failure.error, seconds)
-                    await self._sleep(seconds)
+                    self._tried_again[id(failure)] = str(failure.error)
+                    try:
+                        await self._sleep(seconds)
+                    finally:
+                        del self._tried_again[id(failure)]
         count, limit = self._endpoint.max_retries + 1, self._endpoint.max_retries
         tries = f"{count} {'try' if count == 1 else 'tries'} (endpoint.max_retries: {limit})"
         raise type(failure.error)(f"{failure.error}; given up after {tries}")

@@ -152,6 +152,10 @@ class VllmTeacher:
             "load_seconds": self.engine.load_seconds,
         }
 
+    def waits_for(self) -> str | None:
+        """None, since an engine works."""
+        return None
+
     def peak_memory_bytes(self) -> int | None:
         """Memory of the engine's processes: peak host memory, or on a GPU device memory in use."""
         if current_platform.is_cpu():

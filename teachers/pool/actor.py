@@ -83,6 +83,10 @@ class TeacherActor:
         """Peak memory of the engine's processes in bytes; None if unknown."""
         return self._teacher.peak_memory_bytes()
 
+    async def waits_for(self) -> str | None:
+        """Event elsewhere that the teacher waits for; None if it works."""
+        return self._teacher.waits_for()
+
     async def shutdown(self) -> None:
         """Stops the engine, so that its memory is free when the actor ends."""
         self._teacher.shutdown()
@@ -143,6 +147,10 @@ class RayReplica:
     async def peak_memory_bytes(self) -> int | None:
         """Peak memory of the engine's processes in bytes; None if unknown."""
         return await self._ask(self._actor.peak_memory_bytes.remote())
+
+    async def waits_for(self) -> str | None:
+        """Event elsewhere that the teacher waits for; None if it works."""
+        return await self._ask(self._actor.waits_for.remote())
 
     async def stop(self) -> None:
         """Ends the actor and its engine, in whatever state they are."""

@@ -37,6 +37,7 @@ TASKS_IN_FLIGHT = 6
 # task, twice in the first half of it.
 DEATHS_IN_A_ROW = 5
 WAITING_SECONDS = 60
+WATCH_SECONDS = 20
 LOGGED = ("engine_version", "device", "dtype", "capture", "capture_reason", "prefix_sharing")
 
 
@@ -80,6 +81,7 @@ class Dispatcher:
             return self._report
         slots = [asyncio.create_task(self._slot()) for _ in range(self._num_slots)]
         finished = asyncio.create_task(self._ledger.finished.wait())
+        watching = asyncio.create_task(self._tell_what_it_waits_for())
         try:
             await asyncio.wait([finished, *slots], return_when=asyncio.FIRST_COMPLETED)
             for slot in slots:
@@ -90,7 +92,19 @@ class Dispatcher:
                     metadata["peak_memory_bytes"] = await replica.peak_memory_bytes()
             return self._report
         finally:
-            await cancel([finished, *slots])
+            await cancel([finished, watching, *slots])
+
+    async def _tell_what_it_waits_for(self) -> None:
+        """Says now and then what a replica waits for, since progress alone would not tell."""
+        said: str | None = None
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            for replica in list(self._running):
+                with contextlib.suppress(ReplicaDied):
+                    state = await replica.waits_for()
+                    if state is not None and state != said:
+                        logger.info("%s waits: %s", self._name, state)
+                    said = state
 
     async def _slot(self) -> None:
         """Keeps one replica running and replaces it when it dies; ends by error or cancellation."""

@@ -34,6 +34,8 @@ class EndpointReplica:
             raise ReplicaDied(str(error)) from error
 
     async def peak_memory_bytes(self) -> None: ...
+    async def waits_for(self) -> str | None:
+        return self._teacher.waits_for()
 
     async def stop(self) -> None:
         self._teacher.shutdown()

@@ -18,6 +18,7 @@ from pipeline.records import AnswerEnds, Prompt
 from pipeline.synthesis.answered_shards import read_answered_shards
 from teachers.endpoint import batches
 from teachers.endpoint.teacher import EndpointTeacher
+from teachers.pool import dispatch
 from teachers.pool.contracts import PoolReport
 from teachers.pool.dispatch import Dispatcher
 from teachers.protocol import EndpointSpec
@@ -113,6 +114,24 @@ def test_a_run_that_died_finds_its_batch_and_pays_for_nothing_twice(
     assert isinstance(report, PoolReport) and finished(tasks) == set(NAMES)
     assert len(api.batches) == 1, "the second run began none"
     assert len(asked_at_once(server)) == 2, "each run sees first that its requests are taken"
+
+
+def test_the_stage_says_what_it_waits_for(
+    student: StudentConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(dispatch, "WATCH_SECONDS", 0.05)
+    caplog.set_level("INFO", "teachers")
+    api = FakeBatchApi(
+        lambda text: chat_reply("yes"), lambda polls: "completed" if polls > 20 else "in_progress"
+    )
+    with loopback(api) as server:
+        tasks = tasks_of(student, tmp_path)
+        assert isinstance(dispatched(spec_of(student, server.url, tmp_path), tasks), PoolReport)
+    said = [record.getMessage() for record in caplog.records if "waits" in record.getMessage()]
+    assert said == ["writer waits: batch batch-0: in_progress, 0 of 39 requests"]
 
 
 def test_a_batch_that_nobody_recorded_is_known_by_its_mark(

@@ -127,6 +127,8 @@ class FakeReplica:
         finally:
             cluster.in_flight -= 1
 
+    async def waits_for(self) -> None: ...
+
     async def peak_memory_bytes(self) -> int:
         return 7
 
