@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -26,9 +27,10 @@ THOUGHT_MARK = re.compile(
     rf"(?P<close>[<\[◁]\|?(?:/|end_){_THOUGHT})|(?P<open>[<\[◁]{_THOUGHT})", re.IGNORECASE
 )
 """Beginning or end of a model's thoughts, such as `<think>`, `[/THINK]` or `<|END_THINKING|>`."""
-_FIRST_PLACEHOLDER = 0x10F000
-"""First of the code points that stand for control tokens: the end of the last private plane, which
-no font or encoding is known to use."""
+_MARK = re.compile(r"<\S+>|\[\S+\]")
+_LAST_PLACEHOLDER = 0x10FFFD
+"""Last of the code points that stand for control tokens: the end of Unicode's private planes, which
+no font is known to use."""
 _CHAT = ({"role": "user", "content": "Go on"}, {"role": "assistant", "content": "Yes"})
 
 
@@ -77,9 +79,9 @@ def has_open_thought(text: str) -> bool:
 
 @lru_cache(maxsize=8)
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Tokens that structure a text: the special ones, and those that the chat template writes.
+    """Tokens that structure a text: the special ones, and marks that the chat template writes.
 
-    Marks of thoughts are none, since answers hold them.
+    Marks of thoughts are none, since answers hold them, and neither is white space.
     """
     added = tokenizer.added_tokens_decoder.values()
     try:
@@ -87,19 +89,30 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     except TemplateError:
         written = ""
     named = {*tokenizer.all_special_tokens}
-    found = [t.content for t in added if t.special or t.content in named or t.content in written]
-    return tuple(t for t in found if t and THOUGHT_MARK.fullmatch(t) is None)
+    found = [
+        token.content
+        for token in added
+        if token.special
+        or token.content in named
+        or (token.content in written and _MARK.fullmatch(token.content))
+    ]
+    return tuple(token for token in found if token.strip() and not THOUGHT_MARK.fullmatch(token))
 
 
 def masked(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """Text with placeholders for the control tokens that it spells."""
-    pattern, placeholders = _spellings(tokenizer)
-    return pattern.sub(lambda found: placeholders[found[0]], text)
+    spellings = _spellings(tokenizer)
+    return spellings.tokens.sub(lambda found: spellings.placeholders[found[0]], text)
 
 
 def spelled_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
     """The control tokens that a text spells, each once."""
-    return list(dict.fromkeys(_spellings(tokenizer)[0].findall(text)))
+    return list(dict.fromkeys(_spellings(tokenizer).tokens.findall(text)))
+
+
+def last_control(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """Start of the last control token of a text; 0 if there is none."""
+    return max((found.start() for found in _spellings(tokenizer).tokens.finditer(text)), default=0)
 
 
 def ids_of(
@@ -111,52 +124,89 @@ def ids_of(
         text: text from `masked`, or with parts from it.
         adds_special: let the tokenizer put its own tokens around the text, such as BOS.
     """
-    if not _holds_placeholder(text):
+    spellings = _spellings(tokenizer)
+    if spellings.masks.search(text) is None:
         ids: Any = tokenizer(text, add_special_tokens=adds_special)["input_ids"]
         return ids
-    if isinstance(tokenizer, PreTrainedTokenizerFast):
-        return _literal_tokenizer(tokenizer).encode(text, add_special_tokens=adds_special).ids
-    return _ids_of_parts(tokenizer, text)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return _ids_of_parts(tokenizer, text)
+    literal, own = _literal_tokenizer(tokenizer)
+    spelling = [
+        normalizers.Replace(mask, token)
+        for token, mask in spellings.placeholders.items()
+        if mask in text
+    ]
+    literal.normalizer = normalizers.Sequence([*spelling, *own])
+    return literal.encode(text, add_special_tokens=adds_special).ids
+
+
+@dataclass(frozen=True)
+class _Spellings:
+    """Control tokens of a tokenizer with their placeholders.
+
+    Attributes:
+        tokens: pattern that finds a control token in a text, the longest at its place.
+        placeholders: one character for every control token.
+        masks: pattern that finds a placeholder.
+    """
+
+    tokens: re.Pattern[str]
+    placeholders: dict[str, str]
+    masks: re.Pattern[str]
 
 
 @lru_cache(maxsize=8)
-def _spellings(tokenizer: PreTrainedTokenizerBase) -> tuple[re.Pattern[str], dict[str, str]]:
+def _spellings(tokenizer: PreTrainedTokenizerBase) -> _Spellings:
     tokens = control_tokens(tokenizer)
-    placeholders = {token: chr(_FIRST_PLACEHOLDER + i) for i, token in enumerate(tokens)}
-    longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)"), placeholders
+    placeholders = {token: chr(_LAST_PLACEHOLDER - i) for i, token in enumerate(tokens)}
+    if not tokens:
+        never = re.compile("(?!)")
+        return _Spellings(never, {}, never)
+    masks = re.compile(f"[{chr(_LAST_PLACEHOLDER - len(tokens) + 1)}-{chr(_LAST_PLACEHOLDER)}]")
+    return _Spellings(re.compile(_any_of(tokens)), placeholders, masks)
 
 
-def _holds_placeholder(text: str) -> bool:
-    return not text.isascii() and max(text) >= chr(_FIRST_PLACEHOLDER)
+def _any_of(tokens: Iterable[str]) -> str:
+    """Pattern of the longest of some texts, as a tree: thousands of them share few beginnings."""
+    by_first: dict[str, list[str]] = {}
+    for token in filter(None, tokens):
+        by_first.setdefault(token[0], []).append(token)
+    branches: list[str] = []
+    for same in by_first.values():
+        least, most = min(same), max(same)
+        differs = (i for i, (a, b) in enumerate(zip(least, most, strict=False)) if a != b)
+        begin = least[: next(differs, len(least))]
+        rest = [token.removeprefix(begin) for token in same]
+        behind = "" if rest == [""] else _any_of(rest) + ("?" if "" in rest else "")
+        branches.append(re.escape(begin) + behind)
+    return f"(?:{'|'.join(branches)})"
 
 
 def _ids_of_parts(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The same from a tokenizer without a fast form, which takes what stands between control tokens
     as texts of their own.
     """
-    pattern, placeholders = _spellings(tokenizer)
-    spelling = str.maketrans({mark: token for token, mark in placeholders.items()})
+    spellings = _spellings(tokenizer)
+    spelling = str.maketrans({mask: token for token, mask in spellings.placeholders.items()})
     ids: list[int] = []
-    for part in filter(None, re.split(f"({pattern.pattern})", text)):
-        is_text = pattern.fullmatch(part) is None
+    for part in filter(None, re.split(f"({spellings.tokens.pattern})", text)):
+        is_text = spellings.tokens.fullmatch(part) is None
         options: Any = {"add_special_tokens": False, "split_special_tokens": is_text}
         ids += tokenizer(part.translate(spelling), **options)["input_ids"]
     return ids
 
 
 @lru_cache(maxsize=2)
-def _literal_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """Copy of a tokenizer that reads placeholders as text.
-
-    Added tokens are looked for before the normalizer runs, which writes the spellings.
+def _literal_tokenizer(
+    tokenizer: PreTrainedTokenizerFast,
+) -> tuple[Tokenizer, list[normalizers.Normalizer]]:
+    """Copy of a tokenizer whose normalizer may write the spellings, since it runs when added tokens
+    have been found; and its own normalizer, if it has one.
     """
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in settings["added_tokens"]:
         token["normalized"] = False
     copy = Tokenizer.from_str(json.dumps(settings))
-    _, placeholders = _spellings(tokenizer)
-    spelling = [normalizers.Replace(mark, token) for token, mark in placeholders.items()]
-    own = [] if copy.normalizer is None else [copy.normalizer]
-    copy.normalizer = normalizers.Sequence([*spelling, *own])
-    return copy
+    copy.no_truncation()
+    copy.no_padding()
+    return copy, [] if copy.normalizer is None else [copy.normalizer]

@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError
 from pipeline.fingerprint import digest_bytes, digest_json
 from pipeline.records import Prompt
 from pipeline.synthesis.rewriting import read_template
-from teachers.rendering import ids_of, masked, render, template_of
+from teachers.rendering import ids_of, last_control, masked, render, template_of
 
 ANSWERS_TRIED = ("Yes.", "42", "Two lines:\n\n- it's the 2nd one!")
 """Answers behind which the end of a message is looked for."""
@@ -126,10 +126,14 @@ def answer_ids(
         answer: text as it follows the prompt. A space that the template writes before an answer may
             be left out.
     """
-    text = _behind(tokenizer, prompt, answer)
-    together = ids_together(tokenizer, prompt, answer)
-    if together[: len(asked)] == list(asked) and len(together) > len(asked):
-        return together[len(asked) :]
+    text, before = _behind(tokenizer, prompt, answer), prompt_text(tokenizer, prompt)
+    if start := last_control(tokenizer, before):  # what stands before it changes nothing behind it
+        before = before[start:]
+        own, together = ids_of(tokenizer, before), ids_of(tokenizer, before + text)
+    else:
+        own, together = list(asked), _ids(tokenizer, prompt, before + text)
+    if together[: len(own)] == own and len(together) > len(own):
+        return together[len(own) :]
     line_break, behind = ids_of(tokenizer, "\n"), ids_of(tokenizer, "\n" + text)
     if behind[: len(line_break)] == line_break and len(behind) > len(line_break):
         return behind[len(line_break) :]

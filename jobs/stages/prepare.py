@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -79,7 +80,7 @@ def prepare(config: Config) -> Run:
     refuse_dynamic_scaling(text_config(config.student.files), config.synthesis.max_sequence_tokens)
     _check_student(config)
     tokenizer = load_tokenizer(config.student.files)
-    _check_judges(config, tokenizer)
+    _check_judges(config, tokenizer, any(prompt.messages is not None for prompt in prompts))
     lengths = {prompt.digest: len(prompt_ids(tokenizer, prompt)) for prompt in asked_prompts}
     check_boundaries(tokenizer, asked_prompts, _answered_by_text(config, prompts))
     _check_lengths(config, prompts, lengths)
@@ -191,8 +192,11 @@ def _check_student(config: Config) -> None:
     check_skeleton(config.student, config.training.packing)
 
 
-def _check_judges(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_judges(config: Config, tokenizer: PreTrainedTokenizerBase, chats: bool) -> None:
     """Checks that judges of this run's engines can reply with one digit and nothing else.
+
+    Args:
+        chats: whether some prompts are chats, about which judges are asked in chat form.
 
     Raises:
         ConfigError: a digit is not a single token, or the chat template opens thoughts.
@@ -205,12 +209,14 @@ def _check_judges(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     bound = {name for name in digits if not config.teachers[name].returns_text}
     for name in bound:
         grade_tokens(tokenizer, digits[name])
-    check_bound_judges(tokenizer, bound)
+    if chats:
+        check_bound_judges(tokenizer, bound)
 
 
 def _answered_by_text(config: Config, prompts: Sequence[Prompt]) -> list[Prompt]:
     """Prompts whose answers are text that is tokenized: references, or replies of text APIs without
-    the thoughts that a template may open.
+    the thoughts that a template may open. Replies are not known, and their prompts have no
+    reference here.
 
     A teacher that renders chats itself is not told the student's template arguments.
     """
@@ -221,8 +227,10 @@ def _answered_by_text(config: Config, prompts: Sequence[Prompt]) -> list[Prompt]
         closes_thoughts = (
             isinstance(teacher, EndpointTeacherConfig) and teacher.endpoint.reasoning == "keep"
         )
-        if teacher is None or (teacher.returns_text and not closes_thoughts):
+        if teacher is None:
             answered += asked
+        elif teacher.returns_text and not closes_thoughts:
+            answered += [replace(prompt, reference=None) for prompt in asked]
         if isinstance(teacher, EndpointTeacherConfig) and teacher.returns_text:
             silent |= {step.author} if teacher.endpoint.template_arguments is None else set()
     if silent and config.student.template_arguments:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +20,7 @@ from pipeline.records import Prompt
 from pipeline.templating import DEFAULT_DATE, reads
 from teachers.preflight.forms import (
     PROBE,
+    closes_thoughts,
     end_of,
     first_of_forms,
     form_problems,
@@ -27,13 +29,15 @@ from teachers.preflight.forms import (
     render_form,
     thoughts_remedy,
 )
-from teachers.rendering import spelled_tokens, template_of
+from teachers.rendering import THOUGHT_MARK, spelled_tokens, template_of
 from teachers.tokenizing import answer_ids, ids_together, load_tokenizer, prompt_ids
 
 logger = logging.getLogger(__name__)
 
 PROMPTS_TRIED = 1000
 PROBLEMS_LISTED = 8
+END_CHARACTERS = 2000
+"""Text at both ends of a raw prompt that is looked at."""
 _DATE_FUNCTION = "strftime_now"
 
 
@@ -75,7 +79,8 @@ def check_boundaries(
 
     Args:
         asked: all prompts, in the forms in which they are asked.
-        given: those among them whose answers are given as text.
+        given: those among them whose answers are given as text: their references, or a text that is
+            not known yet where they have none.
 
     Raises:
         ConfigError: a form of prompt loses a message, opens no answer, or opens thoughts before a
@@ -84,7 +89,8 @@ def check_boundaries(
     chats = [prompt for prompt in asked if prompt.messages is not None]
     texts = [prompt for prompt in asked if prompt.messages is None]
     problems = _chat_problems(tokenizer, chats, given)
-    problems += [line for prompt in _spread(texts) for line in _text_problems(tokenizer, prompt)]
+    tried = [_shortened(prompt) for prompt in _spread(texts)]
+    problems += [line for prompt in tried for line in _text_problems(tokenizer, prompt)]
     if problems:
         listed = problems[:PROBLEMS_LISTED]
         if len(problems) > PROBLEMS_LISTED:
@@ -93,7 +99,7 @@ def check_boundaries(
             f"prompts and answers do not meet as {tokenizer.name_or_path} writes them:\n  "
             + "\n  ".join(listed)
         )
-    _warn_of_merging(tokenizer, [*first_of_forms(chats).values(), *_spread(texts)])
+    _warn_of_merging(tokenizer, [*first_of_forms(chats).values(), *tried])
     _warn_of_spellings(tokenizer, texts)
 
 
@@ -119,22 +125,37 @@ def _chat_problems(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[Prompt], given: Sequence[Prompt]
 ) -> list[str]:
     given_of = first_of_forms(given)
+    given_outside = first_of_forms(prompt for prompt in given if not closes_thoughts(prompt))
+    thoughtless = [p for p in given if not THOUGHT_MARK.search(p.reference or "")]
+    given_thoughtless = first_of_forms(thoughtless)
     problems: dict[str, str] = {}  # by the sentence behind the prompt's name, each once
     unwritten: dict[str, str] = {}
+    headers: dict[tuple[str, str], str] = {}
     for roles, prompt in first_of_forms(chats).items():
         form = render_form(tokenizer, roles)
         if form is None:  # refused by the name of the prompt where it is tokenized
             continue
         lines = [lost_message(tokenizer, prompt, i) for i in form.lost]
         if not lines:
-            lines = form_problems(tokenizer, form, prompt, given_of.get(roles))
+            of_form = given_outside if form.opens_thoughts else given_of
+            lines = form_problems(tokenizer, form, prompt, of_form.get(roles))
             lines += _two_beginnings(tokenizer, prompt)
         for line in lines:
             problems.setdefault(line.partition(": ")[2], line)
-        if roles in given_of and form.between and form.between.strip():
-            unwritten.setdefault(form.between, given_of[roles].prompt_id)
+        if roles in given_thoughtless and form.between and form.between.strip():
+            unwritten.setdefault(form.between, given_thoughtless[roles].prompt_id)
+        if form.has_another_header:
+            headers.setdefault((form.opened, form.written or ""), prompt.prompt_id)
     if problems:
         return list(problems.values())
+    for (opened, written), name in headers.items():
+        logger.warning(
+            "prompt %s ends with %s, and the chat template writes an earlier answer behind %s: the "
+            "run follows the prompt",
+            name,
+            end_of(opened),
+            end_of(written),
+        )
     for text, name in unwritten.items():
         logger.warning(
             "the chat template writes %r before an answer, which answers given as text lack "
@@ -236,6 +257,16 @@ def _warn_of_spellings(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Promp
             found[0][0],
             ", ".join(found[0][1]),
         )
+
+
+def _shortened(prompt: Prompt) -> Prompt:
+    """A raw text without its middle, which decides nothing about its ends."""
+    text = str(prompt.text)
+    return (
+        prompt
+        if len(text) <= 2 * END_CHARACTERS
+        else replace(prompt, text=text[:END_CHARACTERS] + text[-END_CHARACTERS:])
+    )
 
 
 def _spread(prompts: Sequence[Prompt]) -> Sequence[Prompt]:

@@ -23,6 +23,7 @@ PROBE = "Paris is it, 42"
 SHOWN_CHARACTERS = 70
 _SWITCHES = ("enable_thinking", "thinking")
 """Variables by which templates are told to open no thoughts."""
+_SWITCH_IN_TEXT = re.compile(r"(?<!\S)/[a-z_]+(?!\S)")
 
 Roles = tuple[str, ...]
 
@@ -54,6 +55,13 @@ class Form:
         return self.written.removeprefix(self.opened)
 
     @property
+    def has_another_header(self) -> bool:
+        """Whether the template writes other words before an answer than a prompt ends with,
+        thoughts and white space aside.
+        """
+        return self.written is not None and not _bare(self.written).startswith(_bare(self.opened))
+
+    @property
     def opens_thoughts(self) -> bool:
         """Whether an answer begins inside the model's thoughts."""
         return has_open_thought(self.opened)
@@ -77,6 +85,14 @@ def render_form(tokenizer: PreTrainedTokenizerBase, roles: Roles) -> Form | None
         closed=None if closed is None else closed.rpartition(last)[2],
         written=before.rpartition(last)[2] if found and last in before else None,
     )
+
+
+def closes_thoughts(prompt: Prompt) -> bool:
+    """Whether the reference of a prompt ends thoughts that it does not begin, as it may behind a
+    template that opens them.
+    """
+    first = THOUGHT_MARK.search(prompt.reference or "")
+    return first is not None and first["close"] is not None
 
 
 def first_of_forms(prompts: Iterable[Prompt]) -> dict[Roles, Prompt]:
@@ -138,7 +154,8 @@ def lost_message(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, index: int)
 def lost_contents(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Indices of the messages with words that the template does not write.
 
-    White space, JSON's escapes and thoughts of earlier answers may go.
+    White space, JSON's escapes, switches such as `/no_think`, and thoughts of earlier answers may
+    go.
     """
     messages = prompt.messages or ()
     written = _words(_rendered(tokenizer, messages) or "")
@@ -164,7 +181,12 @@ def _is_in(written: str, message: Mapping[str, str]) -> bool:
     if message["role"] == "assistant":
         content = THOUGHT_MARK.sub("\0", content).rpartition("\0")[2]
     escaped = [json.dumps(content, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False)]
-    return any(_words(text) in written for text in (content, *escaped))
+    ways = (content, *escaped, _SWITCH_IN_TEXT.sub("", content))
+    return any(_words(text) in written for text in ways)
+
+
+def _bare(text: str) -> str:
+    return "".join(THOUGHT_MARK.sub("", text).split())
 
 
 def _words(text: str) -> str:

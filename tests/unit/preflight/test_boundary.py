@@ -1,5 +1,6 @@
 """Preflight: prompt and answer meet as the chat template of each family writes them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,8 @@ from tests.support.chat_templates import (
     QWEN_3,
     ZEPHYR,
     Family,
-    metaspace,
-    save_subwords,
 )
+from tests.support.tokenizers_for_tests import metaspace, save_subwords
 
 USER = ("user", "What is the capital of France?")
 ANSWERS = ["Paris is it", "42", "- one\n- two"]
@@ -151,6 +151,7 @@ def test_text_that_the_template_leaves_out_is_refused(
         [("user", 'quotes "and" \\ and\nlines, é')],
         [USER, ("assistant", "<think>a b c</think>\n\nd"), ("user", "…")],
         [USER, ("assistant", "x"), ("tool", '{"a": "b\\nc"}')],
+        [("system", "Be kind. /no_think"), USER],
     ],
 )
 def test_text_may_be_trimmed_escaped_or_a_thought(
@@ -160,6 +161,8 @@ def test_text_may_be_trimmed_escaped_or_a_thought(
     check_boundaries(load(tmp_path, family), [chat(*messages)], [])
     options: dict[str, Any] = {"plain": ("<think>", "</think>")}
     check_boundaries(save_subwords(tmp_path / "q", QWEN_3, **options), [chat(*messages)], [])
+    switches = CHATML.replace("m['content']", "m['content'].replace('/no_think', '')")
+    check_boundaries(save_subwords(tmp_path / "s", switches), [chat(*messages)], [])
 
 
 def test_a_template_that_opens_no_answer_is_refused_for_all(tmp_path: Path) -> None:
@@ -185,6 +188,42 @@ def test_an_answer_behind_open_thoughts_has_two_remedies(tmp_path: Path) -> None
         r"'<.Assistant.>Paris.*name a template that opens none in student\.chat_template",
     ):
         check_boundaries(tokenizer, asked, asked)
+
+
+def test_a_reference_may_end_thoughts_that_the_template_opens(tmp_path: Path) -> None:
+    r1 = FAMILIES["deepseek-r1"]
+    tokenizer = save_subwords(tmp_path, r1.template, **r1.options)
+    fitting, begun = "Hm.\n</think>\n\n42", "<think>\nHm.\n</think>\n\n42"
+    prompts = [replace(chat(USER, name=n), reference=n) for n in (fitting, begun, "42")]
+    check_boundaries(tokenizer, prompts, prompts[:1])
+    for number in (1, 2):
+        with pytest.raises(ConfigError, match="opens thoughts"):
+            check_boundaries(tokenizer, prompts, [prompts[0], prompts[number]])
+
+
+def test_references_with_thoughts_need_no_caution(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = save_subwords(tmp_path, QWEN_3, **FAMILIES["qwen-3"].options)
+    prompts = [replace(chat(USER), reference="<think>\nHm.\n</think>\n\n42")]
+    check_boundaries(tokenizer, prompts, prompts)
+    assert not caplog.records
+
+
+def test_another_header_than_that_of_earlier_answers_is_a_caution(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = save_subwords(tmp_path, CHATML.replace("assistant\n'", "model\n'"))
+    check_boundaries(tokenizer, [chat(USER), chat(USER, ("assistant", "x"), USER)], [])
+    (record,) = caplog.records
+    assert "model" in record.getMessage() and "assistant" in record.getMessage()
+
+
+def test_the_middle_of_a_long_text_costs_nothing(tmp_path: Path) -> None:
+    tokenizer = save_subwords(tmp_path, CHATML, adds=("<|im_end|>",))
+    long = text("a " * 10**6 + "Answer:")
+    with pytest.raises(ConfigError, match=r"a Answer:<\|im_end\|> Paris"):
+        check_boundaries(tokenizer, [long] * 5, [])
 
 
 def test_one_beginning_of_sequence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
