@@ -7,9 +7,11 @@ and the exported student, whose users may still pass other values.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from datetime import date
+from keyword import iskeyword
 from typing import Any
 
 TEMPLATE_DATE = "template_date"
@@ -45,18 +47,26 @@ def prelude(arguments: Mapping[str, Any], day: date | None = None) -> str:
     return "".join(lines) + "\n" if lines else ""
 
 
-def refuse_reserved(arguments: Mapping[str, Any]) -> None:
-    """Refuses arguments that cannot act.
+def checked_arguments(arguments: Any) -> Any:
+    """Arguments of a chat template as they are, before pydantic reads them.
 
     Raises:
-        ValueError: a name is no variable of Jinja, or the renderer sets it for every prompt.
+        ValueError: a name is no variable of Jinja, or the renderer sets it for every prompt; or a
+            value is none of JSON's.
     """
-    for name in arguments:
-        if not name.isidentifier():
+    if not isinstance(arguments, dict):
+        return arguments
+    for name, value in arguments.items():
+        if isinstance(value, date):
+            raise ValueError(f"{name} is a date in YAML: put {value} between quotes")
+        if not str(name).isidentifier() or iskeyword(str(name)):
             raise ValueError(f"{name!r} cannot be a variable of a chat template: correct the name")
         if name in GIVEN_BY_RENDERER:
             other = "set template_date" if name == "strftime_now" else "leave it out"
             raise ValueError(f"{name!r} is set for every prompt by whatever renders it: {other}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}, which JSON does not know: give a number or text")
+    return arguments
 
 
 def reads(template: str, name: str) -> bool:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
 from pipeline.config.base import Count, ModelFiles, Section
-from pipeline.templating import prelude, refuse_reserved
+from pipeline.templating import checked_arguments, prelude
 
 
 class StudentConfig(Section):
@@ -39,7 +39,9 @@ class StudentConfig(Section):
     student's own. It turns a base student without one into a chat model, and is exported with
     it."""
     template_arguments: Annotated[
-        dict[str, JsonValue], Field(exclude_if=lambda arguments: not arguments)
+        dict[str, JsonValue],
+        Field(exclude_if=lambda arguments: not arguments),
+        BeforeValidator(checked_arguments),
     ] = Field(default_factory=dict)
     """Values of variables that the chat template reads, such as `{enable_thinking: false}`. They
     hold wherever the run renders a chat, with teachers' own templates as well, and are part of
@@ -71,12 +73,6 @@ class StudentConfig(Section):
     replicas: Count = 1
     """Number of engines that serve the student when it writes answers (`by: student`). Each takes
     `evaluation.resources`."""
-
-    @field_validator("template_arguments")
-    @classmethod
-    def _check_arguments(cls, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        refuse_reserved(arguments)
-        return arguments
 
     @model_validator(mode="after")
     def _flash_attention_has_its_dtype(self) -> StudentConfig:

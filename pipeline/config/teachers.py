@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
 
 from pipeline.config.base import Count, ModelFiles, Name, Positive, Resources, Section
-from pipeline.templating import refuse_reserved
+from pipeline.templating import checked_arguments
 
 ENVIRONMENT_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
 PROMPT_FIELDS = frozenset({"model", "messages", "prompt"})
@@ -133,7 +133,9 @@ class EndpointConfig(Section):
     and not allowed for `api: openai`. Both are compared with the student's; weights are not read
     from it."""
     template_arguments: Annotated[
-        dict[str, JsonValue] | None, Field(exclude_if=lambda arguments: arguments is None)
+        dict[str, JsonValue] | None,
+        Field(exclude_if=lambda arguments: arguments is None),
+        BeforeValidator(checked_arguments),
     ] = None
     """Values of variables of the server's chat template, such as `{enable_thinking: false}`, sent
     with every chat as `chat_template_kwargs`. Servers of vLLM and SGLang know this key, OpenAI's
@@ -239,7 +241,6 @@ class EndpointConfig(Section):
                 "api vllm exchanges token ids, which are rendered with student.template_arguments: "
                 "leave template_arguments out here"
             )
-        refuse_reserved(self.template_arguments or {})
         return self
 
 

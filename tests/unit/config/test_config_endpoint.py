@@ -44,6 +44,16 @@ def test_both_kinds_of_teachers_survive_a_round_trip(tmp_path: Path) -> None:
     assert load_config(path) == config
 
 
+def test_template_arguments_survive_a_round_trip_and_are_new_work(tmp_path: Path) -> None:
+    told = WRITING.replace(TEXT, f"{TEXT}, template_arguments: {{thinking: false}}")
+    student = ["student.template_arguments={thinking: null}", "student.template_date=2026-11-30"]
+    config, path = load(told, *student), tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+    keys = {preparation_key(load(*o)) for o in ([WRITING], [told], [WRITING, student[0]])}
+    assert len(keys) == 3 and "template_arguments" not in dump_config(load(WRITING))
+
+
 @pytest.mark.parametrize(
     ("teacher", "message"),
     [
@@ -60,6 +70,11 @@ def test_both_kinds_of_teachers_survive_a_round_trip(tmp_path: Path) -> None:
         ("{endpoint: {url: 'h:8000', model: m, api: vllm}}", "must be like http://host:8000/v1"),
         (f"{{endpoint: {{{TEXT}, api_key_env: lower}}}}", "name of an environment variable"),
         (f"{{endpoint: {{{TEXT}, max_concurrency: 0}}}}", "greater than or equal to 1"),
+        (
+            f"{{endpoint: {{{VLLM}, template_arguments: {{a: 1}}}}, model_identity: x}}",
+            "rendered with student.template_arguments: leave template_arguments out",
+        ),
+        (f"{{endpoint: {{{TEXT}, template_arguments: {{tools: 1}}}}}}", "is set for every prompt"),
     ],
 )
 def test_a_teacher_that_makes_no_sense_is_refused(teacher: str, message: str) -> None:

@@ -1,6 +1,7 @@
 """Preflight: prompt and answer meet as the chat template of each family writes them."""
 
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +297,19 @@ def test_arguments_that_the_template_does_not_read_are_refused(tmp_path: Path) -
         check_template(StudentConfig(model=str(tmp_path), initialization="random", **day))
 
 
-@pytest.mark.parametrize("name", ["messages", "bos_token", "strftime_now", "not a name"])
-def test_arguments_that_cannot_act_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"is set for every prompt|cannot be a variable"):
-        StudentConfig(model="m", initialization="random", template_arguments={name: 1})
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("messages", 1, "is set for every prompt"),
+        ("bos_token", "<s>", "is set for every prompt"),
+        ("strftime_now", 1, "set template_date"),
+        ("not a name", 1, "cannot be a variable"),
+        ("if", 1, "cannot be a variable"),
+        ("date_string", date(2026, 11, 30), "put 2026-11-30 between quotes"),
+        ("top", float("nan"), "which JSON does not know"),
+        ("of", {"a": {1, 2}}, "not a valid JSON value"),
+    ],
+)
+def test_arguments_that_cannot_act_are_refused(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StudentConfig(model="m", initialization="random", template_arguments={name: value})
