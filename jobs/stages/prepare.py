@@ -43,6 +43,7 @@ from teachers.preflight.boundary import check_bound_judges, check_boundaries, ch
 from teachers.preflight.identity import check_model, check_weights, model_identity, student_identity
 from teachers.preflight.model_layers import check_layers, hidden_sizes, text_config
 from teachers.preflight.vocabulary import check_vocabularies, further_ends
+from teachers.rendering import template_of
 from teachers.tasks.judge import GRADES, grade_tokens
 from teachers.tokenizing import (
     chat_end,
@@ -82,7 +83,12 @@ def prepare(config: Config) -> Run:
     tokenizer = load_tokenizer(config.student.files)
     _check_judges(config, tokenizer, any(prompt.messages is not None for prompt in prompts))
     lengths = {prompt.digest: len(prompt_ids(tokenizer, prompt)) for prompt in asked_prompts}
-    check_boundaries(tokenizer, asked_prompts, _answered_by_text(config, prompts))
+    check_boundaries(
+        tokenizer,
+        asked_prompts,
+        _answered_by_text(config, prompts),
+        needs_bos=_is_of_no_model(config, tokenizer),
+    )
     _check_lengths(config, prompts, lengths)
     repeated = sum(p.text is not None and repeats_bos(tokenizer, p.text) for p in prompts)
     if repeated:
@@ -240,6 +246,16 @@ def _answered_by_text(config: Config, prompts: Sequence[Prompt]) -> list[Prompt]
             ", ".join(sorted(silent)),
         )
     return answered
+
+
+def _is_of_no_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template is a file that is not the template of a teacher either."""
+    if config.student.chat_template is None:
+        return False
+    prelude = config.student.files.template_prelude
+    named = (template_of(tokenizer) or "").removeprefix(prelude)
+    files = [teacher.files for teacher in config.teachers.values() if teacher.files is not None]
+    return all(template_of(load_tokenizer(of_teacher)) != named for of_teacher in files)
 
 
 def _check_vocabulary_sizes(config: Config) -> dict[str, int]:

@@ -73,7 +73,11 @@ def check_template(student: StudentConfig) -> str | None:
 
 
 def check_boundaries(
-    tokenizer: PreTrainedTokenizerBase, asked: Sequence[Prompt], given: Sequence[Prompt]
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Prompt],
+    given: Sequence[Prompt],
+    *,
+    needs_bos: bool = False,
 ) -> None:
     """Checks that prompts and answers meet as the chat template, or one text, has them.
 
@@ -81,6 +85,8 @@ def check_boundaries(
         asked: all prompts, in the forms in which they are asked.
         given: those among them whose answers are given as text: their references, or a text that is
             not known yet where they have none.
+        needs_bos: refuse a chat template without the BOS that the tokenizer puts before plain text.
+            A model's own template shows that the model was trained without.
 
     Raises:
         ConfigError: a form of prompt loses a message, opens no answer, or opens thoughts before a
@@ -88,7 +94,7 @@ def check_boundaries(
     """
     chats = [prompt for prompt in asked if prompt.messages is not None]
     texts = [prompt for prompt in asked if prompt.messages is None]
-    problems = _chat_problems(tokenizer, chats, given)
+    problems = _chat_problems(tokenizer, chats, given, needs_bos)
     tried = [_shortened(prompt) for prompt in _spread(texts)]
     problems += [line for prompt in tried for line in _text_problems(tokenizer, prompt)]
     if problems:
@@ -122,7 +128,10 @@ def check_bound_judges(tokenizer: PreTrainedTokenizerBase, judges: Iterable[str]
 
 
 def _chat_problems(
-    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Prompt], given: Sequence[Prompt]
+    tokenizer: PreTrainedTokenizerBase,
+    chats: Sequence[Prompt],
+    given: Sequence[Prompt],
+    needs_bos: bool,
 ) -> list[str]:
     given_of = first_of_forms(given)
     given_outside = first_of_forms(prompt for prompt in given if not closes_thoughts(prompt))
@@ -164,8 +173,10 @@ def _chat_problems(
             name,
             thoughts_remedy(tokenizer),
         )
-    if chats:
-        _warn_of_no_beginning(tokenizer, chats[0])
+    if chats and (line := _no_beginning(tokenizer, chats[0])) is not None:
+        if needs_bos:
+            return [f"{line}: begin the template with {{{{ bos_token }}}}"]
+        logger.warning("%s; its model may have been trained so", line)
     return [
         lost_message(tokenizer, prompt, i)
         for prompt in _spread(chats)
@@ -201,20 +212,16 @@ def _two_beginnings(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[
     ]
 
 
-def _warn_of_no_beginning(tokenizer: PreTrainedTokenizerBase, chat: Prompt) -> None:
-    """Warns of a template without the BOS that the tokenizer puts before plain text.
-
-    Some models have been trained so, and a teacher's template that writes it is compared.
-    """
+def _no_beginning(tokenizer: PreTrainedTokenizerBase, chat: Prompt) -> str | None:
+    """Sentence about a template without the BOS that the tokenizer puts before plain text."""
     ids, own = prompt_ids(tokenizer, chat), tokenizer("")["input_ids"]
-    if own[:1] == [tokenizer.bos_token_id] != ids[:1]:
-        logger.warning(
-            "the chat template begins a prompt with %r, and the tokenizer begins plain text with "
-            "%s: if the model has been trained with it, name a template that writes it in "
-            "student.chat_template",
-            tokenizer.decode(ids[:8]),
-            tokenizer.bos_token,
-        )
+    if own[:1] != [tokenizer.bos_token_id] or ids[:1] == own[:1]:
+        return None
+    return (
+        f"prompt {chat.prompt_id}: the chat template writes no {tokenizer.bos_token}: the run "
+        f"would train on {tokenizer.decode(ids[:8])!r}, and the tokenizer begins plain text with "
+        f"{tokenizer.decode([*own[:1], *ids[:8]])!r}"
+    )
 
 
 def _warn_of_merging(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> None:

@@ -61,6 +61,10 @@ class Form:
         """
         return self.written is not None and not _bare(self.written).startswith(_bare(self.opened))
 
+    def ends_with(self, token: str) -> bool:
+        """Whether a prompt ends with a token, white space aside."""
+        return self.opened.rstrip().endswith(token)
+
     @property
     def opens_thoughts(self) -> bool:
         """Whether an answer begins inside the model's thoughts."""
@@ -121,10 +125,16 @@ def form_problems(
             f"{end_of(form.opened)}, and an answer stands behind {end_of(written or '')}: name a "
             "template that writes a generation prompt in student.chat_template"
         ]
-    if given is None:
-        return []
     trained = f"the run would train on {end_of(form.opened + PROBE)}"
     trained += "" if written is None else f", and the template writes {end_of(written + PROBE)}"
+    if written is not None and between is None and form.ends_with(str(tokenizer.eos_token)):
+        return [
+            f"prompt {prompt.prompt_id}: the chat template ends a prompt by {tokenizer.eos_token}, "
+            f"and an answer would stand behind it: {trained}: name a template that writes a "
+            "generation prompt without it in student.chat_template"
+        ]
+    if given is None:
+        return []
     if form.opens_thoughts:
         return [
             f"prompt {given.prompt_id}: the chat template opens thoughts, and an answer that is "

@@ -172,6 +172,15 @@ def test_a_template_that_opens_no_answer_is_refused_for_all(tmp_path: Path) -> N
         check_boundaries(tokenizer, [chat(USER)], [])
 
 
+def test_a_template_that_ends_a_prompt_is_refused_for_all(tmp_path: Path) -> None:
+    ended = CHATML.replace("assistant\n' }}", "assistant\n<|im_end|>\n' }}")
+    tokenizer = save_subwords(tmp_path, ended)
+    with pytest.raises(ConfigError, match=r"ends a prompt by <\|im_end\|>.*template writes '<"):
+        check_boundaries(tokenizer, [chat(USER)], [])
+    blenderbot = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    check_boundaries(save_subwords(tmp_path / "b", blenderbot), [chat(USER)], [chat(USER)])
+
+
 def test_an_answer_behind_open_thoughts_has_two_remedies(tmp_path: Path) -> None:
     family = FAMILIES["deepseek-v3.1 thinking"]
     tokenizer = save_subwords(tmp_path / "a", family.template, **family.options)
@@ -239,7 +248,14 @@ def test_one_beginning_of_sequence(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert not caplog.records
     none = save_subwords(tmp_path / "b", CHATML, **family.options)
     check_boundaries(none, [chat(USER)], [])
-    assert "the tokenizer begins plain text with <|begin_of_text|>" in caplog.text
+    shown = "begins plain text with '<|begin_of_text|><|im_st"
+    assert shown in caplog.text
+    with pytest.raises(
+        ConfigError, match=r"begin the template with \{\{ bos_token \}\}"
+    ) as refused:
+        check_boundaries(none, [chat(USER)], [], needs_bos=True)
+    assert shown in str(refused.value)
+    check_boundaries(load(tmp_path / "c", family), [chat(USER)], [], needs_bos=True)
 
 
 @pytest.mark.parametrize("written", ["Question: x Answer:", "Hello</s>"])

@@ -1,9 +1,11 @@
 """Prepare: the chat template is judged by the answers that the run really asks for."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, processors
 
 from jobs.stages.prepare import prepare
 from pipeline import storage
@@ -100,6 +102,24 @@ def test_arguments_and_the_day_are_part_of_every_identity(tmp_path: Path) -> Non
         assert other.key != first.key and other.tokenizer_hash != first.tokenizer_hash
         assert not {*other.cache_fingerprints.values()} & {*first.cache_fingerprints.values()}
         assert not {*other.synthesis_digests.values()} & {*first.synthesis_digests.values()}
+
+
+def test_a_template_of_no_model_writes_the_bos_of_its_tokenizer(tmp_path: Path) -> None:
+    student, bos = tmp_path / "student", "<|system|>"
+    shutil.copytree(QUICKSTART / "student", student)
+    core = Tokenizer.from_file(str(student / "tokenizer.json"))
+    core.post_processor = processors.TemplateProcessing(
+        single=[bos, "$A"], special_tokens=[(bos, core.token_to_id(bos))]
+    )
+    core.save(str(student / "tokenizer.json"))
+    settings = student / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"bos_token": bos}))
+    own = f"student.model={student}"
+    plain = THINKING.replace("<think>", "")
+    with pytest.raises(ConfigError, match=r"writes no <\|system\|>.*begin the template with"):
+        prepared(tmp_path, plain, own)
+    prepared(tmp_path, "{{ bos_token }}" + plain, own)
+    prepared(tmp_path, (QUICKSTART / "teachers/words/chat_template.jinja").read_text(), own)
 
 
 def test_a_training_knows_the_arguments_by_its_tokenizer(tmp_path: Path) -> None:
