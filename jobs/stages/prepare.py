@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -19,8 +18,8 @@ from pipeline.config.base import ModelFiles
 from pipeline.config.filters import Filter, Judge
 from pipeline.config.rounds import layout_of, round_layouts
 from pipeline.config.run import Config
-from pipeline.config.synthesis import STUDENT, Answering, GivenAnswers
-from pipeline.config.teachers import EndpointTeacherConfig, TeacherConfig
+from pipeline.config.synthesis import STUDENT, Answering
+from pipeline.config.teachers import TeacherConfig
 from pipeline.errors import ConfigError
 from pipeline.filters.answer_checkers import checker_identity
 from pipeline.filters.run import filter_identity
@@ -39,11 +38,11 @@ from pipeline.synthesis.steps import planned_answers, steps_of, with_system_prom
 from students.architecture.positions import refuse_dynamic_scaling
 from students.deepspeed_options import check_deepspeed_options
 from teachers.engine.options import check_sampling_values
-from teachers.preflight.boundary import check_bound_judges, check_boundaries, check_template
+from teachers.preflight.boundary import check_bound_judges, check_boundaries
 from teachers.preflight.identity import check_model, check_weights, model_identity, student_identity
 from teachers.preflight.model_layers import check_layers, hidden_sizes, text_config
+from teachers.preflight.template import answered_by_text, check_template, is_of_no_model
 from teachers.preflight.vocabulary import check_vocabularies, further_ends
-from teachers.rendering import template_of
 from teachers.tasks.judge import GRADES, grade_tokens
 from teachers.tokenizing import (
     chat_end,
@@ -74,7 +73,7 @@ def prepare(config: Config) -> Run:
             check_model(files)
     _check_weights(config)
     asked_prompts = with_system_prompts(config, prompts)
-    template_date = check_template(config.student)
+    template_date = check_template(config)
     tokenizer_hash = check_vocabularies(config, asked_prompts)
     rows = _check_vocabulary_sizes(config)
     check_layers(config)
@@ -83,12 +82,8 @@ def prepare(config: Config) -> Run:
     tokenizer = load_tokenizer(config.student.files)
     _check_judges(config, tokenizer, any(prompt.messages is not None for prompt in prompts))
     lengths = {prompt.digest: len(prompt_ids(tokenizer, prompt)) for prompt in asked_prompts}
-    check_boundaries(
-        tokenizer,
-        asked_prompts,
-        _answered_by_text(config, prompts),
-        needs_bos=_is_of_no_model(config, tokenizer),
-    )
+    given, needs_bos = answered_by_text(config, prompts), is_of_no_model(config)
+    check_boundaries(tokenizer, asked_prompts, given, needs_bos=needs_bos)
     _check_lengths(config, prompts, lengths)
     repeated = sum(p.text is not None and repeats_bos(tokenizer, p.text) for p in prompts)
     if repeated:
@@ -217,45 +212,6 @@ def _check_judges(config: Config, tokenizer: PreTrainedTokenizerBase, chats: boo
         grade_tokens(tokenizer, digits[name])
     if chats:
         check_bound_judges(tokenizer, bound)
-
-
-def _answered_by_text(config: Config, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Prompts whose answers are text that is tokenized: references, or replies of text APIs without
-    the thoughts that a template may open. Replies are not known, and their prompts have no
-    reference here.
-
-    A teacher that renders chats itself is not told the student's template arguments.
-    """
-    answered: list[Prompt] = []
-    silent: set[str] = set()
-    for of_round, step, asked in planned_answers(config, prompts):
-        teacher = None if isinstance(step.recipe, GivenAnswers) else of_round.author(step.author)
-        closes_thoughts = (
-            isinstance(teacher, EndpointTeacherConfig) and teacher.endpoint.reasoning == "keep"
-        )
-        if teacher is None:
-            answered += asked
-        elif teacher.returns_text and not closes_thoughts:
-            answered += [replace(prompt, reference=None) for prompt in asked]
-        if isinstance(teacher, EndpointTeacherConfig) and teacher.returns_text:
-            silent |= {step.author} if teacher.endpoint.template_arguments is None else set()
-    if silent and config.student.template_arguments:
-        logger.warning(
-            "%s: the server renders chats itself and is not told student.template_arguments: give "
-            "its template's own in endpoint.template_arguments, or {} if it takes none",
-            ", ".join(sorted(silent)),
-        )
-    return answered
-
-
-def _is_of_no_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template is a file that is not the template of a teacher either."""
-    if config.student.chat_template is None:
-        return False
-    prelude = config.student.files.template_prelude
-    named = (template_of(tokenizer) or "").removeprefix(prelude)
-    files = [teacher.files for teacher in config.teachers.values() if teacher.files is not None]
-    return all(template_of(load_tokenizer(of_teacher)) != named for of_teacher in files)
 
 
 def _check_vocabulary_sizes(config: Config) -> dict[str, int]:

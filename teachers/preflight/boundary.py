@@ -14,10 +14,8 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config.student import StudentConfig
 from pipeline.errors import ConfigError
 from pipeline.records import Prompt
-from pipeline.templating import DEFAULT_DATE, reads
 from teachers.preflight.forms import (
     PROBE,
     closes_thoughts,
@@ -29,8 +27,8 @@ from teachers.preflight.forms import (
     render_form,
     thoughts_remedy,
 )
-from teachers.rendering import THOUGHT_MARK, spelled_tokens, template_of
-from teachers.tokenizing import answer_ids, ids_together, load_tokenizer, prompt_ids
+from teachers.rendering import THOUGHT_MARK, spelled_tokens
+from teachers.tokenizing import answer_ids, ids_together, prompt_ids
 
 logger = logging.getLogger(__name__)
 
@@ -38,38 +36,6 @@ PROMPTS_TRIED = 1000
 PROBLEMS_LISTED = 8
 END_CHARACTERS = 2000
 """Text at both ends of a raw prompt that is looked at."""
-_DATE_FUNCTION = "strftime_now"
-
-
-def check_template(student: StudentConfig) -> str | None:
-    """Checks that the student's chat template reads what the config gives it.
-
-    Returns:
-        The day that the template writes as today, in ISO form; None if it writes none.
-
-    Raises:
-        ConfigError: the template reads no such variable.
-    """
-    template = template_of(load_tokenizer(student.files)) or ""
-    template = template.removeprefix(student.files.template_prelude)
-    unread = [name for name in student.template_arguments if not reads(template, name)]
-    if unread:
-        raise ConfigError(
-            f"student.template_arguments: the chat template of {student.model} reads no variable "
-            f"{', '.join(unread)}: correct the name, or leave it out"
-        )
-    writes_date = reads(template, _DATE_FUNCTION)
-    if student.template_date is not None and not writes_date:
-        raise ConfigError(
-            f"student.template_date: the chat template of {student.model} does not write the day "
-            f"of today ({_DATE_FUNCTION}): leave it out, or name the template's own variable in "
-            "student.template_arguments"
-        )
-    if not writes_date:
-        return None
-    day = (student.template_date or DEFAULT_DATE).isoformat()
-    logger.info("the chat template writes the day: it is %s (student.template_date)", day)
-    return day
 
 
 def check_boundaries(

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.config.load import load_config
+from pipeline.config.run import Config
 from pipeline.config.student import StudentConfig
 from pipeline.errors import ConfigError
 from pipeline.records import Prompt
-from teachers.preflight.boundary import check_bound_judges, check_boundaries, check_template
+from teachers.preflight.boundary import check_bound_judges, check_boundaries
+from teachers.preflight.template import check_template
 from teachers.tokenizing import answer_ids, load_tokenizer, prompt_ids
 from tests.support.chat_templates import (
     CHATML,
@@ -24,6 +27,7 @@ from tests.support.chat_templates import (
     ZEPHYR,
     Family,
 )
+from tests.support.command_line import QUICKSTART
 from tests.support.tokenizers_for_tests import metaspace, save_subwords
 
 USER = ("user", "What is the capital of France?")
@@ -47,12 +51,18 @@ def prompts_of(family: Family) -> list[Prompt]:
     return [*asked, chat(("system", "Be kind."), USER)] if family.takes_system else asked
 
 
+def config_of(student: StudentConfig) -> Config:
+    return load_config(QUICKSTART / "config.yaml").model_copy(update={"student": student})
+
+
 def load(folder: Path, family: Family) -> PreTrainedTokenizerBase:
     """The family's tokenizer under the arguments with which given answers meet their prompts."""
     save_subwords(folder, family.template, **family.options)
     arguments = {"template_arguments": family.arguments}
     student = StudentConfig(model=str(folder), initialization="random", **arguments)
-    assert check_template(student) == ("2025-01-01" if "strftime" in family.template else None)
+    assert check_template(config_of(student)) == (
+        "2025-01-01" if "strftime" in family.template else None
+    )
     return load_tokenizer(student.files)
 
 
@@ -307,10 +317,11 @@ def test_arguments_that_the_template_does_not_read_are_refused(tmp_path: Path) -
         model=str(tmp_path), initialization="random", template_arguments={"enable_thinkin": False}
     )
     with pytest.raises(ConfigError, match="reads no variable enable_thinkin: correct the name"):
-        check_template(student)
+        check_template(config_of(student))
     day = {"template_arguments": {}, "template_date": "2026-11-30"}
     with pytest.raises(ConfigError, match=r"does not write the day of today \(strftime_now\)"):
-        check_template(StudentConfig(model=str(tmp_path), initialization="random", **day))
+        student = StudentConfig(model=str(tmp_path), initialization="random", **day)
+        check_template(config_of(student))
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,8 @@ def test_replies_of_a_text_api_are_given_answers(
     plain = [by_words, f"teachers.writer.endpoint={server % ''}"]
     with pytest.raises(ConfigError, match="opens thoughts"):
         prepared(tmp_path, THINKING, *plain)
+    keeping = server % ", reasoning: keep"  # the thoughts of a reply end those of the template
+    prepared(tmp_path, THINKING, by_words, f"teachers.writer.endpoint={keeping}")
     asked = prepared(tmp_path, THINKING, *plain, SILENT)
     assert "writer: the server renders chats itself and is not told" in caplog.text
     caplog.clear()
