@@ -8,7 +8,7 @@ from __future__ import annotations
 from jobs.bookkeeping.plan import length_cautions, plan_rounds
 from jobs.bookkeeping.stage_records import scored_dataset
 from jobs.cluster.placement import check_local_head
-from jobs.stages.preflight import check_inputs
+from jobs.stages.preflight import check_inputs, unread_references
 from pipeline.cache_care.status import stale_caches
 from pipeline.config.base import Resources
 from pipeline.config.load import check_shared_paths
@@ -16,6 +16,7 @@ from pipeline.config.rounds import rounds_of
 from pipeline.config.run import Config
 from pipeline.config.synthesis import Writing, is_by_student
 from pipeline.config.teachers import EndpointTeacherConfig
+from pipeline.records import Prompt
 from pipeline.run.prepared_run import Run
 from pipeline.run.training_spec import training_specs
 from students.checkpoints.resume import check_training
@@ -46,24 +47,31 @@ def dry_run_text(config: Config, address: str | None = None) -> str:
     run = Run.find(config)
     if run is not None:
         lines += [f"stale       {line}" for line in stale_caches(run)]
+    prompts: list[Prompt] = []
     for of_round in rounds_of(config):
-        _check(of_round)
+        prompts = _check(of_round) or prompts
     longest = 0 if run is None else run.prepared.longest_prompt
-    lines += [f"caution     {line}" for line in length_cautions(config, longest)]
+    unread = unread_references(config, prompts) if run is None else run.prepared.unread_references
+    lines += [f"caution     {line}" for line in [*length_cautions(config, longest), *unread]]
     lines += ["# resources", *_resources(config)]
     return "\n".join(lines)
 
 
-def _check(config: Config) -> None:
-    """Refuses what a stage would refuse, as far as no model and no engine is needed for it."""
+def _check(config: Config) -> list[Prompt]:
+    """Refuses what a stage would refuse, as far as no model and no engine is needed for it.
+
+    Returns:
+        The prompts, if they had to be read.
+    """
     run = Run.find(config)
     if run is None and config.round > 1:
-        return  # the first round has the same inputs
+        return []  # the first round has the same inputs
     if run is None:
-        check_inputs(config)
-    elif dataset := scored_dataset(run):
+        return check_inputs(config)[0]
+    if dataset := scored_dataset(run):
         for spec in training_specs(run, dataset):
             check_training(spec)
+    return []
 
 
 def _resources(config: Config) -> list[str]:

@@ -47,6 +47,11 @@ def opens_thought(prompt: str) -> bool:
     return not (tags[0]["end"] or tags[0]["mistral_end"])
 
 
+def is_thought_tag(text: str) -> bool:
+    """Whether a text is a tag that opens or closes a thought."""
+    return _TAG.fullmatch(text) is not None
+
+
 def last_code_block(text: str) -> str | None:
     """Content of the last closed code fence, for checkers that look at code alone.
 

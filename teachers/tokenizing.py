@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from pipeline.config.base import ModelFiles
 from pipeline.errors import ConfigError
+from pipeline.final_text import is_thought_tag, opens_thought
 from pipeline.fingerprint import digest_bytes, digest_json
 from pipeline.records import Prompt
 from pipeline.synthesis.rewriting import read_template
@@ -19,6 +20,8 @@ from teachers.rendering import ids_of, last_control, masked, render, template_of
 
 ANSWERS_TRIED = ("Yes.", "42", "Two lines:\n\n- it's the 2nd one!")
 """Answers behind which the end of a message is looked for."""
+LAST_TOKENS = 16
+"""Tokens at the end of a prompt in which a thought may be opened."""
 _MARKUP = re.compile(r"<\S+>|\[\S+\]")
 
 
@@ -226,10 +229,36 @@ def repeats_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
-    """Text of an answer, without special tokens and without its end."""
+    """Text of an answer, without special tokens and without its end.
+
+    Tags around thoughts stay, also where they are special tokens.
+    """
     # The ends need not be special tokens.
     if token_ids and token_ids[-1] in (tokenizer.eos_token_id, chat_end(tokenizer)):
         token_ids = token_ids[:-1]
+    tags = _special_thought_tags(tokenizer)
+    parts, start = [], 0
+    for place in [i for i, token in enumerate(token_ids) if token in tags]:
+        parts += [_decoded(tokenizer, token_ids[start:place]), tags[token_ids[place]]]
+        start = place + 1
+    return "".join([*parts, _decoded(tokenizer, token_ids[start:])])
+
+
+def begins_in_thought(tokenizer: PreTrainedTokenizerBase, prompt_token_ids: list[int]) -> bool:
+    """Whether a rendered prompt ends with a thought that its template has opened."""
+    return opens_thought(str(tokenizer.decode(prompt_token_ids[-LAST_TOKENS:])))
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
     text = tokenizer.decode(token_ids, skip_special_tokens=True)
     assert isinstance(text, str), "one sequence of ids is one text"
     return text
+
+
+@lru_cache(maxsize=4)
+def _special_thought_tags(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Special tokens that open or close a thought, which decoding leaves out like all others."""
+    added = {
+        i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    return {i: text for i, text in added.items() if is_thought_tag(text)}

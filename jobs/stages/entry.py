@@ -77,6 +77,8 @@ def _prepare(config: Config) -> StageRecord:
     prepared = run.prepared
     for line in [*stale_caches(run), *length_cautions(config, prepared.longest_prompt)]:
         logger.info(line)
+    for line in prepared.unread_references:
+        logger.warning(line)
     counts = ", ".join(f"{name} {count}" for name, count in prepared.prompt_counts.items())
     return StageRecord(key=prepared.key, summary=f"prompts: {counts}; vocabularies agree")
 

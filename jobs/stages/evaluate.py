@@ -86,8 +86,10 @@ def evaluate(run: Run, dataset: str) -> StageRecord:
     took.update({STUDENT: time.monotonic() - begun})
     students += [model.domains for model in models if model.name == STUDENT]
     preferred = preferences(run, prompts, took)
-    # Equal for all models: the student's tokenizer decides.
-    too_long = {"holdout_too_long_to_ask": served[-1].num_too_long}
+    # Equal for all models: the student's tokenizer and the checker decide.
+    beside = {"holdout_too_long_to_ask": served[-1].num_too_long}
+    if served[-1].num_unread:
+        beside["holdout_reference_unread"] = served[-1].num_unread
     synthesized, scored = (read_record(layout, stage) for stage in ("synthesize", "score"))
     report = Report(
         run=run_provenance(run, dataset, models[-1].engine["device"]),
@@ -102,7 +104,7 @@ def evaluate(run: Run, dataset: str) -> StageRecord:
         curves={label: _curve(layout, label) for label in students_of(config)},
         renormalised_sequences=renormalised_sequences(run, entries),
         export_check=_export_check(layout, served),
-        prompts=run.prepared.prompt_counts | too_long,
+        prompts=run.prepared.prompt_counts | beside,
         stages=[*stage_rows(config), _own_row(config, layout, time.time() - started, took)],
         rounds=round_rows(config, students) if former else [],
         fidelity=figures.fidelity,

@@ -16,6 +16,7 @@ from jobs.stages.teacher_pools import engine_seconds, teacher_work
 from pipeline import storage
 from pipeline.cache.index import load_index
 from pipeline.config.filters import Filter, Judge
+from pipeline.config.synthesis import DATASET_AUTHOR
 from pipeline.filters.answer_checkers import SafeChecker
 from pipeline.filters.candidates import Candidate, Evidence
 from pipeline.filters.run import run_filters
@@ -31,7 +32,7 @@ from pipeline.synthesis.rewriting import fill, rubric_of
 from pipeline.synthesis.steps import all_prompts, walk
 from teachers.pool.pool import run_pools
 from teachers.tasks.judge import GRADES, JudgeTask, plan_judging, read_grades
-from teachers.tokenizing import answer_text, prompt_ids, student_tokenizer
+from teachers.tokenizing import answer_text, begins_in_thought, prompt_ids, student_tokenizer
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,9 @@ def _candidates(
 ) -> list[Candidate]:
     """Sequences with their text, in the order of the entries; each shard is read once."""
     tokenizer, _ = student_tokenizer(run.config.student.files)
+    # A text API keeps thoughts to itself, and references have none, whatever the template opens.
+    teachers = run.config.teachers.items()
+    thoughtless = {DATASET_AUTHOR} | {name for name, each in teachers if each.returns_text}
     candidates: dict[int, Candidate] = {}
     by_shard: dict[str, list[int]] = {}
     for i, entry in enumerate(entries):
@@ -143,7 +147,8 @@ def _candidates(
         members = {s.sequence_id: s for s in read_sequences(storage.join(run.layout.root, shard))}
         for i in places:
             entry, prompt = entries[i], prompts[entries[i].prompt_id]
-            gold_ids = members[entry.sequence_id].gold_ids
+            sequence = members[entry.sequence_id]
+            gold_ids, start = sequence.gold_ids, sequence.loss_spans[0][0]
             candidates[i] = Candidate(
                 entry=entry,
                 prompt=prompt.words,
@@ -151,6 +156,8 @@ def _candidates(
                 answer_ids=gold_ids,
                 reference=prompt.reference,
                 samples=samples[entry.prompt_id, entry.sequence_id],
+                begins_in_thought=not thoughtless.issuperset(entry.authors)
+                and begins_in_thought(tokenizer, sequence.input_ids[:start].tolist()),
             )
     return [candidates[i] for i in range(len(entries))]
 

@@ -105,7 +105,10 @@ def preference_line(figures: Sequence[PreferenceFigures]) -> str:
 def _answers(run: Run, model: str) -> dict[str, str]:
     """Final texts of a model's answers by prompt id."""
     lines = storage.read_bytes(run.layout.answers(model)).decode().splitlines()
-    return {line["prompt_id"]: final_text(line["answer"]) for line in map(json.loads, lines)}
+    return {
+        line["prompt_id"]: "" if line.get("thoughts_cut") else final_text(line["answer"])
+        for line in map(json.loads, lines)
+    }
 
 
 def _chosen(

@@ -19,7 +19,8 @@ from pipeline.config.run import Config
 from pipeline.config.synthesis import Answer, Answering, Complete, GivenAnswers, Writing
 from pipeline.config.teachers import EndpointTeacherConfig, TeacherConfig
 from pipeline.errors import ConfigError
-from pipeline.filters.answer_checkers import find_checker
+from pipeline.filters.answer_checkers import find_checker, references_unread
+from pipeline.filters.text import shown_end
 from pipeline.records import Prompt
 from pipeline.run.identities import sampling_of
 from pipeline.synthesis.prompts import read_prompts
@@ -199,6 +200,24 @@ def check_recipes(config: Config, prompts: Sequence[Prompt]) -> None:
             raise ConfigError(
                 f"{place} rewrites train prompts of one turn, and there is no such prompt"
             )
+
+
+def unread_references(config: Config, prompts: Sequence[Prompt]) -> list[str]:
+    """Domains with references that the checker cannot read, one line each, for people."""
+    checker = config.prompts.checker
+    references: dict[str, list[str]] = {}
+    for prompt in prompts:
+        if prompt.reference is not None:
+            references.setdefault(prompt.domain, []).append(prompt.reference)
+    lines = []
+    for domain, members in references.items() if checker is not None else ():
+        if unread := references_unread(str(checker), members):
+            lines.append(
+                f"prompts.checker {checker} cannot read {len(unread)} of {len(members)} references "
+                f"of the domain {domain}, such as {shown_end(unread[0])!r}: answers to them are "
+                "not checked"
+            )
+    return lines
 
 
 def check_filters(config: Config, prompts: Sequence[Prompt]) -> None:

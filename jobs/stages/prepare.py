@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jobs.bookkeeping.stage_records import read_record
 from jobs.stages.preference import CHOICES
-from jobs.stages.preflight import check_inputs, steps_by_place
+from jobs.stages.preflight import check_inputs, steps_by_place, unread_references
 from pipeline.config.base import ModelFiles
 from pipeline.config.filters import Filter, Judge
 from pipeline.config.rounds import layout_of, round_layouts
@@ -120,6 +120,7 @@ def prepare(config: Config) -> Run:
         identities=identities,
         hidden_sizes=hidden_sizes(config),
         checker_identity=config.prompts.checker and checker_identity(config.prompts.checker),
+        unread_references=unread_references(config, prompts),
     )
     save_prepared(layout, prepared)
     return Run(config, layout, prepared)

@@ -38,6 +38,7 @@ class ServedModel:
     Attributes:
         seconds: time with its engine, start included.
         num_too_long: prompts that were too long to ask.
+        num_unread: answers whose reference the checker cannot read.
         agreement: log-probabilities of a student's engine against those of its exported weights;
             None for a teacher.
     """
@@ -45,6 +46,7 @@ class ServedModel:
     figures: ModelFigures
     seconds: float
     num_too_long: int
+    num_unread: int
     agreement: Agreement | None
 
 
@@ -71,7 +73,8 @@ def measure_model(
     logger.info("%s: %s", name, line)
     exported = holdout.gold_logprobs.get(name)
     agreement = None if exported is None else exported.agreement(answered.gold_logprobs)
-    return ServedModel(figures, seconds, answered.num_too_long, agreement)
+    counts = answered.num_too_long, answered.num_unread
+    return ServedModel(figures, seconds, *counts, agreement)
 
 
 def measure_former_student(
@@ -111,6 +114,7 @@ def serve_model(
         answers_path=run.layout.answers(name),
         compared=() if teacher else compared,
         seed=config.seed,
+        returns_text=teacher is not None and teacher.returns_text,
     )
     work = TeacherWork(
         name,
@@ -228,6 +232,11 @@ def answers_line(
         parts.append(
             f"the checker raised an error at {answered.checker_errors} answers, which count as "
             f"wrong: {answers_path}"
+        )
+    if answered.num_unread:
+        parts.append(
+            f"{answered.num_unread} answers are unchecked, because the checker cannot read their "
+            "references"
         )
     return ", ".join(parts)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pipeline.errors import ConfigError
@@ -59,6 +59,17 @@ def final_value(text: str) -> Reading | None:
 CHECKERS: dict[str, CheckAnswer] = {"exact": exact, "number": number}
 VERSIONS = {"exact": 2, "number": 2}
 """Versions of the shipped checkers, raised when one judges differently."""
+
+
+def references_unread(name: str, references: Iterable[str]) -> list[str]:
+    """References that a shipped checker cannot read, whatever the answer is.
+
+    A function of the user is not asked, since it may be slow; it says so answer by answer.
+    """
+    if name not in CHECKERS:
+        return []
+    check = CHECKERS[name]
+    return [reference for reference in references if check("", reference) is None]
 
 
 def find_checker(name: str) -> CheckAnswer:

@@ -72,7 +72,9 @@ def checker(rule: Checker, candidates: Sequence[Candidate], evidence: Evidence) 
             continue
         verdict = check(candidate.final, candidate.reference)
         if verdict is not None and not verdict:
-            dropped[i] = f"{_shown(candidate.answer)!r} against {_shown(candidate.reference)!r}"
+            dropped[i] = (
+                f"{shown_end(candidate.answer)!r} against {shown_end(candidate.reference)!r}"
+            )
     return dropped
 
 
@@ -107,5 +109,6 @@ def perplexity(
     return dropped
 
 
-def _shown(text: str) -> str:
+def shown_end(text: str) -> str:
+    """End of a text, for details and messages."""
     return text if len(text) <= SHOWN_CHARACTERS else "…" + text[-SHOWN_CHARACTERS:]

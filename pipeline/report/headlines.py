@@ -52,6 +52,8 @@ def why_unchecked(report: Report) -> str:
     """Reason for a report without exact match."""
     if report.run.checker is None:
         return "prompts.checker is not set, so no answer is checked"
+    if report.prompts.get("holdout_reference_unread"):
+        return f"The checker {report.run.checker} cannot read the reference of any hold-out prompt"
     return "No hold-out prompt has a reference answer"
 
 
@@ -62,8 +64,14 @@ def _answers(report: Report, student: ModelFigures, others: Sequence[ModelFigure
     if ours.exact_match is None:
         return f"{why_unchecked(report)}: likelihood compares the models."
     rates = [f"{m.name} {percent(pooled(m.domains).exact_match)}" for m in others]
-    unasked = report.prompts.get("holdout_too_long_to_ask", 0)
-    beside = f" ({unasked:,} more were too long to ask)" if unasked else ""
+    counts = {
+        "were too long to ask": report.prompts.get("holdout_too_long_to_ask", 0),
+        f"have a reference that {report.run.checker} cannot read": report.prompts.get(
+            "holdout_reference_unread", 0
+        ),
+    }
+    more = [f"{count:,} more {what}" for what, count in counts.items() if count]
+    beside = f" ({', '.join(more)})" if more else ""
     exact = f"{percent(ours.exact_match)} of {ours.prompts:,}"
     return f"The student answers {exact} hold-out prompts exactly{beside}; {', '.join(rates)}."
 

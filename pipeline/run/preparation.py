@@ -42,7 +42,13 @@ JSON_KEYS = {
     "checker_identity": "checker",
 }
 """Attributes of `Prepared` that have another name in `prepared.json`."""
-NEWER_KEYS = ("chat_end_token_id", "vocabulary_size", "own_end_token_ids", "template_date")
+NEWER_KEYS = (
+    "chat_end_token_id",
+    "vocabulary_size",
+    "own_end_token_ids",
+    "template_date",
+    "unread_references",
+)
 """Keys of `prepared.json` that are left out where they hold their defaults, as older files do."""
 
 
@@ -71,6 +77,8 @@ class Prepared(BaseModel):
         identities: identities of the teachers' models, including teachers that do not score.
         hidden_sizes: widths of the teachers whose hidden states a loss needs.
         checker_identity: identity of `prompts.checker`; None if the config names none.
+        unread_references: for each domain with references that the checker cannot read, a line
+            about them for people.
     """
 
     model_config = ConfigDict(
@@ -97,6 +105,7 @@ class Prepared(BaseModel):
     identities: dict[str, dict[str, str]] = {}
     hidden_sizes: dict[str, int] = {}
     checker_identity: str | None = None
+    unread_references: list[str] = []
 
     @property
     def all_cache_identities(self) -> dict[str, dict[str, Any]]:

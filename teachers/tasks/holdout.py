@@ -11,6 +11,7 @@ import math
 import statistics
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -18,9 +19,10 @@ from pipeline import storage
 from pipeline.config.student import StudentConfig
 from pipeline.errors import ConfigError, TeacherError
 from pipeline.filters.answer_checkers import SafeChecker
+from pipeline.final_text import final_text
 from pipeline.records import Prompt, TokenSequence
 from teachers.protocol import GeneratedAnswer, ScoringRequest, Teacher
-from teachers.tokenizing import answer_text, prompt_ids, student_tokenizer
+from teachers.tokenizing import answer_text, begins_in_thought, prompt_ids, student_tokenizer
 
 WARM_UP_PROMPTS = 4
 PROMPTS_ASKED_ALONE = 8
@@ -46,6 +48,7 @@ class AnsweredPrompts:
         latency_seconds: median time of one such answer, asked alone.
         gold_logprobs: log-probabilities of the tokens of the sequences in `compared`, by sequence
             id.
+        num_unread: number of answers whose reference the checker cannot read; they are unchecked.
     """
 
     correct: dict[str, float | None]
@@ -56,6 +59,28 @@ class AnsweredPrompts:
     tokens_per_second_range: tuple[float, float]
     latency_seconds: float
     gold_logprobs: dict[str, list[float]]
+    num_unread: int = 0
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """One answer before it is checked.
+
+    Attributes:
+        text: the whole answer, with its thoughts.
+        begins_in_thought: whether the prompt ends with an opened thought.
+        is_cut: whether the answer ends at `max_tokens`.
+    """
+
+    prompt: Prompt
+    text: str
+    begins_in_thought: bool
+    is_cut: bool
+
+    @property
+    def final(self) -> str:
+        """Text behind the thoughts."""
+        return final_text(self.text, self.begins_in_thought)
 
 
 @dataclass(frozen=True)
@@ -72,6 +97,7 @@ class HoldoutTask:
         answers_path: file for the answers, as JSON lines.
         compared: sequences whose log-probabilities are compared with the trained weights.
         seed: seed of the run.
+        returns_text: whether the model is a text API, which keeps thoughts to itself.
     """
 
     model: str
@@ -83,6 +109,7 @@ class HoldoutTask:
     answers_path: str
     compared: tuple[TokenSequence, ...] = ()
     seed: int = 0
+    returns_text: bool = False
 
     def __len__(self) -> int:
         return 1
@@ -122,19 +149,27 @@ class HoldoutTask:
             )
         answers = await asyncio.gather(*(self._ask(teacher, ids) for ids in prompts_ids))
         rates, latency = await self._speed(teacher, prompts_ids)
-        texts = [answer_text(tokenizer, answer.token_ids) for answer in answers]
-        cut = [answer.finish_reason == "length" for answer in answers]
-        verdicts, checker_errors = self._check(prompts, texts, cut)
+        given = [
+            _Answer(
+                prompt=prompt,
+                text=answer_text(tokenizer, answer.token_ids),
+                begins_in_thought=not self.returns_text and begins_in_thought(tokenizer, ids),
+                is_cut=answer.finish_reason == "length",
+            )
+            for prompt, ids, answer in zip(prompts, prompts_ids, answers, strict=True)
+        ]
+        verdicts, checker = self._check(given)
         correct, num_checked = _shares(prompts, verdicts)
         return AnsweredPrompts(
             correct=correct,
             num_checked=num_checked,
-            checker_errors=checker_errors,
+            checker_errors=checker.num_errors if checker is not None else 0,
             num_too_long=len(rendered) - len(prompts_ids),
             tokens_per_second=statistics.median(rates),
             tokens_per_second_range=(min(rates), max(rates)),
             latency_seconds=latency,
             gold_logprobs={s.sequence_id: await _gold(teacher, s) for s in self.compared},
+            num_unread=checker.num_unread if checker is not None else 0,
         )
 
     async def _speed(
@@ -164,34 +199,33 @@ class HoldoutTask:
         sampling = self.sampling | {"seed": self.seed} | (changes or {})
         return (await teacher.generate(ids, sampling, 1))[0]
 
-    def _check(
-        self, prompts: list[Prompt], texts: list[str], cut: list[bool]
-    ) -> tuple[list[bool | None], int]:
-        """Checks every answer and writes it with its verdict, and whether it was cut.
+    def _check(self, answers: Sequence[_Answer]) -> tuple[list[bool | None], SafeChecker | None]:
+        """Checks every answer and writes it whole, with its verdict and whether it was cut.
 
         Returns:
-            The verdicts, None if there is no checker or no reference; and the number of answers at
-            which the checker raised an error.
+            The verdicts, None if there is no checker or no reference that it can read; and the
+            checker with its counts.
         """
         checker = None if self.checker is None else SafeChecker(self.checker)
         verdicts: list[bool | None] = []
         lines: list[str] = []
-        for prompt, text, is_cut in zip(prompts, texts, cut, strict=True):
-            verdict, problem = None, None
+        for answer in answers:
+            prompt, verdict, problem = answer.prompt, None, None
             if checker is not None and prompt.reference is not None:
-                verdict, problem = checker.judge(text, prompt.reference)
+                verdict, problem = checker.judge(answer.final, prompt.reference)
             verdicts.append(verdict)
             line = {
                 "prompt_id": prompt.prompt_id,
                 "domain": prompt.domain,
-                "answer": text,
+                "answer": answer.text,
                 "reference": prompt.reference,
                 "correct": verdict,
             }
-            line |= {"cut": True} if is_cut else {}
+            line |= {"cut": True} if answer.is_cut else {}
+            line |= {"thoughts_cut": True} if answer.text.strip() and not answer.final else {}
             lines.append(json.dumps(line if problem is None else line | {"error": problem}))
         storage.write_bytes(self.answers_path, ("\n".join(lines) + "\n").encode())
-        return verdicts, checker.num_errors if checker is not None else 0
+        return verdicts, checker
 
 
 def _shares(

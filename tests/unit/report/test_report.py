@@ -479,6 +479,14 @@ def test_prompts_that_were_too_long_to_ask_are_named_beside_the_rate(report):
     assert "12 holdout too long to ask" in Page(render_html(report)).words
 
 
+def test_references_that_the_checker_cannot_read_are_named_beside_the_rate(report):
+    report["prompts"] |= {"holdout_too_long_to_ask": 12, "holdout_reference_unread": 3}
+    said = "(12 more were too long to ask, 3 more have a reference that exact cannot read);"
+    assert said in headlines(report)[0]
+    lines = headlines(without_references(report))
+    assert lines[0].startswith("The checker exact cannot read the reference of any hold-out prompt")
+
+
 def test_the_page_says_how_the_exports_were_proven(report):
     words = Page(render_html(report)).words
     proof = "log-probabilities of 1,234 tokens 0.00170 nats from the training's on average"

@@ -27,6 +27,7 @@ from pipeline.run.costs import stage_cost
 from pipeline.run.preparation import Prepared, preparation_key
 from pipeline.run.prepared_run import Run
 from pipeline.sequences import write_dataset
+from pipeline.synthesis.prompts import read_prompts
 from pipeline.synthesis.rewriting import SHIPPED
 
 PREPARED = Prepared(
@@ -225,6 +226,26 @@ def test_a_dry_run_says_what_may_be_too_long(tmp_path: Path) -> None:
         load_config(QUICKSTART, [*bound, "synthesis.recipes.0.sampling.max_tokens=9"])
     )
     assert "caution" not in text
+
+
+def test_references_that_the_checker_cannot_read_are_counted_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes = [f"storage.root={tmp_path}", "prompts.checker=number", "synthesis.filters=[]"]
+    config = load_config(QUICKSTART, changes)
+    prompts, _ = read_prompts(config.prompts)
+    words = [p.reference for p in prompts if p.domain == "words" and p.reference is not None]
+    said = (
+        f"prompts.checker number cannot read {len(words)} of {len(words)} references of the domain "
+        f"words, such as {words[0]!r}: answers to them are not checked"
+    )
+    assert f"caution     {said}\n" in dry_run_text(config)
+    STAGE_FUNCTIONS["prepare"](config)
+    assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [said]
+    assert f"caution     {said}\n" in dry_run_text(config)
+    exact = load_config(QUICKSTART, [*changes, "prompts.checker=exact"])
+    assert "cannot read" not in dry_run_text(exact)
+    assert prepare(exact).prepared.unread_references == []
 
 
 def test_what_training_would_refuse_is_refused_before_it_is_scored(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from jobs.stages.serving import answers_line
 from pipeline.config.student import StudentConfig
@@ -13,7 +14,8 @@ from pipeline.errors import ConfigError
 from pipeline.records import Prompt
 from teachers.protocol import GeneratedAnswer
 from teachers.tasks.holdout import HoldoutTask
-from tests.support.tokenizers_for_tests import save_tokenizer
+from teachers.tokenizing import answer_text, begins_in_thought
+from tests.support.tokenizers_for_tests import save_byte_tokenizer, save_tokenizer
 
 
 def test_prompts_that_all_leave_no_room_are_refused_with_what_to_change(tmp_path: Path) -> None:
@@ -58,6 +60,59 @@ def test_prompts_that_are_too_long_are_counted_beside_the_others(
     answered = asyncio.run(task.run(cast(Any, AnsweringTeacher())))
     assert answered.num_too_long == 1
     assert answered.num_checked == {"d": 2} and answered.correct == {"d": 0.5}
+
+
+class ThinkingTeacher:
+    """Thinks before it answers, as far as the length of the prompt lets it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    async def generate(
+        self, ids: list[int], sampling: dict[str, Any], num_samples: int
+    ) -> list[GeneratedAnswer]:
+        words = self.tokenizer.decode(ids)
+        text = {"a": "<think>1?</think>1", "b": "<think>1", "c": "1"}[words.strip("<think>")[0]]
+        answer = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [GeneratedAnswer(answer, "stop", 0.01)] * num_samples
+
+
+@pytest.mark.parametrize("returns_text", [False, True])
+def test_the_final_text_is_checked_and_the_whole_answer_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, returns_text: bool
+) -> None:
+    monkeypatch.setattr("teachers.tasks.holdout.MEASURED_SECONDS", 0.01)
+    tokenizer = save_byte_tokenizer(tmp_path / "student")
+    prompts = [
+        Prompt(text, "d", "holdout", text=text, reference=reference)
+        for text, reference in (("a", "1"), ("b", "1"), ("c", "1"), ("c<think>", "1"), ("cc", "no"))
+    ]
+    task = HoldoutTask(
+        model="t",
+        prompts=tuple(prompts),
+        student=StudentConfig(model=str(tmp_path / "student"), initialization="random"),
+        sampling={"max_tokens": 30},
+        max_sequence_tokens=None,
+        checker="number",
+        answers_path=str(tmp_path / "answers.jsonl"),
+        returns_text=returns_text,
+    )
+    answered = asyncio.run(task.run(cast(Any, ThinkingTeacher(tokenizer))))
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [line["correct"] for line in lines] == [True, False, True, returns_text, None]
+    assert [line["answer"] for line in lines] == ["<think>1?</think>1", "<think>1", "1", "1", "1"]
+    cut = [line["prompt_id"] for line in lines if line.get("thoughts_cut")]
+    assert cut == (["b"] if returns_text else ["b", "c<think>"])
+    assert answered.num_checked == {"d": 4} and answered.num_unread == 1
+    assert "1 answers are unchecked, because" in answers_line({}, answered, "a.jsonl")
+
+
+def test_tags_of_thoughts_stay_where_they_are_special_tokens(tmp_path: Path) -> None:
+    tokenizer = save_byte_tokenizer(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]", "<user>"]})
+    ids = tokenizer("<user>[THINK]1?[/THINK]2<user>", add_special_tokens=False)["input_ids"]
+    assert answer_text(tokenizer, ids) == "[THINK]1?[/THINK]2"
+    assert begins_in_thought(tokenizer, ids[:2]) and not begins_in_thought(tokenizer, ids)
 
 
 RULES = """import numpy as np
