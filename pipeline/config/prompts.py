@@ -117,9 +117,10 @@ class PromptsConfig(Section):
     checker: str | None = None
     """Function that says whether an answer is right, given the prompt's reference: `exact` (the
     same text), `number` (the same number or formula, behind `####`, in `\\boxed{}` or at the end),
-    or the dotted path of your own function `(answer, reference) -> bool` in a package that is
-    installed on every node. It sees the text behind the answer's thoughts, and may return `None`
-    for a reference that it cannot read. The filter `checker` and the report's accuracy need it."""
+    `math` (the same in mathematics; needs the extra `polystill[math]`), or the dotted path of your
+    own function `(answer, reference) -> bool` in a package that is installed on every node. It sees
+    the text behind the answer's thoughts, and may return `None` for a reference that it cannot
+    read. The filter `checker` and the report's accuracy need it."""
 
     @model_validator(mode="after")
     def _fractions_have_an_effect(self) -> PromptsConfig:

@@ -6,6 +6,8 @@ text             filters that look at each answer alone
 likeness         duplicates and contamination
 groups           votes, best of n, shares of domains
 answer_checkers  functions that compare an answer with its reference
+symbolic         the checker `math`, which asks math-verify
+math_worker      the process in which math-verify runs
 marked_parts     the part of an answer that is compared
 prose            numbers in running text, with all that belongs to them
 readings         readings of a part: a value, a list, or plain text

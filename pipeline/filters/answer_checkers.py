@@ -9,11 +9,14 @@ import importlib
 import inspect
 import logging
 from collections.abc import Callable, Iterable
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline.errors import ConfigError
 from pipeline.filters.marked_parts import compared_part
 from pipeline.filters.readings import Reading, read_part, same_reading
+from pipeline.filters.symbolic import PACKAGE, math
 from pipeline.final_text import final_text
 from pipeline.fingerprint import digest_bytes
 from pipeline.messages import closest
@@ -57,7 +60,10 @@ def final_value(text: str) -> Reading | None:
 
 
 CHECKERS: dict[str, CheckAnswer] = {"exact": exact, "number": number}
-VERSIONS = {"exact": 2, "number": 2}
+"""Shipped checkers that need nothing else."""
+OPTIONAL_CHECKERS: dict[str, CheckAnswer] = {"math": math}
+"""Shipped checkers that need a package of the extra with their name."""
+VERSIONS = {"exact": 2, "number": 2, "math": 1}
 """Versions of the shipped checkers, raised when one judges differently."""
 
 
@@ -66,9 +72,9 @@ def references_unread(name: str, references: Iterable[str]) -> list[str]:
 
     A function of the user is not asked, since it may be slow; it says so answer by answer.
     """
-    if name not in CHECKERS:
+    check = (CHECKERS | OPTIONAL_CHECKERS).get(name)
+    if check is None:
         return []
-    check = CHECKERS[name]
     return [reference for reference in references if check("", reference) is None]
 
 
@@ -78,12 +84,18 @@ def find_checker(name: str) -> CheckAnswer:
     Raises:
         ConfigError: there is no such checker, or its module cannot be imported here.
     """
-    if name in CHECKERS:
-        return CHECKERS[name]
+    if name in OPTIONAL_CHECKERS and find_spec("math_verify") is None:
+        raise ConfigError(
+            f"the checker {name} needs the package {PACKAGE}, which is not installed here: install "
+            f"polystill[{name}] on every node, or set another prompts.checker"
+        )
+    shipped = CHECKERS | OPTIONAL_CHECKERS
+    if name in shipped:
+        return shipped[name]
     module, _, function = name.rpartition(".")
     if not module:
         raise ConfigError(
-            f"there is no checker {name!r}; {closest(name, CHECKERS)}; for a function of your own, "
+            f"there is no checker {name!r}; {closest(name, shipped)}; for a function of your own, "
             "give its dotted path"
         )
     try:
@@ -162,12 +174,15 @@ class SafeChecker:
 def checker_identity(name: str) -> str:
     """Identity of a checker, which changes when it may judge differently.
 
-    It is name and version of a shipped checker, the name alone for the first version, or a hash of
-    the source of the user's module.
+    It is name and version of a shipped checker (the name alone for the first version), with that of
+    the package that it needs, or a hash of the source of the user's module.
 
     Raises:
         ConfigError: the checker cannot be found, see `find_checker`.
     """
+    if name in OPTIONAL_CHECKERS:
+        find_checker(name)
+        return f"{name}-{VERSIONS[name]}-{metadata.version(PACKAGE)}"
     if name in VERSIONS:
         return name if VERSIONS[name] == 1 else f"{name}-{VERSIONS[name]}"
     source = inspect.getsourcefile(find_checker(name))

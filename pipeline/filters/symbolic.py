@@ -1,0 +1,130 @@
+"""Checker `math`: exact values as `number` reads them, and formulas compared by math-verify.
+
+math-verify needs seconds for some formulas and never ends for others, and its own timeouts work in
+a main thread only. A child process runs it, which is ended and started anew if it takes too long.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import re
+import select
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from pipeline.filters.exact_values import Value
+from pipeline.filters.marked_parts import compared_part
+from pipeline.filters.readings import Listed, Reading, read_part, same_reading
+from pipeline.final_text import final_text
+
+PACKAGE = "math-verify"
+LONGEST_FORMULA = 400
+"""Characters of the longest part that math-verify is asked about."""
+SECONDS_TO_START = 120.0
+SECONDS_TO_COMPARE = 10.0
+_WORDS_IN_A_ROW = re.compile(r"(?:(?<![\\A-Za-z])[A-Za-z]{2,}[,.;]? +){3}[A-Za-z]{2,}")
+
+
+def math(answer: str, reference: str) -> bool | None:
+    """Whether the compared parts of both texts are equal in mathematics.
+
+    Where both are values, `number` decides. A text without a mark and a number, such as `x + y`, is
+    compared as a whole. None if the reference is prose or cannot be parsed.
+
+    Raises:
+        TimeoutError: the comparison took too long.
+    """
+    expected, found = _formula(reference), _formula(answer)
+    if expected is None:
+        return None
+    if found is None:
+        return False
+    readings = read_part(expected), read_part(found)
+    if same_reading(*readings):
+        return True
+    if _decided(*readings) or max(len(expected), len(found)) > LONGEST_FORMULA:
+        return False
+    return _WORKER.compare(expected, found)
+
+
+def _decided(one: Reading, other: Reading) -> bool:
+    """Whether readings that differ are not the same in mathematics either.
+
+    math-verify lets units, the case of letters, and brackets around a list make no difference.
+    """
+    if isinstance(one, Value) and isinstance(other, Value):
+        return True
+    if isinstance(one, Listed) and isinstance(other, Listed):
+        return (one.brackets == ("", "")) != (other.brackets == ("", "")) and "\\{" not in (
+            one.brackets[0],
+            other.brackets[0],
+        )
+    return isinstance(one, str) and isinstance(other, str) and len(one) == len(other) == 1
+
+
+def _formula(text: str) -> str | None:
+    """Part of a text that is compared; None if there is none, or if it is prose."""
+    final = final_text(text)
+    part = compared_part(final)
+    formula = (final if part is None else part).strip().strip("$")
+    return None if not formula or _WORDS_IN_A_ROW.search(formula) else formula
+
+
+class _Worker:
+    """The child process, started when it is first asked."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def compare(self, reference: str, answer: str) -> bool | None:
+        """Verdict of math-verify on two formulas; None if it cannot parse the reference.
+
+        Raises:
+            TimeoutError: the comparison took too long.
+            RuntimeError: the child process died, such as of too much memory.
+        """
+        with self._lock:
+            if self._process is None:
+                self._start()
+            return self._ask([reference, answer], SECONDS_TO_COMPARE)
+
+    def end(self) -> None:
+        """Ends the child process, if there is one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _start(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        self._ask(["1", "1"], SECONDS_TO_START)
+
+    def _ask(self, question: list[str], seconds: float) -> bool | None:
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(question).encode() + b"\n")
+            process.stdin.flush()
+            ready, _, _ = select.select([process.stdout], [], [], seconds)
+            reply = process.stdout.readline() if ready else None
+        except BrokenPipeError:
+            reply = b""
+        if reply:
+            return json.loads(reply)
+        self.end()
+        if reply is None:
+            raise TimeoutError(f"{PACKAGE} took more than {seconds:g} seconds for {question}")
+        raise RuntimeError(f"{PACKAGE} ended while it compared {question}")
+
+
+_WORKER = _Worker()
+atexit.register(_WORKER.end)
