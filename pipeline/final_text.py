@@ -11,8 +11,10 @@ from collections import deque
 
 # A tag that is quoted, such as `<think>` in back-quotes, is spoken of and opens nothing.
 _TAG = re.compile(
-    r"(?<![`\"'])(?:<(?P<end>/?)(?:seed:)?(?:think|thinking|thought|reasoning)>"
-    r"|\[(?P<mistral_end>/?)THINK\])",
+    r"(?<![`\"'])(?P<open><(?:seed:)?(?:think|thinking|thought|reasoning)>|\[THINK\]"
+    r"|<\|START_THINKING\|>|\u25c1think\u25b7)"
+    r"|(?<![`\"'])(?P<close></(?:seed:)?(?:think|thinking|thought|reasoning)>|\[/THINK\]"
+    r"|<\|END_THINKING\|>|\u25c1/think\u25b7)",
     re.IGNORECASE,
 )
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})(.*)$", re.MULTILINE)
@@ -21,9 +23,9 @@ _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})(.*)$", re.MULTILINE)
 def final_text(text: str, begins_in_thought: bool = False) -> str:
     """Text behind the last thought, without white space around it.
 
-    Thoughts stand between `<think>` and `</think>`, or between the tags `thinking`, `thought`,
-    `reasoning`, `seed:think` or `[THINK]`. A chat template may open the thought in the prompt, so
-    an answer may hold the closing tag alone.
+    Thoughts stand between `<think>` and `</think>`, the tags `thinking`, `thought`, `reasoning` or
+    `seed:think`, or what other models write, such as `[THINK]` and `[/THINK]`. A chat template may
+    open the thought in the prompt, so an answer may hold the closing tag alone.
 
     Args:
         text: answer of a model.
@@ -34,7 +36,7 @@ def final_text(text: str, begins_in_thought: bool = False) -> str:
     """
     is_open, start = begins_in_thought, 0
     for tag in _TAG.finditer(text):
-        is_open = not (tag["end"] or tag["mistral_end"])
+        is_open = tag["open"] is not None
         start = tag.end()
     return "" if is_open else text[start:].strip()
 
@@ -42,9 +44,7 @@ def final_text(text: str, begins_in_thought: bool = False) -> str:
 def opens_thought(prompt: str) -> bool:
     """Whether a rendered prompt, or its end, leaves a thought open that the answer continues."""
     tags = deque(_TAG.finditer(prompt), maxlen=1)
-    if not tags or prompt[tags[0].end() :].strip():
-        return False
-    return not (tags[0]["end"] or tags[0]["mistral_end"])
+    return bool(tags) and tags[0]["open"] is not None and not prompt[tags[0].end() :].strip()
 
 
 def is_thought_tag(text: str) -> bool:

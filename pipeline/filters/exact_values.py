@@ -41,10 +41,13 @@ most squared cubed factorial choose mod modulo pi tau sqrt root roots log ln sin
 infinite half halves third thirds fourth fourths fifth fifths sixth sixths seventh sevenths eighth
 eighths ninth ninths tenth tenths hundredth hundredths thousandth thousandths millionth millionths
 quarter quarters score gross pair pairs couple lakh lakhs crore crores mil mio bn hundreds thousands
-millions billions trillions dozens power remainder am pm bc bce ad
+millions billions trillions dozens power remainder am pm bc bce ad ish
 """
 ALTERING = frozenset(_ALTERING_WORDS.split()) | _SCALES.keys()
 """Words behind a number that make it another one, so that they are no unit."""
+_SENTENCE_WORDS = "is isn are was were be can cannot could would if but because since so"
+_VERBS = frozenset(_SENTENCE_WORDS.split())
+"""Words that make a sentence of a number and what is behind it."""
 _UNITS = {
     name: names.split()[0]
     for names in (
@@ -177,7 +180,7 @@ def read_value(text: str) -> Value | None:
 def without_frame(text: str) -> str:
     """A text without what may stand around a value: marks, a full stop, brackets around it all."""
     for _ in range(4):  # frames stand within frames
-        text = text.strip().strip("*'\"").rstrip(".,;:").strip()
+        text = text.strip().strip("*'\"").lstrip("=").rstrip(".,;:").strip()
         if len(text) > 1 and text[0] == text[-1] == "$":
             text = text.strip("$")
         elif (inside := _BETWEEN_PARENTHESES.fullmatch(text)) is not None:
@@ -289,7 +292,9 @@ def _units(text: str, is_glued: bool) -> tuple[str, ...] | None:
     if not text:
         return ()
     words = _UNIT_WORD.findall(text)
-    if _UNIT_PHRASE.fullmatch(text) is None or not ALTERING.isdisjoint(map(str.lower, words)):
+    if _UNIT_PHRASE.fullmatch(text) is None:
+        return None
+    if not (ALTERING | _VERBS).isdisjoint(map(str.lower, words)):
         return None
     if not _ALTERING_CHARACTERS.isdisjoint(text):
         return None

@@ -21,8 +21,8 @@ _TOKEN = re.compile(
     (?P<number>(?<!\w)\.\d+|\d+(?:[.,]\d+)*)
     |(?P<quoted>\ue000[^\ue000]*\ue000)
     |(?P<command>\\(?:begin|end)\s*\{[a-z]+\*?\}|\\[A-Za-z]+|\\.)
-    |(?P<word>[^\W\d_]+(?:['-][^\W\d_]{2,})*)
-    |(?P<end>\n+|[.?;]+(?=\s|$)|(?<![\d)])!+|(?<=\w)\.+)
+    |(?P<word>[^\W\d_]+(?:'[^\W\d_]+|-[^\W\d_]{2,})*)
+    |(?P<end>\n+|\.+(?=\s|$)|(?<![\d)])[!?]+|(?<=[^\W\d])\.+|(?<=\d)\.+(?!\.*\s*\d))
     |[^\S\n]+
     |(?P<sign>.)
     """,
@@ -34,18 +34,24 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_JOINING = _words("or and to of over times plus minus by through till until vs versus choose mod")
+_JOINING = _words(
+    "or and to of in per over times plus minus by through till until vs versus choose mod"
+)
 """Words that make one expression of the numbers before and behind them."""
 _BENDING = _words(
     """
     or not never no neither nor than least most minus negative plus times twice double triple half
     third quarter over under below above almost nearly between without except up upto log sqrt root
-    cannot isn't wasn't aren't don't doesn't minimum maximum
+    isn't wasn't aren't don't doesn't minimum maximum
+    sin cos tan cot sec csc arcsin arccos arctan exp ln lg max min floor ceil gcd lcm
     """
 )
 """Words directly before a number that make it another one."""
 _BENDING_EAST_ASIAN = re.compile("(?:[负負不非或至到第近约超]|大于|小于|分之|以上|以下)是?$")
-_PARTS = _words("half third quarter thirds quarters fifth fifths tenth tenths out twice")
+_NEGATING = _words("not never cannot can't couldn't won't wouldn't shouldn't isn't")
+_BEING = _words("be is was are equal equals")
+_REFUTING = _words("not never wrong incorrect false impossible")
+_PARTS = _words("half third quarter thirds quarters fifth fifths tenth tenths out twice up")
 _DIVIDING = _words("divided multiplied")
 _NUMBERED = _words(
     "step part case question problem day example option method equation line item exercise"
@@ -58,7 +64,7 @@ _FILLING = re.compile(
     r"|approximately|roughly|around|as|follows|number|total|value|of|result|given|by)\b)*",
     re.IGNORECASE,
 )
-_END_OF_CLAUSE = re.compile(r"[.?](?=\s|$)|\n")
+_END_OF_CLAUSE = re.compile(r"\.(?=\s|$)|\n")
 _MONTHS = _words(
     "january february march april may june july august september october november december"
 )
@@ -173,8 +179,10 @@ def _begin(tokens: list[Token], place: int) -> int:
             if not _is_ratio(tokens, at):
                 break
             first = at
-        elif before.text == ",":
-            if not _at(tokens, at - 1).is_formula:
+        elif before.text in (",", ";"):
+            further = _at(tokens, at - 1)
+            is_measure = is_unit(further.word) and _at(tokens, at - 2).kind == "number"
+            if not further.is_formula and not is_measure:
                 break
             first = at
         elif before.is_formula or before.kind == "quoted" or _names(tokens, at):
@@ -183,6 +191,8 @@ def _begin(tokens: list[Token], place: int) -> int:
             first = joined
         elif before.word in _BENDING or _BENDING_EAST_ASIAN.search(before.word):
             return at
+        elif before.word in _BEING and _at(tokens, at - 1).word in _NEGATING:
+            return at - 1
         else:
             break
     return first
@@ -196,7 +206,7 @@ def _finish(tokens: list[Token], place: int) -> int:
         after = _at(tokens, at + 1)
         if token.text == "(" and token.is_apart and after.kind == "word" and len(after.text) > 1:
             break  # words between parentheses
-        if token.text == "," and not (after.is_formula or after.word in _BENDING):
+        if token.text in (",", ";") and not (after.is_formula or after.word in _BENDING):
             break
         if token.text == ":" and (after.is_apart or after.kind == "end"):
             break
@@ -213,6 +223,8 @@ def _finish(tokens: list[Token], place: int) -> int:
 def _alters(tokens: list[Token], at: int) -> bool:
     """Whether a word behind a number changes it: a scale, a fraction, an alternative."""
     word, after = tokens[at].word, _at(tokens, at + 1)
+    if word in _BEING:
+        return after.word in _REFUTING
     if word in _JOINING - {"or"}:
         is_part = after.word in _ARTICLES and _at(tokens, at + 2).word in _PARTS
         return is_part or after.is_formula or after.word in _BENDING
@@ -220,11 +232,14 @@ def _alters(tokens: list[Token], at: int) -> bool:
 
 
 def _names(tokens: list[Token], at: int) -> bool:
-    """Whether a word belongs to the formula behind it: a letter before `=`, or glued letters."""
+    """Whether a word belongs to the formula behind it: a letter before `=`, glued letters, or the
+    name of a function.
+    """
     token, after = tokens[at], tokens[at + 1]
     if token.kind != "word" or is_east_asian(token.text):
         return False
-    return not after.is_apart if after.kind == "number" else len(token.text) == 1
+    is_glued = not after.is_apart and (after.kind == "number" or after.text == "(")
+    return is_glued or (after.kind != "number" and len(token.text) == 1)
 
 
 def _joined_number(tokens: list[Token], at: int) -> int | None:
