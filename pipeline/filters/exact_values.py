@@ -92,7 +92,9 @@ _GLUED_UNITS = frozenset(_GLUED_WORDS.split())
 EAST_ASIAN = "\u2e80-\ud7af"
 """Range of scripts that write a unit directly behind its number."""
 _WORD = r"(?:[^\W\d_]{2,}(?:['.-][^\W\d_]+)*)"
-_CURRENCY = r"(?:US\ ?\$|USD|EUR|GBP|INR|JPY|Rs\.?|[$\u20ac\u00a3\u00a5\u20b9]|\ue000dollars\ue000)"
+_CURRENCY = (
+    r"(?:US\ ?\$|USD|EUR|GBP|INR|JPY|Rs\.?|[$\u00a3\u00a5\u0e3f\u20a0-\u20bf]|\ue000dollars\ue000)"
+)
 _BEFORE = re.compile(
     rf"""
     (?:(?:approximately|approx\.?|about|roughly|around|exactly|only|just|\\approx|\\sim)\ ?)?
@@ -127,7 +129,7 @@ _UNIT_PHRASE = re.compile(
     re.VERBOSE,
 )
 _ALTERING_CHARACTERS = frozenset("十百千万萬亿億半多余几倍分折成或至到以만억천백반")
-_UNIT_WORD = re.compile(r"[^\W\d_]+|\^\{[23]\}|[$\u20ac\u00a3\u00a5\u20b9]")
+_UNIT_WORD = re.compile(r"[^\W\d_]+|\^\{[23]\}|[$\u00a3\u00a5\u0e3f\u20a0-\u20bf]")
 _NAME = re.compile(
     r"(?P<name>\\?[A-Za-z]+(?: [A-Za-z]{2,})*(?:_\{\w+\})?(?: ?\([\w, ]+\))?) ?[:=] ?(?![=:])"
 )
@@ -241,12 +243,13 @@ def _read_number(text: str, name: str | None) -> Value | None:
         return None
     sign = (before["sign1"] or before["sign2"] or "+").strip()
     number *= _SCALES.get(after["scale"] or "", 1) * (1 if sign == "+" else -1)
-    currency = _UNITS.get(re.sub(r"[\ue000. ]|US(?=\W)", "", before["currency"] or ""))
+    currency = re.sub(r"[\ue000. ]|US(?=\W)", "", before["currency"] or "")
+    first = (_UNITS.get(currency, currency),) if currency else ()
     return Value(
         number=number,
         is_percent=after["percent"] is not None,
         name=name,
-        units=units if currency is None or currency in units else (currency, *units),
+        units=units if first == units[:1] else (*first, *units),
         num_digits=sum(map(str.isdigit, match["decimal"] or "")) if "." in match[0] else 0,
     )
 

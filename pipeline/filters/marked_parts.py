@@ -10,7 +10,7 @@ import re
 from collections import deque
 from itertools import islice
 
-from pipeline.filters.exact_values import LONGEST_VALUE, Value
+from pipeline.filters.exact_values import LONGEST_VALUE, Value, read_value
 from pipeline.filters.plain_text import plain_text
 from pipeline.filters.prose import last_number, stated_part
 from pipeline.filters.readings import LONGEST_PART, read_part
@@ -27,11 +27,11 @@ _HEADING = re.compile(
 )
 _TITLE = re.compile(r"\W*(?:\d+[.:)]\s+)?[^\W\d_]{2,}")
 _BRACES = re.compile(r"\\(?P<box>boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-_BETWEEN_BOXES = re.compile(
-    r"(?:[\s$,;.]|\\[()\[\],;! ]|\\q?quad|and|or|\\text\{\s*(?:and|or)\s*\})*"
-)
+_SPACE = r"(?:[\s$.]|\\[()\[\],;! ]|\\q?quad)*"
+_BETWEEN_BOXES = re.compile(rf"{_SPACE}(?:(?:,|;|and|or|\\text\{{\s*(?:and|or)\s*\}}){_SPACE})+")
 _STATEMENT = re.compile(
-    r"\banswers?\b[^.:=\n]{0,60}?(?::|=|\bis\b|\bare\b)|\u7b54\u6848(?:\u662f|\u4e3a)?[:\uff1a]?",
+    r"\b(?:the|final|correct|right|my|our|your)\s+answers?\b[^.:=\n]{0,60}?(?::|=|\bis\b|\bare\b)"
+    r"|\banswers?\s*(?:\*\*)?\s*(?::|=|\bis\b|\bare\b)|\u7b54\u6848(?:\u662f|\u4e3a)?[:\uff1a]?",
     re.IGNORECASE,
 )
 _CORRECTION = re.compile(
@@ -53,16 +53,10 @@ def compared_part(text: str) -> str | None:
     return None
 
 
-def marked_part(text: str) -> str | None:
-    """Part behind `####` or in a box; None if the text has neither."""
-    part = _behind_mark(text)
-    return last_box(text) if part is None else part
-
-
 def last_box(text: str) -> str | None:
     """Content of the last balanced `\\boxed{…}`; empty if there are only boxes that never close.
 
-    Boxes in a row with nothing but `or`, `and` or commas between them are one answer.
+    Boxes with nothing but `or`, `and` or commas between them are one answer.
     """
     if "\\boxed" not in text and "\\fbox" not in text:
         return None
@@ -84,7 +78,7 @@ def last_box(text: str) -> str | None:
     first = len(boxes) - 1
     while first and _BETWEEN_BOXES.fullmatch(text, boxes[first - 1][3], boxes[first][0]):
         first -= 1
-    return ", ".join(text[begin:end] for _, begin, end, _ in boxes[first:])
+    return ", ".join(dict.fromkeys(text[begin:end].strip() for _, begin, end, _ in boxes[first:]))
 
 
 def _behind_mark(text: str) -> str | None:
@@ -106,7 +100,8 @@ def _behind_mark(text: str) -> str | None:
 
 def _whole(text: str) -> str | None:
     """The text itself, if it is a value and nothing else."""
-    return text if len(text) <= LONGEST_VALUE and isinstance(read_part(text), Value) else None
+    is_value = len(text) <= LONGEST_VALUE and read_value(plain_text(text)) is not None
+    return text if is_value else None
 
 
 def _stated(text: str) -> str | None:

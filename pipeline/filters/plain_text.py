@@ -30,6 +30,7 @@ _LATEX: list[tuple[re.Pattern[str], str]] = [
     for pattern, new in (
         (r"(?<=[\d)])\*\*(?=[-\d(])|(?<=(?<![A-Za-z])[A-Za-z])\*\*(?=\d)", "^"),
         (r"\\f?boxed ?\{([^{}]*)\}", r"\1"),
+        (r"<<[^<>]*>>", ""),  # a calculation, as GSM8K notes it before its result
         (r"\*\*|__|`|</?answer>", " "),
         (r"\{,\}", ","),
         (r"\\[\[\]()]", " "),

@@ -13,7 +13,12 @@ LONGEST_PART = 2_000
 MOST_NESTED = 4
 _EQUALS = re.compile(r" ?(?:=|\\approx|\\Rightarrow|\\implies|\\to)(?![A-Za-z]) ?")
 _ITEMS = re.compile(r", |;| and ")
-_COMPARES = re.compile(r"[<>]|\\(?:le|ge|ne|pm|mp|in)(?![A-Za-z])|\bor\b")
+_COMPARES = re.compile(r"[<>]|\\(?:le|ge|ne|pm|mp|in)(?![A-Za-z])|\b(?:or|not)\b")
+_WORDS = re.compile(
+    r"\ue000[^\ue000]*\ue000|\\(?:times|cdot|frac|div)(?![A-Za-z])|(?<![A-Za-z\\])[A-Za-z]{2,}"
+    r"|(?<=[\d)%]) ?[xX](?= ?[$\d(])"
+)
+"""Units and signs of multiplication, which are no variables."""
 _LEFT, _RIGHT = ("\\{", "(", "["), ("\\}", ")", "]")
 _OPENING, _CLOSING = "([{", ")]}"
 
@@ -67,16 +72,20 @@ def _read(plain: str, depth: int) -> Reading:
 
 
 def _right_side(plain: str) -> str:
-    """Right side of the last equation whose left side is a calculation; the text itself if there
-    is none, as in `2x = 8`.
+    """Right side of the last equation whose other sides are calculations, as in `A = 3 x 4 = 12`;
+    the text itself if there is none, as in `2x = 8`.
     """
     if _COMPARES.search(plain):
         return plain
-    sides = _EQUALS.split(_ITEMS.split(plain)[-1])
-    left = re.sub(r"\ue000[^\ue000]*\ue000|\\(?:times|cdot|frac|div)(?![A-Za-z])", "", sides[0])
-    is_name = len(sides) > 2 and re.fullmatch(r" *\$? *[A-Za-z]+ *", left) is not None
-    is_calculation = re.search(r"\d", left) is not None and not re.search(r"[A-Za-z\\]", left)
-    return sides[-1] if len(sides) > 1 and (is_name or is_calculation) else plain
+    first, *others = _EQUALS.split(_ITEMS.split(plain)[-1])
+    is_name = len(others) > 1 and re.fullmatch(r"[ $(]*[A-Za-z]*[ $]*", first) is not None
+    calculations = others[:-1] if is_name else [first, *others[:-1]]
+    return others[-1] if others and all(map(_is_calculation, calculations)) else plain
+
+
+def _is_calculation(side: str) -> bool:
+    """Whether a side of an equation has numbers, and units, but no variables."""
+    return re.search(r"\d", side) is not None and not re.search(r"[A-Za-z\\]", _WORDS.sub("", side))
 
 
 def _listed(plain: str, depth: int) -> Listed | None:
