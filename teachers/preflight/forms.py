@@ -138,7 +138,8 @@ def form_problems(
     if form.opens_thoughts:
         return [
             f"prompt {given.prompt_id}: the chat template opens thoughts, and an answer that is "
-            f"given as text would stand in them: {trained}: {thoughts_remedy(tokenizer)}"
+            f"given as text would stand in them: {trained}: {thoughts_remedy(tokenizer)}, or give "
+            "references that end the thoughts without beginning them"
         ]
     if between and THOUGHT_MARK.sub("", between).strip():
         return [
