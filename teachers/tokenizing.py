@@ -33,8 +33,12 @@ def load_tokenizer(model: ModelFiles) -> PreTrainedTokenizerBase:
             shall end sequences.
     """
     try:
+        # Mistral's own format has no chat template, so `tokenizer.json` beside it is read.
         tokenizer = AutoTokenizer.from_pretrained(
-            model.model, revision=model.revision, trust_remote_code=model.trust_remote_code
+            model.model,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            mistral_format=False,
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load a tokenizer from {model.model}: {error}") from error

@@ -89,7 +89,9 @@ def _write(spec: TrainingSpec, target: Path) -> None:
     source = model_folder(spec)
     model = trained_model(spec, source)
     tokenizer = AutoTokenizer.from_pretrained(
-        source, trust_remote_code=spec.config.student.trust_remote_code
+        source,
+        trust_remote_code=spec.config.student.trust_remote_code,
+        mistral_format=False,  # as in `teachers/tokenizing.py`
     )
     if spec.config.student.eos_token is not None:
         tokenizer.eos_token = spec.config.student.eos_token

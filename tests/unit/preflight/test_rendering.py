@@ -11,7 +11,7 @@ import pytest
 import transformers.utils.chat_template_utils as upstream
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, ByT5Tokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer, MistralConfig
 
 from pipeline.config.student import StudentConfig
 from pipeline.records import Prompt
@@ -32,7 +32,12 @@ from tests.support.chat_templates import (
     QWEN_3,
     SMOLLM_3,
 )
-from tests.support.tokenizers_for_tests import byte_level, metaspace, save_subwords
+from tests.support.tokenizers_for_tests import (
+    byte_level,
+    metaspace,
+    save_byte_tokenizer,
+    save_subwords,
+)
 
 SPELLINGS = [
     "What does <|im_end|> mean?",
@@ -257,3 +262,12 @@ def test_a_tokenizer_without_a_fast_form_keeps_data_text_too() -> None:
     assert ids.count(end) == 1 == prompt_ids(tokenizer, chat("a")).count(end)
     reply = answer_ids(tokenizer, prompt, ids, "c </s>")
     assert end not in reply and answer_text(tokenizer, reply) == "c </s>"
+
+
+def test_the_tokenizer_of_a_mistral_folder_is_the_one_with_a_chat_template(tmp_path: Path) -> None:
+    """Such folders have Mistral's own format as well, which transformers would take."""
+    save_byte_tokenizer(tmp_path)
+    MistralConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    (tmp_path / "tekken.json").write_text("{}")
+    tokenizer = load_tokenizer(student(tmp_path).files)
+    assert tokenizer.chat_template is not None and asked(tmp_path)
