@@ -40,7 +40,7 @@ and or to nor not plus minus times over under above below than more less fewer g
 most squared cubed factorial choose mod modulo pi tau sqrt root roots log ln sin cos tan infinity
 infinite half halves third thirds fourth fourths fifth fifths sixth sixths seventh sevenths eighth
 eighths ninth ninths tenth tenths hundredth hundredths thousandth thousandths millionth millionths
-quarter quarters score gross pair pairs couple lakh lakhs crore crores mil mio bn hundreds thousands
+quarter quarters score gross lakh lakhs crore crores mil mio bn hundreds thousands
 millions billions trillions dozens power remainder am pm bc bce ad ish
 """
 ALTERING = frozenset(_ALTERING_WORDS.split()) | _SCALES.keys()
@@ -134,6 +134,7 @@ _NAME = re.compile(
     r"(?P<name>\\?[A-Za-z]+(?: [A-Za-z]{2,})*(?:_\{\w+\})?(?: ?\([\w, ]+\))?) ?[:=] ?(?![=:])"
 )
 _VARIABLE = re.compile(r"(?:\\[A-Za-z]+|[A-Za-z])(?![A-Za-z])")
+_FULL_STOP = re.compile(r"(?<!\.)\.$")
 _ANSWER_IS = re.compile(
     r"(?:(?:so|thus|hence|therefore),? )?(?:the |my )?(?:final |correct )?answer is:? ?",
     re.IGNORECASE,
@@ -182,7 +183,8 @@ def read_value(text: str) -> Value | None:
 def without_frame(text: str) -> str:
     """A text without what may stand around a value: marks, a full stop, brackets around it all."""
     for _ in range(4):  # frames stand within frames
-        text = text.strip().strip("*'\"").lstrip("=").rstrip(".,;:").strip()
+        text = text.strip().strip("*'\"").lstrip("=").rstrip(",;:").strip()
+        text = _FULL_STOP.sub("", text)
         if len(text) > 1 and text[0] == text[-1] == "$":
             text = text.strip("$")
         elif (inside := _BETWEEN_PARENTHESES.fullmatch(text)) is not None:
@@ -291,7 +293,7 @@ def _units(text: str, is_glued: bool) -> tuple[str, ...] | None:
     Args:
         is_glued: whether the words follow the number without a space, as in `5km` or `5x`.
     """
-    text = text.strip().rstrip(".,;:").strip()
+    text = _FULL_STOP.sub("", text.strip().rstrip(",;:")).strip()
     if not text:
         return ()
     words = _UNIT_WORD.findall(text)

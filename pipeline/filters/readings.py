@@ -12,6 +12,7 @@ LONGEST_PART = 2_000
 """Characters of the longest part that is read; a longer one is compared as it stands."""
 MOST_NESTED = 4
 _EQUALS = re.compile(r" ?(?:=|\\approx|\\Rightarrow|\\implies|\\to)(?![A-Za-z]) ?")
+_NAMED_TUPLE = re.compile(r" *\( ?[A-Za-z](?: ?, ?[A-Za-z])+ ?\) ?= ?(?=\()")
 _ITEMS = re.compile(r", |;| and ")
 _COMPARES = re.compile(r"[<>]|\\(?:le|ge|ne|pm|mp|in)(?![A-Za-z])|\b(?:or|not)\b")
 _WORDS = re.compile(
@@ -68,6 +69,8 @@ def _read(plain: str, depth: int) -> Reading:
         return value
     if (value := read_value(_right_side(plain))) is not None:
         return value
+    if (named := _NAMED_TUPLE.match(plain)) is not None:
+        plain = plain[named.end() :]
     return (_listed(plain, depth) if depth else None) or comparable_text(plain)
 
 
