@@ -190,9 +190,9 @@ def _begin(tokens: list[Token], place: int) -> int:
         elif joined is not None:
             first = joined
         elif before.word in _BENDING or _BENDING_EAST_ASIAN.search(before.word):
-            return at
+            first = at
         elif before.word in _BEING and _at(tokens, at - 1).word in _NEGATING:
-            return at - 1
+            first = at - 1
         else:
             break
     return first

@@ -5,8 +5,11 @@ An answer that is wrong must never be judged right. Right answers that are judge
 """
 
 import time
+from fractions import Fraction
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.filters.answer_checkers import final_value, number
 
@@ -297,6 +300,8 @@ WRONG = [
     (r"\boxed{\frac{3}{4} \text{ or } \frac{1}{4}}", "1/4"),
     ("e^2", "2"),
     ("5 cents", "$5"),
+    ("7, not 5", "4, not 5"),
+    ("3 or not 5", "4 or not 5"),
     (r"\boxed{x^2}", r"\boxed{y^2}"),
     ("x^2", "2"),
     (r"\boxed{x^2}", r"\boxed{x^3}"),
@@ -671,3 +676,51 @@ def test_a_long_answer_is_judged_within_a_second(piece: str) -> None:
         start = time.process_time()
         number(answer, "42")
         assert time.process_time() - start < 1
+
+
+def decimal_of(value: Fraction) -> str:
+    """Digits of a value with a finite decimal expansion of at most four places."""
+    scaled = abs(value) * 10_000
+    assert scaled.denominator == 1
+    whole, part = divmod(int(scaled), 10_000)
+    digits = f"{whole:,}.{part:04}" if part else f"{whole:,}"
+    return f"-{digits}" if value < 0 else digits
+
+
+def forms_of(value: Fraction) -> list[str]:
+    """Writings of a value: fractions, a mixed number, decimals, a power of ten."""
+    sign, (over, under) = ("-" if value < 0 else ""), abs(value).as_integer_ratio()
+    forms = [f"{sign}{over}/{under}"]
+    forms += [rf"{sign}\{name}{{{over}}}{{{under}}}" for name in ("frac", "dfrac", "tfrac")]
+    whole, rest = divmod(over, under)
+    if whole and rest:
+        forms += [f"{sign}{whole} {rest}/{under}", rf"{sign}{whole}\frac{{{rest}}}{{{under}}}"]
+    if 10_000 % under == 0:
+        plain = decimal_of(value).replace(",", "")
+        forms += [plain, decimal_of(value), decimal_of(value).replace(",", "{,}"), f"{plain}e0"]
+        forms += [plain.replace("-", "\u2212"), f"{value * 10_000}e-4"]
+        forms.append(rf"{value * 10_000} \times 10^{{-4}}")
+    return forms
+
+
+AROUND = [
+    "{}", r"\boxed{{{}}}", r"Thus $\boxed{{{}}}$.", "#### {}", "7 + 8 = 15\n#### {}", "**{}**",
+    "The answer is {}.", "So the result is ${}$", r"We get \({}\).", "<think>15?</think> {}",
+    "Answer: {} apples", "x = {}", "#### {} dollars\n\nQuestion: and 7 more?",
+]  # fmt: skip
+VALUES = st.builds(
+    lambda over, under: Fraction(over, under),
+    st.integers(-20_000, 20_000),
+    st.sampled_from([1, 1, 2, 3, 4, 7, 8, 9, 10, 16, 100, 1000]),
+)
+
+
+@given(VALUES, VALUES, st.data())
+def test_writings_are_equal_if_their_values_are(
+    one: Fraction, other: Fraction, data: st.DataObject
+) -> None:
+    answer = data.draw(st.sampled_from(AROUND)).format(data.draw(st.sampled_from(forms_of(one))))
+    same, another = (data.draw(st.sampled_from(forms_of(value))) for value in (one, other))
+    assert number(answer, same) is True
+    assert number(answer, f"#### {same}") is True
+    assert number(answer, another) is (one == other)
