@@ -10,6 +10,7 @@ sequence is graded once under an identity.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,9 +32,30 @@ from teachers.tokenizing import answer_text, prompt_ids, student_tokenizer
 GRADES = (1, 2, 3, 4, 5)
 """Replies of a judge that grades; one that compares has others."""
 FREE_REPLY_TOKENS = 32
-_GRADE = re.compile(
-    r"\W*(?:(?:grade|score|rating|answer)\W+)?([1-5])(?:\s*/\s*5)?\W*", re.IGNORECASE
+# The scale of a grade, before which it stands or which stands alone: `4/5`, `4 out of 5`, `1 to 5`.
+_SCALE = re.compile(
+    r"(?<=\d)\s*(?:/|out\s+of|of)\s*5(?:\.0)?\b(?![./]\d)"
+    r"|\b(?:on\s+a\s+scale\s+)?(?:(?:of|from)\s+)?1\s*(?:-|\u2013|to)\s*5\b(?![./]\d)",
+    re.IGNORECASE,
 )
+# No digit, fraction, range, choice or other scale goes on behind a grade.
+_ALONE = (
+    r"(?<![\d.,/-])([1-5])(?:\.0+)?(?![\d%]|\s*(?:[.,/]\d|[-\u2013/]\s*\d|(?:or|to|and|out|of)\b))"
+)
+_WHOLE_LINE = re.compile(rf"\W*(?:(?:grade|score|rating|answer)\W+)?{_ALONE}\W*", re.IGNORECASE)
+_BEFORE_REASON = re.compile(rf"\W*{_ALONE}\s*[(:;,.\u2013\u2014-]\D*")
+_NAMED = re.compile(
+    r"\b(?:grade|score|rating|mark|verdict)\W*(?:[:=]|\bis\b|\bof\b|\b(?:would|should)\s+be\b)\W*"
+    rf"(?:an?\s+)?{_ALONE}",
+    re.IGNORECASE,
+)
+_GIVEN = re.compile(
+    r"\b(?:say|give|gives|rate|rates|grade|grades|score|scores|assign|deserves?|earns?)\b"
+    rf"(?:\s+(?:it|this|that|the|answer|response|an?|as|with|at)\b)*\W*{_ALONE}",
+    re.IGNORECASE,
+)
+_LIST = re.compile(r"\W*1[.)]\s.*\n\W*2[.)]\s", re.DOTALL)
+_NEGATION = re.compile(r"n't\b|\b(?:not|never|cannot|if|unless)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -116,12 +138,27 @@ class JudgeTask:
 
 
 def read_grade(reply: str) -> int | None:
-    """Grade in the first line of a reply, such as `4`, `**4**`, `Grade: 4` or `4/5`; None if the
-    line is anything else.
+    """Grade that a reply says clearly; None if it says none, several, or one of another scale.
+
+    A grade stands alone in the first line (`4`, `**4**`, `Grade: 4`, `4/5`) or before a reason
+    (`4 (good)`), is named anywhere (`Reason: … Grade: 4`, `{"grade": 4}`, `The grade is 4.`), or
+    given in a sentence (`I'd say 4 out of 5`).
     """
-    text = final_text(reply)
-    match = _GRADE.fullmatch(text.partition("\n")[0])
-    return int(match[1]) if match else None
+    text = unicodedata.normalize("NFKC", final_text(reply)).replace("\u2019", "'")
+    text = _SCALE.sub("", re.sub(r"[*_`\[\]]", "", text)).strip()
+    first = text.partition("\n")[0]
+    if _LIST.match(text):
+        return None
+    if match := _WHOLE_LINE.fullmatch(first) or _BEFORE_REASON.fullmatch(first):
+        return int(match[1])
+    for pattern in (_NAMED, _GIVEN):
+        if grades := {int(match[1]) for match in pattern.finditer(text)}:
+            sentences = (
+                re.split(r"[.!?\n]\s", text[: m.end()])[-1] for m in pattern.finditer(text)
+            )
+            doubtful = len(grades) > 1 or any(map(_NEGATION.search, sentences))
+            return None if doubtful else grades.pop()
+    return None
 
 
 def grade_tokens(
