@@ -183,8 +183,8 @@ def read_reply(request: PromptRequest, text: str, finish_reason: str) -> PromptR
     """Takes the new prompts out of a reply.
 
     A reply without new prompts has one of these reasons: `over_long` (the reply was cut), `empty`,
-    `refusal`, `malformed` (no tags, several prompts in place of one, or an empty prompt) or
-    `unchanged` (the source itself).
+    `refusal` (the words of one, and no tags: a prompt may begin with them too), `malformed` (no
+    tags, several prompts in place of one, or an empty prompt) or `unchanged` (the source itself).
     """
     if finish_reason == "content_filter":
         return PromptReply(reason="refusal", detail="withheld by the endpoint's content filter")
@@ -195,7 +195,7 @@ def read_reply(request: PromptRequest, text: str, finish_reason: str) -> PromptR
         detail = "the reply holds only thoughts" if text.strip() else ""
         return PromptReply(reason="empty", detail=detail)
     prompts = [part.strip() for part in _TAGGED.findall(reply)]
-    if _REFUSAL.match((prompts[0] if prompts else reply).replace("\u2019", "'")):
+    if not prompts and _REFUSAL.match(reply.replace("\u2019", "'")):
         return PromptReply(reason="refusal", detail=reply)
     if not prompts:
         return PromptReply(reason="malformed", detail="no <prompt>…</prompt>")

@@ -21,6 +21,18 @@ GOOD_REPLIES: dict[str, tuple[str, tuple[str, ...]]] = {
         "<prompt>Why do people say that they regret something?</prompt>",
         ("Why do people say that they regret something?",),
     ),
+    "a prompt that begins like a refusal": (
+        "<prompt>I'm unable to log in to my router. Which steps should I take?</prompt>",
+        ("I'm unable to log in to my router. Which steps should I take?",),
+    ),
+    "an apology as a task": (
+        "<prompt>Sorry, I broke my aunt\u2019s vase. Draft an apology of 50 words.</prompt>",
+        ("Sorry, I broke my aunt\u2019s vase. Draft an apology of 50 words.",),
+    ),
+    "an apology before the prompt": (
+        "Sorry for the delay! <prompt>As an AI researcher, how would you test a filter?</prompt>",
+        ("As an AI researcher, how would you test a filter?",),
+    ),
     "several": (
         "1. <prompt>Name three rivers.</prompt>\n2. <prompt>What is a prime number?</prompt>",
         ("Name three rivers.", "What is a prime number?"),
@@ -47,7 +59,6 @@ BAD_REPLIES: dict[str, tuple[str, str, str]] = {
         "stop",
         "refusal",
     ),
-    "a refusal in tags": ("<prompt>I cannot assist with that request.</prompt>", "stop", "refusal"),
     "an answer instead": ("Ann has 3 + 4 = 7 apples.\n#### 7", "stop", "malformed"),
     "an open tag": ("<prompt>Ann has 3 apples and", "stop", "malformed"),
     "empty tags": ("<prompt> </prompt>", "stop", "malformed"),
