@@ -54,7 +54,7 @@ def filter_answers(run: Run, entries: Sequence[DatasetEntry]) -> Filtered:
     """Runs the filters before scoring.
 
     Raises:
-        FilterError: nothing of a split that is needed is left.
+        FilterError: nothing of a domain in a split is left.
         TeacherError: a judge's engine cannot run.
     """
     digest = digest_json(run.prepared.filters_before_scoring)
@@ -65,7 +65,7 @@ def filter_scored(run: Run, entries: Sequence[DatasetEntry]) -> Filtered:
     """Runs the filters that need cached rows, and the filters that follow them.
 
     Raises:
-        FilterError: nothing of a split that is needed is left.
+        FilterError: nothing of a domain in a split is left.
         TeacherError: a judge's engine cannot run.
     """
     prepared = run.prepared
@@ -106,13 +106,14 @@ def _filtered(
     name = run.config.prompts.checker
     checker = None if name is None else SafeChecker(name)
     seconds: Counter[str] = Counter()
+    held_out = {
+        f"hold-out prompt {p.prompt_id}": p for p in prompts.values() if p.split == "holdout"
+    }
     evidence = Evidence(
         checker=checker,
-        holdout_prompts={
-            f"hold-out prompt {p.prompt_id}": p.words
-            for p in prompts.values()
-            if p.split == "holdout"
-        },
+        holdout_prompts={name: prompt.words for name, prompt in held_out.items()},
+        holdout_domains={name: prompt.domain for name, prompt in held_out.items()},
+        wording=run.config.prompts.wording,
         gold_logprobs={name: mean_gold_logprobs(caches[name], ids) for name in sorted(teachers)},
         grade=lambda rule, candidates: _grades(run, prompts, seconds, rule, candidates),
     )

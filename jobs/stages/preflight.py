@@ -5,6 +5,7 @@ The dry run ends with them, and the prepare stage begins with them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ from pipeline.config.synthesis import Answer, Answering, Complete, GivenAnswers,
 from pipeline.config.teachers import EndpointTeacherConfig, TeacherConfig
 from pipeline.errors import ConfigError
 from pipeline.filters.answer_checkers import find_checker, references_unread
+from pipeline.filters.evaluated import read_evaluation_file
 from pipeline.filters.text import shown_end
 from pipeline.records import Prompt
 from pipeline.run.identities import sampling_of
@@ -28,6 +30,8 @@ from pipeline.synthesis.rewriting import make_requests, rubric_of
 from pipeline.synthesis.steps import Step, steps_of
 from teachers.engine.arguments import check_request_changes
 from teachers.engine.options import check_engine_arguments, check_sampling_parameters
+
+logger = logging.getLogger(__name__)
 
 _NO_PLACE = (
     "system_prompt has no place in raw `text`, and {} prompts are raw `text`: remove it, or give "
@@ -224,7 +228,9 @@ def check_filters(config: Config, prompts: Sequence[Prompt]) -> None:
     """Checks checkers, files, rubrics and domains that the filters need.
 
     Raises:
-        ConfigError: a checker, file, rubric or domain does not exist.
+        ConfigError: a checker, file, rubric or domain does not exist, or an evaluation file lacks a
+            column.
+        PromptError: an evaluation file cannot be read.
     """
     checker = config.prompts.checker
     trained = {prompt.domain for prompt in prompts if prompt.split == "train"}
@@ -238,6 +244,14 @@ def check_filters(config: Config, prompts: Sequence[Prompt]) -> None:
     for key, file in evaluation_files(config).items():
         if not storage.exists(file.path):
             raise ConfigError(f"{key}: {file.path} does not exist")
+        for name, column in read_evaluation_file(file).items():
+            if column.num_empty:
+                logger.warning(
+                    "caution: %s has no text in the column %r of %d rows, which are skipped",
+                    file.path,
+                    name,
+                    column.num_empty,
+                )
     for rule in config.synthesis.filters:
         if isinstance(rule, Balance) and rule.shares.keys() != trained:
             raise ConfigError(

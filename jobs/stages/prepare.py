@@ -334,6 +334,7 @@ def filter_identities(
             if isinstance(rule, Judge)
             else None,
             config.teachers[rule.teacher].max_model_len if isinstance(rule, Judge) else None,
+            config.prompts.wording,
         )
         for rule in rules
     ]

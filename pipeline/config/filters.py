@@ -82,7 +82,11 @@ class Repetition(FilterSection):
 
 
 class ExactDuplicate(FilterSection):
-    """Drops train sequences that repeat an earlier one, apart from case and spaces."""
+    """Drops train sequences that look like an earlier one, apart from case and spaces.
+
+    Texts are compared in Unicode's form NFKC without characters that have no shape, so that two
+    forms of one accent, digit or letter are the same.
+    """
 
     type: Literal["exact_duplicate"]
     of: Compared
@@ -93,8 +97,9 @@ class ExactDuplicate(FilterSection):
 class NearDuplicate(FilterSection):
     """Drops train sequences that are nearly the same as an earlier one.
 
-    MinHash finds candidate pairs, the exact Jaccard similarity decides (Broder, On the resemblance
-    and containment of documents, 1997).
+    Texts are compared in the form that `exact_duplicate` compares. MinHash finds candidate pairs,
+    the exact Jaccard similarity decides (Broder, On the resemblance and containment of documents,
+    1997).
     """
 
     type: Literal["near_duplicate"]
@@ -113,17 +118,20 @@ class EvaluationFile(Section):
     """Texts that must not be trained on."""
 
     path: str
-    """JSONL or Parquet file, or folder of a Hugging Face dataset (`save_to_disk`)."""
+    """File or folder in one of the formats of `prompts.sources`."""
     fields: Annotated[list[str], Field(min_length=1)]
-    """Columns whose texts must not be trained on, such as `[question, answer]`."""
+    """Columns whose texts must not be trained on, such as `[question, answer]`. A cell holds a
+    text, a list of texts, or chat messages; cells without a text are skipped and counted."""
 
 
 class Contamination(FilterSection):
     """Drops train and validation sequences that share n-grams with what is evaluated.
 
-    Compared are the run's hold-out prompts and evaluation files, without case and punctuation. An
-    n-gram counts words (13 in Brown et al., arXiv 2005.14165), or characters in scripts without
-    spaces. An evaluated text with fewer words counts as found only if it is a whole prompt.
+    Compared are the run's hold-out prompts and evaluation files, without case, punctuation and
+    characters that have no shape. An n-gram counts words (13 in Brown et al., arXiv 2005.14165), or
+    characters in scripts without spaces. Words that most hold-out prompts of a domain share, or
+    that a source's `template` holds, are no evidence. An evaluated text with too few words of its
+    own counts as found only if it is a whole prompt.
     """
 
     type: Literal["contamination"]

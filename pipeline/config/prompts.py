@@ -59,6 +59,14 @@ class PromptSource(Section):
         names = _columns_in(self.template or "")
         return names if set(names) - {"text"} else ()
 
+    @property
+    def wording(self) -> list[str]:
+        """Pieces of the template between its columns, which all prompts of the source share."""
+        if not self.columns:
+            return (self.template or "").split("{text}")
+        between = "\0"
+        return _filled(self.template or "", dict.fromkeys(self.columns, between)).split(between)
+
     def fill(self, cells: Mapping[str, str]) -> str:
         """The template of several columns with their texts.
 
@@ -121,6 +129,12 @@ class PromptsConfig(Section):
     own function `(answer, reference) -> bool` in a package that is installed on every node. It sees
     the text behind the answer's thoughts, and may return `None` for a reference that it cannot
     read. The filter `checker` and the report's accuracy need it."""
+
+    @property
+    def wording(self) -> list[str]:
+        """Pieces of all templates that hold more than spaces."""
+        pieces = (piece for source in self.sources for piece in source.wording)
+        return list(dict.fromkeys(piece for piece in pieces if piece.strip()))
 
     @model_validator(mode="after")
     def _fractions_have_an_effect(self) -> PromptsConfig:

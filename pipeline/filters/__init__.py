@@ -4,6 +4,8 @@ run              the filters of a config in their order, with counts
 candidates       a sequence as filters see it, and what they know besides
 text             filters that look at each answer alone
 likeness         duplicates and contamination
+words            texts as people see them, and their words
+evaluated        texts that are evaluated, and the words by which they are found
 groups           votes, best of n, shares of domains
 answer_checkers  functions that compare an answer with its reference
 symbolic         the checker `math`, which asks math-verify

@@ -49,6 +49,9 @@ class Evidence:
         checker: function of answer and reference, which gives None for a reference that it cannot
             read; None if the run has no checker.
         holdout_prompts: texts of the hold-out prompts, by a name for people.
+        holdout_domains: domains of the hold-out prompts, by the same name; prompts without one
+            belong together.
+        wording: pieces of the templates of the prompts, which many prompts share.
         gold_logprobs: for each teacher that a filter names, the mean log-probability in nats of the
             gold tokens of each scored sequence, by sequence id.
         grade: function that asks a judge for grades from 1 to 5 by sequence id; the grade is None
@@ -57,5 +60,15 @@ class Evidence:
 
     checker: Callable[[str, str], bool | None] | None = None
     holdout_prompts: Mapping[str, str] = field(default_factory=dict)
+    holdout_domains: Mapping[str, str] = field(default_factory=dict)
+    wording: Sequence[str] = ()
     gold_logprobs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     grade: Callable[[Any, Sequence[Candidate]], Mapping[str, int | None]] | None = None
+
+    @property
+    def holdout_groups(self) -> list[list[tuple[str, str]]]:
+        """Names and texts of the hold-out prompts of each domain."""
+        groups: dict[str | None, list[tuple[str, str]]] = {}
+        for name, text in self.holdout_prompts.items():
+            groups.setdefault(self.holdout_domains.get(name), []).append((name, text))
+        return list(groups.values())

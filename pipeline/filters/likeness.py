@@ -6,37 +6,24 @@ data is kept apart from them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import xxhash
 
-from pipeline.config.filters import (
-    Compared,
-    Contamination,
-    EvaluationFile,
-    ExactDuplicate,
-    NearDuplicate,
-)
-from pipeline.errors import ConfigError
+from pipeline.config.filters import Compared, Contamination, ExactDuplicate, NearDuplicate
 from pipeline.filters.candidates import Candidate, Evidence
-from pipeline.synthesis.rows import numbered_rows
+from pipeline.filters.evaluated import EvaluatedTexts, ngrams_of, read_evaluation_file
+from pipeline.filters.words import plain, words_of
 
 NUM_PERMUTATIONS = 128
-# Thai, Lao, Burmese, Khmer, kana and ideographs are written without spaces: each character counts
-# as a word.
-_UNSPACED = (
-    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30fa\u30fc-\u30ff\u3400-\u9fff"
-    r"\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
-)
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 
 
 def exact_duplicate(
     rule: ExactDuplicate, candidates: Sequence[Candidate], evidence: Evidence
 ) -> dict[int, str]:
-    """Drops train sequences whose text repeats an earlier one, apart from case and spaces."""
+    """Drops train sequences that look like an earlier one, apart from case and spaces."""
     first: dict[str, Candidate] = {}
     dropped = {}
     for i, candidate in _of_train(candidates):
@@ -84,41 +71,42 @@ def contamination(
 ) -> dict[int, str]:
     """Drops train and validation sequences that share an n-gram with an evaluated text.
 
+    Words that most evaluated texts share are no evidence.
+
     Raises:
         ConfigError: an evaluation file lacks a column.
         PromptError: an evaluation file cannot be read.
     """
-    places: dict[tuple[str, ...], str] = {}
-    wholes: dict[tuple[str, ...], str] = {}
-    texts = [*evidence.holdout_prompts.items(), *_evaluation_texts(rule.files)]
-    for place, text in texts:
-        words = words_of(text)
-        for ngram in _ngrams(words, rule.ngram):
-            places.setdefault(ngram, place)
-        if 0 < len(words) < rule.ngram:
-            wholes.setdefault(tuple(words), place)
+    evaluated = EvaluatedTexts(rule.ngram)
+    for group in evidence.holdout_groups:
+        evaluated.add(group, evidence.wording)
+    for file in rule.files:
+        for column in read_evaluation_file(file).values():
+            evaluated.add(column.texts, evidence.wording)
     dropped = {}
     for i, candidate in enumerate(candidates):
         if candidate.entry.split == "holdout":
             continue
-        parts = [words_of(candidate.prompt), words_of(candidate.answer)]
-        hits = [n for part in parts for n in _ngrams(part, rule.ngram) if n in places]
-        whole = tuple(parts[0])
-        if hits:
-            dropped[i] = f"{places[hits[0]]}: {' '.join(hits[0])!r}"
-        elif whole in wholes:
-            dropped[i] = f"{wholes[whole]}: {' '.join(whole)!r}"
+        prompt = words_of(candidate.prompt)
+        grams = chain(
+            ngrams_of(prompt, rule.ngram), ngrams_of(words_of(candidate.answer), rule.ngram)
+        )
+        hit = next((gram for gram in grams if gram in evaluated.ngrams), None)
+        if hit is not None:
+            dropped[i] = f"{evaluated.ngrams[hit]}: {' '.join(hit)!r}"
+        elif (whole := tuple(prompt)) in evaluated.wholes:
+            dropped[i] = f"{evaluated.wholes[whole]}: {' '.join(whole)!r}"
     return dropped
 
 
 def compared_text(candidate: Candidate, of: Compared) -> str:
-    """Text by which duplicates are compared: in lower case, with single spaces."""
+    """Text by which duplicates are compared: as people see it, without case, in single spaces."""
     parts = {
         "prompt": candidate.prompt,
         "answer": candidate.answer,
         "both": f"{candidate.prompt}\n{candidate.answer}",
     }
-    return " ".join(parts[of].lower().split())
+    return " ".join(plain(parts[of]).split())
 
 
 def shingles_of(text: str, width: int) -> set[str]:
@@ -129,11 +117,6 @@ def shingles_of(text: str, width: int) -> set[str]:
 def jaccard(one: set[str], two: set[str]) -> float:
     """Share of the elements of two sets that are in both sets."""
     return len(one & two) / len(one | two)
-
-
-def words_of(text: str) -> list[str]:
-    """Words of a text without case and punctuation; characters in scripts without spaces."""
-    return _WORD.findall(text.lower())
 
 
 def _of_train(candidates: Sequence[Candidate]) -> Iterator[tuple[int, Candidate]]:
@@ -147,24 +130,6 @@ def _counts_as_other(candidate: Candidate, other: Candidate, of: Compared) -> bo
     if other is candidate:
         return False
     return of != "prompt" or candidate.entry.prompt_id != other.entry.prompt_id
-
-
-def _ngrams(words: list[str], width: int) -> Iterator[tuple[str, ...]]:
-    return (tuple(words[i : i + width]) for i in range(len(words) - width + 1))
-
-
-def _evaluation_texts(files: Sequence[EvaluationFile]) -> Iterator[tuple[str, str]]:
-    """Yields the place and text of every compared column of evaluation files."""
-    for file in files:
-        for place, row in numbered_rows(file.path):
-            for field in file.fields:
-                if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                    found = ", ".join(map(str, row)) if isinstance(row, dict) else row
-                    raise ConfigError(
-                        f"{place}: the filter contamination needs a text {field!r}, but the row "
-                        f"has {found}: correct `fields` of this file"
-                    )
-                yield place, row[field]
 
 
 def _name(candidate: Candidate) -> str:

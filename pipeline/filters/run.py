@@ -18,13 +18,14 @@ from pipeline.config.filters import Contamination, Filter
 from pipeline.errors import FilterError
 from pipeline.filters.answer_checkers import checker_identity
 from pipeline.filters.candidates import Candidate, Evidence
+from pipeline.filters.evaluated import FEWEST_SHARING
 from pipeline.filters.groups import agreement, balance, best_of
 from pipeline.filters.likeness import contamination, exact_duplicate, near_duplicate
 from pipeline.filters.text import alphabet, checker, judge, length, perplexity, repetition
 from pipeline.fingerprint import digest_bytes
 from pipeline.layout import Layout
 from pipeline.records import DatasetEntry
-from pipeline.storage import files_below, join, read_bytes
+from pipeline.storage import files_below, is_folder, join, read_bytes
 from pipeline.synthesis.rejected import Rejected, write_rejected
 
 logger = logging.getLogger(__name__)
@@ -46,10 +47,12 @@ FILTERS: dict[str, Callable[[Any, Sequence[Candidate], Evidence], dict[int, str]
 """Functions by the type of a filter. Each takes the filter's settings, the candidates that are
 left, and the evidence besides. It returns the places of the candidates that it drops, each with a
 detail for people."""
-VERSIONS = dict.fromkeys(FILTERS, 2) | dict.fromkeys(("checker", "agreement", "best_of"), 3)
+VERSIONS = dict.fromkeys(FILTERS, 2) | dict.fromkeys(
+    ("exact_duplicate", "near_duplicate", "contamination", "checker", "agreement", "best_of"), 3
+)
 """Version of each filter's decisions, raised when the filter decides differently."""
 EXAMPLES_SHOWN = 5
-NEEDED_SPLITS = ("train", "holdout")
+EMPTIED_SHOWN = 3
 
 FilterCounts = dict[str, Any]
 """Counts of one filter, as stage records and the report hold them."""
@@ -73,7 +76,7 @@ def run_filters(
         `seen` and `dropped`, the latter also by domain, and some examples of details.
 
     Raises:
-        FilterError: nothing of the train or hold-out split is left, or too little for a filter; the
+        FilterError: a filter drops all sequences of a domain in a split, or finds too little; the
             message says what each filter dropped.
         ConfigError: a filter cannot be honoured.
     """
@@ -97,9 +100,9 @@ def run_filters(
             write_rejected(path, [_rejected(left[i], rule, why) for i, why in dropped.items()])
             logger.info("filter %s dropped %d answers, see %s", rule.type, len(dropped), path)
         done.append(_counts(rule, len(seen), [left[i].entry for i in dropped], dropped.values()))
-        splits = {candidate.entry.split for candidate in left}
+        gone = [(left[i].entry, detail) for i, detail in dropped.items()]
         left = [candidate for i, candidate in enumerate(left) if i not in dropped]
-        _check_left(splits & set(NEEDED_SPLITS), left, rule, done, path)
+        _check_left(gone, left, rule, done, path)
     return left, done
 
 
@@ -108,6 +111,7 @@ def filter_identity(
     checker_name: str | None,
     judge_identity: Mapping[str, Any] | None = None,
     judge_room: int | None = None,
+    wording: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Everything that decides which answers a filter keeps, as a JSON value.
 
@@ -116,6 +120,7 @@ def filter_identity(
     Args:
         judge_identity: identity of a judge's grades, for a filter of type `judge`.
         judge_room: tokens that the judge's engine holds; longer answers get no grade.
+        wording: pieces of the templates of the prompts, for a filter of type `contamination`.
 
     Raises:
         ConfigError: the checker does not exist.
@@ -130,6 +135,7 @@ def filter_identity(
             [file.fields, digest_bytes(*map(read_bytes, _files_of(file.path)))]
             for file in rule.files
         ]
+        identity |= {"wording": list(wording)} if wording else {}
     if judge_identity is not None:
         identity |= {"rubric": judge_identity, "room": judge_room}
     return identity
@@ -142,8 +148,7 @@ def filter_summary(counts: Sequence[FilterCounts]) -> str:
 
 def _files_of(path: str) -> list[str]:
     """Path of a file itself, or paths of all files in a dataset folder."""
-    names = [] if path.endswith((".jsonl", ".parquet")) else files_below(path)
-    return [join(path, name) for name in names] or [path]
+    return [join(path, name) for name in files_below(path)] if is_folder(path) else [path]
 
 
 def _rejected(candidate: Candidate, rule: Filter, detail: str) -> Rejected:
@@ -174,14 +179,39 @@ def _counts(
 
 
 def _check_left(
-    splits: set[str], left: Sequence[Candidate], rule: Filter, done: list[FilterCounts], path: str
+    gone: Sequence[tuple[DatasetEntry, str]],
+    left: Sequence[Candidate],
+    rule: Filter,
+    done: list[FilterCounts],
+    path: str,
 ) -> None:
-    """Refuses to go on if a split that had candidates has none left."""
-    for split in sorted(splits - {candidate.entry.split for candidate in left}):
-        last = json.dumps(done[-1]["examples"][:2], ensure_ascii=False)
-        raise FilterError(
-            f"the filter {rule.type} leaves no sequence of the {split} split; dropped so far: "
-            f"{filter_summary(done)}; by {rule.type}, for example: {last}; the dropped answers lie "
-            f"in {path}: loosen the filter, remove it, or give other prompts; all answers are "
-            "kept, and no teacher is asked again"
+    """Refuses to go on if a domain of a split that had candidates has none left.
+
+    Args:
+        gone: entries that the filter drops, each with its detail.
+    """
+    details: dict[tuple[str, str], list[str]] = {}
+    for entry, detail in gone:
+        details.setdefault((entry.split, entry.domain), []).append(detail)
+    remaining = {(candidate.entry.split, candidate.entry.domain) for candidate in left}
+    emptied = [
+        f"of the {split} split in domain {domain!r} ({len(details[split, domain])} dropped, for "
+        f"example {json.dumps(details[split, domain][0], ensure_ascii=False)})"
+        for split, domain in sorted(details.keys() - remaining)
+    ]
+    if not emptied:
+        return
+    more = len(emptied) - EMPTIED_SHOWN
+    hint = ""
+    if isinstance(rule, Contamination):
+        hint = (
+            "if that example is an instruction that all prompts share, put it into the source's "
+            f"`template`, or hold out at least {FEWEST_SHARING} prompts of the domain; otherwise "
         )
+    raise FilterError(
+        f"the filter {rule.type} leaves no sequence {', none '.join(emptied[:EMPTIED_SHOWN])}"
+        + (f", and none of {more} other domains or splits" if more > 0 else "")
+        + f"; dropped so far: {filter_summary(done)}; the dropped answers lie in {path}: {hint}"
+        "loosen the filter, remove it, or give other prompts; all answers are kept, and no teacher "
+        "is asked again"
+    )
