@@ -35,11 +35,16 @@ def parse_row(place: str, row: Any, source: PromptSource, config: PromptsConfig)
     values = {name: row.get(source.fields.get(name, name)) for name in FIELDS}
     reference = _reference(place, values["reference"])
     messages, text = values["messages"], values["text"]
-    if messages is not None and source.template:
-        raise PromptError(
-            f"{place}: the source has a `template`, which wraps `text`, but the row has "
-            "`messages`: remove the template, or give rows with `text`"
-        )
+    if text and not messages:
+        messages = None
+    elif messages and isinstance(text, str) and not text.strip():
+        text = None
+    for setting, value in {"template": source.template, "chat": source.chat}.items():
+        if messages is not None and value:
+            raise PromptError(
+                f"{place}: the source has a `{setting}`, which concerns `text`, but the row has "
+                f"`messages`: remove the {setting}, or give rows with `text`"
+            )
     if source.columns:
         text = _filled(place, row, source)
     elif (messages is None) == (text is None):

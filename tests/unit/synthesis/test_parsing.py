@@ -326,6 +326,19 @@ def test_texts_become_chats(tmp_path: Path) -> None:
     assert chat.prompt_id != raw.prompt_id
 
 
+def test_settings_of_texts_are_refused_for_chats(tmp_path: Path) -> None:
+    row = {"messages": [USER]}
+    assert "remove the chat, or give rows with `text`" in refusal(tmp_path, row, chat=True)
+    assert "remove the template" in refusal(tmp_path, row, template="Q: {text}")
+
+
+def test_an_empty_other_form_is_none(tmp_path: Path) -> None:
+    """Tools that write all columns of a table fill them with empty values."""
+    rows = [{"messages": [], "text": "raw"}, {"messages": [USER], "text": ""}]
+    found = prompts_of(tmp_path, *rows)
+    assert [(p.messages, p.text) for p in found] == [(None, "raw"), ((USER,), None)]
+
+
 def test_new_settings_at_their_defaults_leave_the_config_as_it_was() -> None:
     dumped = PromptSource(path="p.jsonl").model_dump(mode="json")
     assert dumped.keys() == {"path", "domain", "split", "fields", "template", "limit"}
