@@ -13,6 +13,7 @@ rounding     whether log-probabilities differ by rounding alone
 messages     tables and spelling hints for people
 config/      the configuration, one module for each YAML section
 synthesis/   prompts, the steps that write and answer them, records of finished work
+checkers/    is an answer right, given its reference?
 filters/     the choice of the answers to train on
 cache/       cache shards, their index and their generations
 cache_care/  status, verification, repair, export and removal of caches

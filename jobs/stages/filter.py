@@ -15,9 +15,9 @@ import numpy as np
 from jobs.stages.teacher_pools import engine_seconds, teacher_work
 from pipeline import storage
 from pipeline.cache.index import load_index
+from pipeline.checkers.answer_checkers import SafeChecker
 from pipeline.config.filters import Filter, Judge
 from pipeline.config.synthesis import DATASET_AUTHOR
-from pipeline.filters.answer_checkers import SafeChecker
 from pipeline.filters.candidates import Candidate, Evidence
 from pipeline.filters.run import run_filters
 from pipeline.fingerprint import digest_json

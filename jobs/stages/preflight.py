@@ -11,6 +11,7 @@ from functools import partial
 from importlib.util import find_spec
 
 from pipeline import storage
+from pipeline.checkers.answer_checkers import find_checker, references_unread
 from pipeline.combine.learned import SPLIT as LEARNED_SPLIT
 from pipeline.config.combine import ByDomainWeights, LearnedWeights
 from pipeline.config.filters import Balance, Judge
@@ -20,7 +21,6 @@ from pipeline.config.run import Config
 from pipeline.config.synthesis import Answer, Answering, Complete, GivenAnswers, Writing
 from pipeline.config.teachers import EndpointTeacherConfig, TeacherConfig
 from pipeline.errors import ConfigError
-from pipeline.filters.answer_checkers import find_checker, references_unread
 from pipeline.filters.evaluated import read_evaluation_file
 from pipeline.filters.text import shown_end
 from pipeline.records import Prompt

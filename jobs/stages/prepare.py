@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from jobs.bookkeeping.stage_records import read_record
 from jobs.stages.preference import CHOICES
 from jobs.stages.preflight import check_inputs, steps_by_place, unread_references
+from pipeline.checkers.answer_checkers import checker_identity
 from pipeline.config.base import ModelFiles
 from pipeline.config.filters import Filter, Judge
 from pipeline.config.rounds import layout_of, round_layouts
@@ -21,7 +22,6 @@ from pipeline.config.run import Config
 from pipeline.config.synthesis import STUDENT, Answering
 from pipeline.config.teachers import TeacherConfig
 from pipeline.errors import ConfigError
-from pipeline.filters.answer_checkers import checker_identity
 from pipeline.filters.run import filter_identity
 from pipeline.layout import Layout
 from pipeline.records import Prompt

@@ -6,11 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from pipeline.checkers.answer_checkers import final_value
+from pipeline.checkers.readings import reading_key
 from pipeline.config.filters import Agreement, Balance, BestOf
 from pipeline.errors import FilterError
-from pipeline.filters.answer_checkers import final_value
 from pipeline.filters.candidates import Candidate, Evidence
-from pipeline.filters.readings import reading_key
 from pipeline.fingerprint import unit_interval
 
 

@@ -13,10 +13,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from pipeline.checkers.answer_checkers import checker_identity
 from pipeline.config.filters import Checker as CheckerFilter
 from pipeline.config.filters import Contamination, Filter
 from pipeline.errors import FilterError
-from pipeline.filters.answer_checkers import checker_identity
 from pipeline.filters.candidates import Candidate, Evidence
 from pipeline.filters.evaluated import FEWEST_SHARING
 from pipeline.filters.groups import agreement, balance, best_of

@@ -15,6 +15,7 @@ from pipeline import storage
 from pipeline.cache import hidden_states, logprobs
 from pipeline.cache.kinds import holdout_identities, holds_hidden_states, teacher_of
 from pipeline.cache.projection import HiddenStatesRule
+from pipeline.checkers.answer_checkers import checker_identity
 from pipeline.config.filters import Judge
 from pipeline.config.load import evaluation_files, is_folder
 from pipeline.config.run import Config
@@ -22,7 +23,6 @@ from pipeline.config.scoring import selection_of
 from pipeline.config.synthesis import Writing
 from pipeline.config.teachers import NEUTRAL_ENDPOINT_KEYS
 from pipeline.errors import ConfigError, CorruptFileError
-from pipeline.filters.answer_checkers import checker_identity
 from pipeline.fingerprint import digest_json
 from pipeline.layout import Layout
 from pipeline.records import AnswerEnds

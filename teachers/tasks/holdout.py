@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from pipeline import storage
+from pipeline.checkers.answer_checkers import SafeChecker
 from pipeline.config.student import StudentConfig
 from pipeline.errors import ConfigError, TeacherError
-from pipeline.filters.answer_checkers import SafeChecker
 from pipeline.final_text import final_text
 from pipeline.records import Prompt, TokenSequence
 from teachers.protocol import GeneratedAnswer, ScoringRequest, Teacher

@@ -153,7 +153,7 @@ def test_an_answer_at_which_the_checker_raises_is_dropped_and_said(
     (counts,) = stage(config_with(mine, "[{type: checker}]"), "synthesize")["filters"]
     assert counts["dropped_by_domain"] == {"words": 6}, "g and h are no digits"
     first, last = [
-        r.message for r in caplog.records if r.name == "pipeline.filters.answer_checkers"
+        r.message for r in caplog.records if r.name == "pipeline.checkers.answer_checkers"
     ]
     assert "numeric_rules.of_numbers raised ValueError" in first
     assert "raised at 6 of 22 answers" in last

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from jobs.stages.preflight import check_filters
+from pipeline.checkers.answer_checkers import exact, number
 from pipeline.config.filters import Filter
 from pipeline.config.load import load_config
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError, FilterError
-from pipeline.filters.answer_checkers import exact, number
 from pipeline.filters.candidates import Candidate, Evidence
 from pipeline.filters.likeness import jaccard, shingles_of
 from pipeline.filters.run import FILTERS, filter_identity, filter_summary, run_filters

@@ -23,8 +23,8 @@ from pipeline.cache.index import load_index
 from pipeline.cache.manifest import is_published
 from pipeline.cache.reader import open_cache, open_hidden_states
 from pipeline.cache_care.gc import find_garbage
+from pipeline.checkers.answer_checkers import VERSIONS
 from pipeline.errors import TeacherError, TrainingError
-from pipeline.filters.answer_checkers import VERSIONS
 from pipeline.fingerprint import digest_bytes
 from pipeline.layout import CacheLayout
 from pipeline.records import HiddenStates, SparseLogprobs

@@ -29,13 +29,13 @@ from pipeline import storage
 from pipeline.cache.projection import projection_matrix, to_bfloat16
 from pipeline.cache.selection import select
 from pipeline.cache.shard import write_shard
+from pipeline.checkers.answer_checkers import checker_identity
 from pipeline.config.combine import LearnedWeights
 from pipeline.config.load import load_config
 from pipeline.config.rounds import layout_of
 from pipeline.config.run import Config
 from pipeline.config.scoring import HeadAndSampled
 from pipeline.config.teachers import EndpointTeacherConfig
-from pipeline.filters.answer_checkers import checker_identity
 from pipeline.fingerprint import (
     digest_bytes,
     digest_ids,

@@ -10,10 +10,10 @@ import re
 from collections import deque
 from itertools import islice
 
-from pipeline.filters.exact_values import LONGEST_VALUE, Value, read_value
-from pipeline.filters.plain_text import plain_text
-from pipeline.filters.prose import last_number, stated_part
-from pipeline.filters.readings import LONGEST_PART, read_part
+from pipeline.checkers.exact_values import LONGEST_VALUE, Value, read_value
+from pipeline.checkers.plain_text import plain_text
+from pipeline.checkers.prose import last_number, stated_part
+from pipeline.checkers.readings import LONGEST_PART, read_part
 
 MOST_MARKS = 50
 """Marks of a text that are looked at, as far as they may be headings."""

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.filters.answer_checkers import final_value, number
+from pipeline.checkers.answer_checkers import final_value, number
 
 RIGHT = [
     # GSM8K

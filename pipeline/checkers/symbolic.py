@@ -15,9 +15,9 @@ import sys
 import threading
 from pathlib import Path
 
-from pipeline.filters.exact_values import Value
-from pipeline.filters.marked_parts import compared_part
-from pipeline.filters.readings import Listed, Reading, read_part, same_reading
+from pipeline.checkers.exact_values import Value
+from pipeline.checkers.marked_parts import compared_part
+from pipeline.checkers.readings import Listed, Reading, read_part, same_reading
 from pipeline.final_text import final_text
 
 PACKAGE = "math-verify"

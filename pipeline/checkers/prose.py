@@ -9,8 +9,8 @@ import re
 from collections import deque
 from dataclasses import dataclass
 
-from pipeline.filters.exact_values import alters_number, is_east_asian, is_unit
-from pipeline.filters.plain_text import plain_text
+from pipeline.checkers.exact_values import alters_number, is_east_asian, is_unit
+from pipeline.checkers.plain_text import plain_text
 
 LOOK_BEHIND, LOOK_AHEAD = 1_500, 300
 """Characters before and behind the last number of a text that are looked at."""

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import ConfigError
-from pipeline.filters.answer_checkers import (
+from pipeline.checkers.answer_checkers import (
     CHECKERS,
     SafeChecker,
     checker_identity,
@@ -17,7 +16,8 @@ from pipeline.filters.answer_checkers import (
     find_checker,
     number,
 )
-from pipeline.filters.readings import reading_key
+from pipeline.checkers.readings import reading_key
+from pipeline.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -159,8 +159,8 @@ def test_a_checker_that_raises_nowhere_says_nothing(caplog: pytest.LogCaptureFix
     [
         ("exat", "did you mean 'exact'"),
         ("no_such_package.check", "No module named 'no_such_package'"),
-        ("pipeline.filters.answer_checkers.nothing", "has no function 'nothing'"),
-        ("pipeline.filters.answer_checkers.final_value", "must take two arguments"),
+        ("pipeline.checkers.answer_checkers.nothing", "has no function 'nothing'"),
+        ("pipeline.checkers.answer_checkers.final_value", "must take two arguments"),
     ],
 )
 def test_a_checker_that_cannot_judge_is_refused(name: str, message: str) -> None:

@@ -6,15 +6,15 @@ import time
 import pytest
 
 from jobs.stages.preflight import check_filters
-from pipeline.config.load import load_config
-from pipeline.errors import ConfigError
-from pipeline.filters import symbolic
-from pipeline.filters.answer_checkers import (
+from pipeline.checkers.answer_checkers import (
     SafeChecker,
     checker_identity,
     find_checker,
     references_unread,
 )
+from pipeline.config.load import load_config
+from pipeline.errors import ConfigError
+from pipeline.checkers import symbolic
 from pipeline.synthesis.prompts import read_prompts
 from tests.support.command_line import QUICKSTART
 
@@ -96,6 +96,6 @@ def test_a_missing_package_is_refused_with_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = load_config(QUICKSTART / "config.yaml", ["prompts.checker=math"])
-    monkeypatch.setattr("pipeline.filters.answer_checkers.find_spec", lambda name: None)
+    monkeypatch.setattr("pipeline.checkers.answer_checkers.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs the package math-verify.*polystill\[math\]"):
         check_filters(config, read_prompts(config.prompts)[0])

@@ -13,10 +13,10 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from pipeline.checkers.marked_parts import compared_part
+from pipeline.checkers.readings import Reading, read_part, same_reading
+from pipeline.checkers.symbolic import PACKAGE, math
 from pipeline.errors import ConfigError
-from pipeline.filters.marked_parts import compared_part
-from pipeline.filters.readings import Reading, read_part, same_reading
-from pipeline.filters.symbolic import PACKAGE, math
 from pipeline.final_text import final_text
 from pipeline.fingerprint import digest_bytes
 from pipeline.messages import closest

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from pipeline.filters.exact_values import Value, read_value, same_value, without_frame
-from pipeline.filters.plain_text import comparable_text, plain_text
+from pipeline.checkers.exact_values import Value, read_value, same_value, without_frame
+from pipeline.checkers.plain_text import comparable_text, plain_text
 
 LONGEST_PART = 2_000
 """Characters of the longest part that is read; a longer one is compared as it stands."""
