@@ -6,6 +6,7 @@ import time
 import pytest
 
 from jobs.stages.preflight import check_filters
+from pipeline.checkers import symbolic
 from pipeline.checkers.answer_checkers import (
     SafeChecker,
     checker_identity,
@@ -14,11 +15,8 @@ from pipeline.checkers.answer_checkers import (
 )
 from pipeline.config.load import load_config
 from pipeline.errors import ConfigError
-from pipeline.checkers import symbolic
 from pipeline.synthesis.prompts import read_prompts
 from tests.support.command_line import QUICKSTART
-
-pytest.importorskip("math_verify", reason="the extra `math` is not installed")
 
 
 @pytest.mark.parametrize(
