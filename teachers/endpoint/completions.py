@@ -20,13 +20,10 @@ from teachers.endpoint.replies import TEXT_REPLY, TOKEN_REPLY, TokenChoice, sort
 from teachers.endpoint.transport import Requester
 from teachers.engine.prompt_topk import BrokenRowsError
 from teachers.protocol import CapturedRows, EndpointSpec, GeneratedAnswer
-from teachers.rendering import has_open_thought
-from teachers.tokenizing import answer_ids, repeats_bos
+from teachers.tokenizing import answer_ids, begins_in_thought, repeats_bos
 
 FINISHED = ("stop", "length", "repetition")
 """Proper ends of an answer of a vLLM server."""
-PROMPT_TAIL = 16
-"""Tokens at the end of a prompt in which an opened thought is looked for."""
 PLAIN_SAMPLING = {
     "temperature": 1.0,
     "top_p": 1.0,
@@ -131,7 +128,7 @@ class Completions:
         answer = read_answer(choice)
         if answer.end == "failed":
             raise self._broken_off(choice.get("finish_reason"))
-        text, is_opened = answer.text, self._opens_thought(prompt_ids)
+        text, is_opened = answer.text, begins_in_thought(self._tokenizer, prompt_ids)
         if self._endpoint.reasoning == "keep" and (answer.thoughts or is_opened):
             text = with_thoughts(answer, is_opened)
         elif answer.thoughts:
@@ -140,10 +137,6 @@ class Completions:
         end = [self._tokenizer.eos_token_id] if answer.end == "stop" else []
         seconds = time.monotonic() - started
         return GeneratedAnswer([*token_ids, *end], answer.end, seconds, bool(answer.thoughts))
-
-    def _opens_thought(self, prompt_ids: list[int]) -> bool:
-        """Whether a prompt, as the student sees it, ends inside of a thought."""
-        return has_open_thought(self._tokenizer.decode(prompt_ids[-PROMPT_TAIL:]))
 
     async def _choice(self, path: str, kind: TypeAdapter[Any], body: dict[str, Any]) -> Any:
         request = self._endpoint.request.applied({"model": self._endpoint.model, **body})
