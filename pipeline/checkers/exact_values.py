@@ -10,6 +10,17 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from pipeline.checkers.number_words import (
+    ALTERING,
+    ALTERING_CHARACTERS,
+    GLUED_UNITS,
+    PROSE,
+    SCALES,
+    UNITS,
+    VERBS,
+)
+from pipeline.checkers.plain_text import with_marks_as_letters
+
 MOST_DIGITS = 2_000
 """Digits of the largest number that is computed with; the size of an exponent is bound alike."""
 FLOAT_DIGITS = 16
@@ -31,64 +42,6 @@ _NUMBER = re.compile(
     """,
     re.VERBOSE,
 )
-_SCALES = {
-    "dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9,
-    "trillion": 10**12,
-}  # fmt: skip
-_ALTERING_WORDS = """
-and or to nor not plus minus times over under above below than more less fewer greater except least
-most squared cubed factorial choose mod modulo pi tau sqrt root roots log ln sin cos tan infinity
-infinite half halves third thirds fourth fourths fifth fifths sixth sixths seventh sevenths eighth
-eighths ninth ninths tenth tenths hundredth hundredths thousandth thousandths millionth millionths
-quarter quarters score gross lakh lakhs crore crores mil mio bn hundreds thousands
-millions billions trillions dozens power remainder am pm bc bce ad ish
-"""
-ALTERING = frozenset(_ALTERING_WORDS.split()) | _SCALES.keys()
-"""Words behind a number that make it another one, so that they are no unit."""
-_SENTENCE_WORDS = "is isn are was were be can cannot could would if but because since so"
-_VERBS = frozenset(_SENTENCE_WORDS.split())
-"""Words that make a sentence of a number and what is behind it."""
-_UNITS = {
-    name: names.split()[0]
-    for names in (
-        "mm millimeter millimeters millimetre millimetres",
-        "cm centimeter centimeters centimetre centimetres",
-        "m meter meters metre metres",
-        "km kilometer kilometers kilometre kilometres",
-        "inch inches",
-        "foot feet ft",
-        "yard yards yd",
-        "mile miles mi",
-        "mg milligram milligrams",
-        "g gram grams",
-        "kg kilogram kilograms",
-        "ounce ounces oz",
-        "pound pounds lb lbs gbp GBP \u00a3",
-        "ml mL milliliter milliliters millilitre millilitres",
-        "liter liters litre litres l L",
-        "second seconds s sec secs",
-        "minute minutes min mins",
-        "hour hours h hr hrs",
-        "day days",
-        "week weeks",
-        "month months",
-        "year years",
-        "dollar dollars usd USD $",
-        "cent cents",
-        "euro euros eur EUR \u20ac",
-        "yen jpy JPY \u00a5",
-        "rupee rupees inr INR \u20b9 Rs",
-        "degree degrees",
-        "radian radians rad",
-        "C Celsius celsius",
-        "F Fahrenheit fahrenheit",
-        "% percent",
-    )
-    for name in names.split()
-}
-"""First name of each unit by all its names; other words behind a number are not compared."""
-_GLUED_WORDS = "mm cm km kg mg ml mL ft yd mi oz lb lbs mph min mins sec secs hr hrs"
-_GLUED_UNITS = frozenset(_GLUED_WORDS.split())
 EAST_ASIAN = "\u2e80-\ud7af"
 """Range of scripts that write a unit directly behind its number."""
 _WORD = r"(?:[^\W\d_]{2,}(?:['.-][^\W\d_]+)*)"
@@ -104,7 +57,7 @@ _BEFORE = re.compile(
 )
 _AFTER = re.compile(
     rf"""
-    (?:\ ?-?[\ue000"']?(?P<scale>{"|".join(_SCALES)})[\ue000"']?(?![A-Za-z]))?
+    (?:\ ?-?[\ue000"']?(?P<scale>{"|".join(SCALES)})[\ue000"']?(?![A-Za-z]))?
     (?P<percent>\ ?(?:%|[\ue000"']?\s?per\ ?cent\s?[\ue000"']?(?![A-Za-z])))?
     (?P<ordinal>\ ?(?:\^\{{)?\ ?[\ue000"']?(?:st|nd|rd|th)[\ue000"']?\}}?(?![A-Za-z]))?
     (?P<unit>.*)
@@ -128,7 +81,8 @@ _UNIT_PHRASE = re.compile(
     """,
     re.VERBOSE,
 )
-_ALTERING_CHARACTERS = frozenset("十百千万萬亿億半多余几倍分折成或至到以만억천백반")
+_VARIABLES = re.compile(r"\^|/ ?[A-Za-z](?![A-Za-z])")
+_SHORT_WORD = re.compile(r"[-/(]? ?([a-z]{2,3})(?![^\W\d_])")
 _UNIT_WORD = re.compile(r"[^\W\d_]+|\^\{[23]\}|[$\u00a3\u00a5\u0e3f\u20a0-\u20bf]")
 _NAME = re.compile(
     r"(?P<name>\\?[A-Za-z]+(?: [A-Za-z]{2,})*(?:_\{\w+\})?(?: ?\([\w, ]+\))?) ?[:=] ?(?![=:])"
@@ -194,7 +148,7 @@ def without_frame(text: str) -> str:
 
 def is_unit(word: str) -> bool:
     """Whether a word, in lower case, is a known unit of measure."""
-    return word in _UNITS and len(word) > 1
+    return word in UNITS and len(word) > 1
 
 
 def is_east_asian(word: str) -> bool:
@@ -204,7 +158,7 @@ def is_east_asian(word: str) -> bool:
 
 def alters_number(word: str) -> bool:
     """Whether a word behind a number makes it another number, as in `5 million` and `5 or 6`."""
-    return word in ALTERING or word[:1] in _ALTERING_CHARACTERS
+    return word in ALTERING or word[:1] in ALTERING_CHARACTERS
 
 
 def same_value(one: Value, other: Value) -> bool:
@@ -244,9 +198,9 @@ def _read_number(text: str, name: str | None) -> Value | None:
     if number is None or units is None or (before["sign1"] and before["sign2"]):
         return None
     sign = (before["sign1"] or before["sign2"] or "+").strip()
-    number *= _SCALES.get(after["scale"] or "", 1) * (1 if sign == "+" else -1)
+    number *= SCALES.get(after["scale"] or "", 1) * (1 if sign == "+" else -1)
     currency = re.sub(r"[\ue000. ]|US(?=\W)", "", before["currency"] or "")
-    first = (_UNITS.get(currency, currency),) if currency else ()
+    first = (UNITS.get(currency, currency),) if currency else ()
     return Value(
         number=number,
         is_percent=after["percent"] is not None,
@@ -293,24 +247,28 @@ def _units(text: str, is_glued: bool) -> tuple[str, ...] | None:
     Args:
         is_glued: whether the words follow the number without a space, as in `5km` or `5x`.
     """
-    text = _FULL_STOP.sub("", text.strip().rstrip(",;:")).strip()
+    text = _FULL_STOP.sub("", with_marks_as_letters(text).strip().rstrip(",;:")).strip()
     if not text:
         return ()
     words = _UNIT_WORD.findall(text)
-    if _UNIT_PHRASE.fullmatch(text) is None:
+    if _UNIT_PHRASE.fullmatch(text) is None or _VARIABLES.match(text) is not None:
         return None
-    if not (ALTERING | _VERBS).isdisjoint(map(str.lower, words)):
+    if text[0] in "/-(^" and (short := _SHORT_WORD.match(text)) and short[1] not in UNITS:
         return None
-    if not _ALTERING_CHARACTERS.isdisjoint(text):
+    if re.match(r"[a-z]{2}(?![^\W\d_])", text) and words[0] not in UNITS.keys() | PROSE:
         return None
-    if is_glued and words[0] not in _GLUED_UNITS and not is_east_asian(words[0]):
+    if not (ALTERING | VERBS).isdisjoint(map(str.lower, words)):
+        return None
+    if not ALTERING_CHARACTERS.isdisjoint(text):
+        return None
+    if is_glued and words[0] not in GLUED_UNITS and not is_east_asian(words[0]):
         return None
     if words[0] == "mph":
         return ("mile", "hour")
     units: list[str] = []
     for word in words:
-        if word in _UNITS:
-            units.append(_UNITS[word])
+        if word in UNITS:
+            units.append(UNITS[word])
         elif word[0] == "^" and units:
             units[-1] += word
         elif word in ("square", "sq", "cubic"):

@@ -26,6 +26,7 @@ _HEADING = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _TITLE = re.compile(r"\W*(?:\d+[.:)]\s+)?[^\W\d_]{2,}")
+_NUMBERED_TITLE = re.compile(r"\W*(\d{1,2})[.:)]\W*[^\W\d_]{2,}")
 _BRACES = re.compile(r"\\(?P<box>boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _SPACE = r"(?:[\s$.]|\\[()\[\],;! ]|\\q?quad)*"
 _BETWEEN_BOXES = re.compile(rf"{_SPACE}(?:(?:,|;|and|or|\\text\{{\s*(?:and|or)\s*\}}){_SPACE})+")
@@ -84,12 +85,17 @@ def last_box(text: str) -> str | None:
 def _behind_mark(text: str) -> str | None:
     """Rest of the line behind the first `####`; Markdown headings of that level are none."""
     marks = list(islice(_MARK.finditer(text), MOST_MARKS))
+    num_headings = 0
     for i, mark in enumerate(marks):
         end = marks[i + 1].start() if i + 1 < len(marks) else len(text)
         behind = text[mark.end() : end].strip()
         part = _END_OF_SENTENCE.split(behind.partition("\n")[0], 1)[0].strip()
         if not part:
             return part
+        numbered = _NUMBERED_TITLE.match(behind)
+        if numbered is not None and int(numbered[1]) == num_headings + 1 and "\n" in behind:
+            num_headings += 1
+            continue
         if len(part) <= LONGEST_PART and isinstance(read_part(part), Value):
             return part
         is_marked_later = i + 1 < len(marks) or bool(last_box(text[mark.end() :]))

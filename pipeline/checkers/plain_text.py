@@ -16,7 +16,10 @@ _SYMBOLS = {
     **dict.fromkeys("\u200b\u2060\ufeff", ""),
     **dict.fromkeys("\u2044\u2215", "/"),
     "\u201c": "'", "\u201d": "'", "\u2018": "'", "\u2019": "'",
-    "\u3001": ",", "\u3002": ". ", "\u221e": r"\infty ", "\u03c0": r"\pi ", "\u221a": r"\sqrt ",
+    "\u3001": ",", "\u3002": ". ", "\u0964": ". ",
+    "\u066b": ".", "\u066c": ",", "\u060c": ",", "\u066a": "%",
+    "\u00a2": f" {QUOTE}cents{QUOTE} ",
+    "\u221e": r"\infty ", "\u03c0": r"\pi ", "\u221a": r"\sqrt ",
     "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ", "\u00f7": r"\div ",
     "\u2264": r"\le ", "\u2265": r"\ge ", "\u2260": r"\ne ", "\u00b1": r"\pm ",
     "\u222a": r"\cup ", "\u2248": r"\approx ", "\u00b0": r"^\circ ",
@@ -68,6 +71,22 @@ _CHOICE = re.compile(r"\(([A-Za-z])\)|([A-Za-z])[).]")
 _WORDS = re.compile(r"(?=..)[A-Z]?[a-z]+(?:[ -][A-Z]?[a-z]+)*")
 
 
+class _MarksAsLetters(dict[int, int]):
+    """Table for `str.translate` that makes letters of the marks of Indic, Thai and NFD texts."""
+
+    def __missing__(self, code: int) -> int:
+        self[code] = 0x02BC if unicodedata.category(chr(code))[0] == "M" else code
+        return self[code]
+
+
+_MARKS = _MarksAsLetters()
+
+
+def with_marks_as_letters(text: str) -> str:
+    """The text, of the same length, in which a mark is a letter of its word."""
+    return text if text.isascii() else text.translate(_MARKS)
+
+
 def plain_text(text: str) -> str:
     """The text in one writing: ASCII digits and signs, and LaTeX without its spaces and sizes.
 
@@ -103,6 +122,10 @@ def comparable_text(plain: str) -> str:
 def _without_typeface(match: re.Match[str]) -> str:
     """Content of a LaTeX typeface: words between quotes, other things as they are."""
     content = match[1]
+    is_upright = match[0].startswith(("\\text{", "\\mathrm{", "\\textrm{"))
+    units = "mgshlLCFJNWVAT" if is_upright else ""
+    if len(letter := content.strip()) == 1 and letter.isalpha() and letter not in units:
+        return letter
     is_words = all(each.isalpha() or each in " .-'\\,/" for each in content)
     return (
         f"{QUOTE}{content.strip()}{QUOTE}"

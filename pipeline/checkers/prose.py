@@ -10,10 +10,12 @@ from collections import deque
 from dataclasses import dataclass
 
 from pipeline.checkers.exact_values import alters_number, is_east_asian, is_unit
-from pipeline.checkers.plain_text import plain_text
+from pipeline.checkers.plain_text import plain_text, with_marks_as_letters
 
 LOOK_BEHIND, LOOK_AHEAD = 1_500, 300
 """Characters before and behind the last number of a text that are looked at."""
+MOST_JOINED = 6
+"""Numbers of a statement that may belong together, as in `3 hours and 20 minutes`."""
 _CUT = "\u2026"
 _DIGIT = re.compile("[\\d\u00bc-\u00be\u2150-\u215f]")
 _TOKEN = re.compile(
@@ -131,7 +133,10 @@ def stated_part(clause: str) -> str | None:
     if not places:
         return sentence or None
     part, start = _around(sentence, tokens, places[0])
-    return part if _FILLING.fullmatch(sentence, 0, start) else sentence
+    if not _FILLING.fullmatch(sentence, 0, start):
+        return sentence
+    joined = [place for place in places[1:MOST_JOINED] if _begin(tokens, place) <= places[0]]
+    return sentence[start : tokens[_finish(tokens, joined[-1])].end] if joined else part
 
 
 def _tokens(text: str) -> list[Token]:
@@ -142,7 +147,7 @@ def _tokens(text: str) -> list[Token]:
             match.start(),
             text[match.start() - 1 : match.start()].isspace(),
         )
-        for match in _TOKEN.finditer(text)
+        for match in _TOKEN.finditer(with_marks_as_letters(text))
         if match.lastgroup is not None
     ]
 

@@ -25,6 +25,7 @@ LONGEST_FORMULA = 400
 """Characters of the longest part that math-verify is asked about."""
 SECONDS_TO_START = 120.0
 SECONDS_TO_COMPARE = 10.0
+_BASE = re.compile(r"(?<=\d)_\{(\w+)\}")
 _WORDS_IN_A_ROW = re.compile(r"(?:(?<![\\A-Za-z])[A-Za-z]{2,}[,.;]? +){3}[A-Za-z]{2,}")
 
 
@@ -53,16 +54,20 @@ def math(answer: str, reference: str) -> bool | None:
 def _decided(one: Reading, other: Reading) -> bool:
     """Whether readings that differ are not the same in mathematics either.
 
-    math-verify lets units, the case of letters, and brackets around a list make no difference.
+    math-verify lets units, the case of letters, the base of a number, and brackets around a list
+    make no difference.
     """
     if isinstance(one, Value) and isinstance(other, Value):
         return True
     if isinstance(one, Listed) and isinstance(other, Listed):
-        return (one.brackets == ("", "")) != (other.brackets == ("", "")) and "\\{" not in (
-            one.brackets[0],
-            other.brackets[0],
-        )
-    return isinstance(one, str) and isinstance(other, str) and len(one) == len(other) == 1
+        brackets = {one.brackets[0], other.brackets[0]}
+        is_set = "\\{" in brackets
+        return len(brackets) > 1 and ("" in brackets) != is_set
+    if not (isinstance(one, str) or isinstance(other, str)):
+        return False
+    texts = [reading if isinstance(reading, str) else "" for reading in (one, other)]
+    bases = [_BASE.findall(text) for text in texts]
+    return texts[0].casefold() == texts[1].casefold() or bases[0] != bases[1]
 
 
 def _formula(text: str) -> str | None:

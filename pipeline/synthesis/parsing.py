@@ -236,6 +236,8 @@ def _decoded(place: str, text: str) -> Any:
             f"{place}: `messages` must be a non-empty list, or such a list as JSON in a text, "
             f"found {text[:60]!r}: {error.msg} at character {error.pos}"
         ) from error
+    except (ValueError, RecursionError) as error:  # too long a number, too deep a nesting
+        raise PromptError(f"{place}: `messages` holds no list of messages: {error}") from error
 
 
 def _message(place: str, message: Any) -> dict[str, str]:

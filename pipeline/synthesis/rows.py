@@ -96,8 +96,16 @@ def _dataset_rows(path: str) -> Rows:
         )
     import datasets  # slow to import, and only this kind of source needs it
 
-    for i, row in enumerate(datasets.load_from_disk(path)):
-        yield f"{path} row {i}", row
+    try:
+        # Arrow's values are plain; the library's own would decode images that nobody reads.
+        table: Any = datasets.load_from_disk(path).with_format("arrow")
+        batches = table.iter(PARQUET_ROWS)
+        for i, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+            yield f"{path} row {i}", row
+    except (pa.ArrowException, OSError) as error:
+        raise PromptError(
+            f"{path} is not a complete dataset folder: {error}; copy or write it again"
+        ) from error
 
 
 def _text_rows(path: str) -> Rows:
@@ -154,6 +162,8 @@ def _line_rows(path: str, stream: BinaryIO) -> Rows:
         except json.JSONDecodeError as error:
             reason = f"{error.msg} at column {error.colno}"
             raise PromptError(_not_json(f"{path}:{number}", reason)) from error
+        except (ValueError, RecursionError) as error:  # too long a number, too deep a nesting
+            raise PromptError(_not_json(f"{path}:{number}", str(error))) from error
 
 
 def _not_json(place: str, reason: str) -> str:
@@ -217,6 +227,9 @@ class _TextAhead:
                     self._use_until(error.pos)
                     place = f"{self._path}:{self.line} row {number}"
                     raise PromptError(_not_json(place, error.msg)) from error
+            except (ValueError, RecursionError) as error:  # as in `_line_rows`
+                place = f"{self._path}:{self.line} row {number}"
+                raise PromptError(_not_json(place, str(error))) from error
             else:
                 self._use_until(end)
                 return value

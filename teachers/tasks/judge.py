@@ -34,27 +34,35 @@ GRADES = (1, 2, 3, 4, 5)
 FREE_REPLY_TOKENS = 32
 # The scale of a grade, before which it stands or which stands alone: `4/5`, `4 out of 5`, `1 to 5`.
 _SCALE = re.compile(
-    r"(?<=\d)\s*(?:/|out\s+of|of)\s*5(?:\.0)?\b(?![./]\d)"
+    r"(?<=\d)\s*(?:\(\s*out\s+of\s+5\s*\)|(?:/|out\s+of|of)\s*5(?:\.0)?\b(?![./]\d))"
     r"|\b(?:on\s+a\s+scale\s+)?(?:(?:of|from)\s+)?1\s*(?:-|\u2013|to)\s*5\b(?![./]\d)",
     re.IGNORECASE,
 )
 # No digit, fraction, range, choice or other scale goes on behind a grade.
 _ALONE = (
-    r"(?<![\d.,/-])([1-5])(?:\.0+)?(?![\d%]|\s*(?:[.,/]\d|[-\u2013/]\s*\d|(?:or|to|and|out|of)\b))"
+    r"(?<![\d.,/-])([1-5])(?:\.0+)?(?![\d%]|\s*(?:[.,/]\d|[-\u2013/]\s*\d"
+    r"|\(?\s*(?:or|to|and|out|of)\b))"
 )
-_WHOLE_LINE = re.compile(rf"\W*(?:(?:grade|score|rating|answer)\W+)?{_ALONE}\W*", re.IGNORECASE)
-_BEFORE_REASON = re.compile(rf"\W*{_ALONE}\s*[(:;,.\u2013\u2014-]\D*")
+_NAMES = "grade|score|rating|mark|verdict|\u8bc4\u5206|\u5f97\u5206"
+_WHOLE_LINE = re.compile(
+    rf"\W*(?:(?:{_NAMES}|answer)\W+)?{_ALONE}\s*(?:stars?|points?|\u5206)?\W*", re.IGNORECASE
+)
+# `1.` begins a list, of which a short reply may have no more than the beginning.
+_BEFORE_REASON = re.compile(rf"\W*(?!1[.)]\s){_ALONE}\s*[(:;,.\u2013\u2014-]\D*")
 _NAMED = re.compile(
-    r"\b(?:grade|score|rating|mark|verdict)\W*(?:[:=]|\bis\b|\bof\b|\b(?:would|should)\s+be\b)\W*"
+    rf"\b(?:{_NAMES})\W*(?:[:=]|\bis\b|\bof\b|\b(?:would|should)\s+be\b)\W*"
     rf"(?:an?\s+)?{_ALONE}",
     re.IGNORECASE,
 )
 _GIVEN = re.compile(
-    r"\b(?:say|give|gives|rate|rates|grade|grades|score|scores|assign|deserves?|earns?)\b"
-    rf"(?:\s+(?:it|this|that|the|answer|response|an?|as|with|at)\b)*\W*{_ALONE}",
+    r"(?:\bi(?:'d|'ll|\s+would|\s+will)?\s+(?:say|give|rate|grade|score|assign)"
+    r"|\b(?:it|this|answer|response)\s+(?:deserves|earns))\b"
+    r"(?:\s+(?:it|this|that|the|answer|response|an?|as|with|at|solid)\b)*"
+    rf"\W*{_ALONE}(?!\s+points?\s+off)",
     re.IGNORECASE,
 )
 _LIST = re.compile(r"\W*1[.)]\s.*\n\W*2[.)]\s", re.DOTALL)
+_END_OF_SENTENCE = re.compile(r"[.!?]\s|\n")
 _NEGATION = re.compile(r"n't\b|\b(?:not|never|cannot|if|unless)\b", re.IGNORECASE)
 
 
@@ -145,16 +153,20 @@ def read_grade(reply: str) -> int | None:
     given in a sentence (`I'd say 4 out of 5`).
     """
     text = unicodedata.normalize("NFKC", final_text(reply)).replace("\u2019", "'")
+    text = re.sub(r"\\boxed\{(\d)\}", r"\1", text)
     text = _SCALE.sub("", re.sub(r"[*_`\[\]]", "", text)).strip()
     first = text.partition("\n")[0]
     if _LIST.match(text):
         return None
     if match := _WHOLE_LINE.fullmatch(first) or _BEFORE_REASON.fullmatch(first):
-        return int(match[1])
+        named = {int(other[1]) for other in _NAMED.finditer(text)} | {int(match[1])}
+        return None if len(named) > 1 else named.pop()
     for pattern in (_NAMED, _GIVEN):
         if grades := {int(match[1]) for match in pattern.finditer(text)}:
             sentences = (
-                re.split(r"[.!?\n]\s", text[: m.end()])[-1] for m in pattern.finditer(text)
+                _END_OF_SENTENCE.split(text[: m.end()])[-1]
+                + _END_OF_SENTENCE.split(text[m.end() :])[0]
+                for m in pattern.finditer(text)
             )
             doubtful = len(grades) > 1 or any(map(_NEGATION.search, sentences))
             return None if doubtful else grades.pop()
