@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from teachers.endpoint.replies import TextChoice
+from teachers.rendering import THOUGHT_MARK
 
 ENDS = {
     "stop": (
@@ -62,23 +63,32 @@ def read_answer(choice: TextChoice) -> TextAnswer:
 
 def end_named(reason: str | None) -> str:
     """Key of `ENDS` for a server's `finish_reason`; `unknown` if the table has no such name."""
-    return _END_OF.get((reason or "").lower().removeprefix(PREFIX), UNKNOWN)
+    name = (reason or "").partition(":")[0].strip().lower()
+    return _END_OF.get(name.removeprefix(PREFIX), UNKNOWN)
 
 
 def with_thoughts(answer: TextAnswer, is_opened: bool) -> str:
     """Answer behind its thoughts, in the tags that most chat templates know.
 
+    Thoughts inside of an answer stay as they are. An answer that was cut in its thoughts has no
+    closing tag, and thoughts without an answer are none.
+
     Args:
         is_opened: whether the prompt ends with `<think>` already.
     """
+    if not answer.thoughts and THOUGHT_MARK.search(answer.text):
+        text = answer.text.lstrip()
+        return text.removeprefix("<think>").lstrip("\n") if is_opened else answer.text
     opening = "" if is_opened else "<think>\n"
+    if not answer.text.strip():
+        return f"{opening}{answer.thoughts.strip()}" if answer.end == "length" else ""
     return f"{opening}{answer.thoughts.strip()}\n</think>\n\n{answer.text.strip()}"
 
 
 def _text_of(part: str | dict[str, Any]) -> str:
     if isinstance(part, str):
         return part
-    if part.get("type") in ("text", "output_text"):
+    if part.get("type", "text") in ("text", "output_text", "summary_text"):
         return _joined(part.get("text"))
     return _joined(part.get("refusal")) if part.get("type") == "refusal" else ""
 
@@ -86,9 +96,8 @@ def _text_of(part: str | dict[str, Any]) -> str:
 def _thoughts_of(part: str | dict[str, Any]) -> str:
     if isinstance(part, str) or part.get("type") not in ("thinking", "reasoning"):
         return ""
-    return next(
-        (_joined(part[key]) for key in ("thinking", "reasoning", "text") if key in part), ""
-    )
+    keys = ("thinking", "reasoning", "text", "summary")
+    return next((_joined(part[key]) for key in keys if key in part), "")
 
 
 def _joined(value: Any) -> str:

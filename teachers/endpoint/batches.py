@@ -10,24 +10,29 @@ nobody has recorded is known by its metadata.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NotRequired, TypeVar
+from typing import Annotated, Any, NotRequired, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from pipeline import storage
 from pipeline.config.teachers import EndpointConfig
 from pipeline.errors import ConfigError, DistillationError, TeacherError
 from pipeline.fingerprint import digest_ids, digest_json
-from teachers.endpoint.transport import RETRIED_STATUSES, NotThereError, Requester
+from teachers.endpoint.transport import RETRIED_STATUSES, NotThereError, Requester, whole_characters
 from teachers.protocol import ItemRefusedError
 
 GATHERING_SECONDS, POLL_SECONDS = 2.0, 30.0
 MAX_REQUESTS, MAX_BYTES = 50_000, 100_000_000
 """Size of a batch; OpenAI takes 50,000 requests and 200 MB."""
+MOST_FAILED_LOOKS = 60
+"""Looks at a batch, each with its own tries, that may fail in a row: half an hour and more."""
+MOST_LOOKS = 20
+"""Looks for the files of a batch that has ended without naming them."""
 WINDOW = "24h"
 MARK = "polystill"
 """Key of a batch's metadata; its value is the digest of the keys of its requests."""
@@ -44,7 +49,8 @@ class Batch(TypedDict):
     """Batch as the provider tells of it."""
 
     id: str
-    status: str
+    input_file_id: NotRequired[str | None]
+    status: Annotated[str, AfterValidator(str.lower)]
     output_file_id: NotRequired[str | None]
     error_file_id: NotRequired[str | None]
     errors: NotRequired[Any]
@@ -98,6 +104,7 @@ class Batches:
         self._replies: dict[str, asyncio.Future[LineReply]] = {}
         self._queue: list[_Waiting] = []
         self._recorded: dict[str, str] | None = None
+        self._ids: set[str] = set()
         self._states: dict[str, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._sender: asyncio.Task[None] | None = None
@@ -118,7 +125,7 @@ class Batches:
             TeacherError: the batch ended without this reply.
         """
         key = self._key(path, body)
-        if key in self._replies and _status(self._replies[key]) not in (None, 200):
+        if key in self._replies and _is_refused(self._replies[key]):
             return await self._requester.ask(path, kind, body)
         if self._recorded is None:
             self._recorded = self._read_records()
@@ -131,8 +138,7 @@ class Batches:
         status, content = found["status_code"], found["body"]
         if status != 200:
             problem = f"a request of a batch was refused: status {status}: {content}"
-            passes = status in RETRIED_STATUSES or status >= 500
-            raise TeacherError(problem) if passes else ItemRefusedError(problem)
+            raise TeacherError(problem) if _passes(status) else ItemRefusedError(problem)
         try:
             return kind.validate_python(content)
         except ValidationError as error:
@@ -167,10 +173,12 @@ class Batches:
         for info in storage.list_files(self._folder, ".json"):
             record = storage.read_json(storage.join(self._folder, info.base_name))
             found |= dict.fromkeys(record["keys"], record["batch"])
+            self._ids.add(record["batch"])
         return found
 
     async def _record(self, batch: str, keys: Sequence[str]) -> None:
         """Notes which requests a batch holds."""
+        self._ids.add(batch)
         others = {key: its for key, its in (self._recorded or {}).items() if its != batch}
         self._recorded = others | dict.fromkeys(keys, batch)
         path = storage.join(self._folder, f"{batch}.json")
@@ -219,45 +227,77 @@ class Batches:
             await self._send(again)
 
     async def _send(self, members: Sequence[_Waiting]) -> None:
-        """Sends a batch and waits for its replies."""
-        keys = [waiting.key for waiting in members]
-        try:
-            batch = await self._begin(members)
-            await self._record(batch, keys)
-            lost = await self._collect(batch, keys)
-        except DistillationError as error:
-            self._fail(keys, error)
-            return
-        problem = f"batch {batch} of {self._model} ended without a reply to this request"
-        self._fail(sorted(lost), TeacherError(problem))
+        """Sends requests in batches until each has a reply, or a batch answers none of them."""
+        while members:
+            keys = [waiting.key for waiting in members]
+            try:
+                batch = await self._begin(members)
+                await self._record(batch, keys)
+                lost = await self._collect(batch, keys)
+            except DistillationError as error:
+                self._fail(keys, error)
+                return
+            if len(lost) == len(members):
+                self._fail(
+                    keys,
+                    ConfigError(
+                        f"batch {batch} of {self._model} ended without a reply to any of its "
+                        f"{len(keys)} requests: run it again later, or set endpoint.batch: false"
+                    ),
+                )
+                return
+            members = [waiting for waiting in members if waiting.key in lost]
 
     async def _begin(self, members: Sequence[_Waiting]) -> str:
         """Id of a new batch, or of one that was begun and not recorded."""
-        mark = digest_ids(waiting.key for waiting in members)
+        mark = digest_ids(sorted(waiting.key for waiting in members))
         for batch in await self._listed():
-            if (batch.get("metadata") or {}).get(MARK) == mark and not _has_failed(batch):
+            marked = (batch.get("metadata") or {}).get(MARK) == mark
+            if marked and batch["id"] not in self._ids and not _has_failed(batch):
                 return batch["id"]
         content = b"".join(waiting.line for waiting in members)
         file = await self._requester.upload("/files", FILE, content)
         request = {"input_file_id": file["id"], "endpoint": members[0].url}
         request |= {"completion_window": WINDOW, "metadata": {MARK: mark}}
-        begun = await self._requester.ask("/batches", BATCH, request)
+        try:
+            begun = await self._requester.ask("/batches", BATCH, request, max_retries=0)
+        except ItemRefusedError:
+            raise
+        except TeacherError:  # it may have begun all the same
+            await self._sleep(POLL_SECONDS)
+            for batch in await self._listed():
+                if batch.get("input_file_id") == file["id"]:
+                    return batch["id"]
+            begun = await self._requester.ask("/batches", BATCH, request, max_retries=0)
         return begun["id"]
 
     async def _listed(self) -> list[Batch]:
         """The latest batches; none if the provider does not list them."""
         try:
             return (await self._requester.ask("/batches?limit=100", BATCHES))["data"]
-        except (NotThereError, ItemRefusedError):
+        except (ConfigError, TeacherError):
             return []
+
+    async def _look_at(self, batch: str) -> Batch:
+        """State of a batch; a provider that fails for a while does not end the wait for hours."""
+        for looks_left in reversed(range(MOST_FAILED_LOOKS)):
+            try:
+                return await self._requester.ask(f"/batches/{batch}", BATCH)
+            except TeacherError as error:
+                if isinstance(error, ItemRefusedError) or not looks_left:
+                    raise
+                self._states[batch] = f"the provider does not say: {error}"
+            await self._sleep(POLL_SECONDS)
+        raise AssertionError("the last look returns or raises")
 
     async def _collect(self, batch: str, keys: Sequence[str]) -> set[str]:
         """Waits for the end of a batch and hands out its replies; returns the keys without one.
 
         The record keeps only the requests that were answered, so that the others can be sent again.
         """
-        found = await self._requester.ask(f"/batches/{batch}", BATCH)
-        while found["status"] not in ENDED:
+        found, looks = await self._look_at(batch), 0
+        while found["status"] not in ENDED or (_lacks_files(found) and looks < MOST_LOOKS):
+            looks += found["status"] in ENDED
             if _has_failed(found):
                 await self._record(batch, [])
                 raise ConfigError(
@@ -266,13 +306,13 @@ class Batches:
                 )
             self._states[batch] = _progress(found, len(keys))
             await self._sleep(POLL_SECONDS)
-            found = await self._requester.ask(f"/batches/{batch}", BATCH)
+            found = await self._look_at(batch)
         self._states.pop(batch, None)
         left, answered = set(keys), []
         for file in (found.get("output_file_id"), found.get("error_file_id")):
             content = await self._requester.download(f"/files/{file}/content") if file else b""
-            for line in map(LINE.validate_json, filter(None, content.splitlines())):
-                key, reply = line["custom_id"], line.get("response")
+            for line in _lines(content):
+                key, reply = line["custom_id"], line.get("response") or _refusal(line)
                 if reply is not None and reply["status_code"] == 200:
                     answered.append(key)
                 if reply is not None and key in left:
@@ -294,14 +334,43 @@ def _progress(batch: Batch, num_requests: int) -> str:
     return f"{batch['status']}, {done} of {counts.get('total') or num_requests} requests"
 
 
+def _lacks_files(batch: Batch) -> bool:
+    """Whether a batch has answers and does not name the files that hold them yet."""
+    counts = batch.get("request_counts") or {}
+    done = counts.get("completed", 0) + counts.get("failed", 0)
+    return done > 0 and not (batch.get("output_file_id") or batch.get("error_file_id"))
+
+
+def _lines(content: bytes) -> Iterator[Line]:
+    """Lines of a batch's output that can be read; the requests of the others have no reply."""
+    for line in whole_characters(content).splitlines():
+        with contextlib.suppress(ValidationError):
+            yield LINE.validate_json(line)
+
+
 def _has_failed(batch: Batch) -> bool:
     return batch["status"] == "failed"
 
 
-def _status(reply: asyncio.Future[LineReply]) -> int | None:
-    """Status of a reply; None if there is none."""
+def _passes(status: int) -> bool:
+    """Whether another batch may not meet a status."""
+    return status in RETRIED_STATUSES or status >= 500
+
+
+def _is_refused(reply: asyncio.Future[LineReply]) -> bool:
+    """Whether a request has a reply that would come again and is no answer."""
     has_one = reply.done() and not reply.cancelled() and reply.exception() is None
-    return reply.result()["status_code"] if has_one else None
+    status = reply.result()["status_code"] if has_one else 200
+    return status != 200 and not _passes(status)
+
+
+def _refusal(line: Line) -> LineReply | None:
+    """Reply that the error of a line stands for; None if the batch ended before the request."""
+    error = line.get("error")
+    code = str(error.get("code", "")) if isinstance(error, dict) else str(error or "")
+    if error is None or "expired" in code or "cancel" in code:
+        return None
+    return {"status_code": 400, "body": error}
 
 
 def _in_bounds(waiting: Sequence[_Waiting]) -> list[list[_Waiting]]:

@@ -139,11 +139,10 @@ class Completions:
         return GeneratedAnswer([*token_ids, *end], answer.end, seconds, bool(answer.thoughts))
 
     async def _choice(self, path: str, kind: TypeAdapter[Any], body: dict[str, Any]) -> Any:
-        request = self._endpoint.request.applied({"model": self._endpoint.model, **body})
-
-        async def send(alone: bool) -> Any:
+        async def send(body: dict[str, Any], alone: bool) -> Any:
+            request = self._endpoint.request.applied({"model": self._endpoint.model, **body})
             if self._batches is None or alone:
-                return await self._requester.ask(path, kind, request)
+                return await self._requester.ask(path, kind, request, ahead=alone)
             return await self._batches.ask(path, kind, request)
 
         return (await self._forms.ask(body, send))["choices"][0]

@@ -8,6 +8,7 @@ headers.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import re
@@ -44,10 +45,11 @@ the status by which some APIs refuse a single prompt.
 """
 
 LONE_SURROGATE = re.compile(
-    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
-    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+    rb"(?<!\\)((?:\\\\)*)(?:\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
+    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2})"
 )
-"""Half of a character in JSON, which servers write when they cut an answer inside of it."""
+"""Half of a character in JSON, which servers write when they cut an answer inside of it; group 1
+holds escaped backslashes before it."""
 
 HttpReply = TypeVar("HttpReply")
 
@@ -89,7 +91,8 @@ class Requester:
         self._key = _secret_key(endpoint)
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=endpoint.max_concurrency),
+            # One more than there are slots, for requests that go ahead.
+            connector=aiohttp.TCPConnector(limit=endpoint.max_concurrency + 1),
             timeout=aiohttp.ClientTimeout(total=endpoint.timeout_seconds),
             headers=headers,
         )
@@ -105,7 +108,12 @@ class Requester:
         return f"requests that wait for another try: {len(self._tried_again)}, one after {problem}"
 
     async def ask(
-        self, path: str, kind: TypeAdapter[HttpReply], body: dict[str, Any] | None = None
+        self,
+        path: str,
+        kind: TypeAdapter[HttpReply],
+        body: dict[str, Any] | None = None,
+        max_retries: int | None = None,
+        ahead: bool = False,
     ) -> HttpReply:
         """Sends a request until its reply is of the expected kind: POST with a body, else GET.
 
@@ -113,6 +121,8 @@ class Requester:
             path: path below the endpoint's url, with its leading slash; or a complete URL.
             kind: expected kind of the reply.
             body: JSON content of the request.
+            max_retries: tries after the first, in place of `endpoint.max_retries`.
+            ahead: do not wait until fewer requests than `max_concurrency` are open.
 
         Raises:
             NotThereError: the server has no such path.
@@ -124,7 +134,9 @@ class Requester:
             EngineDiedError: the server is gone, or too busy in every try.
         """
         method = "GET" if body is None else "POST"
-        reply = await self._tried(method, path, _reader_of(kind), lambda: {"json": body})
+        reply = await self._tried(
+            method, path, _reader_of(kind), lambda: {"json": body}, max_retries, ahead
+        )
         # A server may list its models for everybody; only an answer shows that the key is accepted.
         self._has_answered |= body is not None
         return reply
@@ -149,11 +161,15 @@ class Requester:
         path: str,
         read: Callable[[bytes], HttpReply],
         options: Callable[[], dict[str, Any]],
+        max_retries: int | None = None,
+        ahead: bool = False,
     ) -> HttpReply:
         """Sends a request until `read` accepts its reply; `options` makes its content anew."""
         url = path if "://" in path else self._endpoint.url + path
-        async with self._slots:  # also while it waits, so that a busy server is asked less
-            for number in range(self._endpoint.max_retries + 1):
+        limit = self._endpoint.max_retries if max_retries is None else max_retries
+        slot = contextlib.nullcontext() if ahead else self._slots
+        async with slot:  # also while it waits, so that a busy server is asked less
+            for number in range(limit + 1):
                 try:
                     return await self._once(method, url, read, options())
                 except _TryFailed as failed:
@@ -161,19 +177,19 @@ class Requester:
                 if not failure.passes:
                     raise failure.error
                 if failure.wait_seconds > self._endpoint.timeout_seconds:
-                    limit = f"{self._endpoint.timeout_seconds:g} s (endpoint.timeout_seconds)"
+                    longest = f"{self._endpoint.timeout_seconds:g} s (endpoint.timeout_seconds)"
                     raise type(failure.error)(
                         f"{failure.error}; the server asks to wait {failure.wait_seconds:.0f} s, "
-                        f"longer than {limit}"
+                        f"longer than {longest}"
                     )
-                if number < self._endpoint.max_retries:
+                if number < limit:
                     seconds = _wait(number, failure.wait_seconds)
                     self._tried_again[id(failure)] = str(failure.error)
                     try:
                         await self._sleep(seconds)
                     finally:
                         del self._tried_again[id(failure)]
-        count, limit = self._endpoint.max_retries + 1, self._endpoint.max_retries
+        count = limit + 1
         tries = f"{count} {'try' if count == 1 else 'tries'} (endpoint.max_retries: {limit})"
         raise type(failure.error)(f"{failure.error}; given up after {tries}")
 
@@ -197,7 +213,7 @@ class Requester:
         except (aiohttp.ClientError, OSError) as error:
             problem = self._clean(f"{target}: {type(error).__name__}: {error}")
             raise _TryFailed(EngineDiedError(problem), True) from None
-        if status != 200:
+        if not 200 <= status < 300:
             shown = self._shown(target, status, content)
             raise self._refusal(status, shown, _retry_after_seconds(retry_after))
         try:
@@ -242,8 +258,13 @@ class Requester:
         return text.replace(self._key, "***") if self._key else text
 
 
+def whole_characters(content: bytes) -> bytes:
+    """JSON in which the replacement character stands for every half of a character."""
+    return LONE_SURROGATE.sub(rb"\1\\ufffd", content)
+
+
 def _reader_of(kind: TypeAdapter[HttpReply]) -> Callable[[bytes], HttpReply]:
-    return lambda content: kind.validate_json(LONE_SURROGATE.sub(rb"\\ufffd", content))
+    return lambda content: kind.validate_json(whole_characters(content))
 
 
 def _secret_key(endpoint: EndpointConfig) -> str | None:

@@ -68,10 +68,9 @@ def check_template(config: Config) -> str | None:
 
 
 def answered_by_text(config: Config, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Prompts whose answers are text that is tokenized: references, or replies of text APIs without
-    the thoughts that a template may open.
+    """Prompts whose answers are text that is tokenized: references, or replies of text APIs.
 
-    Replies are not known, and their prompts have no reference here.
+    Replies are not known: their prompts have no reference here, or one that closes thoughts.
     """
     answered: list[Prompt] = []
     for of_round, step, asked in planned_answers(config, prompts):
@@ -80,8 +79,9 @@ def answered_by_text(config: Config, prompts: Sequence[Prompt]) -> list[Prompt]:
             continue
         teacher = of_round.author(step.author)
         if isinstance(teacher, EndpointTeacherConfig) and teacher.returns_text:
-            closes_thoughts = teacher.endpoint.reasoning == "keep"
-            answered += [] if closes_thoughts else [replace(p, reference=None) for p in asked]
+            # With kept reasoning the replies close the thoughts that a template opens.
+            written = "</think>" if teacher.endpoint.reasoning == "keep" else None
+            answered += [replace(prompt, reference=written) for prompt in asked]
     return answered
 
 

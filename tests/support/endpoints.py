@@ -183,7 +183,9 @@ class FakeBatchApi:
         return Response.of({"error": "Not Found"}, 404)
 
     def _told(self, name: str, status: str) -> Json:
-        told = {"id": name, "status": status, "metadata": self.begun.get(name, {}).get("metadata")}
+        begun = self.begun.get(name, {})
+        told = {"id": name, "status": status, "metadata": begun.get("metadata")}
+        told["input_file_id"] = begun.get("input_file_id")
         return told | ({"output_file_id": f"{name}-out"} if status == "completed" else {})
 
     def _line(self, request: Json) -> str:

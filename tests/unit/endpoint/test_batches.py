@@ -23,7 +23,7 @@ from teachers.pool.contracts import PoolReport
 from teachers.pool.dispatch import Dispatcher
 from teachers.protocol import EndpointSpec
 from teachers.tasks.answer import AnswerTask, plan_answers
-from tests.support.endpoints import FakeBatchApi, Loopback, Response, chat_reply, loopback
+from tests.support.endpoints import FakeBatchApi, Json, Loopback, Response, chat_reply, loopback
 from tests.support.replicas import EndpointReplica
 from tests.support.tokenizers_for_tests import save_byte_tokenizer
 
@@ -209,7 +209,85 @@ def test_a_request_that_the_server_does_not_take_begins_no_batch(
     with loopback(api) as server:
         error = dispatched(spec_of(student, server.url, tmp_path), tasks_of(student, tmp_path))
     assert type(error) is ConfigError and "unknown field seed" in str(error)
-    assert api.batches == {} and len(asked_at_once(server)) == 3
+    assert api.batches == {} and len(asked_at_once(server)) == 4
+
+
+def test_what_a_partly_done_batch_lost_goes_into_one_more(
+    student: StudentConfig, tmp_path: Path
+) -> None:
+    api = FakeBatchApi(lambda text: chat_reply("yes"))
+    api.answered = lambda line: (
+        len(api.batches) > 1 or int(line["body"]["messages"][-1]["content"].split()[1]) % 2 == 0
+    )
+    with loopback(api) as server:
+        tasks = tasks_of(student, tmp_path)
+        assert isinstance(dispatched(spec_of(student, server.url, tmp_path), tasks), PoolReport)
+    assert sorted(map(len, api.batches.values())) == [20, 39] and finished(tasks) == set(NAMES)
+
+
+def test_a_batch_that_answers_nothing_ends_the_work(student: StudentConfig, tmp_path: Path) -> None:
+    api = FakeBatchApi(lambda text: chat_reply("yes"))
+    api.answered = lambda line: False
+    with loopback(api) as server:
+        tasks = tasks_of(student, tmp_path)
+        error = dispatched(spec_of(student, server.url, tmp_path), tasks)
+        assert type(error) is ConfigError and "without a reply to any of its 39" in str(error)
+        assert len(api.batches) == 1
+        api.answered = lambda line: True
+        assert isinstance(dispatched(spec_of(student, server.url, tmp_path), tasks), PoolReport)
+    assert len(api.batches) == 2 and finished(tasks) == set(NAMES), "the dead one is not found"
+
+
+def test_lines_that_cannot_be_read_cost_no_others(student: StudentConfig, tmp_path: Path) -> None:
+    class Cutting(FakeBatchApi):
+        def _line(self, request: Json) -> str:
+            line = super()._line(request)
+            is_first = len(self.batches) == 1
+            content = request["body"]["messages"][-1]["content"]
+            if is_first and content == NAMES[5]:
+                return line[:-20]
+            return line.replace("yes", "cut \\ud83d") if content == NAMES[6] else line
+
+    api = Cutting(lambda text: chat_reply("yes"))
+    with loopback(api) as server:
+        tasks = tasks_of(student, tmp_path)
+        assert isinstance(dispatched(spec_of(student, server.url, tmp_path), tasks), PoolReport)
+    assert sorted(map(len, api.batches.values())) == [1, 39] and finished(tasks) == set(NAMES)
+
+
+def test_a_batch_that_was_begun_behind_a_failing_gateway_is_not_begun_twice(
+    student: StudentConfig, tmp_path: Path
+) -> None:
+    api, failed = FakeBatchApi(lambda text: chat_reply("yes")), []
+
+    def respond(path: str, body: Json) -> Response:
+        response = api(path, body)
+        if path == "/v1/batches" and body and not failed:
+            failed.append(path)
+            return Response.of({"error": "gateway timeout"}, 504)
+        return response
+
+    with loopback(respond) as server:
+        tasks = tasks_of(student, tmp_path)
+        assert isinstance(dispatched(spec_of(student, server.url, tmp_path), tasks), PoolReport)
+    assert failed and len(api.batches) == 1 and finished(tasks) == set(NAMES)
+
+
+def test_an_outage_while_a_batch_runs_is_waited_for(student: StudentConfig, tmp_path: Path) -> None:
+    api, looks = FakeBatchApi(lambda text: chat_reply("yes")), []
+
+    def respond(path: str, body: Json) -> Response:
+        if path.startswith("/v1/batches/batch"):
+            looks.append(path)
+            if len(looks) < 5:
+                return Response.of({"error": "busy"}, 503)
+        return api(path, body)
+
+    with loopback(respond) as server:
+        tasks = tasks_of(student, tmp_path)
+        report = dispatched(spec_of(student, server.url, tmp_path), tasks)
+    assert isinstance(report, PoolReport) and report.num_deaths == 0
+    assert len(api.batches) == 1 and len(asked_at_once(server)) == 1
 
 
 def test_batches_have_bounds(

@@ -79,6 +79,7 @@ def message(content: Any, finish_reason: str | None = "stop", **others: Any) -> 
         *((name, "stop") for name in ("stop_sequence", "FINISH_REASON_STOP", "COMPLETE")),
         *((name, "length") for name in ("length", "max_tokens", "MAX_TOKENS", "model_length")),
         *((name, "content_filter") for name in ("content_filter", "SAFETY", "refusal")),
+        ("content_filter: RECITATION", "content_filter"),
         *((name, "unknown") for name in ("tool_calls", "because", "", None)),
     ],
 )
@@ -100,6 +101,7 @@ def test_an_answer_that_the_server_broke_off_is_asked_again(student: StudentConf
 
 THINKING = {"type": "thinking", "thinking": [{"type": "text", "text": "6*7"}]}
 REASONING = {"type": "reasoning", "text": "6*7"}
+SUMMARY = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "6*7"}]}
 TEXT = {"type": "text", "text": "42"}
 
 
@@ -110,6 +112,7 @@ TEXT = {"type": "text", "text": "42"}
         (message([{"type": "output_text", "text": "4"}, "2"]), "42", ""),
         (message([THINKING, TEXT]), "42", "6*7"),
         (message([REASONING, TEXT]), "42", "6*7"),
+        (message([SUMMARY, {"text": "42"}]), "42", "6*7"),
         (message("\n\n42", reasoning_content="6*7"), "42", "6*7"),
         (message("42", reasoning="6*7\n"), "42", "6*7"),
         (message("\n42"), "\n42", ""),
@@ -124,7 +127,25 @@ def test_content_in_parts_is_joined_and_thoughts_are_dropped_or_kept(
     answer, dropped, _ = answered(student, reply)
     assert dropped == text and answer.had_thoughts == bool(thoughts)
     _, kept, _ = answered(student, reply, reasoning="keep")
-    assert kept == (f"<think>\n{thoughts}\n</think>\n\n{text}" if thoughts else text)
+    # Thoughts without an answer are no answer.
+    assert kept == (f"<think>\n{thoughts}\n</think>\n\n{text}" if thoughts and text else text)
+
+
+def test_thoughts_inside_of_an_answer_are_not_put_there_twice(student: StudentConfig) -> None:
+    tokenizer = save_byte_tokenizer(Path(student.model))
+    opened = tuple(tokenizer("assistant\n<think>\n", add_special_tokens=False)["input_ids"])
+    for content in ("<think>\neasy\n</think>\n\n4", "easy\n</think>\n\n4"):
+        _, kept, _ = answered(student, message(content), opened, reasoning="keep")
+        assert kept == "easy\n</think>\n\n4"
+    _, cut, _ = answered(
+        student, message(None, "length", reasoning="6 times"), opened, reasoning="keep"
+    )
+    assert cut == "6 times"
+
+
+def test_escapes_in_code_are_not_half_characters(student: StudentConfig) -> None:
+    code = "re.compile('[\\ud800-\\udfff]')"
+    assert answered(student, message(code))[1] == code
 
 
 def test_a_thought_that_the_template_opens_is_not_opened_twice(student: StudentConfig) -> None:
