@@ -18,7 +18,7 @@ setup: ## make .venv from the lock file: two minutes; at once if nothing has cha
 	@if [ -z "$(ANY_PYTHON)" ]; then echo "set-up: Python 3.11 is needed; install it." >&2; exit 1; fi
 	@$(ANY_PYTHON) requirements/setup.py --device "$(DEVICE)" --python "$(PYTHON)"
 
-unit: setup ## every unit test: two minutes
+unit: setup ## every unit test: three minutes
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile tests/unit $(PYTEST_ARGS)
 
 test: setup ## the whole test suite, with real Ray, vLLM and DeepSpeed: half an hour

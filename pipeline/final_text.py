@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections import deque
 
-# A tag that is quoted, such as `<think>` in back-quotes, is spoken of and opens nothing.
+# A tag that is quoted, such as `<think>` in back-quotes, is spoken of and opens nothing; behind a
+# letter it is code, such as `List<Reasoning>`.
 _TAG = re.compile(
-    r"(?<![`\"'])(?P<open><(?:seed:)?(?:think|thinking|thought|reasoning)>|\[THINK\]"
+    r"(?<![`\"'\w])(?P<open><(?:seed:)?(?:think|thinking|thought|reasoning)>|\[THINK\]"
     r"|<\|START_THINKING\|>|\u25c1think\u25b7)"
     r"|(?<![`\"'])(?P<close></(?:seed:)?(?:think|thinking|thought|reasoning)>|\[/THINK\]"
     r"|<\|END_THINKING\|>|\u25c1/think\u25b7)",

@@ -23,10 +23,10 @@ class PromptSource(Section):
     """One file or folder of prompts."""
 
     path: str
-    """File whose name ends in `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet`, the texts also
-    compressed (`.jsonl.gz`), or folder of a Hugging Face dataset (`save_to_disk`); a local path or
-    a URI such as `s3://…`. Each row holds one prompt: chat `messages` or raw `text`, and optionally
-    `id`, `domain` and `reference`, the correct answer."""
+    """File whose name ends in `.jsonl` (or `.ndjson`), `.json`, `.csv`, `.tsv` or `.parquet`, the
+    texts also compressed (`.jsonl.gz`), or folder of a Hugging Face dataset (`save_to_disk`); a
+    local path or a URI such as `s3://…`. Each row holds one prompt: chat `messages` or raw `text`,
+    and optionally `id`, `domain` and `reference`, the correct answer."""
     domain: Name | None = None
     """Domain of rows that have no `domain` field. Domains connect prompts with teachers
     (`by: domain_teacher`), weights (`by_domain`) and the tables of the report."""

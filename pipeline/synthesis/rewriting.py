@@ -28,7 +28,8 @@ _TAGGED = re.compile(r"<prompt>(.*?)</prompt>", re.DOTALL | re.IGNORECASE)
 _REFUSAL = re.compile(
     r"\W*(i('m| am) (very |so |really )?sorry|sorry\b|i apologi[sz]e|i can(no|')t "
     r"(help|assist|provide|create|fulfil|comply|do|write|rewrite)|i('m| am) (unable|not able)"
-    r"|as an ai\b|unfortunately, i)",
+    r"|i('m| am) afraid i can('t|not)|i (won't|will not|must decline|have to decline)\b"
+    r"|my apologies\b|as an ai\b|unfortunately, i)",
     re.IGNORECASE,
 )
 

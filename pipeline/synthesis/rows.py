@@ -26,7 +26,7 @@ from pipeline.errors import PromptError
 PIECE_BYTES = 1 << 20
 PARQUET_ROWS = 256  # rows of a Parquet file that become Python values at once
 LONGEST_CELL = 1 << 24  # characters; a quote that is never closed would read the whole file
-TEXT_FORMATS = (".jsonl", ".json", ".csv", ".tsv")
+TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 _GZIP = b"\x1f\x8b"
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # A value that is cut off fails where the text ends, or at the beginning of its last string.
@@ -62,9 +62,9 @@ def numbered_rows(path: str, limit: int | None = None) -> Rows:
 def _rows(path: str) -> Rows:
     if storage.is_folder(path):
         return _dataset_rows(path)
-    if path.endswith(".parquet"):
+    if path.lower().endswith(".parquet"):
         return _parquet_rows(path)
-    if path.removesuffix(".gz").endswith(TEXT_FORMATS):
+    if path.lower().removesuffix(".gz").endswith(TEXT_FORMATS):
         return _text_rows(path)
     raise PromptError(
         f"{path} is not a file that can be read: give one whose name ends in "
@@ -109,7 +109,7 @@ def _dataset_rows(path: str) -> Rows:
 
 
 def _text_rows(path: str) -> Rows:
-    name = path.removesuffix(".gz")
+    name = path.lower().removesuffix(".gz")
     with storage.StoredFile(path) as file:
         stream: BinaryIO = io.BufferedReader(file, PIECE_BYTES)
         if _begins(stream, _GZIP):

@@ -59,6 +59,8 @@ BAD_REPLIES: dict[str, tuple[str, str, str]] = {
         "stop",
         "refusal",
     ),
+    "a refusal that declines": ("I'm afraid I can't do that.", "stop", "refusal"),
+    "a refusal that will not": ("I won't write about this.", "stop", "refusal"),
     "an answer instead": ("Ann has 3 + 4 = 7 apples.\n#### 7", "stop", "malformed"),
     "an open tag": ("<prompt>Ann has 3 apples and", "stop", "malformed"),
     "empty tags": ("<prompt> </prompt>", "stop", "malformed"),

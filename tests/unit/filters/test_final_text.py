@@ -59,3 +59,8 @@ def test_a_prompt_may_open_the_thought() -> None:
 )
 def test_last_code_block(answer: str, expected: str | None) -> None:
     assert last_code_block(answer) == expected
+
+
+@pytest.mark.parametrize("text", ["List<Reasoning> a = 5", "a[think] = 7; ", "x<thought>y"])
+def test_a_tag_behind_a_letter_is_code(text: str) -> None:
+    assert final_text(text) == text.strip()

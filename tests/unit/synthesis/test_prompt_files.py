@@ -62,6 +62,8 @@ FORMS: dict[str, tuple[str, bytes]] = {
     "a table with an unnamed column": ("p.csv", table([{"": "0"} | row for row in ROWS])),
     "a table of tabs": ("p.tsv", table(ROWS, "\t")),
     "compressed lines": ("p.jsonl.gz", gzip.compress(lines(ROWS))),
+    "lines by another name": ("p.ndjson", lines(ROWS)),
+    "a name in capitals": ("P.JSONL", lines(ROWS)),
     "compressed lines without the ending": ("p.jsonl", gzip.compress(BOM + lines(ROWS))),
     "lines that were decompressed on the way": ("p.jsonl.gz", lines(ROWS)),
     "a compressed array": ("p.json.gz", gzip.compress(json.dumps(ROWS).encode())),
