@@ -9,10 +9,9 @@ from __future__ import annotations
 import re
 from collections import deque
 
-# A tag that is quoted, such as `<think>` in back-quotes, is spoken of and opens nothing; behind a
-# letter it is code, such as `List<Reasoning>`.
+# A tag that is quoted, such as `<think>` in back-quotes, is spoken of and opens nothing.
 _TAG = re.compile(
-    r"(?<![`\"'\w])(?P<open><(?:seed:)?(?:think|thinking|thought|reasoning)>|\[THINK\]"
+    r"(?<![`\"'])(?P<open><(?:seed:)?(?:think|thinking|thought|reasoning)>|\[THINK\]"
     r"|<\|START_THINKING\|>|\u25c1think\u25b7)"
     r"|(?<![`\"'])(?P<close></(?:seed:)?(?:think|thinking|thought|reasoning)>|\[/THINK\]"
     r"|<\|END_THINKING\|>|\u25c1/think\u25b7)",
@@ -37,8 +36,9 @@ def final_text(text: str, begins_in_thought: bool = False) -> str:
     """
     is_open, start = begins_in_thought, 0
     for tag in _TAG.finditer(text):
-        is_open = tag["open"] is not None
-        start = tag.end()
+        is_code = text[max(0, tag.start() - 1) : tag.start()].isalnum()  # such as `List<Reasoning>`
+        if tag["open"] is None or not is_code:
+            is_open, start = tag["open"] is not None, tag.end()
     return "" if is_open else text[start:].strip()
 
 

@@ -238,7 +238,7 @@ def test_one_id_for_two_prompts_is_refused(tmp_path: Path) -> None:
     [
         ("none.jsonl", "does not exist"),
         ("*.jsonl", "does not exist: patterns are not read, so name each file"),
-        ("x.txt", "name ends in .jsonl, .json, .csv"),
+        ("x.txt", "name ends in .jsonl, .ndjson, .json, .csv"),
         ("folder", "is a folder, but no dataset folder"),
     ],
 )
