@@ -12,6 +12,8 @@ import pytest
 
 from pipeline import storage
 from pipeline.errors import StorageError
+from pipeline.run import shared_storage
+from pipeline.run.shared_storage import check_marks, mark_of
 from tests.support.command_line import ROOT
 from tests.support.object_store import ObjectStore, object_store
 
@@ -32,6 +34,20 @@ def store() -> Iterator[ObjectStore]:
 def no_second_try(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pyarrow's own tries alone take six seconds."""
     monkeypatch.setattr(storage, "PAUSES_SECONDS", ())
+
+
+def test_a_node_that_reaches_the_store_sees_the_mark_of_its_root(store: ObjectStore) -> None:
+    root = f"{store.root}/output"
+    mark = mark_of(root)
+    assert mark_of(root) == mark
+    check_marks([mark], "10.77.0.11")
+    storage.remove(mark.path)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(StorageError, match=r"does not see s3://.*the same store and bucket"),
+    ):
+        patch.setattr(shared_storage, "WAIT_SECONDS", 0.0)
+        check_marks([mark], "10.77.0.11")
 
 
 def names(store: ObjectStore, folder: str) -> list[str]:
