@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,10 +106,10 @@ def plan_micro_batches(
     """The sequences that each rank computes together: for every rank an equal number of lists of
     indices into `lengths`.
 
-    The number of packed rows is the number that first-fit decreasing needs, rounded up to the world
-    size; sequences are then spread over them evenly, longest first, so that ranks wait little for
-    one another. If rows are padded, sequences of like length come together, and padding counts in
-    the budget. A micro-batch may stay empty.
+    Packed rows are as few as the budget allows, or as few as best-fit decreasing needs, rounded up
+    to the world size. Where they leave room, sequences are spread over them evenly, longest first,
+    so that ranks wait little for one another. If rows are padded, sequences of like length come
+    together, and padding counts in the budget. A micro-batch may stay empty.
 
     Raises:
         TrainingError: a sequence is longer than the budget.
@@ -116,15 +117,9 @@ def plan_micro_batches(
     refuse_long_sequences(
         [(str(i), length) for i, length in enumerate(lengths)], tokens_per_micro_batch
     )
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     if padded:
         return _padded_plan(lengths, [1] * len(lengths), tokens_per_micro_batch, world_size)
-    rows = _first_fit(order, lengths, tokens_per_micro_batch)
-    num_rows = -(-max(len(rows), 1) // world_size) * world_size
-    spread = _spread(order, lengths, num_rows)
-    if max(sum(lengths[i] for i in row) for row in spread) <= tokens_per_micro_batch:
-        rows = spread
-    rows += [[] for _ in range(num_rows - len(rows))]
+    rows = _packed_rows(lengths, tokens_per_micro_batch, world_size)
     rows.sort(key=lambda row: -sum(lengths[i] for i in row))
     return [rows[rank::world_size] for rank in range(world_size)]
 
@@ -277,24 +272,69 @@ def _padded_plan(
     return [groups[rank::world_size] for rank in range(world_size)]
 
 
-def _first_fit(order: list[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    rows: list[list[int]] = []
-    room: list[int] = []
+def _packed_rows(lengths: Sequence[int], budget: int, world_size: int) -> list[list[int]]:
+    """Rows of at most `budget` tokens, as many as a multiple of the world size, of even lengths if
+    the budget leaves room for that.
+    """
+    order = np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist()
+    fewest = _whole_rounds(-(-sum(lengths) // budget), world_size)
+    rows = _spread(order, lengths, budget, fewest)
+    if rows is not None:
+        return rows
+    fitted = _best_fit(order, lengths, budget)
+    num_rows = _whole_rounds(len(fitted), world_size)
+    if num_rows > fewest:
+        rows = _spread(order, lengths, budget, num_rows)
+    return rows or fitted + [[] for _ in range(num_rows - len(fitted))]
+
+
+def _whole_rounds(count: int, world_size: int) -> int:
+    """Smallest multiple of the world size that is at least `count`, and at least one round."""
+    return -(-max(count, 1) // world_size) * world_size
+
+
+def _spread(
+    order: Sequence[int], lengths: Sequence[int], budget: int, num_rows: int
+) -> list[list[int]] | None:
+    """Puts every sequence into the row that is shortest so far; None if a row exceeds the budget.
+
+    Args:
+        order: sequences, the longest first.
+    """
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    # A row's length times `num_rows`, plus its number: plain integers compare fastest.
+    heap = list(range(num_rows))
     for i in order:
-        r = next((r for r, left in enumerate(room) if lengths[i] <= left), len(rows))
-        if r == len(rows):
-            rows.append([])
-            room.append(budget)
-        rows[r].append(i)
-        room[r] -= lengths[i]
+        shortest = heap[0]
+        longer = shortest + lengths[i] * num_rows
+        if longer >= (budget + 1) * num_rows:
+            return None
+        rows[shortest % num_rows].append(i)
+        heapq.heapreplace(heap, longer)
     return rows
 
 
-def _spread(order: list[int], lengths: Sequence[int], num_rows: int) -> list[list[int]]:
-    rows: list[list[int]] = [[] for _ in range(num_rows)]
-    heap = [(0, r) for r in range(num_rows)]
+def _best_fit(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Puts every sequence into the fullest row that has room for it, or else into a new row.
+
+    Args:
+        order: sequences, the longest first.
+    """
+    rows: list[list[int]] = []
+    with_room: defaultdict[int, list[list[int]]] = defaultdict(list)  # rows by tokens left
+    rooms = 0  # bit n is set if a row has n tokens left
     for i in order:
-        load, r = heapq.heappop(heap)
-        rows[r].append(i)
-        heapq.heappush(heap, (load + lengths[i], r))
+        length = lengths[i]
+        large_enough = rooms >> length
+        if large_enough:
+            room = length + (large_enough & -large_enough).bit_length() - 1
+            row = with_room[room].pop()
+            if not with_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, row = budget, []
+            rows.append(row)
+        row.append(i)
+        with_room[room - length].append(row)
+        rooms |= 1 << (room - length)
     return rows
