@@ -97,9 +97,8 @@ class ExactDuplicate(FilterSection):
 class NearDuplicate(FilterSection):
     """Drops train sequences that are nearly the same as an earlier one.
 
-    Texts are compared in the form that `exact_duplicate` compares. MinHash finds candidate pairs,
-    the exact Jaccard similarity decides (Broder, On the resemblance and containment of documents,
-    1997).
+    Texts are compared in the form that `exact_duplicate` compares, by the Jaccard similarity of
+    their shingles (Broder, On the resemblance and containment of documents, 1997).
     """
 
     type: Literal["near_duplicate"]

@@ -8,16 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Any
-
-import xxhash
 
 from pipeline.config.filters import Compared, Contamination, ExactDuplicate, NearDuplicate
 from pipeline.filters.candidates import Candidate, Evidence
 from pipeline.filters.evaluated import EvaluatedTexts, ngrams_of, read_evaluation_file
+from pipeline.filters.similar_sets import Rarity, SimilarSets, jaccard, shingles_of
 from pipeline.filters.words import plain, words_of
-
-NUM_PERMUTATIONS = 128
 
 
 def exact_duplicate(
@@ -36,33 +32,25 @@ def exact_duplicate(
 def near_duplicate(
     rule: NearDuplicate, candidates: Sequence[Candidate], evidence: Evidence
 ) -> dict[int, str]:
-    """Drops train sequences that are nearly the same as an earlier kept one.
-
-    MinHash finds candidate pairs; the exact similarity of their sets of shingles decides.
-    """
-    from datasketch import MinHash, MinHashLSH  # brings scipy, which is slow to import
-
-    # A wrong candidate pair costs one comparison, but a missed pair leaves a duplicate in the data:
-    # these weights of false positives and negatives miss few pairs.
-    weights = (0.1, 0.9)
-    index = MinHashLSH(rule.min_similarity, num_perm=NUM_PERMUTATIONS, weights=weights)
-    blank = MinHash(num_perm=NUM_PERMUTATIONS, seed=1, hashfunc=xxhash.xxh32_intdigest)
+    """Drops train sequences that are nearly the same as an earlier kept one."""
+    texts = {i: compared_text(candidate, rule.of) for i, candidate in _of_train(candidates)}
+    rarity = Rarity(sum(map(len, texts.values())))
+    for text in texts.values():
+        rarity.add(shingles_of(text, rule.shingle))
+    similar, kept = SimilarSets(rule.min_similarity, rarity), []
     dropped = {}
-    for i, candidate in _of_train(candidates):
-        shingles = shingles_of(compared_text(candidate, rule.of), rule.shingle)
-        sketch = blank.copy()
-        sketch.update_batch([shingle.encode() for shingle in shingles])
-        similar: list[Any] = index.query(sketch)
-        similarity = {
-            j: jaccard(shingles, shingles_of(compared_text(candidates[j], rule.of), rule.shingle))
-            for j in similar
-            if _counts_as_other(candidate, candidates[j], rule.of)
-        }
-        nearest = max(similarity, key=lambda j: similarity[j], default=None)
-        if nearest is not None and similarity[nearest] >= rule.min_similarity:
-            dropped[i] = f"similarity {similarity[nearest]:.2f} to {_name(candidates[nearest])}"
+    for i, text in texts.items():
+        shingles = shingles_of(text, rule.shingle)
+        for j in map(kept.__getitem__, similar.candidates(shingles)):
+            if not _counts_as_other(candidates[i], candidates[j], rule.of):
+                continue
+            similarity = jaccard(shingles, shingles_of(texts[j], rule.shingle))
+            if similarity >= rule.min_similarity:
+                dropped[i] = f"similarity {similarity:.2f} to {_name(candidates[j])}"
+                break
         else:
-            index.insert(i, sketch)
+            similar.add(shingles)
+            kept.append(i)
     return dropped
 
 
@@ -107,16 +95,6 @@ def compared_text(candidate: Candidate, of: Compared) -> str:
         "both": f"{candidate.prompt}\n{candidate.answer}",
     }
     return " ".join(plain(parts[of]).split())
-
-
-def shingles_of(text: str, width: int) -> set[str]:
-    """All substrings of `width` characters; a shorter text is its own only shingle."""
-    return {text[i : i + width] for i in range(max(len(text) - width + 1, 1))}
-
-
-def jaccard(one: set[str], two: set[str]) -> float:
-    """Share of the elements of two sets that are in both sets."""
-    return len(one & two) / len(one | two)
 
 
 def _of_train(candidates: Sequence[Candidate]) -> Iterator[tuple[int, Candidate]]:

@@ -47,8 +47,10 @@ FILTERS: dict[str, Callable[[Any, Sequence[Candidate], Evidence], dict[int, str]
 """Functions by the type of a filter. Each takes the filter's settings, the candidates that are
 left, and the evidence besides. It returns the places of the candidates that it drops, each with a
 detail for people."""
-VERSIONS = dict.fromkeys(FILTERS, 2) | dict.fromkeys(
-    ("exact_duplicate", "near_duplicate", "contamination", "checker", "agreement", "best_of"), 3
+VERSIONS = (
+    dict.fromkeys(FILTERS, 2)
+    | dict.fromkeys(("exact_duplicate", "contamination", "checker", "agreement", "best_of"), 3)
+    | {"near_duplicate": 4}
 )
 """Version of each filter's decisions, raised when the filter decides differently."""
 EXAMPLES_SHOWN = 5

@@ -20,8 +20,8 @@ from pipeline.config.load import load_config
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError, FilterError
 from pipeline.filters.candidates import Candidate, Evidence
-from pipeline.filters.likeness import jaccard, shingles_of
 from pipeline.filters.run import FILTERS, filter_identity, filter_summary, run_filters
+from pipeline.filters.similar_sets import Rarity, SimilarSets, jaccard, shingles_of
 from pipeline.filters.text import script_of
 from pipeline.layout import Layout
 from pipeline.records import DatasetEntry, Prompt
@@ -122,18 +122,43 @@ def test_near_duplicates_are_found_and_others_stay() -> None:
     assert dropped(settings | {"min_similarity": 0.99}, rows) == []
 
 
-@given(st.lists(st.text("ab ", min_size=1, max_size=12), min_size=1, max_size=12))
-def test_no_two_kept_sequences_are_known_to_be_alike(answers: list[str]) -> None:
-    """MinHash may miss a pair, but each dropped sequence is similar to an earlier kept one."""
+@given(
+    st.lists(st.text("ab ", min_size=1, max_size=12), min_size=1, max_size=12),
+    st.sampled_from([0.1, 0.5, 2 / 3, 0.7, 0.75, 0.99]),
+)
+def test_exactly_the_sequences_that_are_like_an_earlier_kept_one_are_dropped(
+    answers: list[str], least: float
+) -> None:
     rows = [candidate(answer, of=str(i)) for i, answer in enumerate(answers)]
-    settings = {"type": "near_duplicate", "of": "answer", "min_similarity": 0.7, "shingle": 2}
+    settings = {"type": "near_duplicate", "of": "answer", "min_similarity": least, "shingle": 2}
+    shingles = [
+        {text[i : i + 2] for i in range(max(len(text) - 1, 1))}
+        for text in (" ".join(answer.split()) for answer in answers)
+    ]
+    kept: list[int] = []
+    for i, own in enumerate(shingles):
+        if all(len(own & shingles[j]) / len(own | shingles[j]) < least for j in kept):
+            kept.append(i)
     gone = dropped(settings, rows)
+    assert gone == [i for i in range(len(answers)) if i not in kept]
 
-    def shingles(i: int) -> set[str]:
-        return shingles_of(" ".join(answers[i].split()), 2)
 
-    for i in gone:
-        assert any(jaccard(shingles(i), shingles(j)) >= 0.7 for j in range(i) if j not in gone)
+def test_answers_that_share_their_instructions_are_compared_with_few_others() -> None:
+    """Each shares five sixths of its text with all others, and little else."""
+    generator = np.random.default_rng(0)
+    letters = np.array(list("abcdefghijklmnop"))
+    shared = "".join(generator.choice(letters, 500))
+    texts = [shared + "".join(generator.choice(letters, 100 + n % 40)) for n in range(300)]
+    texts[200] = texts[20][:-5]
+    rarity = Rarity(sum(map(len, texts)))
+    sets = [shingles_of(text, 9) for text in texts]
+    for elements in sets:
+        rarity.add(elements)
+    similar, pairs = SimilarSets(0.8, rarity), []
+    for i, elements in enumerate(sets):
+        pairs += [(i, j) for j in similar.candidates(elements)]
+        similar.add(elements)
+    assert pairs == [(200, 20)] and jaccard(sets[200], sets[20]) > 0.8 > jaccard(sets[0], sets[1])
 
 
 def test_contamination_lists_what_was_hit(tmp_path: Path) -> None:
