@@ -11,6 +11,8 @@ templating   arguments of chat templates, as Jinja text
 rope         rotary settings in a model's config
 rounding     whether log-probabilities differ by rounding alone
 messages     tables and spelling hints for people
+credentials  secrets in configs, and texts that show none
+yaml_text    YAML that people write, with bounds and the place of every fault
 config/      the configuration, one module for each YAML section
 synthesis/   prompts, the steps that write and answer them, records of finished work
 checkers/    is an answer right, given its reference?

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,6 +26,25 @@ def digest_bytes(*parts: bytes) -> str:
 def digest_json(value: Any) -> str:
     """Hex hash of a JSON value; the order of keys does not matter."""
     return digest_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+def exact_json(value: Any) -> Any:
+    """JSON value of what YAML can hold; it is equal for equal values alone.
+
+    JSON itself has no infinities, and knows no keys but texts: `{5: .inf}` would equal `{"5":
+    null}`. Values that JSON has stay as they are.
+    """
+    if isinstance(value, dict):
+        return {_exact_key(key): exact_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [exact_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"!float": str(value)}
+    return value
+
+
+def _exact_key(key: Any) -> str:
+    return key if isinstance(key, str) else f"!{type(key).__name__} {key}"
 
 
 def digest_ids(ids: Iterable[str]) -> str:

@@ -24,3 +24,13 @@ def closest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     similar = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {similar[0]!r}?" if similar else f"there are: {', '.join(names)}"
+
+
+def short(text: str, width: int = 80) -> str:
+    """The beginning of a text that may be long, for a message."""
+    return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def printable(text: str) -> str:
+    """Text that a terminal shows and does nothing else with: other characters become escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

@@ -16,7 +16,7 @@ from pipeline.config.run import Config
 from pipeline.config.synthesis import STUDENT
 from pipeline.config.teachers import TeacherConfig
 from pipeline.errors import CorruptFileError
-from pipeline.fingerprint import digest_json
+from pipeline.fingerprint import digest_json, exact_json
 from pipeline.layout import Layout
 from pipeline.run.prepared_run import Run
 from pipeline.run.training_spec import training_specs
@@ -160,8 +160,8 @@ def stage_key(run: Run, stage: str) -> str:
 
 def _served(config: Config) -> dict[str, Any]:
     """Options under which each model is served, which decide its speed and memory in the report."""
-    return {STUDENT: config.student.vllm} | {
-        name: teacher.vllm
+    return {STUDENT: exact_json(config.student.vllm)} | {
+        name: exact_json(teacher.vllm)
         if isinstance(teacher, TeacherConfig)
         else [teacher.endpoint.url, teacher.endpoint.max_concurrency]
         for name, teacher in config.teachers.items()

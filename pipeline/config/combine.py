@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Name, Positive, Section
+from pipeline.config.base import Name, Positive, Real, Section
 
-Weight = Annotated[float, Field(ge=0)]
+Weight = Annotated[Real, Field(ge=0)]
 LINEAR_METHODS = frozenset({"mixture", "route"})
 """Methods whose target is a weighted sum of the teachers' probabilities, so that draws stay
 unbiased. Every other method, also one added later, is refused for draws."""
@@ -113,7 +113,7 @@ class CombineConfig(Section):
     """Weighting of the teachers: `static`, `by_domain`, `gold_likelihood`, `confidence` or
     `learned`. Choose `by_domain` if you know the strength of each teacher, `gold_likelihood` or
     `learned` if not."""
-    min_tail: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    min_tail: Annotated[Real, Field(gt=0, lt=1)] = 1e-4
     """Smallest tail probability that a teacher has in a `product`; other methods ignore it. The
     tail is all probability outside the teacher's kept entries. A smaller tail counts as this value,
     since a stored 0 would forbid every token that the teacher has not kept. The report counts such

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Count, Name, Positive, Section
+from pipeline.config.base import Count, Given, Name, Positive, Real, Section, Whole
 
 Script = Literal[
     "arabic", "armenian", "bengali", "cyrillic", "devanagari", "ethiopic", "georgian", "greek",
@@ -64,7 +64,7 @@ class Alphabet(FilterSection):
     scripts: Annotated[list[Script], Field(min_length=1)]
     """Scripts that an answer may be written in. Digits, punctuation and spaces belong to all
     scripts, and an answer without letters passes."""
-    min_share: Annotated[float, Field(gt=0, le=1)]
+    min_share: Annotated[Real, Field(gt=0, le=1)]
     """Smallest share, from 0 to 1, of a kept answer's letters that belong to `scripts`. Choose it
     below 1, such as 0.9, to allow single foreign words."""
 
@@ -73,10 +73,10 @@ class Repetition(FilterSection):
     """Drops answers that repeat themselves in a loop."""
 
     type: Literal["repetition"]
-    ngram: Annotated[int, Field(ge=1)]
+    ngram: Annotated[Whole, Field(ge=1)]
     """Length in tokens of the n-grams whose repetition is counted. Longer n-grams find only longer
     repeated passages; answers with fewer tokens pass."""
-    max_share: Annotated[float, Field(ge=0, lt=1)]
+    max_share: Annotated[Real, Field(ge=0, lt=1)]
     """Largest share, from 0 to 1, of a kept answer's n-grams that occurred in it before. An answer
     that says one sentence over and over has a share near 1."""
 
@@ -105,7 +105,7 @@ class NearDuplicate(FilterSection):
     of: Compared
     """Text that is compared: the `prompt`, the `answer`, or `both` together. With `prompt`, several
     answers to one prompt are no duplicates of each other."""
-    min_similarity: Annotated[float, Field(gt=0, le=0.99)]
+    min_similarity: Annotated[Real, Field(gt=0, le=0.99)]
     """Jaccard similarity of two texts' sets of shingles, from 0 to 0.99, from which on the later
     one is dropped. Lower values drop more; 0.8 drops texts that differ in a few words."""
     shingle: Count
@@ -116,7 +116,7 @@ class NearDuplicate(FilterSection):
 class EvaluationFile(Section):
     """Texts that must not be trained on."""
 
-    path: str
+    path: Given
     """File or folder in one of the formats of `prompts.sources`."""
     fields: Annotated[list[str], Field(min_length=1)]
     """Columns whose texts must not be trained on, such as `[question, answer]`. A cell holds a
@@ -134,7 +134,7 @@ class Contamination(FilterSection):
     """
 
     type: Literal["contamination"]
-    ngram: Annotated[int, Field(ge=2)]
+    ngram: Annotated[Whole, Field(ge=2)]
     """Number of consecutive words that a sequence must share with an evaluated text to be dropped.
     Small values drop sequences for common phrases; 13 is usual for prose, 6 to 8 for short
     questions."""
@@ -162,10 +162,10 @@ class Judge(FilterSection):
     teacher: Name
     """Teacher that grades the answers. An answer that does not fit into the teacher's
     `max_model_len` together with the rubric is dropped."""
-    min_grade: Annotated[int, Field(ge=2, le=5)]
+    min_grade: Annotated[Whole, Field(ge=2, le=5)]
     """Lowest grade, from 2 to 5, of a kept answer; 5 is best. Grades are stored, so another value
     asks the teacher nothing again."""
-    rubric: str | None = None
+    rubric: Given | None = None
     """Text file of yours with `{prompt}` and `{answer}` in it, shown to the teacher in place of the
     shipped `judge.txt`. It must ask for one digit from 1 to 5."""
 
@@ -181,7 +181,7 @@ class Agreement(FilterSection):
     by: Literal["exact", "number"]
     """Meaning of agreement: answers have the same text behind their thoughts (`exact`), or the same
     `number`, as the checker of that name reads it. Answers without one vote for none."""
-    min_share: Annotated[float, Field(gt=0, le=1)]
+    min_share: Annotated[Real, Field(gt=0, le=1)]
     """Smallest share, from 0 to 1, of a prompt's samples that must agree on the winning answer.
     Without such a winner, and in a tie, all answers to the prompt are dropped."""
 

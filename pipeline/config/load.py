@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import stat
 import typing
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,13 @@ from pipeline.config.rounds import of_round
 from pipeline.config.run import Config
 from pipeline.config.synthesis import Writing
 from pipeline.config.teachers import TeacherConfig
+from pipeline.credentials import check_no_secrets, shown_url, without_secrets
 from pipeline.errors import ConfigError
+from pipeline.messages import printable, short
+from pipeline.yaml_text import DEEPEST, MOST_BYTES, YamlError, read_yaml
+
+LONGEST_MESSAGE = 3000
+"""Characters of a message about several mistakes; further mistakes are counted."""
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -30,33 +37,51 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
             unknown (the closest known key is named), or a value is refused.
     """
     path = Path(path)
+    name = f"the config file {printable(str(path))}"
     try:
-        if not path.is_file():
-            raise ConfigError(f"the config file {path} does not exist")
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the config file {path} is not valid YAML: {error}") from error
+        values = read_yaml(_content(path, name))
+    except YamlError as error:
+        raise ConfigError(f"{name} is not valid YAML: {error}") from error
     except OSError as error:
-        raise ConfigError(f"the config file {path} cannot be read: {error}") from error
+        reason = error.strerror or type(error).__name__
+        raise ConfigError(f"{name} cannot be read: {reason}") from error
     if not isinstance(values, dict):
         raise ConfigError(
-            f"the config file {path} must hold a mapping of sections, found {type(values).__name__}"
+            f"{name} must hold a mapping of sections, found {type(values).__name__}: begin with "
+            "`name: …`, and `polystill run CONFIG --dry-run` says what else is needed"
         )
     values = _without_aliases(values)
     for override in overrides or []:
         _apply_override(values, override)
+    check_no_secrets(values)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(
-            f"{path}: " + "\n  ".join(_explain(item) for item in error.errors())
-        ) from error
+        raise ConfigError(f"{printable(str(path))}: {_explain_all(error)}") from error
     return of_round(absolute_paths(config, path.resolve().parent), config.round)
+
+
+def _content(path: Path, name: str) -> bytes:
+    """Content of a config file, without waiting for a pipe.
+
+    Raises:
+        ConfigError: there is no such file, or it is none.
+        OSError: it cannot be read.
+    """
+    if "\0" in str(path) or not path.exists():
+        raise ConfigError(f"{name} does not exist: correct the path")
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise ConfigError(f"{name} is a folder: name the YAML file in it")
+    if not stat.S_ISREG(mode):
+        raise ConfigError(f"{name} is a pipe or device: write its content to a file")
+    with path.open("rb") as file:
+        return file.read(MOST_BYTES + 1)
 
 
 def dump_config(config: Config) -> str:
     """Resolved config as YAML; `load_config` reads it back to an equal value."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
 def absolute_paths(config: Config, folder: Path) -> Config:
@@ -66,7 +91,7 @@ def absolute_paths(config: Config, folder: Path) -> Config:
         ConfigError: a model may be a hub id as well as a folder, or a URI has options.
     """
     _check_uris(_file_paths(config))
-    values = config.model_dump(mode="json")
+    values = config.model_dump()
     for i, root in enumerate(config.storage.shared_roots):
         values["storage"]["shared_roots"][i] = _absolute(root, folder)
     for key, path in _file_paths(config).items():
@@ -94,10 +119,11 @@ def _check_uris(paths: dict[str, str]) -> None:
     """
     for key, path in paths.items():
         if "://" in path and ("?" in path or "#" in path):
-            plain = re.split(r"[?#]", path)[0]
+            plain, mark, _ = re.split(r"([?#])", path, maxsplit=1)
             raise ConfigError(
-                f"{key} is {path!r}, and the part behind {path[len(plain)]!r} would become a part "
-                f"of file names: write {plain!r}, and name region and endpoint in the environment "
+                f"{key} is {shown_url(path)!r}, and the part behind {mark!r} would become a part "
+                f"of file names: write {shown_url(plain)!r}, and name region and endpoint in the "
+                "environment "
                 "of this machine and of every node (AWS_DEFAULT_REGION and AWS_ENDPOINT_URL for "
                 "s3://)"
             )
@@ -215,22 +241,34 @@ def _without_aliases(value: Any) -> Any:
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override {override!r} is not of the form key=value")
+        raise ConfigError(
+            f"override {without_secrets(override)!r} is not of the form key=value: write it like "
+            "training.steps=100"
+        )
+    shown = without_secrets(override)
     *parents, last = key.split(".")
+    if len(parents) >= DEEPEST:
+        raise ConfigError(
+            f"override {short(shown)!r} names {len(parents) + 1} keys inside of each other: name "
+            f"at most {DEEPEST}"
+        )
     target: Any = values
     for depth, name in enumerate(parents):
         target = _step(target, name, ".".join(parents[: depth + 1]))
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+        value = read_yaml(text)
+    except YamlError as error:
+        raise ConfigError(
+            f"override {short(shown, 200)!r}: the value is not valid YAML: {error}"
+        ) from error
     if isinstance(target, list):
         target[_index(target, last, key)] = value
     elif isinstance(target, dict):
-        target[last] = value
+        target[_key(target, last)] = value
     else:
         raise ConfigError(
-            f"override {override!r}: {'.'.join(parents)} is a plain value and has no keys"
+            f"override {short(shown, 200)!r}: {'.'.join(parents)} is a plain value and has no "
+            "keys: override the value itself"
         )
 
 
@@ -238,39 +276,54 @@ def _step(target: Any, name: str, place: str) -> Any:
     if isinstance(target, list):
         return target[_index(target, name, place)]
     if isinstance(target, dict):
-        return target.setdefault(name, {})
-    raise ConfigError(f"override {place}: the key above {name!r} is a plain value and has no keys")
+        return target.setdefault(_key(target, name), {})
+    raise ConfigError(
+        f"override {place}: the key above {name!r} is a plain value and has no keys: override the "
+        "value itself"
+    )
+
+
+def _key(target: dict[Any, Any], name: str) -> Any:
+    """Key of a mapping that an override names, which may be a number as in `logit_bias`."""
+    return next((key for key in target if str(key) == name), name)
 
 
 def _index(target: list[Any], name: str, place: str) -> int:
-    if not name.isdigit() or int(name) >= len(target):
+    is_number = name.isascii() and name.isdecimal() and len(name) < 10
+    if not is_number or int(name) >= len(target):
         raise ConfigError(
-            f"override {place}: {name!r} is not an index of the list, which has {len(target)} "
-            "entries counted from 0"
+            f"override {short(place, 200)}: {short(name)!r} is not an index of the list, which has "
+            f"{len(target)} entries counted from 0"
         )
     return int(name)
 
 
+def _explain_all(error: ValidationError) -> str:
+    """Message for all of pydantic's errors, one a line."""
+    text, items = "", error.errors()
+    for i, item in enumerate(items):
+        line = short(printable(_explain(item)), LONGEST_MESSAGE)
+        if i and len(text) + len(line) > LONGEST_MESSAGE:
+            return f"{text}\n  and {len(items) - i} further mistakes"
+        text += f"\n  {line}" if text else line
+    return text
+
+
 def _explain(item: Any) -> str:
     """Message for one of pydantic's errors."""
-    place = ".".join(str(part) for part in item["loc"])
+    place = short(".".join(str(part) for part in item["loc"]), 200)
     if item["type"] == "extra_forbidden":
         *parents, key = item["loc"]
         known = sorted(_known_keys(parents))
-        similar = difflib.get_close_matches(str(key), known, n=1)
+        similar = difflib.get_close_matches(short(str(key)), known, n=1)
         hint = f"did you mean {similar[0]!r}?" if similar else f"known keys: {', '.join(known)}"
         return f"unknown key {place!r}; {hint}"
     if item["type"] == "missing":
         return f"{place!r} is required"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] != "value_error":  # our own messages name the value themselves
-        message += f", found {_short(item['input'])}"
+        message += f", found {short(repr(item['input']))}"
     return f"{place}: {message}" if place else message
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _known_keys(location: list[Any]) -> set[str]:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.base import Name, Positive, Section
+from pipeline.config.base import Name, Positive, Real, Section, Whole
 
-Layer = Annotated[int, Field(ge=0)]
+Layer = Annotated[Whole, Field(ge=0)]
 
 
 class LossSection(Section):
@@ -58,7 +58,7 @@ class LossSection(Section):
 class TeacherLoss(LossSection):
     """Fields that all losses against the teachers' targets share."""
 
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    temperature: Positive = 1.0
     """Temperature of both distributions, the teachers' and the student's. It applies to the kept
     entries and the tail, and the loss is multiplied by its square, so that gradients keep their
     size. Values above 1 stress unlikely tokens, values below 1 likely ones. With selections that
@@ -77,7 +77,7 @@ class ReverseKL(TeacherLoss):
     """KL(student || teachers): the student learns to say only what the teachers find likely."""
 
     type: Literal["reverse_kl"]
-    min_tail: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    min_tail: Annotated[Real, Field(gt=0, lt=1)] = 1e-4
     """Smallest tail probability that the teachers have in this loss; the tail is all probability
     outside the kept entries. A smaller tail counts as this value, since a stored 0 may come from
     rounding, and the divergence to an outcome of probability 0 is infinite. The share of such
@@ -90,7 +90,7 @@ class JensenShannon(TeacherLoss):
     """
 
     type: Literal["jensen_shannon"]
-    beta: float
+    beta: Real
     """Share of the teachers in the mixture m, between 0 and 1, both excluded. Small values behave
     like forward KL, large ones like reverse KL; 0.5 is the symmetric Jensen-Shannon divergence."""
 
@@ -114,7 +114,7 @@ class SkewKL(TeacherLoss):
     """
 
     type: Literal["skew_kl"]
-    alpha: float
+    alpha: Real
     """Share of the divergence's first distribution in the mixture, between 0 and 1, both excluded.
     Small values such as 0.1 stay close to the plain KL."""
     direction: Literal["forward", "reverse"]
@@ -204,7 +204,7 @@ class Relation(HiddenStatesLoss):
     """Relation that is compared: the `distance` of pairs of sequences or the `angle` of triples of
     sequences, both by their mean hidden states, or `token_similarity`, the cosine similarities
     among the tokens of each sequence."""
-    sequences: Annotated[int, Field(ge=2)] | None = None
+    sequences: Annotated[Whole, Field(ge=2)] | None = None
     """Number of sequences in a group, for `distance` (at least 2) and `angle` (at least 3). The
     sequences of a batch form groups in their order; `training.sequences_per_step` must be a
     multiple of it. A group stays in one micro-batch, so that results do not depend on the number of

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Count, Fraction, Name, Section
+from pipeline.config.base import Count, Fraction, Given, Name, Section
 
 FIELDS = ("messages", "text", "id", "domain", "reference")
 """Fields of a row."""
@@ -22,7 +22,7 @@ _BLANK_LINES = re.compile(r"(\n(?:[ \t]*\n)+)")
 class PromptSource(Section):
     """One file or folder of prompts."""
 
-    path: str
+    path: Given
     """File whose name ends in `.jsonl` (or `.ndjson`), `.json`, `.csv`, `.tsv` or `.parquet`, the
     texts also compressed (`.jsonl.gz`), or folder of a Hugging Face dataset (`save_to_disk`); a
     local path or a URI such as `s3://…`. Each row holds one prompt: chat `messages` or raw `text`,
@@ -122,7 +122,7 @@ class PromptsConfig(Section):
     holdout_fraction: Fraction = 0.0
     """Share of the prompts, from 0 to 1, that is kept out of training for the report; the hash of a
     prompt's id decides. It concerns sources without a `split`."""
-    checker: str | None = None
+    checker: Given | None = None
     """Function that says whether an answer is right, given the prompt's reference: `exact` (the
     same text), `number` (the same number or formula, behind `####`, in `\\boxed{}` or at the end),
     `math` (the same in mathematics; needs the extra `polystill[math]`), or the dotted path of your

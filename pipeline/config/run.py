@@ -9,11 +9,13 @@ Hugging Face hub id.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import os
+import re
+from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.base import Count, Name, Resources, Section
+from pipeline.config.base import Count, Given, Name, Resources, Section, Seed, Verbatim, Whole
 from pipeline.config.checks import (
     check_draws,
     check_endpoints,
@@ -40,23 +42,34 @@ from pipeline.config.teachers import (
     scoring_teachers,
 )
 from pipeline.config.training import TrainingConfig
+from pipeline.messages import short
 
 
 class StorageConfig(Section):
     """Places where outputs are kept."""
 
-    root: str
+    root: Given
     """Folder or URI (`s3://…`, `gs://…`) of all outputs: prompts, answers, caches and runs. Runs
     with the same root share answers and caches, so nothing is written or scored twice. A URI has no
     options behind a `?`; the environment names the region and the endpoint of a store."""
-    models_root: str | None = None
+    models_root: Given | None = None
     """Folder for checkpoints and exported models that all nodes mount. It is required if `root` is
     a URI, since DeepSpeed and vLLM read and write models on a file system; otherwise `root`
     serves."""
-    shared_roots: list[str] = Field(default_factory=list)
+    shared_roots: list[Given] = Field(default_factory=list)
     """Local folders that every node of a remote cluster mounts under the same path. Needed with
     `--address`: any local path of the config outside these folders is refused there, since nodes
     may not see it."""
+
+    @field_validator("root", "models_root")
+    @classmethod
+    def _is_no_home(cls, folder: str | None) -> str | None:
+        if folder is not None and os.path.normpath(folder) in ("~", "/"):
+            raise ValueError(
+                f"{folder!r} is a folder of many other things: name a folder of its own, such as "
+                "~/polystill"
+            )
+        return folder
 
     @model_validator(mode="after")
     def _models_need_a_file_system(self) -> StorageConfig:
@@ -90,7 +103,7 @@ class JudgeConfig(Section):
 class EvaluationConfig(Section):
     """Measurements of the report on the hold-out prompts."""
 
-    sampling: dict[str, Any]
+    sampling: Verbatim
     """Sampling parameters of the answers to hold-out prompts, passed to vLLM's `SamplingParams` as
     they are, such as `{temperature: 0, max_tokens: 512}`. `max_tokens` is required."""
     system_prompt: str | None = None
@@ -103,7 +116,7 @@ class EvaluationConfig(Section):
     """Also train a twin: a second student on the same sequences by cross-entropy alone. The report
     compares both, to show what the teachers' distributions add. Ask for it where that is the
     question: it doubles the training time, and must be `false` in runs with several `rounds`."""
-    shown_prompts: Annotated[int, Field(ge=0, exclude_if=lambda number: number == 3)] = 3
+    shown_prompts: Annotated[Whole, Field(ge=0, exclude_if=lambda number: number == 3)] = 3
     """Number of hold-out prompts of each domain, chosen by the seed, whose answers the report shows
     side by side. It shows as many more where the student is furthest from the teachers."""
     judge: Annotated[JudgeConfig | None, Field(exclude_if=lambda judge: judge is None)] = None
@@ -117,10 +130,10 @@ class EvaluationConfig(Section):
 class ClusterConfig(Section):
     """Size of the local Ray head, and environment and resources of the stages."""
 
-    local_num_cpus: Count = 4
+    local_num_cpus: Annotated[Whole, Field(ge=1, le=100_000)] = 4
     """Logical CPUs of the local Ray head, which is started if no address is given. All engines,
     workers and tasks of a stage must fit into them; the number may exceed the machine's cores."""
-    local_num_gpus: Annotated[int, Field(ge=0)] | None = None
+    local_num_gpus: Annotated[Whole, Field(ge=0, le=100_000)] | None = None
     """GPUs of the local Ray head; without it Ray uses all GPUs that it finds."""
     autoscaling: bool = False
     """Whether the cluster adds nodes on demand. With `true`, work that no present node can hold
@@ -130,8 +143,20 @@ class ClusterConfig(Section):
     keep drivers on certain nodes."""
     env_vars: dict[str, str] = Field(default_factory=dict)
     """Environment variables of all stages and their actors, for settings that libraries read from
-    nowhere else, such as `{NCCL_SOCKET_IFNAME: eth0}`. Ray's dashboard shows them, so put no keys
-    here."""
+    nowhere else, such as `{NCCL_SOCKET_IFNAME: eth0}`. Ray's dashboard shows them, so names of
+    keys, tokens and passwords are refused: export those before `ray start` on every node, or before
+    `polystill run` without an address."""
+
+    @field_validator("env_vars")
+    @classmethod
+    def _have_names(cls, variables: dict[str, str]) -> dict[str, str]:
+        for name in variables:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(
+                    f"{short(name)!r} cannot be the name of an environment variable: use letters, "
+                    "digits and underscores"
+                )
+        return variables
 
 
 class Config(Section):
@@ -140,10 +165,10 @@ class Config(Section):
     name: Name
     """Name of the run; its outputs lie in `<storage.root>/runs/<name>`. Letters, digits, `_`, `.`
     and `-` are allowed."""
-    seed: int
+    seed: Seed
     """Seed of sampling, of random initialisation and of the order of the data. Another seed writes
     and trains everything anew."""
-    rounds: Count = 1
+    rounds: Annotated[Whole, Field(ge=1, le=1000)] = 1
     """Number of rounds. In each round answers are written, scored and trained on, and training
     starts from the student of the round before. Use more than 1 to let the student learn from its
     own text (`by: student`)."""

@@ -10,13 +10,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter, model_validator
 
-from pipeline.config.base import Section
+from pipeline.config.base import Real, Section, Seed, Whole
 
 MAX_ENTRIES = 255
 """Largest number of entries, and of draws, at one position: the cache counts them in a byte."""
-NumDraws = Annotated[int, Field(ge=2, le=MAX_ENTRIES)]
-NumEntries = Annotated[int, Field(ge=1, le=MAX_ENTRIES)]
-Mass = Annotated[float, Field(gt=0, le=1)]
+NumDraws = Annotated[Whole, Field(ge=2, le=MAX_ENTRIES)]
+NumEntries = Annotated[Whole, Field(ge=1, le=MAX_ENTRIES)]
+Mass = Annotated[Real, Field(gt=0, le=1)]
 
 
 class SelectionSection(Section):
@@ -137,12 +137,12 @@ def selection_of(identity: dict[str, Any]) -> Selection:
 class HiddenStatesStorage(Section):
     """Storage of hidden states, for losses on them; `training.losses` says which layers."""
 
-    dimensions: Annotated[int, Field(ge=1)] | None = None
+    dimensions: Annotated[Whole, Field(ge=1, le=100_000)] | None = None
     """Number of dimensions to which hidden states are projected before they are stored, by a fixed
     random matrix. Without it hidden states are stored whole: 2 bytes times the teacher's hidden
     size for each layer and token. A projection saves disk and memory; it keeps distances and
     angles up to a relative error of about sqrt(2 / dimensions)."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[Seed, Field(ge=0)] = 0
     """Seed of the random projection matrix; it has no effect without `dimensions`. Another seed
     stores the hidden states anew."""
 
@@ -150,7 +150,7 @@ class HiddenStatesStorage(Section):
 class ScoringConfig(Section):
     """Captured and stored part of the teachers' distributions and hidden states."""
 
-    num_logprobs: Annotated[int, Field(ge=1)]
+    num_logprobs: Annotated[Whole, Field(ge=1)]
     """Capture width: number of most probable tokens whose log-probabilities a teacher returns at
     every position. The selection keeps some of them. It must be at least the number of exact
     entries of the selection; for selections with draws take it much larger, such as 256, since

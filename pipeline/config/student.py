@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 from datetime import date
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
-from pipeline.config.base import Count, ModelFiles, Section
+from pipeline.config.base import Given, Handful, ModelFiles, Price, Section, Verbatim
 from pipeline.templating import checked_arguments, prelude
 
 
 class StudentConfig(Section):
     """The student: a Hugging Face causal language model that DeepSpeed trains and vLLM serves."""
 
-    model: str
+    model: Given
     """Folder or hub id of the student. Its tokenizer and chat template are used for the whole run,
     and the vocabularies of all teachers must equal its own. A value that begins with `.`, `~` or
     `/` is a folder."""
     initialization: Literal["pretrained", "random"]
     """Weights that training starts from: the model's own (`pretrained`), or `random` ones, for
     which only the model's config and tokenizer are read."""
-    initial_weights: str | None = None
+    initial_weights: Given | None = None
     """Training checkpoint or exported model folder whose weights training starts from, in place of
     those that `initialization` names. `polystill train CONFIG --from-checkpoint PATH` sets it, and
     later rounds start from the student of the round before by it."""
-    revision: str | None = None
+    revision: Given | None = None
     """Branch, tag or commit of the model on the hub; the default branch without it."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Set it only for models whose code you trust."""
-    eos_token: Annotated[str | None, Field(exclude_if=lambda token: token is None)] = None
+    eos_token: Annotated[Given | None, Field(exclude_if=lambda token: token is None)] = None
     """Token that ends sequences, such as `<|im_end|>`, in place of the tokenizer's own
     end-of-sequence token. A base student without a chat template needs it if its teachers end
     answers by another token. Answers to chats end as the chat template says. The exported student
     keeps it."""
-    chat_template: Annotated[str | None, Field(exclude_if=lambda path: path is None)] = None
+    chat_template: Annotated[Given | None, Field(exclude_if=lambda path: path is None)] = None
     """File with a chat template (Jinja), such as a teacher's `chat_template.jinja`, in place of the
     student's own. It turns a base student without one into a chat model, and is exported with
     it."""
@@ -64,13 +64,13 @@ class StudentConfig(Section):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
     """Attention implementation of transformers in training. The flash variants need their package,
     a GPU and `dtype: bfloat16`."""
-    cost_per_hour: Annotated[float, Field(ge=0)] = 0.0
+    cost_per_hour: Price = 0.0
     """Price per hour of the hardware of one engine that serves the student, in any currency. The
     report adds it up; it changes nothing else."""
-    vllm: dict[str, Any] = Field(default_factory=dict)
+    vllm: Verbatim = Field(default_factory=dict)
     """Engine arguments of vLLM for the student when it writes answers or is evaluated, passed as
     they are, such as `{max_model_len: 4096, gpu_memory_utilization: 0.8}`."""
-    replicas: Count = 1
+    replicas: Handful = 1
     """Number of engines that serve the student when it writes answers (`by: student`). Each takes
     `evaluation.resources`."""
 

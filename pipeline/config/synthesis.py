@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Count, Name, Section
+from pipeline.config.base import Count, Given, Handful, Name, Section, Verbatim, Whole
 from pipeline.config.filters import Agreement, BestOf, Filter
 from pipeline.config.teachers import AnyTeacher
 
@@ -35,13 +35,13 @@ class Answering(Section):
     `first`, only the `later` ones, or `none`. Validation and hold-out prompts are answered in
     every round. Choose `first` for teachers and `later` for the student to train on the student's
     own text after one round of the teachers' text."""
-    samples_per_prompt: Count = 1
+    samples_per_prompt: Handful = 1
     """Number of answers that each author writes to each prompt. Equal answers become one sequence.
     Raise it for the filters `agreement` and `best_of`, which compare the answers to a prompt."""
-    sampling: dict[str, Any]
+    sampling: Verbatim
     """Sampling parameters, passed to vLLM's `SamplingParams` as they are, such as
     `{temperature: 0.7, max_tokens: 512}`. `max_tokens` is required."""
-    sampling_of: dict[Name, dict[str, Any]] = Field(default_factory=dict)
+    sampling_of: dict[Name, Verbatim] = Field(default_factory=dict)
     """Sampling parameters of single authors by their names; they override `sampling` key by key,
     such as `{large: {temperature: 0.3}}`."""
 
@@ -109,7 +109,7 @@ class Writing(Section):
     type: str
     teacher: Name
     """Name of the teacher that writes the new prompts."""
-    sampling: dict[str, Any]
+    sampling: Verbatim
     """Sampling parameters, passed to vLLM's `SamplingParams` as they are, such as
     `{temperature: 0.8, max_tokens: 1024}`. `max_tokens` is required; a reply that reaches it is
     dropped as `over_long`."""
@@ -134,9 +134,9 @@ class Paraphrase(Writing):
     """Lets a teacher say train prompts in other words."""
 
     type: Literal["paraphrase"]
-    versions: Count = 1
+    versions: Handful = 1
     """Number of requests for a new prompt that are made for each prompt."""
-    template: str | None = None
+    template: Given | None = None
     """Text file of yours with `{prompt}` in it, shown to the teacher in place of the shipped
     `paraphrase.txt`. The teacher must put the new prompt between `<prompt>` and `</prompt>`."""
 
@@ -157,7 +157,7 @@ class Evolve(Writing):
     """Directions of change; each prompt gives one new prompt for each of them. `deeper`: harder,
     with more steps or knowledge. `broader`: about something rarer in the same field.
     `constraints`: with further demands on the answer."""
-    templates: dict[EvolveWay, str] = Field(default_factory=dict)
+    templates: dict[EvolveWay, Given] = Field(default_factory=dict)
     """Text files of yours with `{prompt}` in them, by way, in place of the shipped
     `evolve_<way>.txt`. The teacher must put the new prompt between `<prompt>` and `</prompt>`."""
 
@@ -184,12 +184,12 @@ class SelfInstruct(Writing):
     placeholder: ClassVar[str] = "examples"
 
     type: Literal["self_instruct"]
-    requests_per_domain: Count
+    requests_per_domain: Annotated[Whole, Field(ge=1, le=100_000)]
     """Number of requests for new prompts in each domain; a reply may hold several new prompts."""
     seeds_per_request: Count
     """Number of train prompts of one domain that each request shows as examples. They are drawn
     with the config's `seed`, so a run draws the same examples again."""
-    template: str | None = None
+    template: Given | None = None
     """Text file of yours with `{examples}` in it, shown to the teacher in place of the shipped
     `self_instruct.txt`. The teacher must put each new prompt between `<prompt>` and
     `</prompt>`."""

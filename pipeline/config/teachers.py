@@ -9,7 +9,21 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
 
-from pipeline.config.base import Count, ModelFiles, Name, Positive, Resources, Section
+from pipeline.config.base import (
+    Count,
+    Given,
+    Handful,
+    ModelFiles,
+    Name,
+    Positive,
+    Price,
+    Resources,
+    Section,
+    Verbatim,
+    Whole,
+)
+from pipeline.credentials import shown_url
+from pipeline.messages import short
 from pipeline.templating import checked_arguments
 
 ENVIRONMENT_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
@@ -26,10 +40,10 @@ NEUTRAL_ENDPOINT_KEYS = frozenset(
 class TeacherConfig(Section):
     """One teacher: a Hugging Face causal language model that vLLM engines of this run serve."""
 
-    model: str
+    model: Given
     """Folder or hub id of the teacher. A value that begins with `.`, `~` or `/` is a folder. Its
     vocabulary must equal the student's."""
-    revision: str | None = None
+    revision: Given | None = None
     """Branch, tag or commit of the model on the hub; the default branch without it. It is resolved
     to a commit hash, which is part of the cache's name."""
     trust_remote_code: bool = False
@@ -37,12 +51,12 @@ class TeacherConfig(Section):
     domains: list[Name] = Field(default_factory=list)
     """Domains whose prompts this teacher answers in recipes with `by: domain_teacher`. Two teachers
     may not name the same domain there."""
-    vllm: dict[str, Any] = Field(default_factory=dict)
+    vllm: Verbatim = Field(default_factory=dict)
     """Engine arguments of vLLM, passed as they are, such as `{max_model_len: 4096,
     tensor_parallel_size: 2}`. Arguments that change numbers, such as `dtype` or `quantization`, are
     part of the cache's name: changing them scores everything again. Arguments of speed and memory
     are not."""
-    replicas: Count = 1
+    replicas: Handful = 1
     """Number of engines of this teacher that work at the same time, each with `resources` of its
     own. It changes speed only."""
     resources: Resources = Resources()
@@ -55,7 +69,7 @@ class TeacherConfig(Section):
     tokens on the CPU of the engine's node. An engine whose log-probabilities differ by more than
     rounding explains is refused. Nothing is compared where the weights are quantised, or need more
     than half of the node's free memory in float32."""
-    cost_per_hour: Annotated[float, Field(ge=0)] = 0.0
+    cost_per_hour: Price = 0.0
     """Price per hour of the hardware of one engine, in any currency. The report adds it up; it
     changes nothing else."""
 
@@ -89,7 +103,7 @@ class RequestChanges(Section):
     omit: list[str] = Field(default_factory=list)
     """Fields that the server refuses, such as `[seed, temperature]`. Without `seed` every run gets
     other answers."""
-    extra: dict[str, Any] = Field(default_factory=dict)
+    extra: Verbatim = Field(default_factory=dict)
     """Further fields, such as `{reasoning_effort: low}`."""
 
     @model_validator(mode="after")
@@ -119,7 +133,7 @@ class EndpointConfig(Section):
 
     url: str
     """Base URL of the server's API, such as `http://host:8000/v1`. It must hold no credentials."""
-    model: str
+    model: Given
     """Name under which the server knows the model (vLLM's `--served-model-name`)."""
     api: Literal["vllm", "openai"]
     """Kind of server. `vllm`: a vLLM server, which takes and returns token ids and can score.
@@ -128,7 +142,7 @@ class EndpointConfig(Section):
     scores: bool = True
     """Whether the teacher scores sequences like other teachers, which needs `api: vllm`. With
     `false` it only writes and grades: it has no cache, no weight and no column in comparisons."""
-    tokenizer: str | None = None
+    tokenizer: Given | None = None
     """Folder or hub id with the tokenizer and config of the served model; required for `api: vllm`,
     and not allowed for `api: openai`. Both are compared with the student's; weights are not read
     from it."""
@@ -174,10 +188,10 @@ class EndpointConfig(Section):
     allows; the first request with given parameters is asked at once, to see that the server takes
     them. A run that is started again finds its batches by their records and sends no request of
     them twice."""
-    max_concurrency: Count = 32
+    max_concurrency: Handful = 32
     """Largest number of requests that are open at the same time. Raise it until the server's
     throughput stops growing; lower it if the server limits requests."""
-    max_retries: Annotated[int, Field(ge=0)] = 6
+    max_retries: Annotated[Whole, Field(ge=0, le=1000)] = 6
     """Number of further tries of a request that failed for a reason that may pass, such as a
     timeout or status 429. The pauses between tries grow from 1 to 60 seconds, or are as long as the
     server asks."""
@@ -188,14 +202,19 @@ class EndpointConfig(Section):
     @field_validator("url")
     @classmethod
     def _check_url(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if "@" in parts.netloc:  # neither url nor value: both may hold a secret
+        shown = shown_url(url)
+        if shown != url and "@" in url:  # neither url nor value: both may hold a secret
             raise ValueError(
                 "holds credentials: leave them out, and name the environment variable that holds "
                 "the key in api_key_env"
             )
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"must be like http://host:8000/v1, found {url!r}")
+        try:
+            parts = urlsplit(url)
+            is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # a port above 65535, or brackets around no address
+            is_address = False
+        if not is_address or not re.fullmatch(r"[!-~]+", url):
+            raise ValueError(f"must be like http://host:8000/v1, found {short(shown)!r}")
         if parts.query or parts.fragment:
             raise ValueError("must end with the path: leave out the part that begins with ? or #")
         return url.rstrip("/")
@@ -249,7 +268,7 @@ class EndpointTeacherConfig(Section):
 
     endpoint: EndpointConfig
     """Address and abilities of the server that is asked."""
-    model_identity: str | None = None
+    model_identity: Given | None = None
     """Label of your choice for exactly the model that is served, such as name, commit and
     quantisation; required if the endpoint scores. It takes the place of the weight hash in the
     cache's name, so another model needs another label."""
@@ -262,7 +281,7 @@ class EndpointTeacherConfig(Section):
     """Accept that the teacher's own chat template renders prompts differently from the student's.
     With `api: vllm` the teacher then sees prompts in the student's format, which may be new to
     it."""
-    cost_per_hour: Annotated[float, Field(ge=0)] = 0.0
+    cost_per_hour: Price = 0.0
     """Price per hour of the server, in any currency, for as long as a stage uses it. The report
     adds it up; it changes nothing else."""
 

@@ -6,7 +6,19 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from pipeline.config.base import Count, Fraction, Positive, Resources, Section
+from pipeline.config.base import (
+    Count,
+    Decay,
+    Fraction,
+    Handful,
+    Positive,
+    Price,
+    Real,
+    Resources,
+    Section,
+    Verbatim,
+    Whole,
+)
 from pipeline.config.deepspeed import check_deepspeed
 from pipeline.config.losses import HiddenStatesLoss, Loss
 
@@ -61,28 +73,28 @@ class TrainingConfig(Section):
     learning_rate: Positive
     """Peak of AdamW's learning rate, which is reached after the warm-up. Lower it if the loss
     rises or becomes not-a-number."""
-    warmup_steps: Annotated[int, Field(ge=0)]
+    warmup_steps: Annotated[Whole, Field(ge=0)]
     """Number of steps in which the learning rate rises linearly from 0 to its peak; after them it
     falls on a cosine curve until the last step. Must be less than `steps`."""
     min_learning_rate_ratio: Fraction = 0.1
     """Learning rate at the last step, as a fraction of the peak, from 0 to 1; with 1 it stays at
     the peak after the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay rates of AdamW's running means of the gradient and of its square."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
     """Weight decay of AdamW; it applies to matrices only, not to biases and norms."""
     gradient_clipping: Positive = 1.0
     """Largest norm of the gradient over all parameters; a larger gradient is scaled down to it."""
-    workers: Count = 1
+    workers: Handful = 1
     """Number of Ray Train workers that share each step. The results stay the same up to the order
     of summation."""
     resources: Resources = Resources()
     """Resources of one worker. For training on GPUs set `{num_gpus: 1}`."""
-    loader_processes: Annotated[int, Field(ge=0)] = 1
+    loader_processes: Annotated[Whole, Field(ge=0, le=1000)] = 1
     """Number of processes beside each worker that read, combine and pack its next batches; with 0
     the worker does it itself. They change no number. Raise it if workers wait for their batches,
     and count these processes in the CPUs of `resources`."""
-    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    deepspeed: Verbatim = Field(default_factory=dict)
     """DeepSpeed's own configuration, passed as it is, such as `{zero_optimization: {stage: 2}}`.
     Keys that DeepSpeed would ignore, or that other fields set, are refused."""
     log_every_steps: Count = 10
@@ -94,10 +106,10 @@ class TrainingConfig(Section):
     one, so this many steps can be lost at most."""
     keep_checkpoints: Count = 2
     """Number of newest complete checkpoints that are kept; older ones are deleted."""
-    max_failures: Annotated[int, Field(ge=-1)] = 2
+    max_failures: Annotated[Whole, Field(ge=-1)] = 2
     """Number of times that Ray Train restarts the training from the newest checkpoint after a
     worker died; -1 for no limit."""
-    cost_per_hour: Annotated[float, Field(ge=0)] = 0.0
+    cost_per_hour: Price = 0.0
     """Price per hour of the hardware of one worker, in any currency. The report adds it up; it
     changes nothing else."""
     allow_resume_with: list[Annotated[str, AfterValidator(_identity_key)]] = Field(

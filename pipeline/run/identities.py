@@ -15,7 +15,7 @@ from pipeline.config.filters import Judge
 from pipeline.config.run import Config
 from pipeline.config.synthesis import Answer, Answering, GivenAnswers, Recipe
 from pipeline.config.teachers import EndpointTeacherConfig, TeacherConfig
-from pipeline.fingerprint import digest_bytes, digest_json
+from pipeline.fingerprint import digest_bytes, digest_json, exact_json
 from pipeline.layout import CacheLayout, Layout
 from pipeline.synthesis.rewriting import preference_template, rubric_of, templates_of
 
@@ -54,7 +54,8 @@ def _engine_identity(teacher: TeacherConfig | EndpointTeacherConfig) -> dict[str
         arguments = teacher.endpoint.template_arguments
         told = {"chat_template_kwargs": arguments} if arguments else {}
         return told | teacher.endpoint.model_dump(mode="json", include={"request", "reasoning"})
-    return {key: value for key, value in teacher.vllm.items() if key not in NEUTRAL_ENGINE_KEYS}
+    decisive = {key: x for key, x in teacher.vllm.items() if key not in NEUTRAL_ENGINE_KEYS}
+    return exact_json(decisive)
 
 
 def scoring_identity(
@@ -164,7 +165,7 @@ def synthesis_identity(
         return common | {"max_sequence_tokens": config.synthesis.max_sequence_tokens}
     common |= {
         "model": identity,
-        "sampling": sampling_of(recipe, author),
+        "sampling": exact_json(sampling_of(recipe, author)),
         "vllm": _engine_identity(config.author(author)),
         "seed": config.seed,
     }

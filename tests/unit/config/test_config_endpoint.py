@@ -121,10 +121,10 @@ def test_a_key_that_stands_in_the_config_is_not_repeated(wrong: str) -> None:
         ),
         (
             [
-                WRITING.replace(TEXT, f"{TEXT}, api_key_env: MY_KEY"),
-                "cluster.env_vars={MY_KEY: sk-SECRET}",
+                WRITING.replace(TEXT, f"{TEXT}, api_key_env: MY_SERVER"),
+                "cluster.env_vars={MY_SERVER: sk-SECRET}",
             ],
-            "cluster.env_vars holds MY_KEY, the key of teacher 'third'",
+            "cluster.env_vars holds MY_SERVER, the key of teacher 'third'",
         ),
         (
             [

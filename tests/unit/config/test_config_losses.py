@@ -54,7 +54,7 @@ def test_names_tell_apart_what_has_other_parameters():
         ({"type": "jensen_shannon"}, "beta"),
         ({"type": "jensen_shannon", "beta": 0.0}, "forward_kl"),
         ({"type": "jensen_shannon", "beta": 1.0}, "is 0 for every student"),
-        ({"type": "jensen_shannon", "beta": float("nan")}, "between 0 and 1"),
+        ({"type": "jensen_shannon", "beta": float("nan")}, "finite number"),
         ({"type": "skew_kl", "alpha": 0.1}, "direction"),
         ({"type": "skew_kl", "alpha": 0.0, "direction": "reverse"}, "at 0 this is"),
         ({"type": "skew_kl", "alpha": 1.0, "direction": "forward"}, "between 0 and 1"),

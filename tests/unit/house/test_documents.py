@@ -133,7 +133,7 @@ def test_the_field_reference_names_every_section_and_field() -> None:
     assert sections == [name for name in Config.model_fields if name not in plain]
     assert "| `head_mass` | number > 0 and ≤ 1 | required | " in shown
     assert "| `selection` | one of [`scoring.selection`](#scoringselection) | required |" in shown
-    assert "| `betas` | list of 2 numbers | `[0.9, 0.95]` |" in shown
+    assert "| `betas` | list of 2 numbers ≥ 0 and < 1 | `[0.9, 0.95]` |" in shown
     assert "| `dtype` | `float32` or `bfloat16` | `float32` |" in shown
 
 

@@ -1,0 +1,154 @@
+"""Secrets: how a config is seen to hold one, and texts for people that show none.
+
+Configs lie on disk beside their outputs, travel with every job and stand in Ray's job list and in
+logs. Keys and tokens therefore come from the environment alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+from pipeline.errors import ConfigError
+from pipeline.messages import short
+
+HIDDEN = "***"
+HOW_TO_GIVE_IT = (
+    "remove it, and export it before Ray is started: before `ray start` on every node, or before "
+    "`polystill run` without --address"
+)
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_SECRET_WORDS = _words("""
+    SECRET SECRETS PASSWORD PASSWORDS PASSWD PASSPHRASE CREDENTIAL CREDENTIALS APIKEY AUTHTOKEN
+    ACCESSKEY SECRETKEY PRIVATEKEY ACCESSTOKEN AUTHORIZATION
+""")
+_LAST_WORDS = frozenset({"PASS", "PWD", "PAT"})
+"""Words that mean a secret behind other words."""
+_KEYS = frozenset({"KEY", "TOKEN"})
+_OF_ACCESS = _words("""
+    API ACCESS AUTH BEARER PRIVATE SECRET SESSION REFRESH SECURITY SERVICE ACCOUNT HF HUB
+    HUGGINGFACE GITHUB GITLAB OPENAI ANTHROPIC WANDB AWS AZURE
+""")
+"""Words before `key` or `token` that tell a secret from a token of a text."""
+_HARMLESS_LAST_WORDS = _words("""
+    PATH FILE DIR DIRECTORY FOLDER MODE TYPE PROVIDER URL URI ENDPOINT LEN LENGTH LIMIT SIZE COUNT
+    NAME ENV TTL TIMEOUT SECONDS EXPIRY ENABLED
+""")
+"""Words behind which a value says where a secret is, or how it is used."""
+_SWITCH = re.compile(r"(?i)|0|1|true|false|yes|no|on|off|null|none")
+_VALUES = re.compile(
+    r"\bhf_[A-Za-z0-9]{30,}|\bsk-(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{20,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"
+    r"|\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}|\bglpat-[\w-]{20,}|\bxox[abprs]-[\w-]{10,}"
+    r"|\bAIza[\w-]{35}\b|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    r"|(?i:\bBearer )[\w.~+/-]{16,}"
+)
+"""Values that their issuers made recognisable."""
+_USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*:/{2,})(?P<user>[^\s/@'\"]*:[^\s@'\"]*)@")
+"""Name and password in a URL within a text."""
+_ASSIGNED = re.compile(
+    r"(?P<name>[A-Za-z_][\w-]*)(?P<sign>['\"]?\s*[:=]\s*)(?P<value>'[^']*'|\"[^\"]*\"|[^\s,{}\[\]]+)"
+)
+_URL = re.compile(
+    r"(?s)(?P<scheme>\s*(?:[A-Za-z][\w+.-]*:(?=[/\\]))?)(?P<slashes>[/\\]*)(?P<rest>.*)"
+)
+
+
+def check_no_secrets(values: dict[str, Any]) -> None:
+    """Refuses keys, tokens and passwords anywhere in the values of a config.
+
+    Raises:
+        ConfigError: there is one; the message names its place and not the secret.
+    """
+    for place, value in _texts(values, ()):
+        name, dotted = place[-1], short(".".join(place), 200)
+        in_environment = place[:2] == ("cluster", "env_vars")
+        if not _SWITCH.fullmatch(value) and is_secret_name(name, in_environment):
+            raise ConfigError(f"{dotted} is a secret by its name, {_why(place)}")
+        if _VALUES.search(value) or _USER.search(value):
+            raise ConfigError(f"{dotted} holds a key, token or password, {_why(place)}")
+
+
+def is_secret_name(name: str, of_variable: bool = True) -> bool:
+    """Whether a value under a name is a secret, by the words of the name.
+
+    Args:
+        of_variable: the name is that of an environment variable, in which any `KEY` and `TOKEN`
+            counts. Other names may mean the tokens of a text, such as `pad_token`.
+    """
+    words = [word.upper() for word in _WORD.findall(name)]
+    if not words or words[-1] in _HARMLESS_LAST_WORDS or "PUBLIC" in words:
+        return False
+    if _SECRET_WORDS & set(words) or (len(words) > 1 and words[-1] in _LAST_WORDS):
+        return True
+    if of_variable:
+        return bool(_KEYS & set(words))
+    return any(word in _KEYS and before in _OF_ACCESS for before, word in pairwise(words))
+
+
+def shown_url(url: str) -> str:
+    """A URL, URI or address for people: without user, password and the values of its query.
+
+    It is also right for what was meant as a URL: without its scheme, or with too many slashes.
+    """
+    parts = _URL.fullmatch(url)
+    assert parts is not None, "every text has such parts"
+    scheme, slashes, rest = parts["scheme"], parts["slashes"], parts["rest"]
+    if not scheme and slashes.strip() == "/":
+        return url  # a local path
+    authority = re.split(r"[/?#\\]", rest)[0]
+    user, at, _ = authority.rpartition("@")
+    # a container of Azure stands before an @, too
+    if at and (":" in user or scheme.lower() in ("", "http:", "https:", "ray:")):
+        rest = f"{HIDDEN}@{rest[len(user) + 1 :]}"
+    elif not at and "@" in rest and ":" in re.sub(r"\[.*?\]", "", authority):
+        # the password may hold a slash or another sign that should be escaped
+        rest = f"{HIDDEN}@{rest.rpartition('@')[2]}"
+    before, query, _ = rest.partition("?")
+    rest = f"{before}?{HIDDEN}" if query and "=" in rest else rest
+    return f"{scheme}{slashes}{rest}"
+
+
+def without_passwords(text: str) -> str:
+    """A text without the users and passwords of the URLs in it, and without known kinds of keys."""
+    return _VALUES.sub(HIDDEN, _USER.sub(rf"\g<scheme>{HIDDEN}@", text))
+
+
+def without_secrets(text: str) -> str:
+    """A word of a command line, such as an override, without the secrets in it."""
+
+    def hidden(match: re.Match[str]) -> str:
+        is_secret = is_secret_name(match["name"]) and not _SWITCH.fullmatch(match["value"])
+        return f"{match['name']}{match['sign']}{HIDDEN}" if is_secret else match[0]
+
+    is_address = "@" in text and "=" not in text and not re.search(r"\s", text)
+    return _ASSIGNED.sub(hidden, without_passwords(shown_url(text) if is_address else text))
+
+
+def _texts(value: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Every text of a config with its place."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from _texts(item, (*place, str(key)))
+    elif isinstance(value, str):
+        yield place, value
+
+
+def _why(place: tuple[str, ...]) -> str:
+    beginning = "and configs are kept on disk, in logs and in Ray's job list: "
+    if "endpoint" in place:
+        return (
+            f"{beginning}remove it, and name the environment variable that holds the key in "
+            "endpoint.api_key_env"
+        )
+    if "hf_token" in place:
+        return f"{beginning}{HOW_TO_GIVE_IT} (as HF_TOKEN)"
+    return beginning + HOW_TO_GIVE_IT
