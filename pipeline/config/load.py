@@ -37,7 +37,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
             unknown (the closest known key is named), or a value is refused.
     """
     path = Path(path)
-    name = f"the config file {printable(str(path))}"
+    shown = short(printable(str(path)), 500)
+    name = f"the config file {shown}"
     try:
         values = read_yaml(_content(path, name))
     except YamlError as error:
@@ -57,7 +58,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{printable(str(path))}: {_explain_all(error)}") from error
+        raise ConfigError(f"{shown}: {_explain_all(error)}") from error
     return of_round(absolute_paths(config, path.resolve().parent), config.round)
 
 
