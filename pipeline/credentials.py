@@ -45,16 +45,20 @@ _HARMLESS_LAST_WORDS = _words("""
 """Words behind which a value says where a secret is, or how it is used."""
 _SWITCH = re.compile(r"(?i)|0|1|true|false|yes|no|on|off|null|none")
 _VALUES = re.compile(
-    r"\bhf_[A-Za-z0-9]{30,}|\bsk-(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{20,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"
+    r"\bhf_[A-Za-z0-9]{30,}|\bsk-(?=[A-Za-z_-]{0,99}\d)[A-Za-z0-9_-]{20,}"
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"
     r"|\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}|\bglpat-[\w-]{20,}|\bxox[abprs]-[\w-]{10,}"
-    r"|\bAIza[\w-]{35}\b|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    r"|\bAIza[\w-]{35}\b|\beyJ[\w-]{10,999}\.eyJ[\w-]{10,}\.[\w-]+"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
     r"|(?i:\bBearer )[\w.~+/-]{16,}"
 )
 """Values that their issuers made recognisable."""
-_USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*:/{2,})(?P<user>[^\s/@'\"]*:[^\s@'\"]*)@")
+_USER = re.compile(
+    r"(?<![\w+.-])(?P<scheme>[A-Za-z][\w+.-]*:/{2,9})[^\s/@:'\"]{0,999}:[^\s@'\"]{0,999}@"
+)
 """Name and password in a URL within a text."""
 _ASSIGNED = re.compile(
-    r"(?P<name>[A-Za-z_][\w-]*)(?P<sign>['\"]?\s*[:=]\s*)(?P<value>'[^']*'|\"[^\"]*\"|[^\s,{}\[\]]+)"
+    r"(?<![\w-])(?P<name>[A-Za-z_][\w-]*)(?P<sign>['\"]?\s*[:=]\s*)(?P<value>'[^']*'|\"[^\"]*\"|[^\s,{}\[\]]+)"
 )
 _URL = re.compile(
     r"(?s)(?P<scheme>\s*(?:[A-Za-z][\w+.-]*:(?=[/\\]))?)(?P<slashes>[/\\]*)(?P<rest>.*)"
@@ -108,7 +112,7 @@ def shown_url(url: str) -> str:
     # a container of Azure stands before an @, too
     if at and (":" in user or scheme.lower() in ("", "http:", "https:", "ray:")):
         rest = f"{HIDDEN}@{rest[len(user) + 1 :]}"
-    elif not at and "@" in rest and ":" in re.sub(r"\[.*?\]", "", authority):
+    elif not at and "@" in rest and ":" in re.sub(r"\[[^\[\]]*\]", "", authority):
         # the password may hold a slash or another sign that should be escaped
         rest = f"{HIDDEN}@{rest.rpartition('@')[2]}"
     before, query, _ = rest.partition("?")

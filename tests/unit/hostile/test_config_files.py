@@ -1,4 +1,4 @@
-"""Config files that are no YAML, no config, or no files: one message with the place of the fault."""
+"""Config files that are no YAML, no config or no files: one message with the fault's place."""
 
 import os
 import time
@@ -56,7 +56,9 @@ BAD_YAML = [
     Case("30 February", swapped("seed: 17", "seed: 2025-02-30"), ("line 3, column 7", "no date")),
     Case("hour 25", plus("x: 2001-01-01 25:00:00\n"), ("is no date",)),
     Case("year 0", plus("x: 0000-01-01\n"), ("is no date",)),
-    Case("5000 digits", swapped("seed: 17", "seed: " + "9" * 5000), ("line 3, column 7", "no numb")),
+    Case(
+        "5000 digits", swapped("seed: 17", "seed: " + "9" * 5000), ("line 3, column 7", "no numb")
+    ),
     Case("400 digits", swapped("seed: 17", "seed: " + "9" * 400), ("line 3, column 7", "no numb")),
     Case("minus 400 digits", swapped("seed: 17", f"seed: -{'9' * 400}"), ("no number",)),
     Case("2 to the 64th", swapped("seed: 17", f"seed: {2**64}"), ("no number",)),
@@ -66,7 +68,11 @@ BAD_YAML = [
     Case("time of day", swapped("name: quickstart", "name: 12:30"), ("'12:30' is no number",)),
     Case("base 60 with a point", plus("x: 1:30.5\n"), ("'1:30.5' is no number",)),
     Case("key twice", plus("seed: 18\n"), ("line 72, column 1", "'seed'", "line 3", "keep one")),
-    Case("teacher twice", swapped("  words:\n    model", "  arithmetic:\n    model"), ("line 21, column 3", "line 15")),
+    Case(
+        "teacher twice",
+        swapped("  words:\n    model", "  arithmetic:\n    model"),
+        ("line 21, column 3", "line 15"),
+    ),
     Case("nested key twice", swapped("max_num_seqs: 128", "dtype: half"), ("'dtype'", "line 18")),
     Case("key twice, once in quotes", b"a: 1\n'a': 2", ("line 2, column 1", "line 1")),
     Case("key twice, 1 and 0x1", b"b: {1: x, 0x1: y}", ("line 1, column 11", "the key 1")),
@@ -132,7 +138,9 @@ GOOD_YAML = [
     Case("line ends of old Macs", SHIPPED.replace("\n", "\r").encode()),
     Case("marks of the document", f"---\n{SHIPPED}...\n".encode()),
     Case("version of YAML", f"%YAML 1.1\n---\n{SHIPPED}".encode()),
-    Case("merge with another key", swapped("vllm: *engine\n    res", "vllm: {<<: *engine}\n    res")),
+    Case(
+        "merge with another key", swapped("vllm: *engine\n    res", "vllm: {<<: *engine}\n    res")
+    ),
     Case(
         "merge of several",
         swapped("vllm: *engine\n    res", "vllm: {<<: [*engine, {max_num_seqs: 128}]}\n    res"),
