@@ -71,15 +71,18 @@ def extra_node(
     command += [f"--address={head.gcs_address}", *(f"--{name}=0" for name in FREE_PORTS)]
     command += [f"--num-cpus={num_cpus}", "--num-gpus=0", f"--resources={json.dumps(resources)}"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats"]
-    number = len(list(head.folder.glob("node-*.log")))
-    log_path = head.folder / f"node-{number}.log"
+    # Nodes that shared the head's folder would unpack a job's upload over one another.
+    folder = head.folder / f"n{len(list(head.folder.glob('n*')))}"
+    folder.mkdir()
+    command += [f"--temp-dir={folder}"]
+    log_path = folder / "node.log"
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            cwd=head.folder,
+            cwd=folder,
             start_new_session=True,
         )
     starting = ExtraNode("", process)
