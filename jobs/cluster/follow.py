@@ -16,6 +16,8 @@ from pipeline.errors import ClusterError
 # Errors of Ray's client if a connection drops or the server cannot answer now.
 DROPPED = (RuntimeError, OSError, aiohttp.ClientError)
 LONGEST_PAUSE_SECONDS = 30.0
+OUT_OF_REACH_SECONDS = 10.0
+"""Time without an answer of the job server after which its follower says so."""
 SILENCE_SECONDS = 25.0
 """Longest silence of a stage before its follower says that it still runs."""
 OUT_OF_MEMORY = re.compile(r"OutOfMemory|based on the killing policy|running low on memory")
@@ -34,6 +36,21 @@ COMMAND_ERROR = "polystill: "
 LONGEST_REASON = 60  # lines; the vocabularies of a few teachers fit, a traceback does not
 # Ray's own two lines at the top of every job's log.
 PREAMBLE = re.compile(r"Running entrypoint for job |.*Runtime env is setting up\.$")
+# Ray's news of nodes and workers; when a node dies, pages of its log follow, indented.
+RAYLET = re.compile(r"(\x1b\[\d+m)?\(raylet[^)]*\)")
+
+
+class OwnLines:
+    """Tells a job's own lines from those that Ray's processes put into its log."""
+
+    def __init__(self) -> None:
+        self._within_rays = False
+
+    def __call__(self, line: str) -> bool:
+        """Whether the next line of the log is the job's own."""
+        goes_on = self._within_rays and (not line.strip() or line[:1].isspace())
+        self._within_rays = goes_on or bool(RAYLET.match(line))
+        return not self._within_rays and not PREAMBLE.match(line)
 
 
 class LogLines:
@@ -114,6 +131,7 @@ async def _follow(
     silence_seconds: float,
 ) -> JobStatus:
     begun = last_answer = time.monotonic()
+    is_known = is_lost = False
     stream = asyncio.create_task(_stream(client, submission_id, lines, poll_seconds))
     while True:
         try:
@@ -122,7 +140,14 @@ async def _follow(
             raise ClusterError(f"the cluster no longer accepts the token: {error}") from error
         except DROPPED as error:
             if "does not exist" in str(error):
-                raise ClusterError(f"the cluster knows no job {submission_id}") from error
+                raise ClusterError(_forgotten(submission_id, is_known)) from error
+            if not is_lost and time.monotonic() - last_answer >= OUT_OF_REACH_SECONDS:
+                is_lost = True
+                lines.write(
+                    f"no answer from the job server for {time.monotonic() - last_answer:.0f} s "
+                    f"({type(error).__name__}); the job may go on, and is followed again if an "
+                    f"answer comes within {patience_seconds:.0f} s"
+                )
             if time.monotonic() - last_answer > patience_seconds:
                 raise ClusterError(
                     f"the job server has not answered for {patience_seconds:.0f} seconds "
@@ -134,10 +159,13 @@ async def _follow(
             stream = asyncio.create_task(_stream(client, submission_id, lines, poll_seconds))
         else:
             last_answer = time.monotonic()
+            if is_lost:
+                lines.write("the job server answers again")
+            is_known, is_lost = True, False
             if status.is_terminal():
                 break
             if last_answer - lines.written_at >= silence_seconds:
-                lines.write(f"still running after {last_answer - begun:.0f} s")
+                lines.write(_still(status, last_answer - begun))
         await asyncio.sleep(poll_seconds)
     # The stream lags seconds behind the status, so the end of the log is fetched instead.
     stream.cancel()
@@ -151,6 +179,28 @@ async def _follow(
         lines.feed(log)
         lines.close()
     return status
+
+
+def _still(status: JobStatus, seconds: float) -> str:
+    if status == JobStatus.PENDING:
+        return (
+            f"not started after {seconds:.0f} s: the cluster has no room for the job's process "
+            "(cluster.job_resources), or prepares its environment"
+        )
+    return f"still running after {seconds:.0f} s"
+
+
+def _forgotten(submission_id: str, is_known: bool) -> str:
+    """Message about a job that the cluster does not know, or knows no longer."""
+    if is_known:
+        return (
+            f"the cluster knows no job {submission_id} any more: its head was restarted; run the "
+            "same command again, which does only what is missing"
+        )
+    return (
+        f"the cluster knows no job {submission_id}: list the jobs with `polystill status`; if the "
+        "head was restarted since, run the command of the job again"
+    )
 
 
 async def _stream(
@@ -195,7 +245,7 @@ def failure_message(
         log = [line for line in job_logs(client, submission_id).splitlines() if line.strip()]
     except ClusterError as error:
         log = [str(error)]
-    printed = [line for line in log if not PREAMBLE.match(line)]
+    printed = list(filter(OwnLines(), log))
     # A message of the command line is the whole reason; of a traceback the last lines are shown.
     starts = [i for i, line in enumerate(printed) if line.startswith(COMMAND_ERROR)]
     if starts:

@@ -12,7 +12,7 @@ from pathlib import Path
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 import jobs
-from jobs.cluster.follow import PREAMBLE, SILENCE_SECONDS, failure_message, follow
+from jobs.cluster.follow import SILENCE_SECONDS, OwnLines, failure_message, follow
 from jobs.cluster.local_head import local_head
 from jobs.cluster.placement import local_custom_resources
 from jobs.cluster.submit import DETACHED, job_logs, submit_stage
@@ -75,8 +75,10 @@ def submit_and_follow(
     identifier = submit(client, config, name, command)
     logger.info("%sjob %s", prefix, identifier)
 
+    is_own = OwnLines()
+
     def log_line(line: str) -> None:
-        if not PREAMBLE.match(line):
+        if is_own(line):
             logger.info("%s%s", prefix, line)
 
     try:
