@@ -83,6 +83,11 @@ class EngineSpec:
     seed: int = 0
     eos_token_ids: tuple[int, ...] = ()
 
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Folders that the engine's node must have; hub ids may be among them."""
+        return (self.model,)
+
 
 @dataclass(frozen=True)
 class EndpointSpec:
@@ -106,6 +111,11 @@ class EndpointSpec:
     eos_token_ids: tuple[int, ...] = ()
     canary_path: str | None = None
     batches_folder: str | None = None
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Folders that the client's node must have; hub ids may be among them."""
+        return (self.student.model,)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pipeline.errors import ConfigError
 from pipeline.final_text import is_thought_tag, opens_thought
 from pipeline.fingerprint import digest_bytes, digest_json
 from pipeline.records import Prompt
+from pipeline.run.shared_storage import check_folder_here
 from pipeline.synthesis.rewriting import read_template
 from teachers.rendering import ids_of, last_control, masked, render, template_of
 
@@ -31,7 +32,9 @@ def load_tokenizer(model: ModelFiles) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError: the model has no tokenizer, it cannot be loaded, or it lacks the token that
             shall end sequences.
+        StorageError: the model is a folder that is missing on this node.
     """
+    check_folder_here(model.model)
     try:
         # Mistral's own format has no chat template, so `tokenizer.json` beside it is read.
         tokenizer = AutoTokenizer.from_pretrained(

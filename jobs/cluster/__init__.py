@@ -8,5 +8,6 @@ connection     address and token of a job server
 local_head     a Ray head that lives as long as one command
 head_guardian  ends the local Ray head with its command, even if the command is killed
 placement      whether the cluster has room for every stage
+node_task      one function on a node that has the resources for it
 run_lock       one command at a time in a run's folder
 """

@@ -8,16 +8,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import ray
-from ray.exceptions import RayTaskError
 
+from jobs.cluster.node_task import run_on_node
 from pipeline.cache.kinds import holdout_of
 from pipeline.cache.reader import CacheReader, open_cache
 from pipeline.combine.product import product_of
 from pipeline.combine.weights import combine_targets, required_teachers
 from pipeline.config.combine import CombineConfig
+from pipeline.config.rounds import layout_of
 from pipeline.config.run import Config
-from pipeline.errors import DistillationError
 from pipeline.layout import CacheLayout, Layout
 from pipeline.records import DatasetEntry, TokenSequence
 from pipeline.report.fidelity import SumsOfModel, difference_figures, fidelity_figures
@@ -29,7 +28,7 @@ from pipeline.report.models import (
 )
 from pipeline.rounding import NoisyLogprobs
 from pipeline.run.prepared_run import Run
-from teachers.pool.placement import check_placement
+from pipeline.run.shared_storage import marks_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,26 +90,21 @@ def run_on_evaluation_resources(
     config: Config, function: Callable[..., Result], *arguments: object
 ) -> Result:
     """Runs a function that holds a student in memory on the node type that serves the student,
-    since the job's own process may be on a small head node. The worker ends with the function: an
-    idle worker would keep the device memory that the next engine needs.
+    since the job's own process may be on a small head node.
 
     Raises:
         ClusterError: no node of the cluster has these resources.
+        StorageError: the node does not see the storage of the run.
         DistillationError: the function has raised it.
     """
-    resources = config.evaluation.resources
-    if not config.cluster.autoscaling:
-        check_placement("the evaluation", resources, ray.nodes())
-    # Ray ends the workers of GPU tasks by itself only where num_gpus stands in ray.remote().
-    task = ray.remote(max_calls=1)(function).options(
-        num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, resources=resources.custom
+    return run_on_node(
+        "the evaluation",
+        config.evaluation.resources,
+        config.cluster.autoscaling,
+        marks_of(layout_of(config)),
+        function,
+        *arguments,
     )
-    try:
-        return ray.get(task.remote(*arguments))
-    except RayTaskError as error:
-        if isinstance(error.cause, DistillationError):
-            raise error.cause from error
-        raise
 
 
 def renormalised_sequences(run: Run, entries: Sequence[DatasetEntry]) -> int:

@@ -20,6 +20,7 @@ from pipeline.records import DatasetEntry, Prompt, TokenSequence
 from pipeline.report.models import DomainFigures, ModelFigures
 from pipeline.rounding import Agreement
 from pipeline.run.prepared_run import Run
+from pipeline.run.shared_storage import marks_of
 from pipeline.sequences import read_sequences
 from teachers.pool.pool import TeacherWork, run_pools
 from teachers.protocol import EndpointSpec, EngineSpec
@@ -124,6 +125,7 @@ def serve_model(
         tasks=[task],
         env_vars=config.cluster.env_vars,
         autoscaling=config.cluster.autoscaling,
+        marks=marks_of(run.layout),
     )
     report = run_pools([work])[name]
     return report.results[0], report.engines[-1]

@@ -11,6 +11,7 @@ from pipeline.config.run import Config
 from pipeline.config.teachers import EndpointTeacherConfig
 from pipeline.fingerprint import digest_json
 from pipeline.run.prepared_run import Run
+from pipeline.run.shared_storage import marks_of
 from teachers.pool.actor import Task
 from teachers.pool.contracts import PoolReport
 from teachers.pool.pool import TeacherWork
@@ -70,6 +71,7 @@ def teacher_work(
         config.cluster.env_vars,
         _progress(unit, name),
         config.cluster.autoscaling,
+        marks=marks_of(run.layout),
     )
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pipeline import storage
 from pipeline.errors import StorageError
+from pipeline.layout import Layout
 
 WAIT_SECONDS = 10.0
 """Time in which a file of another node must show; nodes of a network file system may remember for
@@ -56,6 +57,15 @@ def mark_of(root: str) -> Mark:
     return mark
 
 
+def marks_of(layout: Layout) -> tuple[Mark, ...]:
+    """The marks of a run's storage roots.
+
+    Raises:
+        StorageError: a root cannot be read or written.
+    """
+    return tuple(map(mark_of, sorted({layout.root, layout.models_root or layout.root})))
+
+
 def check_marks(marks: Iterable[Mark], address: str) -> None:
     """Checks that this node sees the same storage as the process that read the marks.
 
@@ -82,11 +92,11 @@ def check_marks(marks: Iterable[Mark], address: str) -> None:
             )
 
 
-def check_folder_here(folder: str, address: str) -> None:
+def check_folder_here(folder: str, address: str | None = None) -> None:
     """Checks that an absolute path is a folder on this node; hub ids and URIs pass.
 
     Args:
-        address: network address of this node, for the message.
+        address: network address of this node, for the message; None where nobody knows it.
 
     Raises:
         StorageError: there is no such folder.
@@ -98,9 +108,9 @@ def check_folder_here(folder: str, address: str) -> None:
         )
 
 
-def node_name(address: str) -> str:
+def node_name(address: str | None) -> str:
     """This node as messages name it: host name and address."""
-    return f"{socket.gethostname()} ({address})"
+    return socket.gethostname() if address is None else f"{socket.gethostname()} ({address})"
 
 
 def shows(path: str) -> bool:

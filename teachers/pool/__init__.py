@@ -5,5 +5,6 @@ pool         the pools of several teachers at once
 actor        one teacher in one Ray actor
 dispatch     replicas: start, tasks in flight, death, replacement
 task_ledger  tasks: retry, halving, quarantine
-placement    whether a node could hold an actor
+placement    whether nodes could hold an actor, and what one waits for
+deaths       why an actor died, in one line
 """

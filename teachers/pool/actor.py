@@ -10,14 +10,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from pipeline.config.base import Resources
-from teachers.pool.contracts import ReplicaDied, Task
+from pipeline.run.shared_storage import Mark, check_folder_here, check_marks
+from teachers.pool.contracts import ReplicaDied, ReplicaLost, Task
+from teachers.pool.deaths import reason_in_words
 from teachers.pool.dispatch import TASKS_IN_FLIGHT
 from teachers.protocol import Canary, Comparison, EndpointSpec, EngineDiedError, EngineSpec, Teacher
 
@@ -37,6 +40,10 @@ CPU_ENV_VARS = {
     MULTIPROCESSING: "0",
 }
 SHUTDOWN_SECONDS = 20
+NOTICE_SECONDS = 40
+"""Time within which Ray should know why an actor is out of reach: it notices a lost node after 15
+seconds.
+"""
 OTHER_CALLS = 2
 """Calls of an actor beside those of its tasks."""
 
@@ -46,14 +53,21 @@ class TeacherActor:
 
     _teacher: Teacher
 
-    def __init__(self, spec: EngineSpec | EndpointSpec) -> None:
-        self._spec = spec
+    def __init__(self, spec: EngineSpec | EndpointSpec, marks: Sequence[Mark] = ()) -> None:
+        self._spec, self._marks = spec, marks
 
-    async def placed(self) -> None:
-        """Returns as soon as the actor has its resources."""
+    async def placed(self) -> str:
+        """The id of the node that has the actor, as soon as the actor has its resources."""
+        return ray.get_runtime_context().get_node_id()
 
     async def ready(self) -> dict[str, Any]:
-        """Starts the engine, or asks the endpoint which model it serves; returns the metadata."""
+        """Starts the engine, or asks the endpoint which model it serves; returns the metadata.
+
+        Raises:
+            StorageError: this node does not see the storage of the run, or a folder of the spec.
+            DistillationError: the teacher refuses to start.
+        """
+        await asyncio.to_thread(self._check_node, ray.util.get_node_ip_address())
         if isinstance(self._spec, EndpointSpec):
             from teachers.endpoint.teacher import EndpointTeacher
 
@@ -63,6 +77,11 @@ class TeacherActor:
 
             self._teacher = await VllmTeacher.start(self._spec)
         return self._teacher.metadata()
+
+    def _check_node(self, address: str) -> None:
+        check_marks(self._marks, address)
+        for folder in self._spec.folders:
+            check_folder_here(folder, address)
 
     async def canary(self) -> Canary | None:
         """The teacher's canary; None if none of its rows are kept."""
@@ -101,8 +120,10 @@ class RayReplica:
         resources: Resources,
         env_vars: Mapping[str, str],
         tasks_in_flight: int = TASKS_IN_FLIGHT,
+        marks: Sequence[Mark] = (),
     ) -> None:
         self._is_ready = False
+        self._node_id: str | None = None
         self._actor: Any = (
             ray.remote(TeacherActor)
             .options(
@@ -114,12 +135,17 @@ class RayReplica:
                 max_concurrency=tasks_in_flight + OTHER_CALLS,
                 runtime_env={"env_vars": engine_env_vars(resources, env_vars, os.environ)},
             )
-            .remote(spec)
+            .remote(spec, marks)
         )
 
     async def placed(self) -> None:
         """Waits until the cluster has room for the actor."""
-        await self._ask(self._actor.placed.remote())
+        self._node_id = await self._ask(self._actor.placed.remote())
+
+    async def node_is_gone(self) -> bool:
+        """Whether the cluster has lost the node that had the actor."""
+        nodes = await asyncio.to_thread(ray.nodes)
+        return any(node["NodeID"] == self._node_id and not node["Alive"] for node in nodes)
 
     async def ready(self) -> dict[str, Any]:
         """Waits until the teacher has started; returns its metadata."""
@@ -139,6 +165,7 @@ class RayReplica:
         """Runs a task.
 
         Raises:
+            ReplicaLost: the actor's node is gone.
             ReplicaDied: the actor or its engine is gone.
             Exception: the task's own exception, with Ray's traceback of the actor as its cause.
         """
@@ -169,7 +196,26 @@ class RayReplica:
                 raise ReplicaDied(str(error.cause)) from error
             raise error.cause from error
         except RayError as error:
-            raise ReplicaDied(str(error)) from error
+            cause = await self._known_cause(error)
+            kind = ReplicaLost if await self.node_is_gone() else ReplicaDied
+            raise kind(reason_in_words(str(cause))) from error
+
+    async def _known_cause(self, error: RayError) -> RayError:
+        """Error that says why the actor is gone. Until Ray knows, the actor is only out of reach,
+        and the next one might be put on the same lost node.
+        """
+        deadline = time.monotonic() + NOTICE_SECONDS
+        while isinstance(error, ActorUnavailableError) and time.monotonic() < deadline:
+            try:
+                await asyncio.wait_for(self._actor.placed.remote(), NOTICE_SECONDS)
+                break  # within reach again; a call of it was lost
+            except TimeoutError:
+                break
+            except ActorUnavailableError:
+                await asyncio.sleep(1)
+            except RayError as known:
+                error = known
+        return error
 
 
 def engine_env_vars(

@@ -19,6 +19,10 @@ class ReplicaDied(Exception):
     """A replica is gone, and whether its tasks were done is unknown."""
 
 
+class ReplicaLost(ReplicaDied):
+    """A replica is gone with its node, or before a node had it: neither engine nor tasks did it."""
+
+
 class Task(Protocol):
     """A picklable unit of work."""
 
@@ -52,6 +56,7 @@ class Replica(Protocol):
     """One engine, or one client of an endpoint; `teachers/pool/actor.py` has the real one."""
 
     async def placed(self) -> None: ...
+    async def node_is_gone(self) -> bool: ...
     async def ready(self) -> dict[str, Any]: ...
     async def canary(self) -> Canary | None: ...
     async def compare_with_transformers(self) -> Comparison: ...

@@ -6,6 +6,9 @@ task that fails.
 Tasks that were in flight when a replica died are suspects: the successor takes them alone, one
 after another, so that a second death names the culprit.
 
+A replica that is lost with its node, or before it had one, says nothing against its engine or its
+tasks; it is launched again.
+
 Every replica, also one that replaces a dead one, must score the canary like the first.
 """
 
@@ -24,7 +27,15 @@ from typing import Any
 from pipeline.errors import DistillationError, TeacherError
 from teachers.canary import check_replicas_agree
 from teachers.concurrency import cancel
-from teachers.pool.contracts import PoolReport, Progress, Replica, ReplicaDied, Task
+from teachers.pool.contracts import (
+    PoolReport,
+    Progress,
+    Replica,
+    ReplicaDied,
+    ReplicaLost,
+    Task,
+)
+from teachers.pool.placement import reminders
 from teachers.pool.task_ledger import Attempt, TaskLedger
 from teachers.protocol import Canary, Comparison
 
@@ -36,7 +47,11 @@ TASKS_IN_FLIGHT = 6
 # One item that kills its engine costs at most five deaths in a row: among others, twice in its
 # task, twice in the first half of it.
 DEATHS_IN_A_ROW = 5
-WAITING_SECONDS = 60
+LOSSES_IN_A_ROW = 20
+LONGEST_PAUSE_SECONDS = 30.0
+"""Pauses after losses in a row grow from one second to this."""
+PATIENCE_SECONDS = 60
+"""Wait for room after which a replica gives its suspects to others."""
 WATCH_SECONDS = 20
 LOGGED = ("engine_version", "device", "dtype", "capture", "capture_reason", "prefix_sharing")
 
@@ -54,11 +69,14 @@ class Dispatcher:
         check_canary: Callable[[Canary], None] | None = None,
         compare_with_transformers: bool = False,
         tasks_in_flight: int = TASKS_IN_FLIGHT,
+        room: Callable[[], str] = str,
     ) -> None:
         """`check_canary` refuses a replica by its canary, whatever the other replicas score; the
-        first canary has the comparison with transformers, if there shall be one.
+        first canary has the comparison with transformers, if there shall be one. `room` describes
+        what a replica needs and what the cluster has.
         """
         self._name, self._launch, self._check_canary = name, launch, check_canary
+        self._room = room
         self._num_slots = min(replicas, len(tasks))
         # No replica takes at once what another, still starting, could share.
         self._num_lanes = min(tasks_in_flight, math.ceil(len(tasks) / max(self._num_slots, 1)))
@@ -68,7 +86,8 @@ class Dispatcher:
         self._compares_with_transformers = compare_with_transformers
         self._first_canary: Canary | None = None
         self._comparing = asyncio.Lock()
-        self._deaths_in_a_row = 0
+        self._died_in_a_row: list[Replica] = []
+        self._losses_in_a_row = 0
 
     async def run(self) -> PoolReport:
         """Runs all tasks and stops all replicas.
@@ -117,8 +136,10 @@ class Dispatcher:
                 while suspects:
                     await self._run_alone(replica, suspects)
                 await self._run_lanes(replica, suspects)
+            except ReplicaLost as loss:
+                await asyncio.sleep(self._count_loss(loss))
             except ReplicaDied as death:
-                self._count_death(death)
+                await self._count_death(replica, death)
             finally:
                 self._running.pop(replica, None)
                 await replica.stop()
@@ -128,12 +149,22 @@ class Dispatcher:
         may be gone for good.
         """
         placing = asyncio.ensure_future(replica.placed())
+        waited = 0.0
         try:
-            while not (await asyncio.wait([placing], timeout=WAITING_SECONDS))[0]:
-                logger.info("%s: a replica waits for room in the cluster", self._name)
-                self._ledger.put(list(suspects))
-                suspects.clear()
+            for seconds in reminders():
+                if (await asyncio.wait([placing], timeout=seconds))[0]:
+                    break
+                waited += seconds
+                room = await asyncio.to_thread(self._room)
+                logger.info(
+                    "%s: a replica has waited %.0f s for room: %s", self._name, waited, room
+                )
+                if waited >= PATIENCE_SECONDS:
+                    self._ledger.put(list(suspects))
+                    suspects.clear()
             placing.result()
+        except ReplicaDied as death:
+            raise ReplicaLost(f"before a node had it: {death}") from death
         finally:
             placing.cancel()
 
@@ -179,7 +210,7 @@ class Dispatcher:
         try:
             await asyncio.gather(*lanes)
         except ReplicaDied as death:
-            alone = len(in_flight) == 1
+            alone = len(in_flight) == 1 and not isinstance(death, ReplicaLost)
             suspects.extend(self._ledger.fail(in_flight[0], death) if alone else in_flight)
             raise
         finally:
@@ -206,6 +237,8 @@ class Dispatcher:
         attempt.begun = time.monotonic()
         try:
             result = await replica.run(attempt.task)
+        except ReplicaLost:
+            raise
         except ReplicaDied as death:
             suspects.popleft()
             suspects.extend(self._ledger.fail(attempt, death))
@@ -218,16 +251,34 @@ class Dispatcher:
             self._succeed(attempt, result)
 
     def _succeed(self, attempt: Attempt, result: Any) -> None:
-        self._deaths_in_a_row = 0
+        self._died_in_a_row.clear()
+        self._losses_in_a_row = 0
         self._ledger.succeed(attempt, result)
 
-    def _count_death(self, death: ReplicaDied) -> None:
+    def _count_loss(self, loss: ReplicaLost) -> float:
+        """Counts a loss; returns the seconds to wait before the next launch."""
         self._report.num_deaths += 1
-        self._deaths_in_a_row += 1
+        self._losses_in_a_row += 1
+        logger.warning("%s: a replica is lost, another is launched: %s", self._name, loss)
+        if self._losses_in_a_row >= self._num_slots + LOSSES_IN_A_ROW:
+            raise TeacherError(
+                f"{self._name}: {self._losses_in_a_row} replicas in a row were lost with their "
+                "nodes, or before they had one, and no task was finished in between: look at the "
+                f"cluster's nodes, then run it again; the last loss: {loss}"
+            ) from loss
+        return min(2.0 ** (self._losses_in_a_row - 1), LONGEST_PAUSE_SECONDS)
+
+    async def _count_death(self, replica: Replica, death: ReplicaDied) -> None:
+        self._report.num_deaths += 1
+        self._died_in_a_row.append(replica)
         logger.warning("%s: a replica died: %s", self._name, death)
         bound = self._num_slots + (DEATHS_IN_A_ROW if self._report.engines else 1)
-        if self._deaths_in_a_row >= bound:
+        if len(self._died_in_a_row) < bound:
+            return
+        # A node that goes down in order ends its processes before the cluster misses it.
+        gone = [await each.node_is_gone() for each in self._died_in_a_row]
+        if (count := gone.count(False)) >= bound:
             raise TeacherError(
-                f"{self._name}: {self._deaths_in_a_row} replicas died in a row and no task was "
-                f"finished in between; the last death: {death}"
+                f"{self._name}: {count} replicas died in a row and no task was finished in "
+                f"between; the last death: {death}"
             ) from death

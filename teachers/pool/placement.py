@@ -1,13 +1,18 @@
-"""Check of the cluster's nodes: could they hold an actor or a worker?"""
+"""Room in a cluster: could its nodes hold an actor or a worker, and what does one wait for?"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.config.base import Resources
 from pipeline.errors import ClusterError
+
+FIRST_REMINDER_SECONDS, LONGEST_SILENCE_SECONDS = 10.0, 600.0
+# No actor asks for these, nor for `node:<address>`, so messages leave them out.
+HIDDEN = ("memory", "object_store_memory")
 
 
 def check_placement(
@@ -23,21 +28,64 @@ def check_placement(
     Raises:
         ClusterError: the nodes, as they are now, do not have the resources.
     """
-    request = {"CPU": resources.num_cpus, "GPU": resources.num_gpus, **resources.custom}
-    request = {key: amount for key, amount in request.items() if amount > 0}
+    request = _request(resources)
     offers = [node["Resources"] for node in nodes if node["Alive"]]
     if sum(_fitting(request, offer, count) for offer in offers) < count:
-        # No actor asks for these, nor for `node:<address>`, so the message leaves them out.
-        hidden = ("memory", "object_store_memory")
-        shown = [
-            {key: n for key, n in offer.items() if key not in hidden and ":" not in key}
-            for offer in offers
-        ]
+        needed = _times(count, _in_words(request))
         raise ClusterError(
-            f"the cluster cannot hold {name}: {count} of {request} are needed, the nodes have "
-            f"{shown}; lower the resources, add a node with them, or set cluster.autoscaling if "
-            "the cluster adds nodes on demand"
+            f"the cluster cannot hold {name}: {needed} needed, nodes have "
+            f"{_offers_in_words(offers)}; lower the resources, add a node with them, or set "
+            "cluster.autoscaling if the cluster adds nodes on demand"
         )
+
+
+def room_in_words(
+    resources: Resources, nodes: Sequence[Mapping[str, Any]], free: Mapping[str, float]
+) -> str:
+    """Describes for a person what an actor or a task waits for, beside what the cluster has.
+
+    Args:
+        resources: resources of the actor or task.
+        nodes: result of `ray.nodes()`.
+        free: result of `ray.available_resources()`.
+    """
+    offers = [node["Resources"] for node in nodes if node["Alive"]]
+    return (
+        f"{_in_words(_request(resources))} needed; nodes have {_offers_in_words(offers)}; free "
+        f"in all: {_in_words(free)}"
+    )
+
+
+def reminders() -> Iterator[float]:
+    """Seconds between two lines about the same wait: 10, 20, 40 and so on, at most 10 minutes."""
+    seconds = FIRST_REMINDER_SECONDS
+    while True:
+        yield seconds
+        seconds = min(2 * seconds, LONGEST_SILENCE_SECONDS)
+
+
+def _request(resources: Resources) -> dict[str, float]:
+    request = {"CPU": resources.num_cpus, "GPU": resources.num_gpus, **resources.custom}
+    return {key: amount for key, amount in request.items() if amount > 0}
+
+
+def _in_words(amounts: Mapping[str, float]) -> str:
+    """Amounts as in `1 CPU + 0.5 teacher_node`."""
+    shown = {key: n for key, n in amounts.items() if key not in HIDDEN and ":" not in key and n > 0}
+    return " + ".join(f"{n:g} {key}" for key, n in sorted(shown.items())) or "nothing"
+
+
+def _offers_in_words(offers: Sequence[Mapping[str, float]]) -> str:
+    """Resources of all nodes; equal nodes are counted."""
+    counts = Counter(map(_in_words, offers))
+    return ", ".join(_times(count, words) for words, count in counts.items()) or "nothing"
+
+
+def _times(count: int, words: str) -> str:
+    """Repeated amounts as in `3 x 2 CPU` or `3 x (2 CPU + 1 GPU)`."""
+    if count == 1:
+        return words
+    return f"{count} x ({words})" if "+" in words else f"{count} x {words}"
 
 
 def _fitting(request: Mapping[str, float], offer: Mapping[str, float], most: int) -> int:

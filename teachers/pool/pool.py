@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 import ray
 
 from pipeline.config.base import Resources
+from pipeline.run.shared_storage import Mark
 from teachers.concurrency import cancel
 from teachers.pool.actor import RayReplica
 from teachers.pool.contracts import PoolReport, Progress, Task
 from teachers.pool.dispatch import TASKS_IN_FLIGHT, Dispatcher
-from teachers.pool.placement import check_placement
+from teachers.pool.placement import check_placement, room_in_words
 from teachers.protocol import Canary, EndpointSpec, EngineSpec
 
 
@@ -38,6 +39,7 @@ class TeacherWork:
             waits.
         check_canary: refuses an engine by its canary.
         compare_with_transformers: compare the first engine with transformers before it works.
+        marks: files that every node must see before its actor works.
     """
 
     name: str
@@ -50,10 +52,17 @@ class TeacherWork:
     autoscaling: bool = False
     check_canary: Callable[[Canary], None] | None = None
     compare_with_transformers: bool = False
+    marks: tuple[Mark, ...] = ()
 
     def launch(self) -> RayReplica:
         """Starts a new actor."""
-        return RayReplica(self.spec, self.resources, self.env_vars, self.tasks_in_flight)
+        return RayReplica(
+            self.spec, self.resources, self.env_vars, self.tasks_in_flight, self.marks
+        )
+
+    def room(self) -> str:
+        """Resources of one actor, and those of the cluster, for people."""
+        return room_in_words(self.resources, ray.nodes(), ray.available_resources())
 
     @property
     def tasks_in_flight(self) -> int:
@@ -89,6 +98,7 @@ async def _run_all(all_work: Sequence[TeacherWork]) -> dict[str, PoolReport]:
             w.check_canary,
             w.compare_with_transformers,
             w.tasks_in_flight,
+            w.room,
         )
         for w in all_work
     ]

@@ -18,6 +18,8 @@ class EndpointReplica:
         self._spec, self._sleep = spec, sleep
 
     async def placed(self) -> None: ...
+    async def node_is_gone(self) -> bool:
+        return False
 
     async def ready(self) -> dict[str, Any]:
         self._teacher = await EndpointTeacher.start(self._spec, self._sleep)

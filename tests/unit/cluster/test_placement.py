@@ -18,7 +18,7 @@ def test_a_local_head_too_small_for_a_later_stage_is_not_started(tmp_path: Path)
     more = ["training.workers=3", "training.resources.num_cpus=2"]
     config = load_config(QUICKSTART, [f"storage.root={tmp_path}", *more])
     for refused in (dry_run_text, partial(distill.run, address=None)):
-        with pytest.raises(ClusterError, match=r"cannot hold the student: 3 of .*'CPU': 2"):
+        with pytest.raises(ClusterError, match=r"cannot hold the student: 3 x 2 CPU needed"):
             refused(config)
     fits = load_config(QUICKSTART, [f"storage.root={tmp_path}", *more, "cluster.local_num_cpus=6"])
     assert "student: 3 x 2 CPU" in dry_run_text(fits)
@@ -44,7 +44,7 @@ def test_what_present_nodes_cannot_hold_is_a_caution() -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": 3.0}}]
     config = load_config(QUICKSTART, ["training.workers=3", "training.resources.num_cpus=2"])
     (caution,) = cautions(config, nodes)
-    assert caution.startswith("the cluster cannot hold the student: 3 of {'CPU': 2")
+    assert caution.startswith("the cluster cannot hold the student: 3 x 2 CPU needed, nodes have 3")
     assert cautions(load_config(QUICKSTART), nodes) == []
     grows = load_config(QUICKSTART, ["training.workers=9", "cluster.autoscaling=true"])
     assert cautions(grows, nodes) == []

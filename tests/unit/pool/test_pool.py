@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +15,12 @@ from pipeline.config.base import Resources
 from pipeline.errors import ClusterError, StorageError, TeacherError
 from teachers.pool import dispatch
 from teachers.pool.actor import engine_env_vars
-from teachers.pool.contracts import PoolReport, ReplicaDied
+from teachers.pool.contracts import PoolReport, ReplicaDied, ReplicaLost
 from teachers.pool.dispatch import TASKS_IN_FLIGHT, Dispatcher
-from teachers.pool.placement import check_placement
+from teachers.pool.placement import check_placement, reminders, room_in_words
 from teachers.protocol import Canary, Comparison, ItemsFailedError
 from teachers.tasks.control import ControlTask
+from tests.support.logs import logged
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Cluster:
     is_sick: bool = False
     gold_logprobs: list[float] = field(default_factory=list)
     calls: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    lost: list[str] = field(default_factory=list)
+    gone: set[int] = field(default_factory=set)
     room: int = 1000
     launched: int = 0
     alive: int = 0
@@ -78,11 +82,20 @@ class FakeReplica:
         self._death = asyncio.Event()
         self._stopped = False
 
+    async def node_is_gone(self) -> bool:
+        return self._number in self._cluster.gone
+
     async def placed(self) -> None:
+        if self._cluster.lost[:1] == ["before it has a node"]:
+            self._cluster.lost.pop(0)
+            raise ReplicaDied("the actor never ran")
         if self._cluster.launched > self._cluster.room:
             await asyncio.Event().wait()
 
     async def ready(self) -> dict[str, Any]:
+        if self._cluster.lost[:1] == ["while it loads"]:
+            self._cluster.lost.pop(0)
+            raise ReplicaLost("the node is gone")
         if self._cluster.launched <= self._cluster.failing_starts:
             raise RuntimeError("no memory")
         return {"engine": "fake"}
@@ -112,6 +125,9 @@ class FakeReplica:
         cluster.most_in_flight = max(cluster.most_in_flight, cluster.in_flight)
         try:
             await asyncio.sleep(0)
+            if cluster.lost[:1] == ["while it works"]:
+                cluster.lost.pop(0)
+                raise ReplicaLost("the node is gone")
             if cluster.deadly & set(task.numbers):
                 self._death.set()
             if cluster.deadly_once & set(task.numbers):
@@ -207,7 +223,8 @@ def test_a_death_without_a_culprit_costs_nothing() -> None:
 def test_work_of_a_lost_replica_is_not_kept_from_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dispatch, "WAITING_SECONDS", 0.01)
+    monkeypatch.setattr(dispatch, "reminders", lambda: itertools.repeat(0.01))
+    monkeypatch.setattr(dispatch, "PATIENCE_SECONDS", 0.05)
     cluster = Cluster(deadly_once={0}, room=2)
     report, quarantined, _ = run(cluster, [4] * 12, replicas=2)
     assert numbers(report) == list(range(48))
@@ -358,13 +375,96 @@ def test_a_full_disk_is_no_fault_of_the_items() -> None:
     assert (1,) not in cluster.calls
 
 
+@pytest.fixture
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "LONGEST_PAUSE_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("no_pause")
+@pytest.mark.parametrize(
+    "lost",
+    [
+        ["while it loads"],
+        ["while it loads", "before it has a node"],
+        ["before it has a node"] * 9,
+        ["while it loads", "before it has a node"] * 6,
+        ["while it works", "before it has a node"] * 6,
+    ],
+    ids=lambda lost: f"{len(lost)}: {', '.join(dict.fromkeys(lost))}",
+)
+def test_lost_nodes_end_no_work_and_no_task_is_to_blame(lost: list[str]) -> None:
+    cluster = Cluster(lost=list(lost))
+    report, quarantined, _ = run(cluster, [1], replicas=1)
+    assert (numbers(report), quarantined) == ([0], [])
+    assert (report.num_deaths, cluster.launched) == (len(lost), len(lost) + 1)
+    assert set(cluster.calls) == {(0,)}, "nothing was cut in halves"
+
+
+@pytest.mark.usefixtures("no_pause")
+def test_work_that_loses_its_nodes_again_and_again_is_given_up() -> None:
+    cluster = Cluster(lost=["while it loads"] * 99)
+    with pytest.raises(TeacherError, match=r"21 replicas in a row were lost.*the node is gone"):
+        run(cluster, [4] * 3, replicas=1)
+    assert cluster.launched == 21
+
+
+def test_deaths_shortly_before_their_node_was_missed_do_not_count() -> None:
+    """A node that is shut down in order ends its processes first, and the cluster sees it later."""
+    cluster = Cluster(failing_starts=4, gone={0, 1, 2})
+    report, _, _ = run(cluster, [4] * 3, replicas=1)
+    assert numbers(report) == list(range(12)) and cluster.launched == 5
+    with pytest.raises(TeacherError, match="2 replicas died in a row"):
+        run(Cluster(failing_starts=5, gone={0, 1, 2}), [4] * 3, replicas=1)
+
+
+def test_a_wait_for_room_says_what_is_needed_early_and_then_less_and_less_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert list(itertools.islice(reminders(), 9)) == [10, 20, 40, 80, 160, 320, 600, 600, 600]
+    monkeypatch.setattr(dispatch, "reminders", lambda: iter([0.01, 0.02, 20.0]))
+    cluster, tasks = Cluster(room=1), [NumbersTask((n,), []) for n in range(2)]
+    cluster.raising = {}
+
+    async def work() -> None:
+        room = "0.5 teacher_node needed"
+        dispatcher = Dispatcher("fake", cluster.launch, 1, tasks, room=lambda: room)
+        working = asyncio.create_task(dispatcher.run())
+        while len(lines) < 2:
+            await asyncio.sleep(0.01)
+        working.cancel()
+
+    cluster.room = 0
+    with logged("teachers") as lines:
+        asyncio.run(asyncio.wait_for(work(), timeout=20))
+    assert all(line.endswith("for room: 0.5 teacher_node needed") for line in lines), lines
+
+
+def test_room_is_told_as_people_say_it() -> None:
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 4.0, "node:10.0.0.1": 1.0, "memory": 1e9}},
+        {"Alive": True, "Resources": {"CPU": 2.0, "teacher_node": 1.0}},
+        {"Alive": True, "Resources": {"CPU": 2.0, "teacher_node": 1.0}},
+        {"Alive": True, "Resources": {}},
+        {"Alive": False, "Resources": {"GPU": 8.0}},
+    ]
+    needs = Resources(num_cpus=1, custom={"teacher_node": 0.5})
+    free = {"CPU": 3.5, "memory": 1e9, "node:10.0.0.1": 1.0}
+    assert room_in_words(needs, nodes, free) == (
+        "1 CPU + 0.5 teacher_node needed; nodes have 4 CPU, 2 x (2 CPU + 1 teacher_node), "
+        "nothing; free in all: 3.5 CPU"
+    )
+    assert room_in_words(Resources(num_gpus=1, num_cpus=0), [], {}) == (
+        "1 GPU needed; nodes have nothing; free in all: nothing"
+    )
+
+
 def test_placement_names_request_and_nodes() -> None:
     nodes = [
         {"Alive": True, "Resources": {"CPU": 4.0, "node:10.0.0.1": 1.0}},
         {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
     ]
     check_placement("small", Resources(num_cpus=4), nodes)
-    with pytest.raises(ClusterError, match=r"big.*'GPU': 2\.0.*'CPU': 4\.0"):
+    with pytest.raises(ClusterError, match=r"big: 1 CPU \+ 2 GPU needed, nodes have 4 CPU;"):
         check_placement("big", Resources(num_gpus=2), nodes)
 
 
@@ -375,7 +475,7 @@ def test_placement_of_several_counts_what_each_node_holds() -> None:
     ]
     worker = Resources(num_cpus=2, custom={"slot": 0.1})
     check_placement("workers", worker, nodes, count=3)
-    with pytest.raises(ClusterError, match="4 of"):
+    with pytest.raises(ClusterError, match=r"4 x \(2 CPU"):
         check_placement("workers", worker, nodes, count=4)
     check_placement("tenths", Resources(num_cpus=0, custom={"slot": 0.1}), nodes[:1], count=10)
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,23 +10,27 @@ from typing import Any
 
 import pytest
 from ray.exceptions import RayTaskError
-from ray.remote_function import RemoteFunction
 
+from jobs.cluster import node_task
 from jobs.stages import evaluate, holdout, serving
 from jobs.stages import export as export_stage
 from jobs.stages.evaluate import run_provenance
 from jobs.stages.holdout import HoldoutFigures
 from jobs.stages.serving import model_figures
+from pipeline.config.base import Resources
 from pipeline.config.load import load_config
 from pipeline.config.rounds import layout_of
 from pipeline.config.run import Config
-from pipeline.errors import ClusterError, TrainingError
+from pipeline.errors import ClusterError, StorageError, TrainingError
 from pipeline.report.models import DomainFigures, ExportCheck, ModelFigures, Report
 from pipeline.report.statistics import pooled
 from pipeline.rounding import NoisyLogprobs
+from pipeline.run import shared_storage
 from pipeline.run.prepared_run import Run
+from pipeline.run.shared_storage import Mark
 from teachers.pool.pool import TeacherWork
 from teachers.tasks.holdout import AnsweredPrompts
+from tests.support.logs import logged
 from tests.support.old_run import copy_old_run
 
 QUICKSTART = Path(__file__).resolve().parents[3] / "examples/quickstart/config.yaml"
@@ -176,6 +180,9 @@ class Cluster:
 
     asked: dict[str, Any]
 
+    def __init__(self) -> None:
+        self.looks: list[float] = []
+
     def nodes(self) -> list[dict[str, Any]]:
         return [{"Alive": True, "Resources": {"CPU": 4.0, "big": 1.0}}]
 
@@ -191,11 +198,23 @@ class Cluster:
         self.asked = asked
         return SimpleNamespace(remote=self.run)
 
-    def run(self, *arguments: Any) -> Any:
+    def run(self, *arguments: Any) -> Iterator[Any]:
         try:
-            return self.function(*arguments)
+            yield from self.function(*arguments)
         except Exception as error:
-            return RayTaskError("export_student", "a traceback", error, "t", 1, "::1")
+            yield RayTaskError("export_student", "a traceback", error, "t", 1, "::1")
+
+    def wait(self, results: list[Any], *, timeout: float, fetch_local: bool) -> Any:
+        """The task begins after the first look."""
+        self.looks.append(timeout)
+        return (results, []) if len(self.looks) > 1 else ([], results)
+
+    def available_resources(self) -> dict[str, float]:
+        return {"CPU": 0.5}
+
+    @property
+    def util(self) -> SimpleNamespace:
+        return SimpleNamespace(get_node_ip_address=lambda: "10.77.0.12")
 
     def get(self, found: Any) -> Any:
         if isinstance(found, RayTaskError):
@@ -206,16 +225,17 @@ class Cluster:
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     cluster = Cluster()
-    monkeypatch.setattr(holdout, "ray", cluster)
+    monkeypatch.setattr(node_task, "ray", cluster)
+    monkeypatch.setattr(shared_storage, "WAIT_SECONDS", 0.0)
     return cluster
 
 
-def evaluated_on(resources: str) -> Config:
-    return load_config(QUICKSTART, [f"evaluation.resources={resources}"])
+def evaluated_on(resources: str, root: Path) -> Config:
+    return load_config(QUICKSTART, [f"storage.root={root}", f"evaluation.resources={resources}"])
 
 
 def test_a_student_is_exported_where_it_is_served(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """And not in the job's own process, on a head that may be too small for it."""
     exported = {"folder": "f", "agreement": {"mean_difference": 1e-3, "noise": 2e-3}}
@@ -225,38 +245,48 @@ def test_a_student_is_exported_where_it_is_served(
         export_stage, "training_specs", lambda *_: [SimpleNamespace(student="twin")]
     )
     monkeypatch.setattr("students.export.folder.export_student", lambda spec, folder: exported)
-    config = evaluated_on("{num_cpus: 3, custom: {big: 0.5}}")
+    config = evaluated_on("{num_cpus: 3, custom: {big: 0.5}}", tmp_path)
     prepared: Any = None
-    record = export_stage.export(Run(config, layout_of(config), prepared))
+    with logged() as lines:
+        record = export_stage.export(Run(config, layout_of(config), prepared))
     assert record.figures == {"twin": exported}
     found = "weights equal to the trained ones; log-probabilities 1.0e-03 nats from training"
     assert record.summary == f"f ({found}, noise 2.0e-03)"
-    assert cluster.asked == {"num_cpus": 3, "num_gpus": 0, "resources": {"big": 0.5}}
+    place = {"num_cpus": 3, "num_gpus": 0, "resources": {"big": 0.5}}
+    assert cluster.asked == place | {"num_returns": "streaming"}
+    assert lines == [
+        "the evaluation has waited 10 s for room: 3 CPU + 0.5 big needed; nodes have 4 CPU + 1 "
+        "big; free in all: 0.5 CPU"
+    ]
 
 
-def test_a_worker_that_held_a_student_ends_with_its_task(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_held_a_student_ends_with_its_task(cluster: Cluster, tmp_path: Path) -> None:
     """Or its cached device memory stays taken while the engine starts on the same GPU."""
-    made: list[RemoteFunction] = []
-
-    def options(self: RemoteFunction, **asked: Any) -> SimpleNamespace:
-        made.append(self)
-        return SimpleNamespace(remote=lambda: asked)
-
-    monkeypatch.setattr(RemoteFunction, "options", options)
-    monkeypatch.setattr("ray.nodes", lambda: Cluster().nodes())
-    monkeypatch.setattr("ray.get", lambda found: found)
-    config = evaluated_on("{num_cpus: 1}")
-    found = holdout.run_on_evaluation_resources(config, lambda: {"local": 1})
-    assert found == {"num_cpus": 1, "num_gpus": 0, "resources": {}}
-    assert [function._max_calls for function in made] == [1]
+    config = evaluated_on("{num_cpus: 1}", tmp_path)
+    assert holdout.run_on_evaluation_resources(config, lambda: {"local": 1}) == {"local": 1}
+    assert cluster.max_calls == 1
 
 
-def test_what_a_task_refuses_is_told_without_its_traceback(cluster: Cluster) -> None:
+def test_what_a_task_refuses_is_told_without_its_traceback(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     def refuse() -> dict[str, Any]:
         raise TrainingError("the exported model differs")
 
     with pytest.raises(TrainingError) as told:
-        holdout.run_on_evaluation_resources(evaluated_on("{num_cpus: 1}"), refuse)
+        holdout.run_on_evaluation_resources(evaluated_on("{num_cpus: 1}", tmp_path), refuse)
     assert str(told.value) == "the exported model differs"
     with pytest.raises(ClusterError, match="cannot hold the evaluation"):
-        holdout.run_on_evaluation_resources(evaluated_on("{num_cpus: 5}"), refuse)
+        holdout.run_on_evaluation_resources(evaluated_on("{num_cpus: 5}", tmp_path), refuse)
+
+
+def test_a_node_without_the_storage_measures_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    done: list[bool] = []
+    shared = tmp_path / "shared"
+    of_another_node = [Mark(str(shared), "f" * 32)]
+    resources = Resources(num_cpus=1)
+    with pytest.raises(StorageError, match=rf"\(10\.77\.0\.12\) does not see {shared}.*mount it"):
+        node_task.run_on_node(
+            "the evaluation", resources, False, of_another_node, done.append, True
+        )
+    assert not done
