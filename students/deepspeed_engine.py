@@ -67,7 +67,9 @@ class DeepSpeedStudent:
                 "bf16": {"enabled": bf16},
             },
         )
-        self.device = self.deepspeed.device
+        device = self.deepspeed.device
+        assert isinstance(device, torch.device), "DeepSpeed knows it once it is initialised"
+        self.device = device
 
     def load(self, folder: Path, tag: str) -> bool:
         """Restores weights and optimizer state; returns whether DeepSpeed found them. All ranks

@@ -34,37 +34,54 @@ from students.architecture.dtypes import float_buffers
 from students.architecture.head import lm_head_of
 from students.architecture.noise import active_noise
 from students.architecture.skeleton import check_skeleton, explained
+from students.checkpoints.agreement import from_rank_0
+from students.checkpoints.attempts import Attempt, begin_attempt
 from students.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from students.checkpoints.resume import TrainingState, agreed_resume, allowed_changes
 from students.data.batches import StepBatch
 from students.deepspeed_engine import DeepSpeedStudent
+from students.departure import Departure, NodeLeaves
 from students.losses.divergences import DistributionLoss, loss_from_config
 from students.losses.hidden_states import HiddenStatesLosses, layer_loss_from_config
 from students.micro_batch import MicroBatch
 from students.model import StudentModule
 from students.progress import MetricsLog, read_metrics
+from students.surroundings import Surroundings, one_node
 from students.training_data import TrainingData
 
 logger = logging.getLogger(__name__)
 
 
-def train(spec: TrainingSpec, device: torch.device) -> None:
+def train(
+    spec: TrainingSpec, device: torch.device, surroundings: Surroundings | None = None
+) -> None:
     """Trains to the last step, resuming from the newest complete checkpoint. `torch.distributed` is
     initialised before.
 
+    Args:
+        surroundings: nodes and driver; without them, all workers run on this node.
+
     Raises:
-        TrainingError: the data, the student or a checkpoint does not fit the training.
+        TrainingError: the data, the student or a checkpoint does not fit the training, or another
+            training of the folder has begun.
         CacheError: a cache is corrupt or does not cover the data.
+        NodeLeaves: a node goes away, and a checkpoint is made.
     """
     training, started = spec.config.training, time.monotonic()
+    around = surroundings or one_node(dist.get_world_size())
+    attempt = from_rank_0(lambda: begin_attempt(spec.folder, around.nodes[0]), device)
     torch.manual_seed(spec.seed + dist.get_rank())
     model = checked_model(spec, device)
     bounds = length_bounds(model.config)
     data = TrainingData(spec, lm_head_of(model).out_features, device, bounds)
     student, state = start_or_resume(spec, model, data, device)
-    metrics = MetricsLog(spec.metrics_path, state.step) if dist.get_rank() == 0 else None
+    metrics = None
+    if dist.get_rank() == 0:
+        metrics = MetricsLog(spec.metrics_path, state.step, attempt.check)
+        around.say(f"resumed from step {state.step}" if state.step else "begins at step 0")
     started -= state.seconds
     window_started, window_tokens = time.monotonic(), 0
+    departure = Departure(around.leaving)
 
     for batch in data.training_batches(state.step, state.sequences):
         rate = learning_rate(training, batch.step)
@@ -76,10 +93,11 @@ def train(spec: TrainingSpec, device: torch.device) -> None:
             sequences=state.sequences + training.sequences_per_step,
             tokens=state.tokens + batch.num_tokens,
         )
+        leaving = departure.after_step(state.step)
         evaluates = is_due(state.step, training.evaluate_every_steps, training)
         saves = is_due(state.step, training.checkpoint_every_steps, training)
         logs = state.step == 1 or is_due(state.step, training.log_every_steps, training)
-        if not (logs or evaluates or saves):
+        if not (logs or evaluates or saves or leaving):
             continue
         values = mean_losses(sums, batch.num_positions, student.module, "train")
         now = time.monotonic()  # the device has finished the step
@@ -90,14 +108,28 @@ def train(spec: TrainingSpec, device: torch.device) -> None:
         values["train/tokens_per_second"] = window_tokens / (now - window_started)
         if evaluates:
             values |= holdout_losses(student, data)
-        if metrics is not None:
+        if metrics is not None and (logs or evaluates or saves):
             metrics.write(state.step, values)
-        if saves:
-            save_checkpoint(student, spec, state)
+        if saves or leaving:
+            save_checkpoint(student, spec, state, attempt, around.nodes)
+        if leaving and state.step < training.steps:
+            leave(leaving, state.step, around)
         window_started, window_tokens = time.monotonic(), 0
     if metrics is not None:
         metrics.close()
-    finish(student, spec, data, state)
+    finish(student, spec, data, state, attempt)
+
+
+def leave(notice: str, step: int, surroundings: Surroundings) -> None:
+    """Ends this start of the training behind a checkpoint; all ranks call it.
+
+    Raises:
+        NodeLeaves: always.
+    """
+    line = f"{notice}: checkpoint at step {step}"
+    if dist.get_rank() == 0:
+        surroundings.say(line)
+    raise NodeLeaves(line)
 
 
 def checked_model(spec: TrainingSpec, device: torch.device) -> PreTrainedModel:
@@ -237,16 +269,24 @@ def hidden_states_losses(
 
 
 def finish(
-    student: DeepSpeedStudent, spec: TrainingSpec, data: TrainingData, state: TrainingState
+    student: DeepSpeedStudent,
+    spec: TrainingSpec,
+    data: TrainingData,
+    state: TrainingState,
+    attempt: Attempt,
 ) -> None:
     """Writes `final/` (the weights, and log-probabilities that the export must reproduce) and then
     `training.json`.
+
+    Raises:
+        TrainingError: another training of the folder has begun.
     """
     weights = student.full_weights()
     entries, batch = data.probe()
     gold_logprobs = (-student.evaluate(batch)[0][0]).tolist()
     peak = torch.tensor([peak_memory_gib()], device=student.device)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    from_rank_0(attempt.check, student.device)
     if dist.get_rank() == 0:
         path = Path(spec.layout.final_weights(spec.student))
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ def train(run: Run) -> StageRecord:
         TrainingError: a training failed, or its folder holds another training.
     """
     from students.checkpoints.resume import seconds_before
-    from students.launch import train_student
+    from students.launching.launch import train_student
     from teachers.pool.placement import check_placement
 
     started = time.time()

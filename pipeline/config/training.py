@@ -107,8 +107,9 @@ class TrainingConfig(Section):
     keep_checkpoints: Count = 2
     """Number of newest complete checkpoints that are kept; older ones are deleted."""
     max_failures: Annotated[Whole, Field(ge=-1)] = 2
-    """Number of times that Ray Train restarts the training from the newest checkpoint after a
-    worker died; -1 for no limit."""
+    """Number of times that training restarts from one and the same checkpoint after a worker died;
+    -1 for no limit. Each new checkpoint sets the count to 0. Workers whose node goes away after a
+    notice are not counted."""
     cost_per_hour: Price = 0.0
     """Price per hour of the hardware of one worker, in any currency. The report adds it up; it
     changes nothing else."""

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from pipeline import storage
 from pipeline.errors import TrainingError
 from pipeline.run.training_spec import is_complete_checkpoint
+from students.checkpoints.ranks import missing_ranks
 from students.checkpoints.universal import TAG, stored_partitioning
 
 MODEL = "model."
@@ -53,13 +54,23 @@ def checkpoint_weights(folder: Path) -> dict[str, torch.Tensor]:
     stage 0 in the training's dtype.
 
     DeepSpeed reads ZeRO's own files, and unpickles them.
+
+    Raises:
+        TrainingError: the checkpoint lacks the files of a worker.
     """
     stored = storage.read_json(str(folder / "state.json"))
-    if stored_partitioning(stored, folder).stage == 0:
+    partitioning = stored_partitioning(stored, folder)
+    if partitioning.stage == 0:
         path = folder / TAG / "mp_rank_00_model_states.pt"
         states = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         weights: dict[str, torch.Tensor] = states["module"]
     else:
+        if missing := missing_ranks(folder, partitioning):
+            raise TrainingError(
+                f"checkpoint {folder} lacks the files of rank {', '.join(map(str, missing))}: the "
+                "node of that rank did not mount the folder; look for the files under the same "
+                "path there, or name another checkpoint"
+            )
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG) or {}

@@ -2,13 +2,14 @@
 
     <training folder>/checkpoints/step-<n>/   zero/ (DeepSpeed)  rng-<rank>.pt  state.json  COMPLETE
 
-`COMPLETE` is written last and only after every other file is on disk: a checkpoint without it does
-not exist.
+`COMPLETE` is written last and only after every other file, also of the other nodes, is on disk: a
+checkpoint without it does not exist.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,9 @@ import torch.distributed as dist
 from pipeline import storage
 from pipeline.errors import TrainingError
 from pipeline.run.training_spec import COMPLETE, TrainingSpec
+from students.checkpoints.agreement import from_rank_0
+from students.checkpoints.attempts import Attempt
+from students.checkpoints.ranks import check_ranks
 from students.checkpoints.resume import (
     Resume,
     TrainingState,
@@ -33,6 +37,7 @@ class CheckpointedStudent(Protocol):
     """The part of a `DeepSpeedStudent` that a checkpoint saves and restores."""
 
     deepspeed: Any
+    device: torch.device
     parameter_shapes: dict[str, list[int]]
 
     def load(self, folder: Path, tag: str) -> bool:
@@ -42,32 +47,55 @@ class CheckpointedStudent(Protocol):
         ...
 
 
-def save_checkpoint(student: CheckpointedStudent, spec: TrainingSpec, state: TrainingState) -> None:
-    """Writes a complete checkpoint and removes the oldest ones; all ranks call it."""
+def save_checkpoint(
+    student: CheckpointedStudent,
+    spec: TrainingSpec,
+    state: TrainingState,
+    attempt: Attempt,
+    nodes: Sequence[str],
+) -> None:
+    """Writes a complete checkpoint and removes the oldest ones; all ranks call it.
+
+    Args:
+        nodes: names of the workers' nodes, by rank.
+
+    Raises:
+        TrainingError: files of a worker do not show in the folder, or another attempt has begun.
+    """
     path = Path(spec.folder) / "checkpoints" / f"step-{state.step:08d}"
     rank = dist.get_rank()
-    if rank == 0 and path.exists():
-        shutil.rmtree(path)
-    dist.barrier()
+    from_rank_0(lambda: _clear(path, attempt), student.device)
     student.deepspeed.save_checkpoint(str(path), tag=TAG, save_latest=False)
     torch.save(_rng_state(), path / f"rng-{rank}.pt")
     dist.barrier()
     storage.sync_folder(path)  # by every rank: none can flush the files of another node
     dist.barrier()
-    if rank == 0:
-        storage.write_json(
-            str(path / "state.json"),
-            {
-                **asdict(state),
-                "partitioning": asdict(partitioning(spec.config.training)),
-                "identity": spec.identity(),
-                "shapes": student.parameter_shapes,
-            },
-        )
-        storage.sync_folder(path)
-        storage.write_bytes(str(path / COMPLETE), b"")
-        _prune(spec.folder, spec.config.training.keep_checkpoints)
-    dist.barrier()
+    content = {
+        **asdict(state),
+        "partitioning": asdict(partitioning(spec.config.training)),
+        "identity": spec.identity(),
+        "shapes": student.parameter_shapes,
+    }
+    from_rank_0(lambda: _complete(path, spec, content, attempt, nodes), student.device)
+
+
+def _clear(path: Path, attempt: Attempt) -> None:
+    """Removes what an interrupted training has left in the place of a checkpoint."""
+    attempt.check()
+    if path.exists():
+        shutil.rmtree(path)
+
+
+def _complete(
+    path: Path, spec: TrainingSpec, content: dict[str, Any], attempt: Attempt, nodes: Sequence[str]
+) -> None:
+    """Writes the last files of a checkpoint, and removes older ones."""
+    check_ranks(path, partitioning(spec.config.training), nodes)
+    attempt.check()
+    storage.write_json(str(path / "state.json"), content)
+    storage.sync_folder(path)
+    storage.write_bytes(str(path / COMPLETE), b"")
+    _prune(spec.folder, spec.config.training.keep_checkpoints)
 
 
 def load_checkpoint(

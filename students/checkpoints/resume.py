@@ -8,6 +8,7 @@ schedule, except for the keys that `training.allow_resume_with` names. Such chan
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from pipeline import storage
 from pipeline.errors import TrainingError
 from pipeline.fingerprint import differences
 from pipeline.run.training_spec import COMPLETE, TrainingSpec
+from students.checkpoints.agreement import from_rank_0
+from students.checkpoints.ranks import missing_ranks
 from students.checkpoints.universal import (
     convert,
     needs_conversion,
@@ -27,6 +30,8 @@ from students.checkpoints.universal import (
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 SHOWN = 10
 """Most parameters that a message lists."""
@@ -64,12 +69,27 @@ class Resume:
     changes: list[str]
 
 
-def complete_checkpoints(folder: str) -> list[Path]:
-    """The complete checkpoints below a training folder, in the order of their steps."""
+def marked_checkpoints(folder: str) -> list[Path]:
+    """The checkpoints below a training folder that have the marker, in the order of their steps."""
     markers = Path(folder, "checkpoints").glob(f"step-*/{COMPLETE}")
-    return sorted(
-        (marker.parent for marker in markers), key=lambda path: int(path.name.removeprefix("step-"))
-    )
+    return sorted((marker.parent for marker in markers), key=_step)
+
+
+def complete_checkpoints(folder: str) -> list[Path]:
+    """The complete checkpoints below a training folder, in the order of their steps: those that
+    have the marker and the files of all workers.
+    """
+    return [path for path in marked_checkpoints(folder) if not lacking_ranks(path)]
+
+
+def lacking_ranks(checkpoint: Path) -> list[int]:
+    """Ranks whose files a checkpoint lacks in spite of its marker: versions before this one wrote
+    the marker without a look at them.
+    """
+    stored = storage.read_json(str(checkpoint / "state.json"))
+    if "partitioning" not in stored:  # a checkpoint of another version, which is refused for that
+        return []
+    return missing_ranks(checkpoint, stored_partitioning(stored, checkpoint))
 
 
 def latest_complete(folder: str) -> Path | None:
@@ -116,6 +136,7 @@ def check_resume(spec: TrainingSpec) -> Resume | None:
             this ZeRO stage; the message lists all differences.
     """
     path = latest_complete(spec.folder)
+    _tell_incomplete(spec, path)
     if path is None:
         return None
     stored = storage.read_json(str(path / "state.json"))
@@ -150,18 +171,7 @@ def agreed_resume(spec: TrainingSpec, device: torch.device) -> Resume | None:
     Raises:
         TrainingError: as `check_resume`.
     """
-    import torch.distributed as dist  # the dry run, which checks trainings too, needs no torch
-
-    seen_by_rank_0: list[Resume | TrainingError | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            seen_by_rank_0 = [check_resume(spec)]
-        except TrainingError as error:
-            seen_by_rank_0 = [error]
-    dist.broadcast_object_list(seen_by_rank_0, device=device)
-    if isinstance(seen_by_rank_0[0], TrainingError):
-        raise seen_by_rank_0[0]
-    return seen_by_rank_0[0]
+    return from_rank_0(lambda: check_resume(spec), device)
 
 
 def prepare_resume(spec: TrainingSpec) -> Resume | None:
@@ -222,6 +232,35 @@ def refuse_other_shapes(resume: Resume, shapes: dict[str, list[int]]) -> None:
             + "\nto resume from it, restore the models and the scoring.features that it was "
             "written with; to train from the start, choose another `name` for the run"
         )
+
+
+def _step(checkpoint: Path) -> int:
+    """Step of a checkpoint's folder."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _tell_incomplete(spec: TrainingSpec, resumed: Path | None) -> None:
+    """Names the checkpoints that lack the files of a worker, and are newer than the one that the
+    training resumes from.
+
+    Raises:
+        TrainingError: there is no other checkpoint.
+    """
+    lacking = {path: lacking_ranks(path) for path in marked_checkpoints(spec.folder)}
+    lacking = {
+        path: ranks
+        for path, ranks in lacking.items()
+        if ranks and (resumed is None or _step(path) > _step(resumed))
+    }
+    for path, ranks in lacking.items():
+        files = f"checkpoint {path} lacks the files of rank {', '.join(map(str, ranks))}"
+        if resumed is None:
+            raise TrainingError(
+                f"{files}, and there is no complete checkpoint: the node of that rank did not "
+                "mount the folder, so look for the files under the same path there and copy them "
+                f"here, or remove {path} to train from the start"
+            )
+        logger.warning("%s, so training resumes from the complete %s", files, resumed.name)
 
 
 def _other_matrices(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from pipeline.layout import Layout
 from pipeline.records import DatasetEntry
 from pipeline.sequences import write_dataset, write_sequences
 from students.checkpoints.resume import prepare_resume
-from students.launch import train_student
+from students.launching.launch import train_student
 from tests.support.trainings import (
     DOMAINS,
     TEACHERS,

@@ -19,7 +19,7 @@ from pipeline.storage import read_json
 from students.checkpoints.resume import latest_complete
 from students.data.batches import DataOrder
 from students.export.folder import export_student
-from students.launch import remove_stale_build_locks, train_student
+from students.launching.launch import train_student
 from tests.support.disks import small_disk
 from tests.support.trainings import (
     STEPS,
@@ -216,7 +216,7 @@ def test_a_killed_worker_is_replaced_and_training_goes_on_exactly(
     """
     whole = run(make_spec(material, "alive", workers=2))
     spec, marker = make_spec(material, "dies", workers=2, max_failures=1), tmp_path / "died"
-    monkeypatch.setattr("students.launch._worker", dying_worker(marker, cluster))
+    monkeypatch.setattr("students.launching.launch._worker", dying_worker(marker, cluster))
     train_student(spec)
     assert marker.exists() and not cluster.exists()
     assert steps_of(spec) == STEPS
@@ -228,9 +228,9 @@ def dying_worker(marker, lock):
     done = drawn_step("a worker")
 
     def worker(config):
-        import students.launch
+        import students.launching.launch
 
-        original = students.launch._worker
+        original = students.launching.launch._worker
         if ray.train.get_context().get_world_rank() == 1 and not marker.exists():
             os.environ["DS_ACCELERATOR"] = "cpu"
             import students.trainer
@@ -256,7 +256,7 @@ def test_all_workers_resume_from_one_checkpoint_whatever_each_sees(run, material
     spec = make_spec(material, "stale", workers=2, zero_stage=2)
     with pytest.raises(InterruptedError):
         run(spec, stop_before=5)
-    monkeypatch.setattr("students.launch._worker", worker_with_an_old_listing)
+    monkeypatch.setattr("students.launching.launch._worker", worker_with_an_old_listing)
     train_student(spec)
     assert steps_of(spec) == STEPS
     assert curve(spec) == curve(whole)
@@ -264,11 +264,11 @@ def test_all_workers_resume_from_one_checkpoint_whatever_each_sees(run, material
 
 def worker_with_an_old_listing(config):
     import students.checkpoints.resume
-    import students.launch
+    import students.launching.launch
 
     if ray.train.get_context().get_world_rank() == 1:
         students.checkpoints.resume.latest_complete = lambda folder: None
-    students.launch._worker(config)
+    students.launching.launch._worker(config)
 
 
 def test_a_killed_trainer_actor_ends_the_run_and_the_next_goes_on_exactly(
@@ -276,7 +276,7 @@ def test_a_killed_trainer_actor_ends_the_run_and_the_next_goes_on_exactly(
 ):
     spec = make_spec(material, "headless", max_failures=3)
     with monkeypatch.context() as patch:
-        patch.setattr("students.launch._worker", killer_of_its_controller())
+        patch.setattr("students.launching.launch._worker", killer_of_its_controller())
         with pytest.raises(TrainingError, match="run the same command again to resume"):
             train_student(spec)
     done = drawn_step("the controller")
@@ -291,7 +291,7 @@ def killer_of_its_controller():
     done = drawn_step("the controller")
 
     def worker(config):
-        import students.launch
+        import students.launching.launch
 
         os.environ["DS_ACCELERATOR"] = "cpu"
         import students.trainer
@@ -307,7 +307,7 @@ def killer_of_its_controller():
             return step(engine, *args)
 
         students.trainer.train_step = train_step
-        students.launch._worker(config)
+        students.launching.launch._worker(config)
 
     return worker
 
@@ -319,14 +319,3 @@ def test_an_error_of_the_users_is_not_tried_again(cluster, material):
     with pytest.raises(TrainingError) as error:
         train_student(spec)
     assert "second" in str(error.value) and "Traceback" not in str(error.value)
-
-
-def test_only_locks_without_a_living_builder_are_removed(tmp_path):
-    for name in ("dead", "alive"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "lock").touch()
-    (tmp_path / "released").mkdir()
-    (tmp_path / "released" / "lock").symlink_to("gone by the time it is looked at")
-    with (tmp_path / "alive" / "lock").open():
-        assert remove_stale_build_locks(tmp_path) == [tmp_path / "dead" / "lock"]
-    assert (tmp_path / "alive" / "lock").exists()

@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from students.architecture.build import build_student
 from students.checkpoints.resume import latest_complete
 from students.data.batches import DataOrder
 from students.export.folder import export_student
-from students.launch import train_student
+from students.launching.launch import train_student
 from students.progress import read_metrics
 from tests.support.architectures import ARCHITECTURES
 from tests.support.trainings import (
@@ -72,10 +73,13 @@ def test_tensorboard_events_equal_the_metrics(reference):
 def test_progress_reaches_the_drivers_log(reference):
     spec, summary, lines = reference
     assert lines[0] == "student: step 0 of 6, workers: 1"
-    assert lines[1].startswith("removed ") and "is dead" in lines[1]
-    assert [line.split(":")[0] for line in lines[2:-1]] == [f"student step {n}/6" for n in STEPS]
+    removed, place, begun = lines[1:4]
+    assert removed.startswith("student found ") and "is dead" in removed
+    assert place.startswith(f"student runs on {socket.gethostname()} (")
+    assert begun == "student begins at step 0"
+    assert [line.split(":")[0] for line in lines[4:-1]] == [f"student step {n}/6" for n in STEPS]
     loss, holdout = curve(spec)[3], curve(spec, "holdout/loss")[3]
-    assert lines[4].startswith(f"student step 3/6: loss {loss:.4g}, hold-out loss {holdout:.4g}, ")
+    assert lines[6].startswith(f"student step 3/6: loss {loss:.4g}, hold-out loss {holdout:.4g}, ")
     assert lines[-1].startswith(f"student: 6 steps, {summary['tokens']} tokens in ")
 
 

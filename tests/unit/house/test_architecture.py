@@ -33,8 +33,7 @@ HEAVY = {
     "ray": {
         "teachers/pool/pool.py",
         "teachers/pool/actor.py",
-        "students/launch.py",
-        "students/progress.py",
+        "students/launching/",
         "jobs/",
     },
     "transformers": {"teachers/", "students/", "jobs/"},

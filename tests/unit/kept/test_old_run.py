@@ -32,7 +32,7 @@ from pipeline.run.preparation import load_prepared
 from pipeline.sequences import SequenceReader, read_dataset
 from students.architecture.initial_weights import checkpoint_weights
 from students.checkpoints.resume import check_resume, prepare_resume
-from students.launch import train_student
+from students.launching.launch import train_student
 from teachers.canary import CANARY_TOKENS, check_cache_canaries
 from teachers.preflight.identity import student_identity
 from teachers.protocol import CANARY_ENTRIES, Canary

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,8 @@ from pipeline.errors import ConfigError, TrainingError
 from pipeline.layout import Layout
 from pipeline.run.training_spec import TrainingSpec
 from students.architecture.initial_weights import checkpoint_weights
+from students.checkpoints import ranks
+from students.checkpoints.attempts import begin_attempt
 from students.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from students.checkpoints.resume import (
     TrainingState,
@@ -30,8 +33,10 @@ from students.checkpoints.resume import (
     prepare_resume,
 )
 from students.deepspeed_engine import make_optimizer
+from students.progress import MetricsLog
 
 CONFIG = Path(__file__).resolve().parents[3] / "examples/quickstart/config.yaml"
+NODES = [f"n-s{rank} (10.77.0.1{rank})" for rank in range(4)]
 WORKS = {(0, 0), (1, 1), (1, 2), (2, 1), (2, 2), (3, 3)}
 
 
@@ -58,11 +63,15 @@ class SavingStudent:
     def __init__(self, fails=False, width=4):
         self.parameter_shapes = {"model.head": [7, 4], "features.projections.0.weight": [width, 4]}
         self.fails, self.deepspeed = fails, SimpleNamespace(save_checkpoint=self.save)
-        self.loaded = []
+        self.loaded, self.device = [], torch.device("cpu")
 
     def save(self, path, tag, save_latest):
+        """Writes the files of all workers: the test is rank 0."""
         Path(path, tag).mkdir(parents=True)
         Path(path, tag, "state.pt").write_bytes(b"state")
+        for rank in range(4):
+            Path(path, f"rng-{rank}.pt").write_bytes(b"state")
+            Path(path, tag, f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").write_bytes(b"state")
         if self.fails:
             raise InterruptedError
 
@@ -81,9 +90,11 @@ def process_group(tmp_path_factory):
     torch.distributed.destroy_process_group()
 
 
-def save(spec, *steps, fails=False):
+def save(spec, *steps, fails=False, student=None):
+    attempt = begin_attempt(spec.folder, "here")
     for step in steps:
-        save_checkpoint(SavingStudent(fails), spec, TrainingState(step, 8 * step, 10 * step, 1.0))
+        state = TrainingState(step, 8 * step, 10 * step, 1.0)
+        save_checkpoint(student or SavingStudent(fails), spec, state, attempt, NODES)
 
 
 def complete(spec):
@@ -104,6 +115,110 @@ def test_old_checkpoints_go_only_after_a_newer_one_is_complete(tmp_path):
     assert check_resume(training).state.step == 30
 
 
+def test_a_checkpoint_is_not_complete_without_the_files_of_a_worker(tmp_path, monkeypatch):
+    """Rank 1's node does not mount the folder, and keeps its files to itself."""
+    monkeypatch.setattr(ranks, "WAIT_SECONDS", 0.0)
+    for stage, lacking in ((0, "rng-1.pt"), (2, "rng-1.pt"), (2, "zero/zero_pp_rank_1_*")):
+        training = make_spec(tmp_path / f"{stage}{lacking[:4]}", stage, workers=2)
+        save(training, 10)
+        with pytest.raises(TrainingError) as refusal:
+            save(training, 20, student=LosingStudent(lacking))
+        assert "rank 1 on n-s1 (10.77.0.11) does not write to " in str(refusal.value)
+        assert "is the folder mounted there?" in str(refusal.value)
+        assert complete(training) == ["step-00000010"]
+        assert check_resume(training).state.step == 10
+
+
+class LosingStudent(SavingStudent):
+    """A student that writes all files but those that fit a pattern."""
+
+    def __init__(self, lacking):
+        super().__init__()
+        self.lacking = lacking
+
+    def save(self, path, tag, save_latest):
+        super().save(path, tag, save_latest)
+        for file in Path(path).glob(self.lacking):
+            file.unlink()
+
+
+def test_files_that_show_late_are_waited_for(tmp_path, monkeypatch):
+    training = make_spec(tmp_path, 2, workers=2)
+    late = threading.Timer(0.3, lambda: place.write_bytes(b"state"))
+    place = Path(training.folder, "checkpoints/step-00000010/zero/zero_pp_rank_1_mp_rank_00_x.pt")
+    monkeypatch.setattr(ranks, "PAUSE_SECONDS", 0.01)
+    late.start()
+    save(training, 10, student=LosingStudent("zero/zero_pp_rank_1_*"))
+    late.join()
+    assert complete(training) == ["step-00000010"]
+
+
+def test_an_old_checkpoint_that_lacks_a_worker_is_passed_over(tmp_path, caplog):
+    """Its marker stands, since versions before looked at no files."""
+    training = make_spec(tmp_path, 2, workers=2, overrides=["training.keep_checkpoints=3"])
+    save(training, 10, 20, 30)
+    for step in (20, 30):
+        Path(training.folder, f"checkpoints/step-000000{step}/rng-1.pt").unlink()
+    assert check_resume(training).state.step == 10
+    assert "step-00000030 lacks the files of rank 1, so training resumes" in caplog.text
+    save(training, 40)
+    assert complete(training) == ["step-00000010", "step-00000040"]
+    caplog.clear()
+    assert check_resume(training).state.step == 40
+    assert "lacks" not in caplog.text
+
+
+def test_nothing_starts_anew_beside_a_checkpoint_that_can_be_mended(tmp_path):
+    training = make_spec(tmp_path, 2, workers=2)
+    save(training, 10)
+    checkpoint = Path(training.folder, "checkpoints/step-00000010")
+    (checkpoint / "rng-1.pt").rename(tmp_path / "rng-1.pt")
+    with pytest.raises(TrainingError, match=r"lacks the files of rank 1, .* copy them here"):
+        check_resume(training)
+    with pytest.raises(TrainingError, match="lacks the files of rank 1"):
+        checkpoint_weights(checkpoint)
+    (tmp_path / "rng-1.pt").rename(checkpoint / "rng-1.pt")
+    assert check_resume(training).state.step == 10
+
+
+def test_of_two_trainings_in_a_folder_the_one_that_began_last_goes_on(tmp_path):
+    training = make_spec(tmp_path, overrides=["training.keep_checkpoints=1"])
+    older, newer = (begin_attempt(training.folder, node) for node in ("n-s1", "n-s2"))
+    state = TrainingState(10, 80, 100, 1.0)
+    save_checkpoint(SavingStudent(), training, state, newer, NODES)
+    for step in (10, 20):  # neither a step that the newer one has nor another
+        with pytest.raises(TrainingError, match=r"began at .* on node n-s2 \(attempt 2\), so this"):
+            save_checkpoint(SavingStudent(), training, TrainingState(step, 0, 0, 1), older, NODES)
+    assert [path.name for path in Path(training.folder, "checkpoints").iterdir()] == [
+        "step-00000010"
+    ]
+    log = MetricsLog(training.metrics_path, 10, newer.check)
+    with pytest.raises(TrainingError, match="this one ends"):
+        MetricsLog(training.metrics_path, 0, older.check)
+    begin_attempt(training.folder, "n-s3")
+    with pytest.raises(TrainingError, match="n-s3"):
+        log.write(11, {})
+    Path(training.folder, "attempt.json").unlink()
+    with pytest.raises(TrainingError, match=r"attempt\.json is gone"):
+        newer.check()
+
+
+def test_an_older_training_that_is_writing_completes_no_checkpoint(tmp_path):
+    training = make_spec(tmp_path)
+    attempt = begin_attempt(training.folder, "n-s1")
+    student = SavingStudent()
+    saved = student.deepspeed.save_checkpoint
+
+    def save_while_another_begins(*arguments, **options):
+        begin_attempt(training.folder, "n-s2")
+        saved(*arguments, **options)
+
+    student.deepspeed.save_checkpoint = save_while_another_begins
+    with pytest.raises(TrainingError, match="so this one ends"):
+        save_checkpoint(student, training, TrainingState(10, 80, 100, 1.0), attempt, NODES)
+    assert complete(training) == []
+
+
 def test_the_seconds_of_training_are_those_of_all_its_starts(tmp_path, monkeypatch):
     """A start was killed after a checkpoint of the twin and the end of the student."""
     student = make_spec(tmp_path)
@@ -122,9 +237,10 @@ def test_the_seconds_of_training_are_those_of_all_its_starts(tmp_path, monkeypat
     monkeypatch.setattr(train_stage, "stage_key", lambda *_: "key")
     monkeypatch.setattr(train_stage, "training_specs", lambda *_: [student, twin])
     monkeypatch.setattr("teachers.pool.placement.check_placement", lambda *_: None)
-    monkeypatch.setattr("students.launch.train_student", train)
+    monkeypatch.setattr("students.launching.launch.train_student", train)
     storage.write_json(student.summary_path, {"steps": 20, "tokens": 200, "seconds": 300.0})
-    save_checkpoint(SavingStudent(), twin, TrainingState(10, 20, 100, 40.0))
+    attempt = begin_attempt(twin.folder, "here")
+    save_checkpoint(SavingStudent(), twin, TrainingState(10, 20, 100, 40.0), attempt, NODES)
 
     run: Any = SimpleNamespace(config=student.config)
     record = train_stage.train(run)
@@ -272,4 +388,4 @@ def test_a_checkpoint_that_deepspeed_cannot_convert_is_named_and_left_alone(tmp_
     with pytest.raises(TrainingError, match=r"could not convert .*step-00000010"):
         prepare_resume(make_spec(tmp_path, 1))
     names = {path.name for path in check_resume(make_spec(tmp_path, 1)).path.iterdir()}
-    assert names == {"zero", "rng-0.pt", "state.json", "COMPLETE"}
+    assert names == {"zero", *(f"rng-{rank}.pt" for rank in range(4)), "state.json", "COMPLETE"}
