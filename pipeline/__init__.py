@@ -10,7 +10,7 @@ final_text   the part of an answer behind its thoughts
 templating   arguments of chat templates, as Jinja text
 rope         rotary settings in a model's config
 rounding     whether log-probabilities differ by rounding alone
-messages     tables and spelling hints for people
+messages     tables, spelling hints and foreign text for people
 credentials  secrets in configs, and texts that show none
 yaml_text    YAML that people write, with bounds and the place of every fault
 config/      the configuration, one module for each YAML section
