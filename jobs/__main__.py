@@ -24,7 +24,7 @@ import logging  # noqa: E402
 
 from jobs.bookkeeping.plan import STAGE_NAMES  # noqa: E402
 from jobs.caches.commands import add_cache_commands  # noqa: E402
-from jobs.console import log_to_console, write  # noqa: E402
+from jobs.console import confirm, log_to_console, write  # noqa: E402
 from pipeline.config.load import check_shared_paths, dump_config, load_config  # noqa: E402
 from pipeline.config.run import Config  # noqa: E402
 from pipeline.errors import ClusterError, ConfigError, DistillationError  # noqa: E402
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_run_commands(commands)
     _add_job_commands(commands)
-    add_cache_commands(commands, _command, _config_arguments)
+    add_cache_commands(commands, _command, _config_arguments, confirm)
     text = "run one stage in this process, as the stage's Ray job does"
     stage = _command(commands, "stage", _stage, text)
     stage.add_argument("stage", choices=STAGE_NAMES)

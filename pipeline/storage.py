@@ -130,7 +130,7 @@ def _write_local(path: str, data: bytes | memoryview | pa.Buffer) -> None:
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{os.path.basename(path)}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with open(temporary, "wb") as stream:
+        with open(temporary, "xb") as stream:  # never through a link
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
@@ -300,7 +300,13 @@ def _entries(uri: str, recursive: bool = False) -> list[fs.FileInfo]:
     filesystem, path = _open(uri)
     with explained("list", uri):
         selector = fs.FileSelector(path, recursive=recursive, allow_not_found=True)
-        return filesystem.get_file_info(selector)
+        infos = filesystem.get_file_info(selector)
+    try:
+        return [info for info in infos if info.path]  # a name is decoded when it is read
+    except UnicodeDecodeError as error:
+        raise StorageError(
+            f"cannot list {uri}: the name {error.object!r} in it is not UTF-8: rename it"
+        ) from error
 
 
 def file_states(uri: str) -> list[tuple[str, int, int]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -27,7 +27,12 @@ from pipeline.cache_care.distillkit import (
     most_entries,
     read_distillkit,
 )
-from pipeline.cache_care.gc import find_garbage, garbage_table, remove_garbage
+from pipeline.cache_care.gc import (
+    find_garbage,
+    foreign_lines,
+    garbage_table,
+    remove_garbage,
+)
 from pipeline.cache_care.long_table import export_long
 from pipeline.cache_care.show import find_sequence, token_table
 from pipeline.cache_care.status import status_table, teacher_status
@@ -45,6 +50,9 @@ from pipeline.synthesis.answered_shards import forget_errors
 from teachers.preflight.model_layers import text_config
 from teachers.tasks.judge import forget_ungraded
 from teachers.tokenizing import load_tokenizer
+
+Confirm = Callable[[str, str], bool]
+"""Function that shows a text, asks a question about it, and returns whether the answer is yes."""
 
 
 def status(caches: RunCaches) -> str:
@@ -231,21 +239,37 @@ def _retry_round(run: Run) -> Counter[str]:
     return counts
 
 
-def collect_garbage(config: Config, dry_run: bool, unfinished: bool) -> str:
+def collect_garbage(
+    config: Config, dry_run: bool, unfinished: bool, confirm: Confirm | None = None
+) -> str:
     """Removes or lists everything below the config's storage root that nothing names.
 
     Args:
         unfinished: whether forced regenerations that have not ended count as garbage.
+        confirm: shows the table and asks whether to remove what it lists; None to remove it at
+            once.
+
+    Raises:
+        CacheError: the runs that may name caches are not all there.
     """
     layout = layout_of(config)
-    garbage = find_garbage(layout, time.time(), unfinished)
-    if not garbage:
-        return f"nothing to remove below {layout.root}"
-    text = garbage_table(garbage)
+    found = find_garbage(layout, time.time(), unfinished)
+    if not found.garbage:
+        lines = foreign_lines(layout, found)
+        return "\n".join([f"nothing to remove below {layout.root}", *lines])
+    text = garbage_table(layout, found)
     if dry_run:
         return text
+    garbage = found.garbage
+    if confirm is not None:
+        if not confirm(text, f"remove these {len(garbage)} files?"):
+            return "nothing was removed"
+        text = ""
+        listed = {item.path for item in garbage}
+        again = find_garbage(layout, time.time(), unfinished).garbage
+        garbage = [item for item in again if item.path in listed]
     remove_garbage(layout, garbage)
-    return f"{text}\nremoved"
+    return f"{text}\nremoved" if text else f"removed {len(garbage)} files"
 
 
 def _pairs(caches: RunCaches, teacher: str) -> Iterator[tuple[TokenSequence, SparseLogprobs]]:

@@ -20,9 +20,16 @@ IMPORTS = ("distillkit",)
 
 
 def add_cache_commands(
-    commands: Any, add_command: Command, add_config: Callable[[argparse.ArgumentParser], None]
+    commands: Any,
+    add_command: Command,
+    add_config: Callable[[argparse.ArgumentParser], None],
+    confirm: Callable[[str, str], bool],
 ) -> None:
-    """Adds `cache` and its own commands to the command line."""
+    """Adds `cache` and its own commands to the command line.
+
+    Args:
+        confirm: function that shows a text and asks a question about it.
+    """
     parser = commands.add_parser("cache", help="inspect and repair the caches of teachers' rows")
     inner = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -63,6 +70,9 @@ def add_cache_commands(
         "gc", _gc, "remove caches and generations that no run, checkpoint or manifest names"
     )
     command.add_argument("--dry-run", action="store_true", help="list the garbage; remove nothing")
+    command.set_defaults(confirm=confirm)
+    text = "remove what is listed without asking, as scripts must"
+    command.add_argument("--yes", action="store_true", help=text)
     text = "also remove unfinished forced regenerations"
     command.add_argument("--unfinished", action="store_true", help=text)
 
@@ -165,4 +175,5 @@ def _import(options: argparse.Namespace) -> str:
 def _gc(options: argparse.Namespace) -> str:
     from jobs.caches.actions import collect_garbage
 
-    return collect_garbage(_load(options), options.dry_run, options.unfinished)
+    asked = None if options.yes else options.confirm
+    return collect_garbage(_load(options), options.dry_run, options.unfinished, asked)

@@ -19,7 +19,7 @@ import yaml
 
 from pipeline import storage
 from pipeline.cache.kinds import holdout_identities
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, CorruptFileError
 from pipeline.fingerprint import digest_json
 from pipeline.layout import CacheLayout, Layout
 
@@ -35,7 +35,7 @@ def current_generation(folder: str) -> int:
     """
     manifest = CacheLayout(folder, 1).manifest
     if storage.exists(manifest):
-        return int(storage.read_json(manifest)["generation"])
+        return _number(manifest, _member(manifest, storage.read_json(manifest), "generation"))
     complete = [
         number
         for number in generations(folder)
@@ -58,8 +58,15 @@ def generation_in_use(layout: Layout, cache: CacheLayout) -> CacheLayout:
 
 
 def pinned_generations(layout: Layout) -> dict[str, int]:
-    """The generations that the run has pinned, by name of the cache folder."""
-    return storage.read_json(layout.pins) if storage.exists(layout.pins) else {}
+    """The generations that the run has pinned, by name of the cache folder.
+
+    Raises:
+        StorageError: the pins cannot be read.
+    """
+    pins = storage.read_json(layout.pins) if storage.exists(layout.pins) else {}
+    if not isinstance(pins, dict):
+        raise CorruptFileError(_other_kind(layout.pins, "it is no mapping"))
+    return {folder: _number(layout.pins, number) for folder, number in pins.items()}
 
 
 def pin_generations(layout: Layout, caches: Iterable[CacheLayout]) -> None:
@@ -132,7 +139,7 @@ def named_generations(layout: Layout) -> Names:
     def name(folder: str, generation: int, user: str) -> None:
         names.setdefault(folder, {}).setdefault(generation, []).append(user)
 
-    for run in _runs(layout):
+    for run in runs_below(layout):
         of_run = replace(layout, run=run)
         pins = pinned_generations(of_run)
         for folder, generation in pins.items():
@@ -140,40 +147,56 @@ def named_generations(layout: Layout) -> Names:
         for cache in _prepared_caches(of_run):
             if cache.name not in pins:
                 name(cache.name, current_generation(cache.folder), f"run {run}")
-        for root in sorted({layout.root, *_models_roots(of_run)}):
-            for user, identity in _training_identities(storage.join(root, "runs", run)):
-                for cache_name, used in identity.get("caches", {}).items():
-                    cache = layout.cache(cache_name, used["fingerprint"])
-                    name(cache.name, used["generation"], f"{user} of run {run}")
+        for root in sorted(filter(None, {layout.root, layout.models_root, *models_roots(of_run)})):
+            for user, path, used in _training_caches(storage.join(root, "runs", run)):
+                for cache_name, of_cache in used.items():
+                    fingerprint = str(_member(path, of_cache, "fingerprint"))
+                    cache = layout.cache(cache_name, fingerprint)
+                    generation = _number(path, _member(path, of_cache, "generation"))
+                    name(cache.name, generation, f"{user} of run {run}")
     return names
 
 
-def _runs(layout: Layout) -> Iterator[str]:
+def runs_below(layout: Layout) -> Iterator[str]:
     """The folders of all runs below the root, and of their later rounds."""
     for run in storage.list_folders(layout.runs_folder):
         rounds = storage.list_folders(storage.join(layout.runs_folder, run, "rounds"))
         yield from (run, *(f"{run}/rounds/{number}" for number in rounds))
 
 
+def models_roots(layout: Layout) -> set[str]:
+    """The root of a run's checkpoints, if the run's own config names one.
+
+    Raises:
+        StorageError: the config cannot be read.
+    """
+    path = layout.resolved_config
+    if not storage.exists(path):
+        return set()
+    try:
+        config = yaml.safe_load(storage.read_bytes(path))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise CorruptFileError(_other_kind(path, f"it is no YAML: {error}")) from error
+    root = _member(path, _member(path, config, "storage"), "models_root", "")
+    return {str(root)} if root else set()
+
+
 def _prepared_caches(layout: Layout) -> list[CacheLayout]:
     if not storage.exists(layout.prepared):
         return []
-    identities = storage.read_json(layout.prepared)["scoring_recipes"]
-    identities |= holdout_identities(identities)
+    path = layout.prepared
+    identities = _member(path, storage.read_json(path), "scoring_recipes")
+    try:
+        identities = identities | holdout_identities(identities)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CorruptFileError(_other_kind(path, "its scoring_recipes are of another")) from error
     return [layout.cache(name, digest_json(identity)) for name, identity in identities.items()]
 
 
-def _models_roots(layout: Layout) -> set[str]:
-    """The roots of the run's checkpoints, by its own config and by the layout given."""
-    roots = {layout.models_root}
-    if storage.exists(layout.resolved_config):
-        section = yaml.safe_load(storage.read_bytes(layout.resolved_config))["storage"]
-        roots.add(section.get("models_root"))
-    return {root for root in roots if root}
-
-
-def _training_identities(run_folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The finished trainings and checkpoints of a run, each by its name, with its identity."""
+def _training_caches(run_folder: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """The finished trainings and checkpoints of a run: the name of each, its file, and the caches
+    that its identity names.
+    """
     for student in storage.list_folders(run_folder):
         folder = storage.join(run_folder, student)
         paths = {f"training {student}": storage.join(folder, "training.json")}
@@ -184,7 +207,30 @@ def _training_identities(run_folder: str) -> Iterator[tuple[str, dict[str, Any]]
         }
         for user, path in paths.items():
             if storage.exists(path):
-                yield user, storage.read_json(path).get("identity", {})
+                identity = storage.read_json(path)
+                for key in ("identity", "caches"):
+                    identity = _member(path, identity, key, {})
+                if not isinstance(identity, dict):
+                    raise CorruptFileError(_other_kind(path, "its caches are no mapping"))
+                yield user, path, identity
+
+
+def _member(path: str, value: Any, key: str, default: Any = None) -> Any:
+    """Value of a key of a mapping that a file holds."""
+    if not isinstance(value, dict) or (default is None and key not in value):
+        raise CorruptFileError(_other_kind(path, f"it has no {key}"))
+    return value.get(key, default)
+
+
+def _number(path: str, value: Any) -> int:
+    """Number of a generation that a file names."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CorruptFileError(_other_kind(path, f"{str(value)[:40]!r} is no generation"))
+    return value
+
+
+def _other_kind(path: str, problem: str) -> str:
+    return f"{path} is not what polystill wrote: {problem}; bring the file back, or remove it"
 
 
 def _request_text(request: dict[str, Any]) -> str:

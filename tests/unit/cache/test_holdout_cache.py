@@ -135,9 +135,9 @@ def test_cache_commands_know_wide_rows(run: FabricatedRun, pools: FakePools) -> 
     scored(run)
     caches = open_caches(run.config)
     assert set(caches.layouts) == {"arithmetic", "words", *WIDE}
-    assert find_garbage(run.layout, time.time()) == []
+    assert find_garbage(run.layout, time.time()).garbage == []
     Path(run.layout.pins).unlink()
-    assert find_garbage(run.layout, time.time()) == [], "a preparation names them, too"
+    assert find_garbage(run.layout, time.time()).garbage == [], "a preparation names them, too"
     scored(run)
     assert status(caches).splitlines()[4].split()[:4] == [
         "arithmetic+holdout", f"{caches.layouts['arithmetic+holdout'].name}/g1", "2", "0",

@@ -21,6 +21,8 @@ from tests.support.caches import flip_bit
 from tests.support.command_line import file_times
 from tests.support.fabricated import FabricatedRun, FakePools
 
+LEFT = f"{'0' * 32}.parquet"
+
 
 @pytest.fixture
 def run(tmp_path: Path, pools: FakePools) -> FabricatedRun:
@@ -33,7 +35,8 @@ def run(tmp_path: Path, pools: FakePools) -> FabricatedRun:
 
 def garbage(run: FabricatedRun, **options) -> dict[str, str]:
     found = find_garbage(run.layout, options.pop("now", time.time()), **options)
-    return {os.path.relpath(item.path, run.root / "caches"): item.reason for item in found}
+    assert found.foreign == []
+    return {os.path.relpath(item.path, "caches"): item.reason for item in found.garbage}
 
 
 def force(run: FabricatedRun, teacher: str = "words") -> None:
@@ -117,7 +120,7 @@ def test_corrupt_shards_old_unfinished_writes_and_outdated_quarantine_go(
     bad = next(iter(run.shards("words")))
     flip_bit(Path(cache.shard(bad)))
     regenerate_inside_job(run.config, Request())
-    leftover = run.root / "sequences/words/.x.parquet.0123abcd.tmp"
+    leftover = run.root / f"sequences/words/.{LEFT}.0123abcd.tmp"
     leftover.write_bytes(b"half")
     scored, refused = run.entries()[0].sequence_id, "f" * 32
     for identifier in (scored, refused):
@@ -133,7 +136,7 @@ def test_corrupt_shards_old_unfinished_writes_and_outdated_quarantine_go(
     Path(cache.shard(held)).write_bytes(b"corrupt")
     assert garbage(run, now=now) == expected
     later = garbage(run, now=now + LEFTOVER_AGE_SECONDS + 60)
-    assert later == expected | {"../sequences/words/.x.parquet.0123abcd.tmp": "an unfinished write"}
+    assert later == expected | {f"../sequences/words/.{LEFT}.0123abcd.tmp": "an unfinished write"}
 
 
 def test_an_unfinished_generation_stays_unless_asked_for(
@@ -176,7 +179,7 @@ def test_the_mark_of_an_unfinished_generation_is_removed_last(
     with pytest.raises(TeacherError):
         force(run)
     removed: list[str] = []
-    monkeypatch.setattr(storage, "remove", removed.append)
+    monkeypatch.setattr(gc, "remove_file", lambda root, path: removed.append(path))
     collect_garbage(run.config, False, True)
     assert len(removed) == 2 and removed[-1].endswith("g2.regeneration.json")
 

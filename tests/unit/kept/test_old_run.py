@@ -141,7 +141,7 @@ def test_cache_commands_find_nothing_wrong(old: OldRun, capsys: pytest.CaptureFi
     assert shown.startswith(f"sequence {identifier}, domain ") and "has no row" not in shown
     assert main(["cache", "retry", old.path]) == 0
     assert capsys.readouterr().out == "nothing is quarantined\n"
-    assert find_garbage(old.layout, 0.0) == []
+    assert find_garbage(old.layout, 0.0).garbage == []
 
 
 def test_index_manifest_and_names_are_believed(old: OldRun) -> None:

@@ -23,7 +23,7 @@ from pipeline.cache_care.gc import find_garbage
 from pipeline.config.load import dump_config, load_config
 from pipeline.config.rounds import layout_of, rounds_of
 from pipeline.config.run import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import CacheError, ConfigError
 from pipeline.records import DatasetEntry
 from pipeline.report.models import DomainFigures
 from pipeline.run.preparation import preparation_key
@@ -304,10 +304,11 @@ def test_what_any_round_names_is_no_garbage(fabricated: list[FabricatedRun]) -> 
     names = [who for found in named_generations(first.layout).values() for who in found.values()]
     assert {name for who in names for name in who} == {"run quickstart", "run quickstart/rounds/2"}
     for layout in (first.layout, second.layout):
-        assert find_garbage(layout, 0.0) == []
+        assert find_garbage(layout, 0.0).garbage == []
         for path in (layout.pins, layout.prepared):
             storage.remove(path)
-    assert find_garbage(first.layout, 0.0) != []
+    with pytest.raises(CacheError, match="every cache would be garbage"):
+        find_garbage(first.layout, 0.0)
 
 
 def test_the_report_has_a_row_for_each_round(fabricated: list[FabricatedRun]) -> None:
