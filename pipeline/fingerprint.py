@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+
+DIGEST = re.compile("[0-9a-f]{32}", re.ASCII)
 
 
 def digest_bytes(*parts: bytes) -> str:
@@ -50,6 +53,11 @@ def _exact_key(key: Any) -> str:
 def digest_ids(ids: Iterable[str]) -> str:
     """Hex hash of an ordered list of ids; it names the shard that holds them."""
     return digest_bytes(*(identifier.encode() for identifier in ids))
+
+
+def is_digest(text: str) -> bool:
+    """Whether a text has the form of the hashes that name files."""
+    return DIGEST.fullmatch(text) is not None
 
 
 def sequence_id(

@@ -10,16 +10,22 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline import storage
 from pipeline.errors import ClusterError
+from pipeline.messages import foreign
 
 # Errors of file systems that have no such locks.
 UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+HOLDER = re.compile(rb"process \d+ on [^\n]*\n?")
+"""Content of a lock's file."""
+_NOT_OURS = "{path} is {found} and no lock of polystill: move it away, for the lock takes its name"
 
 
 @contextmanager
@@ -34,17 +40,20 @@ def alone(path: str, work: str) -> Iterator[None]:
 
     Raises:
         ClusterError: another process holds the lock, on this machine or, if the file system shares
-            locks between its nodes, on another one.
+            locks between its nodes, on another one; or something else has the file's name.
         StorageError: the file cannot be written.
     """
+    if os.path.islink(path):
+        raise ClusterError(_NOT_OURS.format(path=path, found="a link"))
     with storage.explained("write", path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
+        _check_own(descriptor, path)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            holder = foreign(os.pread(descriptor, 200, 0).decode(errors="replace"))
             raise ClusterError(
                 f"{work} is already going on in another process ({holder}; its lock is {path}): "
                 "wait for its end, or give this run another name"
@@ -58,3 +67,12 @@ def alone(path: str, work: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _check_own(descriptor: int, path: str) -> None:
+    """Refuses a file that is not a lock: taking the lock overwrites the content."""
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise ClusterError(_NOT_OURS.format(path=path, found="no regular file"))
+    content = os.pread(descriptor, 1000, 0).strip(b"\0")  # zeros are left by a loss of power
+    if content and not HOLDER.fullmatch(content):
+        raise ClusterError(_NOT_OURS.format(path=path, found="a file with another content"))

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pipeline import storage
-from pipeline.fingerprint import digest_ids
+from pipeline.fingerprint import digest_ids, is_digest
 from pipeline.layout import Layout
 from pipeline.records import Prompt, TokenSequence
 from pipeline.sequences import write_sequences
@@ -184,6 +184,8 @@ def forget_errors(layout: Layout, identity_digest: str) -> int:
     folder = layout.synthesis_folder(identity_digest)
     for info in storage.list_files(folder, ".json"):
         path = storage.join(folder, info.base_name)
+        if not is_digest(info.base_name.removesuffix(".json")):
+            continue  # somebody else's file
         # A file with errors holds quarantined prompts only, so it can go as a whole.
         if errors := storage.read_json(path)["errors"]:
             num_forgotten += len(errors)

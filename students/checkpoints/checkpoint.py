@@ -8,7 +8,6 @@ checkpoint without it does not exist.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +22,7 @@ from pipeline.run.training_spec import COMPLETE, TrainingSpec
 from students.checkpoints.agreement import from_rank_0
 from students.checkpoints.attempts import Attempt
 from students.checkpoints.ranks import check_ranks
+from students.checkpoints.removal import make_room, remove_checkpoint, step_of
 from students.checkpoints.resume import (
     Resume,
     TrainingState,
@@ -82,8 +82,7 @@ def save_checkpoint(
 def _clear(path: Path, attempt: Attempt) -> None:
     """Removes what an interrupted training has left in the place of a checkpoint."""
     attempt.check()
-    if path.exists():
-        shutil.rmtree(path)
+    make_room(path)
 
 
 def _complete(
@@ -124,11 +123,12 @@ def load_checkpoint(
 def _prune(folder: str, keep: int) -> None:
     """Removes older complete checkpoints, and unfinished ones; the marker goes first."""
     complete = complete_checkpoints(folder)
-    newest = complete[-1]
+    newest = step_of(complete[-1])
+    assert newest is not None, "a checkpoint was completed before"
     for path in Path(folder, "checkpoints").glob("step-*"):
-        if path not in complete[-keep:] and int(path.name[5:]) < int(newest.name[5:]):
-            (path / COMPLETE).unlink(missing_ok=True)
-            shutil.rmtree(path)
+        step = step_of(path)
+        if step is not None and path not in complete[-keep:] and step < newest:
+            remove_checkpoint(path)
 
 
 def _rng_state() -> dict[str, torch.Tensor]:

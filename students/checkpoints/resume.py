@@ -19,6 +19,7 @@ from pipeline.fingerprint import differences
 from pipeline.run.training_spec import COMPLETE, TrainingSpec
 from students.checkpoints.agreement import from_rank_0
 from students.checkpoints.ranks import missing_ranks
+from students.checkpoints.removal import step_of
 from students.checkpoints.universal import (
     convert,
     needs_conversion,
@@ -72,7 +73,9 @@ class Resume:
 def marked_checkpoints(folder: str) -> list[Path]:
     """The checkpoints below a training folder that have the marker, in the order of their steps."""
     markers = Path(folder, "checkpoints").glob(f"step-*/{COMPLETE}")
-    return sorted((marker.parent for marker in markers), key=_step)
+    found = {marker.parent: step_of(marker.parent) for marker in markers}
+    steps = {path: step for path, step in found.items() if step is not None}
+    return sorted(steps, key=lambda path: steps[path])
 
 
 def complete_checkpoints(folder: str) -> list[Path]:

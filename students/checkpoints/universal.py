@@ -115,8 +115,9 @@ def convert(checkpoint: Path) -> None:
     target = checkpoint / UNIVERSAL
     if target.exists():
         return
-    for abandoned in checkpoint.glob(f".{UNIVERSAL}-*"):
-        shutil.rmtree(abandoned)
+    for abandoned in checkpoint.glob(f".{UNIVERSAL}-{'[0-9a-f]' * 8}"):
+        if not abandoned.is_symlink():
+            shutil.rmtree(abandoned)
     scratch = checkpoint / f".{UNIVERSAL}-{uuid.uuid4().hex[:8]}"
     scratch.mkdir()
     # a process of its own: it needs no accelerator, and its memory is given back

@@ -86,6 +86,7 @@ def export_student(spec: TrainingSpec, folder: str) -> dict[str, Any]:
 
 def _write(spec: TrainingSpec, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
+    refuse_links(target)
     source = model_folder(spec)
     model = trained_model(spec, source)
     tokenizer = AutoTokenizer.from_pretrained(
@@ -103,6 +104,19 @@ def _write(spec: TrainingSpec, target: Path) -> None:
     copy_tokenizer(source, target)
     set_tokenizer_options(spec.config.student, target)
     (target / "README.md").write_text(model_card(spec))
+
+
+def refuse_links(target: Path) -> None:
+    """Refuses a folder in which a file would be written through a link.
+
+    Raises:
+        TrainingError: the folder holds a link.
+    """
+    for path in sorted(target.iterdir()):
+        if path.is_symlink():
+            raise TrainingError(
+                f"{path} is a link, and the export would be written through it: remove the link"
+            )
 
 
 def model_folder(spec: TrainingSpec) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -82,7 +83,7 @@ def remove_stale_build_locks(folder: Path) -> list[Path]:
     Open files of other users' processes cannot be read: a lock of another user is left alone. Where
     other hosts or containers may build, a lock must be `OLD_SECONDS` old.
     """
-    own = [path for path in folder.glob("**/lock") if _owner(path) == os.getuid()]
+    own = [path for path in folder.glob("**/lock") if _is_own_lock(path)]
     held = {name for pid in psutil.pids() for name in _open_files(pid)} if own else set()
     stale = [path for path in own if str(path.resolve()) not in held]
     if stale and not is_private(folder):
@@ -122,6 +123,15 @@ def _age_seconds(path: Path) -> float:
     except OSError:
         return 0.0
     return min(now, time.time()) - written
+
+
+def _is_own_lock(path: Path) -> bool:
+    """Whether a file is one that torch's builder makes under this user: empty, and no link."""
+    try:
+        state = path.lstat()
+    except FileNotFoundError:
+        return False
+    return state.st_uid == os.getuid() and stat.S_ISREG(state.st_mode) and not state.st_size
 
 
 def _owner(path: Path) -> int | None:

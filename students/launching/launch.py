@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import uuid
 import warnings
 from functools import partial
@@ -44,7 +43,13 @@ from students.launching.build_locks import (
 )
 from students.launching.failures import Failures, advice
 from students.launching.network import OwnInterfaces
-from students.launching.notices import Notices, described, give_notice, scratch_folder
+from students.launching.notices import (
+    Notices,
+    described,
+    give_notice,
+    remove_scratch,
+    scratch_folder,
+)
 from students.launching.preemption import notices_heeded
 from students.progress import FollowedTraining, describe_metrics
 from students.surroundings import Surroundings
@@ -78,12 +83,11 @@ def train_student(spec: TrainingSpec) -> dict[str, Any]:
         training.steps,
         training.workers,
     )
-    scratch = scratch_folder(spec.folder)
-    shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was killed
+    remove_scratch(spec.folder, spec.student)  # of a driver that was killed
     notices = Notices(spec.folder, needs, lambda: _free(spec))
     try:
         with FollowedTraining(spec, notices.lines), full_disk_explained(spec.folder):
-            _trainer(spec, str(scratch), needs).fit()
+            _trainer(spec, needs).fit()
     except ray.train.ControllerError as error:
         if isinstance(error.controller_failure, DistillationError):
             raise error.controller_failure from error
@@ -91,7 +95,7 @@ def train_student(spec: TrainingSpec) -> dict[str, Any]:
     except (ray.train.TrainingFailedError, RayError) as error:
         raise _interrupted(spec, error) from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        remove_scratch(spec.folder, spec.student)
     summary = storage.read_json(spec.summary_path)
     logger.info(
         "%s: %d steps, %d tokens in %.0f s, %s -> %s",
@@ -109,7 +113,7 @@ def _interrupted(spec: TrainingSpec, error: Exception) -> TrainingError:
     return TrainingError(f"training of {spec.student} failed: {error}\n{advice(spec.folder)}")
 
 
-def _trainer(spec: TrainingSpec, scratch: str, needs: str) -> TorchTrainer:
+def _trainer(spec: TrainingSpec, needs: str) -> TorchTrainer:
     training, resources = spec.config.training, _resources(spec)
     use_gpu = training.resources.num_gpus > 0
     roots = {spec.layout.root, spec.layout.models_root or spec.layout.root}
@@ -126,7 +130,7 @@ def _trainer(spec: TrainingSpec, scratch: str, needs: str) -> TorchTrainer:
         ),
         run_config=RunConfig(
             name=f"{spec.student}-{uuid.uuid4().hex[:8]}",
-            storage_path=scratch,
+            storage_path=str(scratch_folder(spec.folder)),
             failure_config=FailureConfig(max_failures=-1),  # `Failures` counts them
             callbacks=[Failures(spec, needs)],
         ),

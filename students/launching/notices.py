@@ -8,6 +8,8 @@ time that a training waits, from the loss of a worker until all workers are plac
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -23,6 +25,18 @@ REMIND_SECONDS = (30.0, 60.0, 300.0)
 def scratch_folder(folder: str) -> Path:
     """Folder of Ray Train's own files and of the notices, which lasts as long as the driver."""
     return Path(folder, "ray_train")
+
+
+def remove_scratch(folder: str, student: str) -> None:
+    """Removes the notices and what Ray Train wrote for this start and for killed ones, and then the
+    scratch folder if nothing else is in it.
+    """
+    scratch = scratch_folder(folder)
+    for path in (_folder(folder), *scratch.glob(f"{student}-{'[0-9a-f]' * 8}")):
+        if not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        scratch.rmdir()
 
 
 def give_notice(folder: str, text: str, waits: bool) -> None:

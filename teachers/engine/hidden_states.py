@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -22,6 +23,8 @@ from safetensors import SafetensorError, safe_open
 from pipeline.errors import TeacherError
 
 PREFIX = "polystill-states-"
+NAME = re.compile(rf"{PREFIX}(\d{{1,7}})-[a-z0-9_]{{8}}", re.ASCII)
+"""Name of an engine's folder: the process, and what `mkdtemp` adds."""
 
 
 class HiddenStatesFolder:
@@ -29,7 +32,7 @@ class HiddenStatesFolder:
 
     def __init__(self) -> None:
         for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-            if not psutil.pid_exists(int(path.name.split("-")[2])):
+            if _is_abandoned(path):
                 shutil.rmtree(path, ignore_errors=True)
         self._path = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-")
 
@@ -64,6 +67,14 @@ class HiddenStatesFolder:
     def remove(self) -> None:
         """Removes the folder with the files that are left in it."""
         shutil.rmtree(self._path, ignore_errors=True)
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether a folder was made by a process of this user that has ended."""
+    found = NAME.fullmatch(path.name)
+    if found is None or path.is_symlink() or not path.is_dir():
+        return False
+    return path.stat().st_uid == os.getuid() and not psutil.pid_exists(int(found[1]))
 
 
 def take_hidden_states(path: str, first: int, last: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from pipeline import storage
 from pipeline.config.student import StudentConfig
 from pipeline.errors import ConfigError
 from pipeline.final_text import final_text
-from pipeline.fingerprint import digest_ids
+from pipeline.fingerprint import digest_ids, is_digest
 from pipeline.layout import Layout
 from pipeline.records import Prompt
 from teachers.concurrency import ask_each
@@ -211,6 +211,8 @@ def forget_ungraded(layout: Layout, identity_digest: str) -> int:
     folder = layout.judgements(identity_digest)
     for info in storage.list_files(folder, ".json"):
         path = storage.join(folder, info.base_name)
+        if not is_digest(info.base_name.removesuffix(".json")):
+            continue  # somebody else's file
         grades = storage.read_json(path)
         graded = {name: grade for name, grade in grades.items() if grade is not None}
         if len(graded) < len(grades):
