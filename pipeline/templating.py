@@ -7,12 +7,13 @@ and the exported student, whose users may still pass other values.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from datetime import date
 from keyword import iskeyword
 from typing import Any
+
+from pipeline.fingerprint import exact_json
 
 TEMPLATE_DATE = "template_date"
 """Variable of a template that holds the day that `strftime_now` writes."""
@@ -64,7 +65,7 @@ def checked_arguments(arguments: Any) -> Any:
         if name in GIVEN_BY_RENDERER:
             other = "set template_date" if name == "strftime_now" else "leave it out"
             raise ValueError(f"{name!r} is set for every prompt by whatever renders it: {other}")
-        if isinstance(value, float) and not math.isfinite(value):
+        if exact_json(value) != value:
             raise ValueError(f"{name} is {value}, which JSON does not know: give a number or text")
     return arguments
 

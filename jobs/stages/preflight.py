@@ -88,18 +88,18 @@ def check_options(config: Config) -> None:
     checks["evaluation"] = partial(
         check_sampling_parameters, config.evaluation.sampling, endpoint_apis=apis
     )
-    most = config.synthesis.max_sequence_tokens
-    longest = config.evaluation.sampling.get("max_tokens", 0)
-    if most is not None and most <= longest:
-        raise ConfigError(
-            f"evaluation.sampling.max_tokens ({longest}) leaves no room for a prompt in "
-            f"synthesis.max_sequence_tokens ({most})"
-        )
     for place, check in checks.items():
         try:
             check()
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from error
+    most = config.synthesis.max_sequence_tokens
+    longest = config.evaluation.sampling["max_tokens"]
+    if most is not None and most <= longest:
+        raise ConfigError(
+            f"evaluation.sampling.max_tokens ({longest}) leaves no room for a prompt in "
+            f"synthesis.max_sequence_tokens ({most}): lower the first, or raise the second"
+        )
     _check_step_sampling(config)
     _check_attention(config.student.attn_implementation)
 

@@ -19,7 +19,7 @@ from pipeline.config.base import ModelFiles
 from pipeline.config.filters import Filter, Judge
 from pipeline.config.rounds import layout_of, round_layouts
 from pipeline.config.run import Config
-from pipeline.config.synthesis import STUDENT, Answering
+from pipeline.config.synthesis import STUDENT, Answering, GivenAnswers
 from pipeline.config.teachers import TeacherConfig
 from pipeline.errors import ConfigError
 from pipeline.filters.run import filter_identity
@@ -37,7 +37,7 @@ from pipeline.synthesis.prompts import write_prompts
 from pipeline.synthesis.steps import planned_answers, steps_of, with_system_prompts
 from students.architecture.positions import refuse_dynamic_scaling
 from students.deepspeed_options import check_deepspeed_options
-from teachers.engine.options import check_sampling_values
+from teachers.engine.options import ServedModel, check_sampling_values
 from teachers.preflight.boundary import check_bound_judges, check_boundaries
 from teachers.preflight.identity import check_model, check_weights, model_identity, student_identity
 from teachers.preflight.model_layers import check_layers, hidden_sizes, text_config
@@ -76,6 +76,7 @@ def prepare(config: Config) -> Run:
     template_date = check_template(config)
     tokenizer_hash = check_vocabularies(config, asked_prompts)
     rows = _check_vocabulary_sizes(config)
+    _check_requests(config, rows)
     check_layers(config)
     refuse_dynamic_scaling(text_config(config.student.files), config.synthesis.max_sequence_tokens)
     _check_student(config)
@@ -171,16 +172,36 @@ def _check_values(config: Config) -> None:
     Raises:
         ConfigError: vLLM or DeepSpeed refuses a value, or DeepSpeed does not know a key.
     """
-    samplings = {"evaluation": config.evaluation.sampling}
-    for place, step in steps_by_place(config).items():
-        samplings[place] = sampling_of(step.recipe, step.author)
-    for place, sampling in samplings.items():
-        try:
-            check_sampling_values(sampling)
-        except ConfigError as error:
-            raise ConfigError(f"{place}: {error}") from error
+    _check_requests(config, {})
     if config.training.deepspeed:
         check_deepspeed_options(config.training.deepspeed)
+
+
+def _check_requests(config: Config, rows: Mapping[str, int]) -> None:
+    """Lets vLLM judge the parameters of every request for an answer.
+
+    Args:
+        rows: rows in the vocabulary of every model; models without are not read yet.
+
+    Raises:
+        ConfigError: vLLM would fail a request.
+    """
+    asked = [
+        (f"evaluation, answers of {name}", name, config.evaluation.sampling)
+        for name in (*config.scoring_teachers, STUDENT)
+    ]
+    for place, step in steps_by_place(config).items():
+        if not isinstance(step.recipe, GivenAnswers):
+            asked.append((place, step.author, sampling_of(step.recipe, step.author)))
+    for place, name, sampling in asked:
+        author = config.author(name)
+        model = None
+        if isinstance(author, TeacherConfig) and name in rows:
+            model = ServedModel(rows[name], author.vllm)
+        try:
+            check_sampling_values(sampling, model)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from error
 
 
 def _check_student(config: Config) -> None:

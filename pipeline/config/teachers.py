@@ -23,6 +23,7 @@ from pipeline.config.base import (
     Whole,
 )
 from pipeline.credentials import shown_url
+from pipeline.fingerprint import exact_json
 from pipeline.messages import short
 from pipeline.templating import checked_arguments
 
@@ -120,6 +121,11 @@ class RequestChanges(Section):
         names = [*self.rename.values(), *self.extra]
         if again := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"{again} would be set twice: give each new field another name")
+        if exact_json(self.extra) != self.extra:
+            raise ValueError(
+                "extra must hold what JSON holds: no infinities, and no keys but texts: correct "
+                f"{short(repr(self.extra), 200)}"
+            )
         return self
 
     def applied(self, body: dict[str, Any]) -> dict[str, Any]:

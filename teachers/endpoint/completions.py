@@ -90,7 +90,7 @@ class Completions:
             "prompt": prompt_ids,
             "add_special_tokens": False,
             "return_token_ids": True,
-            "stop_token_ids": [*sampling.get("stop_token_ids", ()), *end_ids],
+            "stop_token_ids": [*(sampling.get("stop_token_ids") or ()), *end_ids],
         }
         choice = await self._choice("/completions", TOKEN_REPLY, body)
         self._check_prompt(choice, prompt_ids)

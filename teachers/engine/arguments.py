@@ -7,12 +7,13 @@ knows.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Set
 from typing import Any
 
 from pipeline.config.teachers import RequestChanges
 from pipeline.errors import ConfigError, TeacherError
-from pipeline.messages import closest
+from pipeline.messages import closest, short
 from teachers.protocol import EngineSpec
 
 OWNED_ENGINE_ARGUMENTS = {
@@ -33,6 +34,12 @@ OWNED_SAMPLING_PARAMETERS = {
     "stop": "it needs text, but answers are taken as token ids; use stop_token_ids",
     "bad_words": "it needs a tokenizer in the engine, which has none; use logit_bias",
     "structured_outputs": "it needs a tokenizer in the engine, which has none",
+    "logprob_token_ids": CAPTURED,
+    "prompt_logprob_token_ids": CAPTURED,
+    "prompt_logprob_start": CAPTURED,
+    "trace_decode_token_ids": "it gives the answer, which models shall write",
+    "output_text_buffer_length": "vLLM sets it for each request",
+    "skip_clone": "vLLM sets it for each request",
 }
 
 OPENAI_PARAMETERS = frozenset(
@@ -88,16 +95,36 @@ def check_engine_sampling(block: dict[str, Any], known: Set[str], samples_per_pr
             for several answers.
     """
     check_names("sampling", block, known, OWNED_SAMPLING_PARAMETERS)
-    if not isinstance(block.get("max_tokens"), int):
+    most = block.get("max_tokens")
+    if not isinstance(most, int) or isinstance(most, bool):
         raise ConfigError(
-            f"sampling.max_tokens must be a whole number, not {block.get('max_tokens')!r}: set the "
-            "largest length of an answer in tokens"
+            f"sampling.max_tokens must be a whole number, not {short(repr(most))}: set the largest "
+            "length of an answer in tokens"
         )
+    if most < 1:
+        raise ConfigError(f"sampling.max_tokens is {most}: set it to 1 or more")
+    _check_numbers("sampling", block)
     if block.get("temperature") == 0 and samples_per_prompt > 1:
         raise ConfigError(
             f"sampling.temperature is 0, so the {samples_per_prompt} answers to a prompt would be "
             "the same: raise it, or set samples_per_prompt to 1"
         )
+
+
+def _check_numbers(place: str, value: Any) -> None:
+    """Refuses what would make every probability not-a-number.
+
+    Raises:
+        ConfigError: a value is not-a-number, or infinite but for a bias of minus infinity.
+    """
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            _check_numbers(f"{place}.{key}", item)
+        return
+    is_ban = value == -math.inf and place.startswith("sampling.logit_bias.")
+    if isinstance(value, float) and not math.isfinite(value) and not is_ban:
+        raise ConfigError(f"{place} is {value}, with which nothing can be drawn: give a number")
 
 
 def check_endpoint_sampling(block: dict[str, Any], api: str) -> None:
@@ -112,6 +139,13 @@ def check_endpoint_sampling(block: dict[str, Any], api: str) -> None:
                 f"an endpoint with `api: {api}` ignores sampling.{key}: leave it out; the endpoint "
                 f"honours {', '.join(sorted(ENDPOINT_PARAMETERS[api]))}, and takes fields of its "
                 "own from endpoint.request.extra"
+            )
+        if isinstance(block[key], dict) and any(
+            isinstance(value, float) and not math.isfinite(value) for value in block[key].values()
+        ):
+            raise ConfigError(
+                f"sampling.{key} is {short(repr(block[key]))}, and requests to an endpoint are "
+                "JSON, which has no infinity: write -100, the strongest bias"
             )
 
 
@@ -139,6 +173,10 @@ def check_capture(block: dict[str, Any], num_logprobs: int) -> None:
             `raw_logprobs`.
     """
     width = block.get("max_logprobs", -1)
+    if not isinstance(width, int):
+        raise ConfigError(
+            f"vllm.max_logprobs must be a whole number, not {short(repr(width))}: leave it out"
+        )
     if width != -1 and width < num_logprobs:
         raise ConfigError(
             f"vllm.max_logprobs ({width}) is below scoring.num_logprobs ({num_logprobs}); "

@@ -12,13 +12,13 @@ from typing import Any
 import vllm
 from vllm import SamplingParams
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind
 from vllm.third_party import pynvml
 
 from pipeline.errors import TeacherError
 from pipeline.records import Prompt
 from teachers.canary import canary_ids, full_step, full_step_death
 from teachers.engine import hardware, reference
+from teachers.engine.options import answer_parameters
 from teachers.engine.row_capture import RowCapture
 from teachers.engine.running_engine import RunningEngine
 from teachers.protocol import (
@@ -96,14 +96,8 @@ class VllmTeacher:
     ) -> list[GeneratedAnswer]:
         """Generates answers to one prompt, given by its ids alone; see `Teacher.generate`."""
         self.engine.check_request(prompt_ids, sampling["max_tokens"])
-        # Without a tokenizer vLLM knows only the end tokens of the model's generation config.
-        end_ids = () if sampling.get("ignore_eos") else self._spec.eos_token_ids
-        fixed: dict[str, Any] = sampling | {
-            "stop_token_ids": [*(sampling.get("stop_token_ids") or ()), *end_ids],
-            "detokenize": False,
-            "output_kind": RequestOutputKind.FINAL_ONLY,
-        }
-        parameters = [SamplingParams(**fixed) for _ in range(num_samples)]
+        ends = self._spec.eos_token_ids
+        parameters = [answer_parameters(sampling, ends) for _ in range(num_samples)]
         for i, each in enumerate(parameters):
             each.seed = None if each.seed is None else each.seed + i
         return list(await asyncio.gather(*(self._answer(prompt_ids, each) for each in parameters)))
