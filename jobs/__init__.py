@@ -2,6 +2,7 @@
 
 __main__      the command line
 console       the one place that writes to the terminal
+faults        one line, and a log, for errors that nobody expected
 distill       the whole run, every stage in order
 dry_run       plan, resources and bytes, as text
 bookkeeping/  what each stage has done and still has to do

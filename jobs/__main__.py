@@ -24,31 +24,43 @@ import logging  # noqa: E402
 
 from jobs.bookkeeping.plan import STAGE_NAMES  # noqa: E402
 from jobs.caches.commands import add_cache_commands  # noqa: E402
-from jobs.console import confirm, log_to_console, write  # noqa: E402
+from jobs.console import confirm, discard, log_to_console, write  # noqa: E402
+from jobs.faults import fault_message  # noqa: E402
 from pipeline.config.load import check_shared_paths, dump_config, load_config  # noqa: E402
 from pipeline.config.run import Config  # noqa: E402
+from pipeline.credentials import shown_url, without_secrets  # noqa: E402
 from pipeline.errors import ClusterError, ConfigError, DistillationError  # noqa: E402
+from pipeline.messages import printable  # noqa: E402
 
 # This module has another name when it is run as a program.
 logger = logging.getLogger("jobs")
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C has ended, as in shells."""
+PIPE_CLOSED = 141
+"""Exit code of a command whose reader has gone, as of other commands: `polystill logs … | head`."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, or 1 for an error that a user can act on."""
+    """Runs one command; returns the exit code: 0, or 1 for an error, told in one message."""
     options = parse(arguments)
     log_to_console()
     try:
         product = options.action(options)
+        if product is not None:
+            write(product)
     except DistillationError as error:
-        logger.error("polystill: %s", error)
+        logger.error("polystill: %s", printable(str(error)))
         return 1
     except KeyboardInterrupt:
         logger.error("polystill: interrupted; run the same command again to go on")
         return INTERRUPTED
-    if product is not None:
-        write(product)
+    except BrokenPipeError:
+        discard(sys.stdout)
+        return PIPE_CLOSED
+    except Exception as error:  # a traceback helps nobody at a terminal
+        words = sys.argv[1:] if arguments is None else arguments
+        logger.error("polystill: %s", fault_message(error, words))
+        return 1
     return 0
 
 
@@ -58,7 +70,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options, rest = parser.parse_known_args(arguments)
     misplaced = [text for text in rest if text.startswith("-") or "overrides" not in options]
     if misplaced:
-        parser.error(f"unrecognized arguments: {' '.join(misplaced)}")
+        shown = printable(" ".join(map(without_secrets, misplaced)))
+        parser.error(f"unrecognized arguments: {shown}")
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
@@ -182,7 +195,7 @@ def _run(options: argparse.Namespace) -> str | None:
     client = connect(options.address)
     identifier = submit(client, config, DETACHED, ["run", "--inside-job"])
     logger.info("submitted %s", identifier)
-    following = f"polystill logs {identifier} --address {options.address} --follow"
+    following = f"polystill logs {identifier} --address {shown_url(options.address)} --follow"
     logger.info("follow it with: %s", following)
     return None
 

@@ -7,9 +7,13 @@ characters, which may come from a server, a file or a job's log, are shown and n
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import sys
+from typing import TextIO
 
+from pipeline.credentials import without_passwords
 from pipeline.errors import ConfigError
 from pipeline.messages import harmless
 
@@ -23,18 +27,32 @@ class ConsoleHandler(logging.Handler):
         """Prints one message and flushes it; a closed terminal must not stop the work."""
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
         try:
-            print(harmless(self.format(record)), file=stream, flush=True)
+            print(harmless(without_passwords(self.format(record))), file=stream, flush=True)
+        except BrokenPipeError:
+            discard(stream)
         except (OSError, ValueError):
             self.handleError(record)
 
 
 def log_to_console() -> None:
     """Shows everything that our packages log, and warnings of all other packages."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as Python opens standard error
     root = logging.getLogger()
     if not any(isinstance(handler, ConsoleHandler) for handler in root.handlers):
         root.addHandler(ConsoleHandler())
     for package in PACKAGES:
         logging.getLogger(package).setLevel(logging.INFO)
+
+
+def discard(stream: TextIO) -> None:
+    """Lets everything that is written to a stream vanish, since nobody reads it any more.
+
+    Python would otherwise complain at its end of what it could not flush.
+    """
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def write(text: str) -> None:

@@ -54,9 +54,13 @@ _VALUES = re.compile(
 )
 """Values that their issuers made recognisable."""
 _USER = re.compile(
-    r"(?<![\w+.-])(?P<scheme>[A-Za-z][\w+.-]*:/{2,9})[^\s/@:'\"]{0,999}:[^\s@'\"]{0,999}@"
+    r"(?<![\w+.-])(?P<scheme>https?:/{2,9}(?=[^\s/@'\"]{0,999}@)|[A-Za-z][\w+.-]*:/{2,9}"
+    r"(?=[^\s/@:'\"]{0,999}:))[^\s'\"]{0,999}@"
 )
 """Name and password in a URL within a text."""
+_QUERY = re.compile(
+    r"(?i)(?P<name>[?&][\w-]{0,99}(?:key|token|secret|password|signature)[\w-]{0,99})=[^\s&'\"]+"
+)
 _ASSIGNED = re.compile(
     r"(?<![\w-])(?P<name>[A-Za-z_][\w-]*)(?P<sign>['\"]?\s*[:=]\s*)(?P<value>'[^']*'|\"[^\"]*\"|[^\s,{}\[\]]+)"
 )
@@ -121,7 +125,8 @@ def shown_url(url: str) -> str:
 
 
 def without_passwords(text: str) -> str:
-    """A text without the users and passwords of the URLs in it, and without known kinds of keys."""
+    """A text without the users, passwords and keys of the URLs in it, and known kinds of keys."""
+    text = _QUERY.sub(rf"\g<name>={HIDDEN}", text)
     return _VALUES.sub(HIDDEN, _USER.sub(rf"\g<scheme>{HIDDEN}@", text))
 
 

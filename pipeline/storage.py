@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from pipeline.credentials import shown_url, without_passwords
 from pipeline.errors import CorruptFileError, StorageError, StoreUnreachableError
 
 logger = logging.getLogger(__name__)
@@ -61,8 +62,8 @@ def _open(uri: str) -> tuple[fs.FileSystem, str]:
         filesystem, path = fs.FileSystem.from_uri(uri + options)
     except (pa.ArrowInvalid, OSError) as error:
         raise StorageError(
-            f"cannot reach {uri}: {error}; check its scheme (s3://, gs://), its bucket and the "
-            "credentials of this machine"
+            f"cannot reach {shown_url(uri)}: {without_passwords(str(error))}; check its scheme "
+            "(s3://, gs://), its bucket and the credentials of this machine"
         ) from error
     return filesystem, path
 
@@ -75,20 +76,23 @@ def explained(action: str, uri: str) -> Iterator[None]:
         action: verb for the message, such as `write`.
         uri: path or URI that the action concerns.
     """
+    shown = shown_url(uri)
     try:
         yield
     except FileNotFoundError as error:
-        raise StorageError(f"cannot {action} {uri}: it does not exist") from error
+        raise StorageError(f"cannot {action} {shown}: it does not exist") from error
+    except pa.ArrowInvalid as error:  # a path such as `name:rest`, which may be a URI
+        raise StorageError(f"cannot {action} {shown}: {without_passwords(str(error))}") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageError(
-                f"cannot {action} {uri}: the disk is full; everything finished so far is kept; "
+                f"cannot {action} {shown}: the disk is full; everything finished so far is kept; "
                 "free some space and run the same command again"
             ) from error
         is_object = "://" in uri and not uri.startswith("file://")
         may_pass = is_object and error.errno is None and not LASTING.search(str(error))
         kind = StoreUnreachableError if may_pass else StorageError
-        raise kind(f"cannot {action} {uri}: {error}") from error
+        raise kind(f"cannot {action} {shown}: {without_passwords(str(error))}") from error
 
 
 def _retried(function: Callable[P, T]) -> Callable[P, T]:
@@ -108,8 +112,13 @@ def _retried(function: Callable[P, T]) -> Callable[P, T]:
 
 
 @_retried
-def write_bytes(uri: str, data: bytes | memoryview | pa.Buffer) -> None:
+def write_bytes(uri: str, data: bytes | memoryview | pa.Buffer, *, private: bool = False) -> None:
     """Writes a whole file so that it either exists completely or not at all.
+
+    Args:
+        uri: path or URI of the file.
+        data: its content.
+        private: nobody but its owner may read the file; in an object store the store decides.
 
     Raises:
         StorageError: the disk is full or the place cannot be written.
@@ -117,7 +126,7 @@ def write_bytes(uri: str, data: bytes | memoryview | pa.Buffer) -> None:
     filesystem, path = _open(uri)
     with explained("write", uri):
         if isinstance(filesystem, fs.LocalFileSystem):
-            _write_local(path, data)
+            _write_local(path, data, private)
         else:
             # A context manager would complete the object even after a failed write.
             stream = filesystem.open_output_stream(path)
@@ -125,12 +134,14 @@ def write_bytes(uri: str, data: bytes | memoryview | pa.Buffer) -> None:
             stream.close()
 
 
-def _write_local(path: str, data: bytes | memoryview | pa.Buffer) -> None:
+def _write_local(path: str, data: bytes | memoryview | pa.Buffer, private: bool) -> None:
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{os.path.basename(path)}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with open(temporary, "xb") as stream:  # never through a link
+        mode = 0o600 if private else 0o666  # less what the process's umask takes away
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        with os.fdopen(os.open(temporary, flags, mode), "wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())

@@ -11,7 +11,9 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
+from pipeline.credentials import shown_url, without_passwords
 from pipeline.errors import ClusterError
+from pipeline.messages import short
 
 CONNECT_SECONDS, ANSWER_SECONDS = 5, 60
 # Ray prefers these variables to an address that its caller passes.
@@ -48,17 +50,18 @@ def connect(address: str) -> JobSubmissionClient:
         ClusterError: the address is no URL, no job server answers there (this is known within 10
             seconds), or the token is missing or wrong.
     """
+    shown = shown_url(address)
     if not address.startswith(("http://", "https://")):
         raise ClusterError(
-            f"the address {address!r} is not the URL of a job server, such as http://head-node:8265"
+            f"the address {short(shown)!r} is not the URL of a job server, such as http://head-node:8265"
         )
     address = address.rstrip("/")
     headers = _authorization()
     try:
         answer = requests.get(f"{address}/api/version", headers=headers, timeout=CONNECT_SECONDS)
-    except requests.RequestException as error:
+    except (requests.RequestException, ValueError) as error:
         raise ClusterError(
-            f"no Ray job server can be reached at {address} ({type(error).__name__}): check that "
+            f"no Ray job server can be reached at {shown} ({type(error).__name__}): check that "
             "the cluster is up, that this is the port of its dashboard (8265 by default), and any "
             "tunnel or proxy in between"
         ) from error
@@ -66,20 +69,20 @@ def connect(address: str) -> JobSubmissionClient:
     about_token = "authentication token" in answer.text
     if about_token and answer.status_code == requests.codes.unauthorized:
         raise ClusterError(
-            f"the cluster at {address} asks for a token and none was sent: {HOW_TO_AUTHENTICATE}"
+            f"the cluster at {shown} asks for a token and none was sent: {HOW_TO_AUTHENTICATE}"
         )
     if about_token and answer.status_code == requests.codes.forbidden:
         raise ClusterError(
-            f"the cluster at {address} does not accept this token: {HOW_TO_AUTHENTICATE}"
+            f"the cluster at {shown} does not accept this token: {HOW_TO_AUTHENTICATE}"
         )
     if not answer.ok or "ray_version" not in answer.text:
         raise ClusterError(
-            f"{address} answers with HTTP {answer.status_code}, but not as a Ray job server does: "
+            f"{shown} answers with HTTP {answer.status_code}, but not as a Ray job server does: "
             f"{answer.text[:200]!r}; if a proxy answers, add the host to NO_PROXY"
         )
     for name in CHATTY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
-    with _without_address_variables(), cluster_errors(f"cannot connect to {address}"):
+    with _without_address_variables(), cluster_errors(f"cannot connect to {shown}"):
         return _Client(address, headers=headers)
 
 
@@ -121,7 +124,7 @@ def cluster_errors(failure: str) -> Iterator[None]:
             f"{failure}: the cluster refused the token; {HOW_TO_AUTHENTICATE}"
         ) from error
     except (RuntimeError, OSError) as error:  # requests' errors are OSErrors
-        raise ClusterError(f"{failure}: {error}") from error
+        raise ClusterError(f"{failure}: {without_passwords(str(error))}") from error
 
 
 def job_server_address_inside_job() -> str:

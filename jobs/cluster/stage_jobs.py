@@ -22,6 +22,7 @@ from pipeline.config.base import Resources
 from pipeline.config.load import dump_config, local_paths
 from pipeline.config.rounds import layout_of, round_layouts
 from pipeline.config.run import Config
+from pipeline.credentials import shown_url, without_passwords
 from pipeline.errors import ClusterError, StorageError
 from pipeline.fingerprint import digest_json
 
@@ -90,12 +91,13 @@ def submit_and_follow(
                 prefix,
                 identifier,
                 identifier,
-                address,
+                shown_url(address),
             )
         raise
-    show_all = f"polystill logs {identifier} --address {address}"
     if address is None:
         show_all = _keep_log(config, client, identifier)
+    else:
+        show_all = f"polystill logs {identifier} --address {shown_url(address)}"
     if status != JobStatus.SUCCEEDED:
         raise ClusterError(failure_message(client, identifier, show_all))
 
@@ -108,7 +110,8 @@ def _keep_log(config: Config, client: JobSubmissionClient, identifier: str) -> s
     """
     path = layout_of(config).job_log(identifier)
     try:
-        storage.write_bytes(path, job_logs(client, identifier).encode())
+        log = without_passwords(job_logs(client, identifier))
+        storage.write_bytes(path, log.encode(errors="replace"), private=True)
     except StorageError as error:
         return f"not kept: {error}"
     return f"less {path}"

@@ -45,5 +45,7 @@ def build_upload(packages_root: Path, config_text: str, folder: Path) -> Path:
             target = folder / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
-    (folder / "config.yaml").write_text(config_text, encoding="utf-8")
+    config = folder / "config.yaml"
+    config.touch(mode=0o600)
+    config.write_text(config_text, encoding="utf-8")
     return folder

@@ -61,7 +61,7 @@ def run_stage(stage: str, config: Config) -> None:
     with lock if stage in ALONE else nullcontext():
         record = STAGE_FUNCTIONS[stage](config)
     # Written last: if a stage is refused, the folder keeps the config that made its content.
-    storage.write_bytes(layout.resolved_config, dump_config(config).encode())
+    storage.write_bytes(layout.resolved_config, dump_config(config).encode(), private=True)
     attempt: dict[str, float] = {"started": started, "unended": unended}
     if stage != "train":  # its checkpoints count the seconds of all its starts
         attempt["seconds"] = time.time() - started

@@ -42,6 +42,7 @@ from pipeline.config.teachers import (
     scoring_teachers,
 )
 from pipeline.config.training import TrainingConfig
+from pipeline.credentials import shown_url
 from pipeline.messages import short
 
 
@@ -75,9 +76,9 @@ class StorageConfig(Section):
     def _models_need_a_file_system(self) -> StorageConfig:
         if "://" in (self.models_root or self.root):
             raise ValueError(
-                f"models_root must be a folder that all nodes mount, found {self.models_root!r} "
-                f"with root {self.root!r}: DeepSpeed and vLLM read and write models on a file "
-                "system"
+                "models_root must be a folder that all nodes mount, found "
+                f"{shown_url(self.models_root or '')!r} with root {shown_url(self.root)!r}: "
+                "DeepSpeed and vLLM read and write models on a file system"
             )
         return self
 

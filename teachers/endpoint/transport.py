@@ -21,6 +21,7 @@ import aiohttp
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.config.teachers import EndpointConfig
+from pipeline.credentials import without_passwords
 from pipeline.errors import ConfigError, TeacherError
 from teachers.protocol import EngineDiedError, ItemRefusedError
 
@@ -255,7 +256,7 @@ class Requester:
 
     def _clean(self, text: str) -> str:
         """Removes the key, which a server may repeat."""
-        return text.replace(self._key, "***") if self._key else text
+        return without_passwords(text.replace(self._key, "***") if self._key else text)
 
 
 def whole_characters(content: bytes) -> bytes:

@@ -129,7 +129,9 @@ EXTRA = [
 ]
 ARGUMENTS = [
     Case("infinity", "{a: .inf}", ("a is inf, which JSON does not know",)),
-    Case("number as key", "{a: {5: x}}", ("template_arguments",)),
+    Case("deep infinity", "{a: [{b: -.inf}]}", ("which JSON does not know",)),
+    Case("not a number", "{a: .nan}", ("a is nan, which JSON does not know",)),
+    Case("number as key", "{a: {5: x}}", ("a is {5: 'x'}, which JSON does not know",)),
     Case("date", "{a: 2026-11-30}", ("a is a date in YAML",)),
     Case("no name", "{a b: 1}", ("cannot be a variable",)),
     Case("number as name", "{5: 1}", ("cannot be a variable",)),
