@@ -13,6 +13,7 @@ rounding     whether log-probabilities differ by rounding alone
 messages     tables, spelling hints and foreign text for people
 credentials  secrets in configs, and texts that show none
 yaml_text    YAML that people write, with bounds and the place of every fault
+child        a program that could hold up or flood its parent
 config/      the configuration, one module for each YAML section
 synthesis/   prompts, the steps that write and answer them, records of finished work
 checkers/    is an answer right, given its reference?

@@ -59,3 +59,14 @@ def foreign(value: Any, width: int = 300) -> str:
     text = value if isinstance(value, str) else repr(value)
     words = printable(" ".join(text[: 4 * width].split()))
     return short(words if len(text) <= 4 * width else f"{words}...", width)
+
+
+def one_line(words: object, most: int = 300) -> str:
+    """Words that others have written, such as a library's error, on one line that does nothing
+    else to a terminal.
+
+    Args:
+        words: text, or what has one.
+        most: characters to show.
+    """
+    return printable(short(" ".join(str(words).split()), most))

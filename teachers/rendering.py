@@ -11,16 +11,21 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, pass_context
-from jinja2.runtime import Context
+from jinja2 import TemplateError
 from tokenizers import Tokenizer, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from pipeline.child import ChildProcess
+from pipeline.errors import ConfigError
+from pipeline.messages import one_line
 from pipeline.templating import DEFAULT_DATE, TEMPLATE_DATE
+
+SECONDS_TO_RENDER = 10.0
+"""Most time for one chat; published templates take less than a millisecond."""
 
 _THOUGHT = r"[|_:\w]*?(?:think|thought|reason)\w*[|:_]*[>\]▷]"
 THOUGHT_MARK = re.compile(
@@ -32,13 +37,11 @@ _LAST_PLACEHOLDER = 0x10FFFD
 """Last of the code points that stand for control tokens: the end of Unicode's private planes, which
 no font is known to use."""
 _CHAT = ({"role": "user", "content": "Go on"}, {"role": "assistant", "content": "Yes"})
-
-
-@pass_context
-def _pinned_strftime(context: Context, pattern: str) -> str:
-    """`strftime_now` of chat templates, at the start of the run's day and not of today."""
-    day = context.get(TEMPLATE_DATE, DEFAULT_DATE.isoformat())
-    return datetime.fromisoformat(day).strftime(pattern)
+_TEMPLATES = ChildProcess(
+    "a chat template",
+    Path(__file__).with_name("template_worker.py"),
+    {"messages": [], "template": "", "values": {}, "date": (TEMPLATE_DATE, "")},
+)
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -54,20 +57,36 @@ def render(
 ) -> str:
     """Text of a chat as the template writes it.
 
+    Whoever published the model wrote the template, which is a program: it runs in a child process.
+
     Args:
         messages: messages of the chat.
         opens_answer: ask for the beginning of the next answer behind them.
 
     Raises:
-        TemplateError: the template refuses the messages.
+        TemplateError: the template refuses the messages, or fails on them.
+        ConfigError: it does not come to an end, or writes too much.
     """
-    return str(
-        tokenizer.apply_chat_template(
-            list(messages),  # type: ignore[arg-type]
-            tokenize=False,
-            add_generation_prompt=opens_answer,
-            strftime_now=_pinned_strftime,
-        )
+    question = {
+        "messages": list(messages),
+        "template": tokenizer.get_chat_template(),
+        "values": {**tokenizer.special_tokens_map, "add_generation_prompt": opens_answer},
+        "date": (TEMPLATE_DATE, DEFAULT_DATE.isoformat()),
+    }
+    try:
+        outcome, text = _TEMPLATES.ask(question, SECONDS_TO_RENDER)
+    except TimeoutError:
+        outcome, text = "late", f"more than {SECONDS_TO_RENDER:g} seconds"
+    except RuntimeError:
+        outcome, text = "ended", "more memory than a process may have"
+    if outcome == "text":
+        return text
+    if outcome == "refused":
+        raise TemplateError(one_line(text))
+    raise ConfigError(
+        f"the chat template of {tokenizer.name_or_path} takes {text} for a chat of "
+        f"{len(messages)} messages that begins with {one_line(messages[0]['content'], 70)!r}: "
+        "mend its loops, name another template in student.chat_template, or choose another model"
     )
 
 

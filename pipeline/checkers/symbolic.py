@@ -6,24 +6,18 @@ a main thread only. A child process runs it, which is ended and started anew if 
 
 from __future__ import annotations
 
-import atexit
-import json
 import re
-import select
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 from pipeline.checkers.exact_values import Value
 from pipeline.checkers.marked_parts import compared_part
 from pipeline.checkers.readings import Listed, Reading, read_part, same_reading
+from pipeline.child import ChildProcess
 from pipeline.final_text import final_text
 
 PACKAGE = "math-verify"
 LONGEST_FORMULA = 400
 """Characters of the longest part that math-verify is asked about."""
-SECONDS_TO_START = 120.0
 SECONDS_TO_COMPARE = 10.0
 _BASE = re.compile(r"(?<=\d)_\{(\w+)\}")
 _WORDS_IN_A_ROW = re.compile(r"(?:(?<![\\A-Za-z])[A-Za-z]{2,}[,.;]? +){3}[A-Za-z]{2,}")
@@ -37,6 +31,7 @@ def math(answer: str, reference: str) -> bool | None:
 
     Raises:
         TimeoutError: the comparison took too long.
+        RuntimeError: the child process died, such as of too much memory.
     """
     expected, found = _formula(reference), _formula(answer)
     if expected is None:
@@ -48,7 +43,7 @@ def math(answer: str, reference: str) -> bool | None:
         return True
     if _decided(*readings) or max(len(expected), len(found)) > LONGEST_FORMULA:
         return False
-    return _WORKER.compare(expected, found)
+    return _WORKER.ask([expected, found], SECONDS_TO_COMPARE)
 
 
 def _decided(one: Reading, other: Reading) -> bool:
@@ -78,58 +73,4 @@ def _formula(text: str) -> str | None:
     return None if not formula or _WORDS_IN_A_ROW.search(formula) else formula
 
 
-class _Worker:
-    """The child process, started when it is first asked."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._lock = threading.Lock()
-
-    def compare(self, reference: str, answer: str) -> bool | None:
-        """Verdict of math-verify on two formulas; None if it cannot parse the reference.
-
-        Raises:
-            TimeoutError: the comparison took too long.
-            RuntimeError: the child process died, such as of too much memory.
-        """
-        with self._lock:
-            if self._process is None:
-                self._start()
-            return self._ask([reference, answer], SECONDS_TO_COMPARE)
-
-    def end(self) -> None:
-        """Ends the child process, if there is one."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
-
-    def _start(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        self._ask(["1", "1"], SECONDS_TO_START)
-
-    def _ask(self, question: list[str], seconds: float) -> bool | None:
-        process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write(json.dumps(question).encode() + b"\n")
-            process.stdin.flush()
-            ready, _, _ = select.select([process.stdout], [], [], seconds)
-            reply = process.stdout.readline() if ready else None
-        except BrokenPipeError:
-            reply = b""
-        if reply:
-            return json.loads(reply)
-        self.end()
-        if reply is None:
-            raise TimeoutError(f"{PACKAGE} took more than {seconds:g} seconds for {question}")
-        raise RuntimeError(f"{PACKAGE} ended while it compared {question}")
-
-
-_WORKER = _Worker()
-atexit.register(_WORKER.end)
+_WORKER = ChildProcess(PACKAGE, Path(__file__).with_name("math_worker.py"), ["1", "1"])
