@@ -6,6 +6,7 @@ noise            how far rounding alone can move log-probabilities
 rope             which factors a model with LongRoPE is served with
 concurrency      asyncio helpers: cancel tasks, ask for all items at once
 tokenizing       the student's tokenizer, ids of prompts and answers
+reading          errors of libraries that read a model's files
 rendering        chats as the template writes them, with data kept text
 template_worker  child process in which chat templates run
 engine/          a teacher in a vLLM engine of this run

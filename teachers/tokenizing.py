@@ -17,6 +17,7 @@ from pipeline.fingerprint import digest_bytes, digest_json
 from pipeline.records import Prompt
 from pipeline.run.shared_storage import check_folder_here
 from pipeline.synthesis.rewriting import read_template
+from teachers.reading import reading
 from teachers.rendering import ids_of, last_control, masked, render, template_of
 
 ANSWERS_TRIED = ("Yes.", "42", "Two lines:\n\n- it's the 2nd one!")
@@ -35,7 +36,7 @@ def load_tokenizer(model: ModelFiles) -> PreTrainedTokenizerBase:
         StorageError: the model is a folder that is missing on this node.
     """
     check_folder_here(model.model)
-    try:
+    with reading("tokenizer.json", model.model):
         # Mistral's own format has no chat template, so `tokenizer.json` beside it is read.
         tokenizer = AutoTokenizer.from_pretrained(
             model.model,
@@ -43,8 +44,6 @@ def load_tokenizer(model: ModelFiles) -> PreTrainedTokenizerBase:
             trust_remote_code=model.trust_remote_code,
             mistral_format=False,
         )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load a tokenizer from {model.model}: {error}") from error
     if model.chat_template is not None:
         tokenizer.chat_template = read_template(model.chat_template)
     if model.template_prelude and (template := template_of(tokenizer)) is not None:

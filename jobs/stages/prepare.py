@@ -39,8 +39,9 @@ from students.architecture.positions import refuse_dynamic_scaling
 from students.deepspeed_options import check_deepspeed_options
 from teachers.engine.options import ServedModel, check_sampling_values
 from teachers.preflight.boundary import check_bound_judges, check_boundaries
-from teachers.preflight.identity import check_model, check_weights, model_identity, student_identity
+from teachers.preflight.identity import model_identity, student_identity
 from teachers.preflight.model_layers import check_layers, hidden_sizes, text_config
+from teachers.preflight.models import check_models
 from teachers.preflight.template import answered_by_text, check_template, is_of_no_model
 from teachers.preflight.vocabulary import check_vocabularies, further_ends
 from teachers.tasks.judge import GRADES, grade_tokens
@@ -68,10 +69,7 @@ def prepare(config: Config) -> Run:
     _check_start(config)
     prompts, counts = check_inputs(config)
     _check_values(config)
-    for files in [*(teacher.files for teacher in config.teachers.values()), config.student]:
-        if files is not None:
-            check_model(files)
-    _check_weights(config)
+    check_models(config)
     asked_prompts = with_system_prompts(config, prompts)
     template_date = check_template(config)
     tokenizer_hash = check_vocabularies(config, asked_prompts)
@@ -151,19 +149,6 @@ def _check_start(config: Config) -> None:
             f"which is not exported yet: submit the stages of that round first (round={before}), "
             "or all rounds with `polystill run`"
         )
-
-
-def _check_weights(config: Config) -> None:
-    """Checks the weights of all models that are loaded from their folders as usual.
-
-    A random student has none, and an engine's `load_format` decides which files it reads.
-    """
-    for teacher in config.teachers.values():
-        if isinstance(teacher, TeacherConfig) and "load_format" not in teacher.vllm:
-            check_weights(teacher.model, teacher.revision)
-    student = config.student
-    if student.initialization == "pretrained" and student.initial_weights is None:
-        check_weights(student.model, student.revision)
 
 
 def _check_values(config: Config) -> None:

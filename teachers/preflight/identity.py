@@ -1,33 +1,30 @@
 """Identity of a model: the resolved hub revision, or the hash of a local folder's weights.
 
-Hashes of weight files are stored under the storage root by size and modification time, so that a
-large model is read once.
+Hashes of weight files are stored under the storage root by the state of the file, so that a large
+model is read once.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from transformers import AutoConfig
-from transformers.utils.hub import has_file
 
 from pipeline import storage
-from pipeline.config.base import ModelFiles
 from pipeline.config.load import is_folder
 from pipeline.config.student import StudentConfig
 from pipeline.config.teachers import EndpointTeacherConfig, TeacherConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, CorruptFileError
 from pipeline.fingerprint import digest_json
 from pipeline.layout import Layout
 from pipeline.run.training_spec import is_complete_checkpoint
 from teachers.preflight.model_layers import text_config
 from teachers.rope import uses_long_factors
 
-SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
 # `generation_config.json` names the tokens that end an answer; a model's own code counts as well.
 OTHER_FILES = ("config.json", "generation_config.json")
@@ -68,7 +65,21 @@ def model_identity(
         for path in files
         if path.suffix in (*WEIGHT_SUFFIXES, CODE_SUFFIX) or path.name in OTHER_FILES
     ]
-    return {"weights": digest_json(_file_hashes(decisive, layout))} | _rope(model)
+    if model.trust_remote_code:
+        decisive += _code_below(folder)
+    return {"weights": digest_json(_file_hashes(decisive, layout, folder))} | _rope(model)
+
+
+def _code_below(folder: Path) -> list[Path]:
+    """Python files in the folders of a model, which its code may import; hidden ones are none."""
+    found, seen = [], {folder.resolve()}
+    for place, names, files in os.walk(folder, followlinks=True):
+        below = [name for name in sorted(names) if not name.startswith((".", "__pycache__"))]
+        names[:] = [name for name in below if Path(place, name).resolve() not in seen]
+        seen |= {Path(place, name).resolve() for name in names}
+        if Path(place) != folder:
+            found += [Path(place, name) for name in files if name.endswith(CODE_SUFFIX)]
+    return sorted(path for path in found if path.is_file())
 
 
 def _rope(model: TeacherConfig | StudentConfig) -> dict[str, str]:
@@ -90,7 +101,8 @@ def student_identity(student: StudentConfig, layout: Layout) -> dict[str, str]:
         return student_identity(random, layout) | _weights_identity(student.initial_weights, layout)
     if student.initialization == "pretrained" or not is_folder(student.model):
         return model_identity(student, layout)
-    return {"config": digest_json(_file_hashes([Path(student.model, "config.json")], layout))}
+    folder = Path(student.model)
+    return {"config": digest_json(_file_hashes([folder / "config.json"], layout, folder))}
 
 
 def _weights_identity(folder: str, layout: Layout) -> dict[str, str]:
@@ -102,53 +114,22 @@ def _weights_identity(folder: str, layout: Layout) -> dict[str, str]:
                 "(…/checkpoints/step-<n>) nor a model folder with safetensors: check the path"
             )
         files = [Path(folder, "config.json"), *sorted(Path(folder).glob("*.safetensors"))]
-        return {"initial_weights": digest_json(_file_hashes(files, layout))}
-    state = storage.read_json(storage.join(folder, "state.json"))
-    files = sorted(Path(folder, "zero").glob("*_states.pt"))
-    return {
-        "initial_weights": digest_json(_file_hashes(files, layout)),
-        "initial_step": str(state["step"]),
-        "initial_dataset": state["identity"]["dataset_digest"],
-    }
-
-
-def check_model(model: ModelFiles) -> None:
-    """Checks that transformers can load the model's config.
-
-    Raises:
-        ConfigError: the folder or hub id does not exist, or its config cannot be read.
-    """
-    if is_folder(model.model) and not Path(model.model).is_dir():
-        raise ConfigError(f"the model folder {model.model} does not exist: check the path")
+        return {"initial_weights": digest_json(_file_hashes(files, layout, Path(folder)))}
+    path = storage.join(folder, "state.json")
+    state = storage.read_json(path)
     try:
-        AutoConfig.from_pretrained(
-            model.model, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the model config of {model.model}: {error}") from error
-
-
-def check_weights(model: str, revision: str | None) -> None:
-    """Checks that a folder or a hub model has its weights as safetensors, since other formats are
-    pickles, which run any code put into them.
-
-    Args:
-        model: folder or hub id.
-        revision: hub revision.
-
-    Raises:
-        ConfigError: the model has no safetensors.
-    """
-    if is_folder(model):
-        has_safetensors = any(Path(model).glob("*.safetensors"))
-    else:
-        has_safetensors = any(has_file(model, name, revision=revision) for name in SAFETENSORS)
-    if not has_safetensors:
-        raise ConfigError(
-            f"{model} has no safetensors: its weights would be unpickled, which can run any code; "
-            "choose a revision that has safetensors, convert the model with `save_pretrained` if "
-            "you trust it, or, for a teacher, name the format in `vllm.load_format`"
-        )
+        step, dataset = int(state["step"]), str(state["identity"]["dataset_digest"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptFileError(
+            f"{path} is not what a training writes: choose another checkpoint"
+        ) from error
+    zero = Path(folder, "zero")
+    files = sorted(zero.glob("*_states.pt"))
+    return {
+        "initial_weights": digest_json(_file_hashes(files, layout, zero)),
+        "initial_step": str(step),
+        "initial_dataset": dataset,
+    }
 
 
 def _hub_commit(model: TeacherConfig | StudentConfig) -> str:
@@ -163,24 +144,53 @@ def _hub_commit(model: TeacherConfig | StudentConfig) -> str:
     return Path(snapshot).name
 
 
-def _file_hashes(files: list[Path], layout: Layout) -> dict[str, str]:
-    remembered = (
-        storage.read_json(layout.weight_hashes) if storage.exists(layout.weight_hashes) else {}
-    )
-    keys = {path: f"{path}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files}
+def _file_hashes(files: list[Path], layout: Layout, folder: Path) -> dict[str, str]:
+    """Hashes of files by their paths below a folder, read again only where a file has changed."""
+    remembered = _remembered(layout)
+    keys = {path: _state(path) for path in files}
     unknown = [path for path in files if keys[path] not in remembered]
     if unknown:
         with ThreadPoolExecutor(4) as pool:
-            remembered |= dict(
-                zip((keys[path] for path in unknown), pool.map(_hash_file, unknown), strict=True)
+            hashes = zip(
+                (keys[path] for path in unknown), pool.map(_hash_file, unknown), strict=True
             )
+            remembered |= dict(hashes)
         storage.write_json(layout.weight_hashes, remembered)
-    return {path.name: remembered[keys[path]] for path in files}
+    return {path.relative_to(folder).as_posix(): remembered[keys[path]] for path in files}
+
+
+def _remembered(layout: Layout) -> dict[str, str]:
+    if not storage.exists(layout.weight_hashes):
+        return {}
+    found = storage.read_json(layout.weight_hashes)
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise CorruptFileError(
+            f"{layout.weight_hashes} does not hold hashes by file: remove it, and weights are read "
+            "and hashed again"
+        )
+    return found
+
+
+def _state(path: Path) -> str:
+    """Text that changes with a file.
+
+    Size and modification time alone can stay the same, as with `cp -p`, `rsync -a`, or archives
+    whose files have one date. A file has another inode if it was replaced, and another time of
+    change if it was written.
+    """
+    state = path.stat()
+    return f"{path}:{state.st_size}:{state.st_mtime_ns}:{state.st_ino}:{state.st_ctime_ns}"
 
 
 def _hash_file(path: Path) -> str:
     hasher = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as stream:
-        while block := stream.read(READ_BYTES):
-            hasher.update(block)
+    try:
+        with path.open("rb") as stream:
+            while block := stream.read(READ_BYTES):
+                hasher.update(block)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror}: mend the file, or give this user the right "
+            "to read it"
+        ) from error
     return hasher.hexdigest()

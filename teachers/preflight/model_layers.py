@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig
-
 from pipeline.config.base import ModelFiles
 from pipeline.config.losses import HiddenState, HiddenStatesLoss
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError
+from teachers.reading import model_config, reading
 
 
 def check_layers(config: Config) -> None:
@@ -58,8 +57,11 @@ def hidden_sizes(config: Config) -> dict[str, int]:
 
 
 def text_config(model: ModelFiles) -> Any:
-    """Config of a language model from transformers, or of the text part of a multimodal model."""
-    loaded = AutoConfig.from_pretrained(
-        model.model, revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
-    return loaded.get_text_config()
+    """Config of a language model from transformers, or of the text part of a multimodal model.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    loaded = model_config(model)
+    with reading("config.json", model.model):
+        return loaded.get_text_config()

@@ -18,6 +18,7 @@ from pipeline.config.base import ModelFiles
 from pipeline.config.run import Config
 from pipeline.errors import ConfigError, VocabularyMismatchError
 from pipeline.records import Prompt
+from teachers.preflight.models import named
 from teachers.tokenizing import chat_end, load_tokenizer, prompt_ids, tokenizer_hash
 
 logger = logging.getLogger(__name__)
@@ -53,10 +54,11 @@ def check_vocabularies(config: Config, prompts: Sequence[Prompt]) -> str:
         # Its own template is compared under the same arguments.
         files = replace(teacher.files, template_prelude=config.student.files.template_prelude)
         tokenizer = load_tokenizer(files)
-        lines = _differences(student, tokenizer)
-        lines += _end_differences(name, student, tokenizer, end_token_ids(files), sample)
-        if not lines and not teacher.allow_chat_template_difference:
-            lines = _rendering_differences(student, tokenizer, sample)
+        with named(f"teachers.{name}"):
+            lines = _differences(student, tokenizer)
+            lines += _end_differences(name, student, tokenizer, end_token_ids(files), sample)
+            if not lines and not teacher.allow_chat_template_difference:
+                lines = _rendering_differences(student, tokenizer, sample)
         problems += [f"teacher {name!r}: {line}" for line in lines]
     if problems:
         raise VocabularyMismatchError(
