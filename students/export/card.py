@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -12,6 +15,10 @@ from pipeline.config.run import Config
 from pipeline.config.teachers import EndpointTeacherConfig, TeacherConfig
 from pipeline.run.training_spec import TrainingSpec
 
+_PATH = re.compile(r"(?<![\w:/.~-])(?:~|file:/)?/(?:[^\s'\"/]+/)+([^\s'\"/]*)")
+"""An absolute path within a text, with its last part; no URL of another kind."""
+_PUNCTUATION = re.compile(r"[!-,:-@\[-`{-~]|(?<=www)\.")
+"""Characters with a meaning in Markdown or HTML, those of most names left out."""
 LIBRARIES = ("torch", "transformers", "deepspeed", "ray")
 """Libraries whose versions stand in the model card."""
 
@@ -34,7 +41,7 @@ def model_card(spec: TrainingSpec) -> str:
             for name, teacher in config.teachers.items()
         },
         "round": config.round,
-        "initial_weights": config.student.initial_weights,
+        "initial_weights": _published(config.student.initial_weights),
         # only what the config sets
         **config.student.model_dump(mode="json", include={"template_arguments", "template_date"}),
         "dataset": spec.dataset_digest,
@@ -44,6 +51,7 @@ def model_card(spec: TrainingSpec) -> str:
         "identity": summary["identity"],
         "changes": summary["changes"],
     }
+    provenance = _without_folders(provenance)
     teachers = ", ".join(map(_named, config.teachers, config.teachers.values()))
     origin = f"distilled from {teachers}"
     if spec.student == "twin":
@@ -76,11 +84,30 @@ def _named(name: str, teacher: TeacherConfig | EndpointTeacherConfig) -> str:
     """A teacher's name, with its hub id if it has one."""
     if isinstance(teacher, EndpointTeacherConfig) or is_folder(teacher.model):
         return name
-    return f"{name} ({teacher.model})"
+    return f"{name} ({_literally(teacher.model)})"
 
 
 def _origin(teacher: TeacherConfig | EndpointTeacherConfig) -> dict[str, str | None]:
     """The model behind a teacher."""
     if isinstance(teacher, EndpointTeacherConfig):
         return {"endpoint_model": teacher.endpoint.model, "identity": teacher.model_identity}
-    return {"model": teacher.model, "revision": teacher.revision}
+    return {"model": _published(teacher.model), "revision": teacher.revision}
+
+
+def _published(model: str | None) -> str | None:
+    """A hub id as it is, and a folder by its name: its place says who uses which machine."""
+    return Path(model).name if model is not None and is_folder(model) else model
+
+
+def _without_folders(value: Any) -> Any:
+    """A JSON value whose texts name files and folders by their own names alone."""
+    if isinstance(value, dict):
+        return {key: _without_folders(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(each) for each in value]
+    return _PATH.sub(r"\1", value) if isinstance(value, str) else value
+
+
+def _literally(name: str) -> str:
+    """A name as Markdown shows it, whatever it spells."""
+    return _PUNCTUATION.sub(r"\\\g<0>", " ".join(name.split()))
