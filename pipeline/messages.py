@@ -53,20 +53,13 @@ def harmless(text: str) -> str:
 
 
 def foreign(value: Any, width: int = 300) -> str:
-    """Words of a server, a file or another program, for a message: one short line of characters
-    that can be printed.
-    """
-    text = value if isinstance(value, str) else repr(value)
-    words = printable(" ".join(text[: 4 * width].split()))
-    return short(words if len(text) <= 4 * width else f"{words}...", width)
-
-
-def one_line(words: object, most: int = 300) -> str:
-    """Words that others have written, such as a library's error, on one line that does nothing
-    else to a terminal.
+    """Words of a server, a file, a library or another program, for a message: one short line of
+    characters that can be printed.
 
     Args:
-        words: text, or what has one.
-        most: characters to show.
+        value: text, an error, which has a text, or any other value.
+        width: most characters of the line.
     """
-    return printable(short(" ".join(str(words).split()), most))
+    text = str(value) if isinstance(value, str | Exception) else repr(value)
+    words = printable(" ".join(text[: 4 * width].split()))
+    return short(words if len(text) <= 4 * width else f"{words}...", width)

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from pipeline.config.base import ModelFiles
 from pipeline.errors import ConfigError, DistillationError
-from pipeline.messages import one_line
+from pipeline.messages import foreign
 
 _PANIC = "PanicException"
 """Errors of tokenizers' own, which Python takes for a wish to end the process."""
@@ -37,7 +37,7 @@ def reading(file: str, model: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
             raise
-        reason = one_line(error) or "no reason given"
+        reason = foreign(error) or "no reason given"
         if isinstance(error, _BARE):
             reason = f"{type(error).__name__}: {reason}"
         raise ConfigError(

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipeline.child import ChildProcess
 from pipeline.errors import ConfigError
-from pipeline.messages import one_line
+from pipeline.messages import foreign
 from pipeline.templating import DEFAULT_DATE, TEMPLATE_DATE
 
 SECONDS_TO_RENDER = 10.0
@@ -82,10 +82,10 @@ def render(
     if outcome == "text":
         return text
     if outcome == "refused":
-        raise TemplateError(one_line(text))
+        raise TemplateError(foreign(text))
     raise ConfigError(
         f"the chat template of {tokenizer.name_or_path} takes {text} for a chat of "
-        f"{len(messages)} messages that begins with {one_line(messages[0]['content'], 70)!r}: "
+        f"{len(messages)} messages that begins with {foreign(messages[0]['content'], 70)!r}: "
         "mend its loops, name another template in student.chat_template, or choose another model"
     )
 

@@ -52,7 +52,7 @@ def run_on_node(
         resources=resources.custom,
         num_returns="streaming",
     )
-    results = task.remote(marks, function, *arguments)
+    results: Any = task.remote(marks, function, *arguments)
     waited = 0.0
     for seconds in reminders():
         if ray.wait([results], timeout=seconds, fetch_local=False)[0]:

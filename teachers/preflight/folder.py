@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
-from pipeline.messages import one_line
+from pipeline.messages import foreign
 
 JSON_FILES = (
     *("config.json", "generation_config.json", "chat_template.json", "vocab.json"),
@@ -88,7 +88,7 @@ def _ids_of_tokenizer(value: Mapping[str, Any]) -> Iterator[tuple[object, object
         yield from vocabulary.items()
     for token in added:
         if not isinstance(token, dict) or not {"id", "content"} <= token.keys():
-            raise ValueError(f"the added token {one_line(token, 100)!r} has no id and content")
+            raise ValueError(f"the added token {foreign(token, 100)!r} has no id and content")
         yield token["content"], token["id"]
 
 
@@ -128,7 +128,7 @@ def _check_ids(
         for token, number in of_tokens(value):
             if type(number) is not int or not 0 <= number < MOST_TOKENS:
                 raise ValueError(
-                    f"the token {one_line(token, 80)!r} has the id {one_line(number, 80)!r}, which "
+                    f"the token {foreign(token, 80)!r} has the id {foreign(number, 80)!r}, which "
                     f"is none from 0 to {MOST_TOKENS - 1}"
                 )
     except ValueError as error:
@@ -190,12 +190,12 @@ def read_object(path: Path) -> dict[str, Any]:
         value = json.loads(text, object_pairs_hook=_without_contradiction)
     except _TwiceError as error:
         raise ConfigError(
-            f"{path} gives the key {one_line(error, 80)!r} two values: take one out"
+            f"{path} gives the key {foreign(error, 80)!r} two values: take one out"
         ) from error
     except RecursionError as error:
         raise ConfigError(f"{path} is nested too deeply: write the file anew") from error
     except ValueError as error:
-        hint = "the file is empty" if not text.strip() else one_line(error)
+        hint = "the file is empty" if not text.strip() else foreign(error)
         raise ConfigError(
             f"{path} is not valid JSON: {hint}: mend the file, or fetch it again"
         ) from error

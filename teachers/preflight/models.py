@@ -19,7 +19,7 @@ from pipeline.config.load import is_folder
 from pipeline.config.run import Config
 from pipeline.config.teachers import TeacherConfig
 from pipeline.errors import ConfigError
-from pipeline.messages import one_line
+from pipeline.messages import foreign
 from pipeline.run.training_spec import is_complete_checkpoint
 from teachers.preflight.folder import MOST_TOKENS, check_folder, read_object
 from teachers.preflight.model_layers import text_config
@@ -160,7 +160,7 @@ def _check_sizes(text: Any, model: str) -> None:
         isinstance(names, list) and all(isinstance(name, str) for name in names)
     ):
         raise ConfigError(
-            f"the config of {model} has architectures {one_line(names, 100)!r}, which are no list "
+            f"the config of {model} has architectures {foreign(names, 100)!r}, which are no list "
             "of class names: mend its config.json"
         )
     for name, most in MOST.items():
@@ -190,7 +190,7 @@ def _check_added_tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         used = tokenizer.convert_tokens_to_ids(token["content"])
         if used != token["id"]:
             raise ConfigError(
-                f"{path} adds the token {one_line(token['content'], 80)!r} with the id "
+                f"{path} adds the token {foreign(token['content'], 80)!r} with the id "
                 f"{token['id']}, and it gets {used}, since the file contradicts itself: give it an "
                 "id that no other token has"
             )

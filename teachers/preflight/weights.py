@@ -15,7 +15,7 @@ from transformers.utils.hub import has_file
 
 from pipeline.config.load import is_folder
 from pipeline.errors import ConfigError
-from pipeline.messages import one_line
+from pipeline.messages import foreign
 from teachers.preflight.folder import check_file, read_object
 
 SINGLE = "model.safetensors"
@@ -63,7 +63,7 @@ def check_weights(
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{model} is not complete in the hub cache, and HF_HUB_OFFLINE forbids to fetch it: "
-            f"{one_line(error)}; fetch it with `hf download {model}` where the hub can be reached"
+            f"{foreign(error)}; fetch it with `hf download {model}` where the hub can be reached"
         ) from error
     return None
 
@@ -79,7 +79,7 @@ def tensors_of(path: Path) -> Shapes:
         with safe_open(path, "numpy") as stream:
             return {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        reason = one_line(error).removeprefix("Error while deserializing header: ")
+        reason = foreign(error).removeprefix("Error while deserializing header: ")
         raise ConfigError(
             f"{path} ({size} bytes) is no whole file of safetensors: {reason}: fetch or write the "
             "file again, since a copy may have been cut"
@@ -139,7 +139,7 @@ def _tensors_of_index(path: Path) -> Shapes:
     for shard in named.values():
         if not isinstance(shard, str) or not _FILE_NAME.fullmatch(shard):
             raise ConfigError(
-                f"{path} names the file {one_line(shard, 100)!r}, and all weights have to be "
+                f"{path} names the file {foreign(shard, 100)!r}, and all weights have to be "
                 f"safetensors of {folder} itself: put them there, and name them without a folder"
             )
     files = sorted(set(named.values()))
@@ -166,5 +166,5 @@ def _is_there(path: Path) -> bool:
 
 
 def _shown(names: list[str] | set[str]) -> str:
-    listed = [one_line(name, 100) for name in sorted(names)[:SHOWN]]
+    listed = [foreign(name, 100) for name in sorted(names)[:SHOWN]]
     return ", ".join(listed) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
