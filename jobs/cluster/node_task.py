@@ -61,7 +61,9 @@ def run_on_node(
         room = room_in_words(resources, ray.nodes(), ray.available_resources())
         logger.info("%s has waited %.0f s for room: %s", name, waited, room)
     try:
-        _, result = (ray.get(reference) for reference in results)
+        result: Any = None
+        for reference in results:  # the last one is the function's
+            result = ray.get(reference)
     except RayTaskError as error:
         if isinstance(error.cause, DistillationError):
             raise error.cause from error
