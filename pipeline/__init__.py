@@ -10,7 +10,8 @@ final_text   the part of an answer behind its thoughts
 templating   arguments of chat templates, as Jinja text
 rope         rotary settings in a model's config
 rounding     whether log-probabilities differ by rounding alone
-messages     tables, spelling hints and foreign text for people
+messages     tables, shown values, spelling hints and foreign text for people
+plain_json   JSON of people and of other programs to plain values
 credentials  secrets in configs, and texts that show none
 yaml_text    YAML that people write, with bounds and the place of every fault
 child        a program that could hold up or flood its parent

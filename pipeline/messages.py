@@ -1,9 +1,10 @@
-"""Plain tables, spelling hints and foreign text in the messages that commands show to people."""
+"""Plain tables, shown values, spelling hints and foreign text in messages for people."""
 
 from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,6 +13,17 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud8
 """Characters with which a terminal does something else than to show them: control characters but
 newline and tab, overrides of the direction of writing; and halves of characters, which cannot be
 written at all."""
+
+LONGEST_SHOWN = 120
+"""Characters of a value in a message."""
+LONGEST_REASON = 400
+"""Characters of another library's message in a message."""
+LONGEST_PATH = 1000
+MOST_NAMES = 20
+"""Names that a message lists."""
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -31,7 +43,7 @@ def closest(name: str, known: Iterable[str]) -> str:
     """Hint for a name that does not exist: the most similar known name, or else all of them."""
     names = sorted(known)
     similar = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {similar[0]!r}?" if similar else f"there are: {', '.join(names)}"
+    return f"did you mean {shown(similar[0])}?" if similar else f"there are: {listed(names)}"
 
 
 def short(text: str, width: int = 80) -> str:
@@ -63,3 +75,33 @@ def foreign(value: Any, width: int = 300) -> str:
     text = str(value) if isinstance(value, str | Exception) else repr(value)
     words = printable(" ".join(text[: 4 * width].split()))
     return short(words if len(text) <= 4 * width else f"{words}...", width)
+
+
+def shown(value: object) -> str:
+    """A value of any size and depth as Python writes it, cut to a length that can be read."""
+    return short(_SHORT.repr(value), LONGEST_SHOWN)
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names separated by commas, the first few of many; `none` if there are none."""
+    all_names = [shown_name(name) for name in names]
+    more = len(all_names) - MOST_NAMES
+    rest = f" and {more} more" if more > 0 else ""
+    return (", ".join(all_names[:MOST_NAMES]) or "none") + rest
+
+
+def shown_name(name: object) -> str:
+    """A name without quotes, if it is one that can be read."""
+    text = str(name)
+    return text if text.isprintable() and 0 < len(text) <= LONGEST_SHOWN else shown(name)
+
+
+def shown_path(path: str) -> str:
+    """A path whole, or its beginning and end if it is longer than any that people use."""
+    half = LONGEST_PATH // 2
+    return path if len(path) <= LONGEST_PATH else f"{path[:half]}...{path[-half:]}"
+
+
+def shorter(error: BaseException) -> str:
+    """Message of another library's error on one line, without the rest of a long one."""
+    return foreign(str(error), LONGEST_REASON)

@@ -31,6 +31,7 @@ from pyarrow import fs
 
 from pipeline.credentials import shown_url, without_passwords
 from pipeline.errors import CorruptFileError, StorageError, StoreUnreachableError
+from pipeline.messages import shorter, shown, shown_path
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ LASTING = re.compile(
 
 
 def _open(uri: str) -> tuple[fs.FileSystem, str]:
+    if "\0" in uri or not uri.isascii():
+        _refuse_unencodable(uri)
     if "://" not in uri:
         return fs.LocalFileSystem(), uri
     # Without this, pyarrow uploads even the smallest object in three requests.
@@ -62,10 +65,26 @@ def _open(uri: str) -> tuple[fs.FileSystem, str]:
         filesystem, path = fs.FileSystem.from_uri(uri + options)
     except (pa.ArrowInvalid, OSError) as error:
         raise StorageError(
-            f"cannot reach {shown_url(uri)}: {without_passwords(str(error))}; check its scheme "
+            f"cannot reach {shown_path(shown_url(uri))}: {without_passwords(shorter(error))}; check its scheme "
             "(s3://, gs://), its bucket and the credentials of this machine"
         ) from error
     return filesystem, path
+
+
+def _refuse_unencodable(uri: str) -> None:
+    """Refuses a path that no file can have.
+
+    Raises:
+        StorageError: it holds NUL, or bytes that are not UTF-8 (half a character, for Python).
+    """
+    try:
+        uri.encode()
+    except UnicodeEncodeError as error:
+        raise StorageError(
+            f"{shown(uri)} is not in UTF-8: rename the file, or correct the path"
+        ) from error
+    if "\0" in uri:
+        raise StorageError(f"{shown(uri)} holds the character NUL, which no path has: correct it")
 
 
 @contextmanager
@@ -76,13 +95,15 @@ def explained(action: str, uri: str) -> Iterator[None]:
         action: verb for the message, such as `write`.
         uri: path or URI that the action concerns.
     """
-    shown = shown_url(uri)
+    shown = shown_path(shown_url(uri))
     try:
         yield
     except FileNotFoundError as error:
         raise StorageError(f"cannot {action} {shown}: it does not exist") from error
     except pa.ArrowInvalid as error:  # a path such as `name:rest`, which may be a URI
-        raise StorageError(f"cannot {action} {shown}: {without_passwords(str(error))}") from error
+        raise StorageError(
+            f"cannot {action} {shown}: {without_passwords(shorter(error))}"
+        ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageError(
@@ -92,7 +113,7 @@ def explained(action: str, uri: str) -> Iterator[None]:
         is_object = "://" in uri and not uri.startswith("file://")
         may_pass = is_object and error.errno is None and not LASTING.search(str(error))
         kind = StoreUnreachableError if may_pass else StorageError
-        raise kind(f"cannot {action} {shown}: {without_passwords(str(error))}") from error
+        raise kind(f"cannot {action} {shown}: {without_passwords(shorter(error))}") from error
 
 
 def _retried(function: Callable[P, T]) -> Callable[P, T]:
@@ -270,6 +291,11 @@ def _opened(uri: str) -> pa.NativeFile:
 def exists(uri: str) -> bool:
     """Whether a file or folder exists."""
     return _info(uri).type != fs.FileType.NotFound
+
+
+def is_file(uri: str) -> bool:
+    """Whether a path is a file that exists: no folder, pipe, socket or device."""
+    return _info(uri).type == fs.FileType.File
 
 
 def is_folder(uri: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.config.filters import EvaluationFile
 from pipeline.errors import ConfigError
 from pipeline.filters.words import words_of
-from pipeline.messages import closest
+from pipeline.messages import closest, shown
 from pipeline.synthesis.rows import numbered_rows
 
 FEWEST_SHARING = 5
@@ -132,13 +132,13 @@ def read_evaluation_file(file: EvaluationFile) -> dict[str, EvaluationColumn]:
     for name in file.fields:
         if name not in columns:
             raise ConfigError(
-                f"{file.path}: the filter contamination needs the column {name!r}, and no row has "
-                f"it; {closest(name, columns)}: correct `fields` of this file"
+                f"{file.path}: the filter contamination needs the column {shown(name)}, and no "
+                f"row has it; {closest(name, columns)}: correct `fields` of this file"
             )
         if not texts[name]:
             raise ConfigError(
-                f"{file.path}: the filter contamination needs texts in the column {name!r}, which "
-                f"is empty in all {num_rows} rows: correct `fields` of this file"
+                f"{file.path}: the filter contamination needs texts in the column {shown(name)}, "
+                f"which is empty in all {num_rows} rows: correct `fields` of this file"
             )
     return {name: EvaluationColumn(texts[name], empty[name]) for name in file.fields}
 
@@ -159,5 +159,5 @@ def _texts_in(place: str, name: str, cell: Any) -> list[str]:
             return ["\n".join(contents)]
     raise ConfigError(
         f"{place}: the filter contamination needs a text, a list of texts or chat messages in "
-        f"{name!r}, found {type(cell).__name__}: correct `fields` of this file"
+        f"{shown(name)}, found {type(cell).__name__}: correct `fields` of this file"
     )

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import difflib
-import json
+import math
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any
+from uuid import UUID
 
 from pipeline.config.base import NAME
 from pipeline.config.prompts import FIELDS, PromptsConfig, PromptSource
 from pipeline.errors import PromptError
 from pipeline.fingerprint import digest_json, unit_interval
+from pipeline.messages import listed, shown, shown_name
+from pipeline.plain_json import NotJSONError, value_in
 from pipeline.records import Prompt
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -20,6 +24,8 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 """Our names of ShareGPT's roles."""
 LIKENESS = 0.8
 """Similarity, from 0 to 1, from which on an unused column is taken for a misspelt one."""
+LONGEST_DOMAIN = 100
+"""Characters of a domain, which file systems take as the name of a folder."""
 _USUAL_TEXTS = ("prompt", "question", "instruction", "problem", "query", "input")
 
 
@@ -60,10 +66,9 @@ def parse_row(place: str, row: Any, source: PromptSource, config: PromptsConfig)
         checked, reference = _answered(place, checked, reference, source)
     if source.chat and text is not None:
         checked, text = ({"role": "user", "content": text},), None
-    identifier = values["id"]
-    identifier = digest_json([checked, text]) if identifier is None else str(identifier)
+    identifier = _identifier(place, values["id"]) or digest_json([checked, text])
     return Prompt(
-        prompt_id=_encodable(f"{place}: `id`", identifier),
+        prompt_id=identifier,
         domain=_domain(place, values["domain"], source),
         split=source.split or _split(identifier, config),
         messages=checked,
@@ -90,10 +95,11 @@ def _refuse_misspelt_columns(place: str, row: dict[str, Any], source: PromptSour
         other = {"text": "messages", "messages": "text"}.get(name)
         has_prompt = other is not None and row.get(columns.get(other, other)) is not None
         if row.get(column) is None and row[found] is not None and not has_prompt:
-            way = f"give the source `fields: {{{name}: {found}}}`"
+            way = f"give the source `fields: {{{name}: {shown_name(found)}}}`"
             way = way if name in FIELDS else f"correct {name} in the template"
             raise PromptError(
-                f"{place}: the row has no {column!r}, but {found!r}: rename the column, or {way}"
+                f"{place}: the row has no {shown(column)}, but {shown(found)}: rename the "
+                f"column, or {way}"
             )
 
 
@@ -120,13 +126,13 @@ def _found(row: Mapping[str, Any]) -> str:
     """Columns of a row that has no prompt, with the setting that a usual one of them needs."""
     chats = [name for name, value in row.items() if _is_chat(value)]
     texts = [name for name in _USUAL_TEXTS if isinstance(row.get(name), str)]
-    hint = f"; give the source `fields: {{messages: {chats[0]}}}`" if chats else ""
+    hint = f"; give the source `fields: {{messages: {shown_name(chats[0])}}}`" if chats else ""
     if not chats and texts:
         hint = f"; give the source `fields: {{text: {texts[0]}}}`"
     empty = [name for name in ("messages", "text") if name in row]
     if empty:
         hint = f"; `{empty[0]}` is empty here: remove the row, or fill it in"
-    return f"(fields: {', '.join(map(str, row)) or 'none'}){hint}"
+    return f"(fields: {listed(row)}){hint}"
 
 
 def _is_chat(value: Any) -> bool:
@@ -140,7 +146,7 @@ def _is_chat(value: Any) -> bool:
 
 def _text(place: str, name: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise PromptError(f"{place}: `{name}` must be a non-empty text, found {value!r}")
+        raise PromptError(f"{place}: `{name}` must be a non-empty text, found {shown(value)}")
     return _encodable(f"{place}: `{name}`", value)
 
 
@@ -162,13 +168,26 @@ def _encodable(place: str, value: str) -> str:
     return value
 
 
+def _identifier(place: str, value: Any) -> str | None:
+    """An id as a text; a number stands for itself."""
+    is_number = isinstance(value, int | float | Decimal | UUID) and not isinstance(value, bool)
+    if value is None or (is_number and value == value and value not in (math.inf, -math.inf)):
+        return None if value is None else str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise PromptError(
+            f"{place}: `id` must be a non-empty text or a number, found {shown(value)}: give null, "
+            "or leave it out, and the prompt's words name it"
+        )
+    return _encodable(f"{place}: `id`", value)
+
+
 def _number_or_text(place: str, name: str, value: Any) -> str:
     """A text; a whole number stands for its digits."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, float):
         raise PromptError(
-            f"{place}: `{name}` must be a text or a whole number, found {value!r}: write the "
+            f"{place}: `{name}` must be a text or a whole number, found {shown(value)}: write the "
             f"number as a text, such as {f'{value:g}'!r}, since it can be written in several ways"
         )
     return _text(place, name, value)
@@ -179,8 +198,8 @@ def _reference(place: str, value: Any) -> str | None:
         return None
     if isinstance(value, str) and not value.strip():
         raise PromptError(
-            f"{place}: `reference` must be a non-empty text, found {value!r}: leave it out, or "
-            "give null, if the prompt has none"
+            f"{place}: `reference` must be a non-empty text, found {shown(value)}: leave it out, "
+            "or give null, if the prompt has none"
         )
     return _number_or_text(place, "reference", value)
 
@@ -193,8 +212,13 @@ def _domain(place: str, value: Any, source: PromptSource) -> str:
         )
     if not isinstance(domain, str) or re.fullmatch(NAME, domain) is None:
         raise PromptError(
-            f"{place}: domain {domain!r} must consist of letters, digits, '_', '.' and '-' and "
-            "begin with a letter or digit"
+            f"{place}: domain {shown(domain)} must consist of letters, digits, '_', '.' and '-' "
+            "and begin with a letter or digit"
+        )
+    if len(domain) > LONGEST_DOMAIN:
+        raise PromptError(
+            f"{place}: domain {shown(domain)} has {len(domain)} characters, and folders are named "
+            f"after domains: shorten it to {LONGEST_DOMAIN}"
         )
     return domain
 
@@ -209,7 +233,7 @@ def _filled(place: str, row: Mapping[str, Any], source: PromptSource) -> str:
         cells[name] = "" if is_empty else _number_or_text(place, column, value)
     if not any(cells.values()):
         raise PromptError(
-            f"{place}: all columns of the template are empty ({', '.join(cells)}): remove the row, "
+            f"{place}: all columns of the template are empty ({listed(cells)}): remove the row, "
             "or fill one of them in"
         )
     return source.fill(cells)
@@ -219,7 +243,7 @@ def _messages(place: str, messages: Any) -> tuple[dict[str, str], ...]:
     if isinstance(messages, str):
         messages = _decoded(place, messages)
     if not isinstance(messages, list) or not messages:
-        raise PromptError(f"{place}: `messages` must be a non-empty list, found {messages!r}")
+        raise PromptError(f"{place}: `messages` must be a non-empty list, found {shown(messages)}")
     checked = [_message(f"{place}: messages[{i}]", m) for i, m in enumerate(messages)]
     kept = tuple(message for message in checked if message["content"])
     if not kept:
@@ -230,33 +254,36 @@ def _messages(place: str, messages: Any) -> tuple[dict[str, str], ...]:
 def _decoded(place: str, text: str) -> Any:
     """Messages that a column holds as JSON in a text."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return value_in(text)
+    except NotJSONError as error:
+        where = "" if error.position is None else f" at character {error.position}"
         raise PromptError(
             f"{place}: `messages` must be a non-empty list, or such a list as JSON in a text, "
-            f"found {text[:60]!r}: {error.msg} at character {error.pos}"
+            f"found {shown(text)}: {error.reason}{where}"
         ) from error
-    except (ValueError, RecursionError) as error:  # too long a number, too deep a nesting
-        raise PromptError(f"{place}: `messages` holds no list of messages: {error}") from error
 
 
 def _message(place: str, message: Any) -> dict[str, str]:
     """Role and text of a message; an empty text only of a system message."""
     if not isinstance(message, dict):
-        raise PromptError(f"{place} must have exactly `role` and `content`, found {message!r}")
+        raise PromptError(f"{place} must have exactly `role` and `content`, found {shown(message)}")
     names = {"role": "role", "content": "content"}
     if message.keys() >= {"from", "value"} and not message.keys() & names.keys():
         names = {"from": "role", "value": "content"}  # as ShareGPT calls them
     # Parquet and `datasets` give every message the keys that any message has.
     extra = [k for k, v in message.items() if k not in names and v not in (None, "", [], {})]
     if extra or not message.keys() >= names.keys():
-        way = f": remove {', '.join(map(repr, extra))}, which is not read" if extra else ""
-        raise PromptError(f"{place} must have exactly `role` and `content`, found {message!r}{way}")
+        way = f": remove {listed(map(shown, extra))}, which is not read" if extra else ""
+        raise PromptError(
+            f"{place} must have exactly `role` and `content`, found {shown(message)}{way}"
+        )
     # In the order of the file, since the digest of the prompts knows it.
     values = {names[key]: value for key, value in message.items() if key in names}
-    role = values["role"] = SHAREGPT_ROLES.get(str(values["role"]), values["role"])
-    if role not in ROLES:
-        raise PromptError(f"{place}.role must be one of {', '.join(ROLES)}, found {role!r}")
+    role = values["role"]
+    if isinstance(role, str):
+        role = values["role"] = SHAREGPT_ROLES.get(role, role)
+    if not isinstance(role, str) or role not in ROLES:
+        raise PromptError(f"{place}.role must be one of {', '.join(ROLES)}, found {shown(role)}")
     return values | {"content": _content(f"{place}.content", role, values["content"])}
 
 
@@ -266,7 +293,7 @@ def _content(place: str, role: str, content: Any) -> str:
     if content is None and role == "system":
         return ""
     if not isinstance(content, str) or not (content.strip() or role == "system"):
-        raise PromptError(f"{place} must be a non-empty text, found {content!r}")
+        raise PromptError(f"{place} must be a non-empty text, found {shown(content)}")
     return _encodable(place, content) if content.strip() else ""
 
 
@@ -279,8 +306,8 @@ def _part(place: str, part: Any) -> str:
         return part["text"]
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     raise PromptError(
-        f"{place} is of type {kind!r}, and models are asked in text alone: remove the part, or the "
-        "row"
+        f"{place} is of type {shown(kind)}, and models are asked in text alone: remove the part, "
+        "or the row"
     )
 
 

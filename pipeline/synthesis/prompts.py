@@ -19,7 +19,7 @@ from pipeline.config.prompts import PromptsConfig, PromptSource
 from pipeline.errors import PromptError
 from pipeline.fingerprint import digest_json
 from pipeline.layout import Layout
-from pipeline.messages import closest
+from pipeline.messages import closest, shown
 from pipeline.records import Prompt
 from pipeline.synthesis.parsing import columns_of, parse_row
 from pipeline.synthesis.rows import numbered_rows
@@ -70,6 +70,7 @@ def read_prompts(config: PromptsConfig, quiet: bool = False) -> tuple[list[Promp
                 "of its own with `split`, if it says which rows are held out"
             )
     cautions += pool.check()
+    _refuse_alike_domains(pool)
     for caution in [] if quiet else cautions:
         logger.warning("caution: %s", caution)
     prompts = [prompt for prompt, _ in pool.kept.values()]
@@ -117,8 +118,8 @@ class _Pool:
         for prompt, place in self.kept.values():
             if other := places.get(prompt.prompt_id):
                 raise PromptError(
-                    f"{place}: id {prompt.prompt_id!r} already names another prompt at {other}; "
-                    "give each prompt an id of its own"
+                    f"{place}: id {shown(prompt.prompt_id)} already names another prompt at "
+                    f"{other}; give each prompt an id of its own"
                 )
             places[prompt.prompt_id] = place
         across, within = self.disagreeing
@@ -135,6 +136,18 @@ class _Pool:
             f"{len(pairs)} of {self.counts['read']} rows repeat a prompt with another reference or "
             f"domain and are left out, such as {'; '.join(pairs[:PLACES_SHOWN])}"
         ]
+
+
+def _refuse_alike_domains(pool: _Pool) -> None:
+    """Refuses domains whose folders are one where a disk does not tell large from small letters."""
+    places: dict[str, tuple[str, str]] = {}
+    for prompt, place in pool.kept.values():
+        other, first = places.setdefault(prompt.domain.casefold(), (prompt.domain, place))
+        if other != prompt.domain:
+            raise PromptError(
+                f"{place}: domain {prompt.domain!r} differs from {other!r} at {first} in large and "
+                "small letters alone: write both in one way"
+            )
 
 
 def _difference(left: Prompt, stays: Prompt) -> str:
@@ -177,7 +190,7 @@ def _prompts_of(
         if (column := columns.get(name)) not in found and column is not None:
             setting = "`fields`" if name in source.fields else f"{name} in the template"
             raise PromptError(
-                f"{source.path}: {setting} names the column {column!r}, but no row has it; "
+                f"{source.path}: {setting} names the column {shown(column)}, but no row has it; "
                 f"{closest(column, found)}"
             )
     if source.answered and not has_reference:

@@ -11,21 +11,26 @@ import csv
 import gzip
 import io
 import itertools
-import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.errors import PromptError
+from pipeline.errors import DistillationError, PromptError
+from pipeline.messages import listed, shorter, shown
+from pipeline.plain_json import NotJSONError, value_at, value_in
 
 PIECE_BYTES = 1 << 20
 PARQUET_ROWS = 256  # rows of a Parquet file that become Python values at once
 LONGEST_CELL = 1 << 24  # characters; a quote that is never closed would read the whole file
+LONGEST_ROW = 1 << 26  # bytes of a line, or of a value of an array; a bomb has no line breaks
+MOST_BLANK_LINES = 1 << 20  # in a row; more of them are a bomb or a damaged file
 TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 _GZIP = b"\x1f\x8b"
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -34,6 +39,13 @@ _LONGEST_CUT_TOKEN = 32
 _BETWEEN = re.compile(r"[\s,]*")
 
 Rows = Iterator[tuple[str, Any]]
+
+
+@dataclass(frozen=True)
+class UnreadableCell:
+    """Cell of Arrow that is no value of Python, which matters only if somebody reads the column."""
+
+    type: str
 
 
 def numbered_rows(path: str, limit: int | None = None) -> Rows:
@@ -51,6 +63,11 @@ def numbered_rows(path: str, limit: int | None = None) -> Rows:
     if not storage.exists(path):
         hint = ": patterns are not read, so name each file" if re.search(r"[*?]", path) else ""
         raise PromptError(f"{path} does not exist{hint}")
+    if not storage.is_file(path) and not storage.is_folder(path):
+        raise PromptError(
+            f"{path} is a pipe, a socket or a device, which has no end: write its rows to a file, "
+            "and name that"
+        )
     num_rows = 0
     for place, row in itertools.islice(_rows(path), limit):
         num_rows += 1
@@ -79,13 +96,40 @@ def _parquet_rows(path: str) -> Rows:
     try:
         with storage.StoredFile(path) as stream:
             file = pq.ParquetFile(stream, page_checksum_verification=True, **options)
-            batches = file.iter_batches(PARQUET_ROWS)
-            for i, row in enumerate(row for batch in batches for row in batch.to_pylist()):
-                yield f"{path} row {i}", row
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            yield from _arrow_rows(path, file.schema_arrow, file.iter_batches(PARQUET_ROWS))
+    except (pa.ArrowException, OSError, OverflowError) as error:
         raise PromptError(
-            f"{path} is not a complete Parquet file: {error}; copy or write it again"
+            f"{path} is not a complete Parquet file: {shorter(error)}; copy or write it again"
         ) from error
+
+
+def _arrow_rows(path: str, schema: pa.Schema, batches: Iterable[Any]) -> Rows:
+    """Rows of record batches or tables."""
+    if twice := _twice(schema.names):
+        raise PromptError(f"{path} has the columns {twice} twice: give each column its own name")
+    number = 0
+    for batch in batches:
+        columns = [
+            _python_values(path, number, name, batch.column(i))
+            for i, name in enumerate(schema.names)
+        ]
+        for cells in zip(*columns, strict=True):
+            yield f"{path} row {number}", dict(zip(schema.names, cells, strict=True))
+            number += 1
+
+
+def _python_values(path: str, start: int, name: str, column: Any) -> list[Any]:
+    """Values of a column of a batch that begins at row `start`."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"{path}: the column {shown(name)} holds bytes that are not UTF-8 in rows {start} to "
+            f"{start + len(column) - 1}: write it as text, or as binary if nothing reads it"
+        ) from error
+    except (ValueError, OverflowError):  # such as a time behind the year 9999
+        cell = UnreadableCell(str(column.type))
+        return [cell if is_valid else None for is_valid in column.is_valid().to_pylist()]
 
 
 def _dataset_rows(path: str) -> Rows:
@@ -99,12 +143,12 @@ def _dataset_rows(path: str) -> Rows:
     try:
         # Arrow's values are plain; the library's own would decode images that nobody reads.
         table: Any = datasets.load_from_disk(path).with_format("arrow")
-        batches = table.iter(PARQUET_ROWS)
-        for i, row in enumerate(row for batch in batches for row in batch.to_pylist()):
-            yield f"{path} row {i}", row
-    except (pa.ArrowException, OSError) as error:
+        yield from _arrow_rows(path, table.data.schema, table.iter(PARQUET_ROWS))
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, DistillationError):
+            raise
         raise PromptError(
-            f"{path} is not a complete dataset folder: {error}; copy or write it again"
+            f"{path} is not a complete dataset folder: {shorter(error)}; copy or write it again"
         ) from error
 
 
@@ -127,7 +171,7 @@ def _text_rows(path: str) -> Rows:
                 yield from _line_rows(path, stream)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise PromptError(
-                f"{path} is compressed, and damaged or cut off: {error}; copy it again"
+                f"{path} is compressed, and damaged or cut off: {shorter(error)}; copy it again"
             ) from error
 
 
@@ -141,7 +185,23 @@ def _begins(stream: BinaryIO, *marks: bytes) -> bool:
 
 
 def _decoded_lines(path: str, stream: BinaryIO) -> Iterator[str]:
-    for number, line in enumerate(stream, start=1):
+    num_blank = 0
+    for number in itertools.count(1):
+        line = stream.readline(LONGEST_ROW + 1)
+        if not line:
+            return
+        num_blank = 0 if line.strip() else num_blank + 1
+        if len(line) > LONGEST_ROW or num_blank > MOST_BLANK_LINES:
+            found = "a line longer than 64 MiB" if num_blank == 0 else "a million blank lines"
+            raise PromptError(
+                f"{path}:{number}: found {found}, which no table of prompts has: the file is "
+                "damaged, or no text; write it again, one row a line"
+            )
+        if b"\0" in line:
+            raise PromptError(
+                f"{path}:{number}: found a NUL byte: the file is damaged, no text or in UTF-16; "
+                "save it as UTF-8"
+            )
         try:
             yield line.decode()
         except UnicodeDecodeError as error:
@@ -158,17 +218,19 @@ def _line_rows(path: str, stream: BinaryIO) -> Rows:
         if not line.strip():
             continue
         try:
-            yield f"{path}:{number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            reason = f"{error.msg} at column {error.colno}"
-            raise PromptError(_not_json(f"{path}:{number}", reason)) from error
-        except (ValueError, RecursionError) as error:  # too long a number, too deep a nesting
-            raise PromptError(_not_json(f"{path}:{number}", str(error))) from error
+            row = value_in(line)
+        except NotJSONError as error:
+            raise PromptError(_not_json(f"{path}:{number}", error, is_line=True)) from error
+        yield f"{path}:{number}", row
 
 
-def _not_json(place: str, reason: str) -> str:
+def _not_json(place: str, error: NotJSONError, is_line: bool) -> str:
+    if error.position is None:
+        return f"{place}: cannot be read as JSON: {error.reason}"
+    column = f" at column {error.position + 1}" if is_line else ""
     return (
-        f"{place}: not valid JSON: {reason}; a file holds one row a line, or all rows in one array"
+        f"{place}: not valid JSON: {error.reason}{column}; a file holds one row a line, or all "
+        "rows in one array"
     )
 
 
@@ -219,17 +281,20 @@ class _TextAhead:
         """Uses the next value, which is row `number`."""
         while True:
             try:
-                value, end = json.JSONDecoder().raw_decode(self._text, self._used)
-            except json.JSONDecodeError as error:
-                near_end = error.pos > len(self._text) - _LONGEST_CUT_TOKEN
-                may_be_cut = near_end or error.msg.startswith("Unterminated string")
+                value, end = value_at(self._text, self._used)
+            except NotJSONError as error:
+                position = -1 if error.position is None else error.position
+                near_end = position > len(self._text) - _LONGEST_CUT_TOKEN
+                may_be_cut = near_end or error.reason.startswith("Unterminated string")
+                if may_be_cut and len(self._text) - self._used > LONGEST_ROW:
+                    raise PromptError(
+                        f"{self._path}:{self.line} row {number}: the row is longer than 64 MiB, or "
+                        "never ends: the file is damaged; write it again"
+                    ) from error
                 if not may_be_cut or not self._read():
-                    self._use_until(error.pos)
+                    self._use_until(max(position, self._used))
                     place = f"{self._path}:{self.line} row {number}"
-                    raise PromptError(_not_json(place, error.msg)) from error
-            except (ValueError, RecursionError) as error:  # as in `_line_rows`
-                place = f"{self._path}:{self.line} row {number}"
-                raise PromptError(_not_json(place, str(error))) from error
+                    raise PromptError(_not_json(place, error, is_line=False)) from error
             else:
                 self._use_until(end)
                 return value
@@ -263,8 +328,8 @@ def _csv_rows(path: str, stream: BinaryIO, delimiter: str) -> Rows:
             return
         except csv.Error as error:
             raise PromptError(
-                f"{path}:{start}: not a row of a table: {error}; put a text that holds a quote, a "
-                "comma or a line break in quotes, and double the quotes inside it"
+                f"{path}:{start}: not a row of a table: {shorter(error)}; put a text that holds a "
+                "quote, a comma or a line break in quotes, and double the quotes inside it"
             ) from error
         place, start = f"{path}:{start}", reader.line_num + 1
         if not any(cells):
@@ -285,10 +350,15 @@ def _header(place: str, cells: list[str], delimiter: str) -> list[str]:
     others = [mark for mark in ",;\t|" if mark != delimiter and mark in columns[0]]
     if len(columns) == 1 and others:
         raise PromptError(
-            f"{place}: the header has one column, {columns[0]!r}: separate the columns by "
+            f"{place}: the header has one column, {shown(columns[0])}: separate the columns by "
             f"{delimiter!r} in place of {others[0]!r}"
         )
-    named = [column for column in columns if column]
-    if twice := sorted({column for column in named if named.count(column) > 1}):
+    if twice := _twice(column for column in columns if column):
         raise PromptError(f"{place}: the header names {twice} twice: give each column its own name")
     return columns
+
+
+def _twice(columns: Iterable[str]) -> str:
+    """Columns that have one name, for people; empty if there are none."""
+    names = sorted(name for name, count in Counter(columns).items() if count > 1)
+    return f"[{listed(map(shown, names))}]" if names else ""

@@ -1,0 +1,70 @@
+"""JSON of people and of other programs to plain values, with one kind of error.
+
+Python's own reader takes the last of two equal keys in silence, and raises three kinds of errors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+from pipeline.messages import shown
+
+
+class NotJSONError(ValueError):
+    """A text is no JSON value that can be read.
+
+    Attributes:
+        reason: description for the message, without a place.
+        position: character of the text at which the reading ended, counted from 0; None if unknown.
+    """
+
+    def __init__(self, reason: str, position: int | None = None) -> None:
+        super().__init__(reason, position)
+        self.reason, self.position = reason, position
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+def value_in(text: str) -> Any:
+    """Value of a JSON text.
+
+    Raises:
+        NotJSONError: it is no JSON, has a key twice, is nested too deeply, or holds a number of too
+            many digits.
+    """
+    value, end = value_at(text, len(text) - len(text.lstrip()))
+    if rest := text[end:].lstrip():
+        raise NotJSONError("Extra data", len(text) - len(rest))
+    return value
+
+
+def value_at(text: str, start: int) -> tuple[Any, int]:
+    """Value that begins at a character of a text, and the character behind it.
+
+    Raises:
+        NotJSONError: see `value_in`.
+    """
+    try:
+        return _DECODER.raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        raise NotJSONError(error.msg.removesuffix(" at"), error.pos) from error
+    except RecursionError as error:
+        raise NotJSONError("it is nested too deeply") from error
+    except NotJSONError:
+        raise
+    except ValueError as error:  # Python's limit on the digits of whole numbers
+        raise NotJSONError("a number has more than 4300 digits; write it as a text") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise NotJSONError(f"the key {shown(twice)} stands twice in one object; keep one of them")
+    return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
