@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import Any
+from functools import lru_cache
+from typing import Any, TypeVar
 
-from pipeline.messages import shown
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.messages import shown, shown_name
+
+T = TypeVar("T")
 
 
 class NotJSONError(ValueError):
@@ -37,7 +42,7 @@ def value_in(text: str) -> Any:
     """
     value, end = value_at(text, len(text) - len(text.lstrip()))
     if rest := text[end:].lstrip():
-        raise NotJSONError("Extra data", len(text) - len(rest))
+        raise NotJSONError("more text stands behind the value", len(text) - len(rest))
     return value
 
 
@@ -57,6 +62,31 @@ def value_at(text: str, start: int) -> tuple[Any, int]:
         raise
     except ValueError as error:  # Python's limit on the digits of whole numbers
         raise NotJSONError("a number has more than 4300 digits; write it as a text") from error
+
+
+def checked(value: Any, shape: type[T]) -> T:
+    """A value in its shape: a type such as `dict[str, int]`, or a pydantic model.
+
+    Numbers are no texts, and keys beyond those of a model are left out.
+
+    Raises:
+        NotJSONError: the value has another shape.
+    """
+    try:
+        return _adapter(shape).validate_python(value, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(shown_name, first["loc"]))
+        found = "" if first["type"] == "missing" else f", found {shown(first['input'])}"
+        message = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
+        raise NotJSONError(
+            f"{place}: {message}{found}" if place else f"{message}{found}"
+        ) from error
+
+
+@lru_cache(maxsize=64)
+def _adapter(shape: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(shape)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import io
 import json
 import logging
 import os
@@ -116,11 +115,11 @@ def explained(action: str, uri: str) -> Iterator[None]:
         raise kind(f"cannot {action} {shown}: {without_passwords(shorter(error))}") from error
 
 
-def _retried(function: Callable[P, T]) -> Callable[P, T]:
+def retried(function: Callable[P, T]) -> Callable[P, T]:
     """Decorator: calls a function again, after pauses, while an object store does not answer."""
 
     @functools.wraps(function)
-    def retried(*args: P.args, **kwargs: P.kwargs) -> T:
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
         for pause in PAUSES_SECONDS:
             try:
                 return function(*args, **kwargs)
@@ -129,10 +128,10 @@ def _retried(function: Callable[P, T]) -> Callable[P, T]:
                 time.sleep(pause)
         return function(*args, **kwargs)
 
-    return retried
+    return call
 
 
-@_retried
+@retried
 def write_bytes(uri: str, data: bytes | memoryview | pa.Buffer, *, private: bool = False) -> None:
     """Writes a whole file so that it either exists completely or not at all.
 
@@ -174,7 +173,7 @@ def _write_local(path: str, data: bytes | memoryview | pa.Buffer, private: bool)
     _sync(folder)
 
 
-@_retried
+@retried
 def link_or_copy(source: str, target: str) -> None:
     """Gives an immutable file a second name: a hard link on a disk, a copy in an object store.
 
@@ -211,7 +210,7 @@ def move(source: str, target: str) -> None:
         filesystem.move(_open(source)[1], path)
 
 
-@_retried
+@retried
 def remove(uri: str) -> None:
     """Removes a file; a missing file is no error."""
     filesystem, path = _open(uri)
@@ -236,7 +235,7 @@ def read_bytes(uri: str) -> bytes:
     return _read(uri).to_pybytes()
 
 
-@_retried
+@retried
 def _read(uri: str) -> pa.Buffer:
     """Content of a file, in one request besides the request for its size."""
     filesystem, path = _open(uri)
@@ -244,45 +243,13 @@ def _read(uri: str) -> pa.Buffer:
         return file.read_buffer()
 
 
-class StoredFile(io.RawIOBase):
-    """A file as a stream that reads no further than it is asked to.
+@retried
+def opened(uri: str) -> pa.NativeFile:
+    """A file open for reading at any place.
 
     Raises:
         StorageError: the file does not exist or cannot be read.
     """
-
-    def __init__(self, uri: str) -> None:
-        super().__init__()
-        self._uri, self._position, self._file = uri, 0, _opened(uri)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        starts = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size()}
-        self._position = starts[whence] + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._piece(self._position, len(buffer))
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-    @_retried
-    def _piece(self, start: int, num_bytes: int) -> bytes:
-        with explained("read", self._uri):
-            return self._file.read_at(num_bytes, start)
-
-
-@_retried
-def _opened(uri: str) -> pa.NativeFile:
     filesystem, path = _open(uri)
     with explained("read", uri):
         return filesystem.open_input_file(path)
@@ -303,7 +270,7 @@ def is_folder(uri: str) -> bool:
     return _info(uri).type == fs.FileType.Directory
 
 
-@_retried
+@retried
 def _info(uri: str) -> fs.FileInfo:
     filesystem, path = _open(uri)
     with explained("look for", uri):
@@ -332,7 +299,7 @@ def list_folders(uri: str) -> list[str]:
     return sorted(info.base_name for info in _entries(uri) if info.type == fs.FileType.Directory)
 
 
-@_retried
+@retried
 def _entries(uri: str, recursive: bool = False) -> list[fs.FileInfo]:
     filesystem, path = _open(uri)
     with explained("list", uri):
@@ -399,11 +366,13 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
     """
     source = pa.BufferReader(_read(uri))
     try:
-        return pq.ParquetFile(source, page_checksum_verification=True).read(columns)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        table = pq.ParquetFile(source, page_checksum_verification=True).read(columns)
+        table.validate(full=True)  # texts are UTF-8
+    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         raise CorruptFileError(
-            f"cannot read {uri}: it is not a complete Parquet file: {error}"
+            f"cannot read {shown_path(uri)}: it is not a complete Parquet file: {shorter(error)}"
         ) from error
+    return table
 
 
 def join(root: str, *parts: str) -> str:

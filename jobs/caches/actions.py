@@ -160,6 +160,7 @@ def import_distillkit(caches: RunCaches, teacher: str, folder: str) -> str:
     by_tokens: dict[str, list[DatasetEntry]] = {}
     for entry in missing:
         by_tokens.setdefault(_digest(_sequence(sequences, entry).input_ids), []).append(entry)
+    rule, num_rows = run.config.scoring.selection, vocabulary_of(run.config, name)
     rows: dict[str, dict[str, SparseLogprobs]] = {}
     read, incomplete = 0, 0
     for foreign in read_distillkit(folder):
@@ -167,7 +168,7 @@ def import_distillkit(caches: RunCaches, teacher: str, folder: str) -> str:
         fits = by_tokens.get(_digest(foreign.input_ids), [])
         for entry in fits or by_tokens.get(_digest(foreign.input_ids[:-1]), []):
             sequence = _sequence(sequences, entry)
-            row = imported_row(sequence, foreign, run.config.scoring.selection, fingerprint)
+            row = imported_row(sequence, foreign, rule, fingerprint, num_rows)
             incomplete += row is None
             if row is not None:
                 rows.setdefault(entry.shard, {})[entry.sequence_id] = row

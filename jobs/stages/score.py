@@ -35,6 +35,7 @@ from students.data.packing import refuse_long_groups, refuse_long_sequences
 from teachers.canary import check_cache_canaries
 from teachers.pool.contracts import PoolReport
 from teachers.pool.pool import TeacherWork, run_pools
+from teachers.preflight.model_layers import text_config
 from teachers.tasks.score import CacheOutput, ScoredShard, ScoreTask, plan_scoring
 
 logger = logging.getLogger(__name__)
@@ -202,7 +203,10 @@ def _output(run: Run, name: str, cache: CacheLayout) -> CacheOutput:
     rule = HiddenStatesRule.of_identity(identity) if is_states else selection_of(identity)
     fingerprint = prepared.cache_fingerprints[name]
     size = prepared.position_bytes(name)
-    return CacheOutput(name, cache, fingerprint, rule, size, prepared.vocabulary_size)
+    files = run.config.teachers[teacher_of(name)].files
+    assert files is not None, "teachers that have a cache exchange token ids"
+    num_rows = text_config(files).vocab_size
+    return CacheOutput(name, cache, fingerprint, rule, size, prepared.vocabulary_size, num_rows)
 
 
 def _layers(tasks: Sequence[ScoreTask]) -> tuple[int, ...]:

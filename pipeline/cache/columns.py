@@ -39,6 +39,8 @@ class Column:
         edges = np.frombuffer(offsets, "<i4")[cells.offset : cells.offset + len(cells) + 1]
         payload = np.frombuffer(data or b"", np.uint8)[edges[0] : edges[-1]]
         size = np.dtype(dtype).itemsize
+        if ((edges - edges[0]) % size).any():
+            raise ValueError(f"a cell is no whole number of values of {size} bytes")
         return cls(payload.view(dtype), (edges.astype(np.int64) - edges[0]) // size)
 
     def to_arrow(self) -> pa.Array:

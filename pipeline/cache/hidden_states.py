@@ -67,14 +67,20 @@ def check_states(row: HiddenStates) -> None:
     Raises:
         CacheError: the hidden states are no bfloat16 of shape [P, L, D], or a value is not finite.
     """
+    if problem := shape_problem(row):
+        raise CacheError(f"sequence {row.sequence_id}: {problem}")
+
+
+def shape_problem(row: HiddenStates) -> str | None:
+    """Problem of a row that is no finite bfloat16 of shape [P, L, D]; None if there is none."""
     if row.states.dtype != np.uint16 or row.states.ndim != 3 or 0 in row.states.shape:
-        raise CacheError(
-            f"sequence {row.sequence_id}: hidden states are {row.states.dtype}"
-            f"{list(row.states.shape)}, not uint16[positions, layers, width]"
+        return (
+            f"hidden states are {row.states.dtype}{list(row.states.shape)}, not "
+            "uint16[positions, layers, width]"
         )
-    exponents = row.states & 0x7F80
-    if (exponents == 0x7F80).any():
-        raise CacheError(f"sequence {row.sequence_id}: a hidden state is not finite")
+    if ((row.states & 0x7F80) == 0x7F80).any():
+        return "a hidden state is not finite"
+    return None
 
 
 def facts(rows: Sequence[HiddenStates]) -> dict[str, str]:
@@ -101,12 +107,6 @@ def decode(
         HiddenStates(identifier, cell.reshape(shape))
         for identifier, cell in zip(identifiers, cells, strict=True)
     ]
-
-
-def positions(columns: Mapping[str, Column], metadata: Mapping[str, str]) -> list[int]:
-    """The number of positions of every row."""
-    num_layers, width = json.loads(metadata["shape"])
-    return (np.diff(columns["states"].starts) // (num_layers * width)).tolist()
 
 
 def figures(rows: Sequence[HiddenStates]) -> HiddenStatesFigures:

@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline.cache.columns import Column
 from pipeline.cache.row_checks import check_row
+from pipeline.cache.row_checks import shape_problem as shape_problem
 from pipeline.cache.selection import draw_variance
 from pipeline.errors import CacheError
 from pipeline.records import SparseLogprobs
@@ -133,11 +134,6 @@ def decode(
         )
         for i, identifier in enumerate(identifiers)
     ]
-
-
-def positions(columns: Mapping[str, Column], metadata: Mapping[str, str]) -> list[int]:
-    """The number of positions of every row."""
-    return np.diff(columns["num_entries"].starts).tolist()
 
 
 def figures(rows: Sequence[SparseLogprobs]) -> DistributionFigures:

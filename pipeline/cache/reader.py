@@ -45,14 +45,15 @@ class CacheReader(Generic[Row]):
         if sequence_id not in self._place:
             return None
         digest, index = self._place[sequence_id]
-        row = self._rows(digest)[index]
-        if row.sequence_id != sequence_id:
+        rows = self._rows(digest)
+        held = rows[index].sequence_id if index < len(rows) else None
+        if held != sequence_id:
             raise CacheError(
-                f"{self._cache.shard(digest)} holds sequence {row.sequence_id} at row {index}, but "
-                f"its index promises {sequence_id} there; `polystill cache regenerate CONFIG` "
-                "rebuilds the index"
+                f"{self._cache.shard(digest)} holds sequence {held} at row {index}, but its index "
+                f"promises {sequence_id} there; `polystill cache regenerate CONFIG` rebuilds the "
+                "index"
             )
-        return row
+        return rows[index]
 
     def _rows(self, digest: str) -> list[Row]:
         """The decoded rows of a shard, which becomes the last used one."""

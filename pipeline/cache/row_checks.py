@@ -14,6 +14,8 @@ from pipeline.records import SparseLogprobs
 
 HALF_ULP = 2.0**-11
 """Largest relative error of a number that is rounded to float16."""
+ID_BITS = 24
+"""Bits of a token id in a shard, as two planes of 16 and 8."""
 MAX_LOGPROB = 1e-3
 """Nats by which rounding in the engine's normaliser may lift the log-probabilities of a position.
 """
@@ -37,14 +39,20 @@ def check_row(row: SparseLogprobs) -> None:
     """Checks the invariants of one row.
 
     Raises:
-        CacheError: lengths disagree, a value is not finite, exact entries are not descending, mass
-            exceeds 1, or positions were not drawn from equally often.
+        CacheError: lengths disagree, a value is not finite, a token id does not fit or stands twice
+            at a position, exact entries are not descending, mass exceeds 1, or positions were not
+            drawn from equally often.
     """
-    problem = (
-        _length_problem(row) or _value_problem(row) or _exact_problem(row) or _draw_problem(row)
-    )
+    problem = shape_problem(row) or _exact_problem(row) or _id_problem(row) or _draw_problem(row)
     if problem:
         raise CacheError(f"sequence {row.sequence_id}: {problem}")
+
+
+def shape_problem(row: SparseLogprobs) -> str | None:
+    """Problem for which a row cannot be read at all: lengths that disagree, or values that are no
+    numbers.
+    """
+    return _length_problem(row) or _value_problem(row)
 
 
 def _length_problem(row: SparseLogprobs) -> str | None:
@@ -86,6 +94,21 @@ def _exact_problem(row: SparseLogprobs) -> str | None:
     mass_P = np.bincount(positions_H, weights=np.exp(logprobs_H), minlength=row.num_positions)
     if mass_P.max(initial=0.0) > 1 + mass_tolerance(int(row.num_entries.max(initial=0))):
         return f"kept mass reaches {mass_P.max():.4f}"
+    return None
+
+
+def _id_problem(row: SparseLogprobs) -> str | None:
+    ids_N = row.token_ids.astype(np.int64)
+    if len(ids_N) and (ids_N.min() < 0 or ids_N.max() >= 1 << ID_BITS):
+        wrong = ids_N[(ids_N < 0) | (ids_N >= 1 << ID_BITS)][0]
+        return f"token id {wrong} is not between 0 and {(1 << ID_BITS) - 1}"
+    positions_N = np.repeat(np.arange(row.num_positions), row.num_entries)
+    pairs_N = np.sort(positions_N << ID_BITS | ids_N)
+    is_twice = pairs_N[1:] == pairs_N[:-1]
+    if is_twice.any():
+        pair = int(pairs_N[:-1][is_twice][0])
+        twice = pair & ((1 << ID_BITS) - 1)
+        return f"position {pair >> ID_BITS} holds the token id {twice} twice"
     return None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.cache.row_checks import ID_BITS
 from pipeline.config.scoring import HeadAndSampled, Sampled, Selection, TopK, TopP
 from pipeline.errors import CacheError
 from pipeline.fingerprint import digest_bytes
@@ -50,7 +51,32 @@ class CapturedDistributions:
         """bool[P, K]: which entries have a probability above zero as they are stored."""
         return np.isfinite(self.stored_PK)
 
-    def check(self) -> None:
+    def check_values(self, num_rows: int) -> None:
+        """Checks that log-probabilities are numbers and ids are the teacher's.
+
+        Args:
+            num_rows: number of ids that the teacher has.
+
+        Raises:
+            CacheError: a log-probability is NaN, or an id is none of the teacher's.
+        """
+        no_number_P = np.isnan(self.gold_logprobs_P) | np.isnan(self.logprobs_PK).any(axis=1)
+        if no_number_P.any():
+            raise CacheError(
+                f"sequence {self.sequence_id}: position {int(np.argmax(no_number_P))} has a "
+                "log-probability that is NaN: the teacher computes wrongly; look at its dtype and "
+                "quantization"
+            )
+        ids_PK = self.token_ids_PK
+        wrong_PK = ((ids_PK < 0) | (ids_PK >= num_rows)) & self.is_finite_PK
+        if wrong_PK.any():
+            j, k = np.argwhere(wrong_PK)[0]
+            raise CacheError(
+                f"sequence {self.sequence_id}: position {j} has the token id {ids_PK[j, k]}, but "
+                f"the teacher has the ids 0 to {num_rows - 1}: correct the teacher's `model`"
+            )
+
+    def check_entries(self) -> None:
         """Checks that something can be kept at every position.
 
         Raises:
@@ -73,6 +99,7 @@ def select(
     *,
     teacher: str,
     vocabulary: int | None = None,
+    num_rows: int = 1 << ID_BITS,
 ) -> SparseLogprobs:
     """Applies a selection rule to captured distributions.
 
@@ -91,15 +118,18 @@ def select(
         teacher: name of the teacher for the draws, such as the fingerprint of its identity: draws
             depend on it, on the sequence's id and on the position, and on nothing else.
         vocabulary: number of ids that the tokenizer has; None if the teacher has no others.
+        num_rows: number of ids that the teacher has, the rows of its LM head.
 
     Raises:
-        CacheError: a position has no entry of finite log-probability, or next to no mass to draw
-            from.
+        CacheError: the entries are no distributions over the teacher's ids, or a position has no
+            entry of finite log-probability, or next to no mass to draw from.
     """
+    captured = CapturedDistributions(sequence_id, token_ids_PK, logprobs_PK, gold_logprobs_P)
+    captured.check_values(num_rows)
     if vocabulary is not None:
         token_ids_PK, logprobs_PK = _padding_last(token_ids_PK, logprobs_PK, vocabulary)
-    captured = CapturedDistributions(sequence_id, token_ids_PK, logprobs_PK, gold_logprobs_P)
-    captured.check()
+        captured = CapturedDistributions(sequence_id, token_ids_PK, logprobs_PK, gold_logprobs_P)
+    captured.check_entries()
     return SELECTIONS[type(rule)](captured, rule, teacher)
 
 

@@ -27,6 +27,7 @@ from pipeline.cache.hidden_states import HiddenStatesFigures
 from pipeline.cache.logprobs import DistributionFigures
 from pipeline.errors import CacheError, CorruptFileError, CorruptShardError
 from pipeline.fingerprint import digest_ids
+from pipeline.messages import shorter
 from pipeline.records import CacheRow, HiddenStates, SparseLogprobs
 
 CONTENTS: dict[type, ModuleType] = {SparseLogprobs: logprobs, HiddenStates: hidden_states}
@@ -78,38 +79,29 @@ class Shard:
     Attributes:
         content: module that knows the columns.
         identifiers: sequence ids of the rows.
-        metadata: metadata of the file, keys without their prefix `polystill.`.
+        rows: decoded rows, of the shard's kind.
+        fingerprint: hash of the identity that the rows were made under.
+        checksum, figures, origin: as in `ShardEntry`.
     """
 
     content: ModuleType
     identifiers: list[str]
-    columns: dict[str, Column]
-    metadata: dict[str, str]
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """Metadata that holds for all rows."""
-        return {key: self.metadata[key] for key in self.content.FACTS}
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the identity that the rows were made under."""
-        return self.metadata["fingerprint"]
-
-    def rows(self) -> list[Any]:
-        """Decoded rows, of the shard's kind."""
-        return self.content.decode(self.identifiers, self.columns, self.facts)
+    rows: list[Any]
+    fingerprint: str
+    checksum: str
+    figures: ShardFigures
+    origin: dict[str, Any] | None
 
     def entry(self, num_bytes: int) -> ShardEntry:
         """Index entry of the shard, whose file has `num_bytes`."""
         return ShardEntry(
             digest=digest_ids(self.identifiers),
             sequence_ids=tuple(self.identifiers),
-            positions=tuple(self.content.positions(self.columns, self.facts)),
+            positions=tuple(row.num_positions for row in self.rows),
             num_bytes=num_bytes,
-            checksum=self.metadata["checksum"],
-            figures=figures_of(json.loads(self.metadata["quality"])),
-            origin=json.loads(self.metadata.get("origin", "null")),
+            checksum=self.checksum,
+            figures=self.figures,
+            origin=self.origin,
         )
 
 
@@ -201,9 +193,9 @@ def _rows_of(path: str, content: ModuleType) -> list[Any]:
     shard = open_shard(path)
     if shard.content is not content:
         raise CorruptShardError(
-            path, f"its columns are {list(shard.columns)}, not {list(content.DTYPES)}"
+            path, f"its columns are {list(shard.content.DTYPES)}, not {list(content.DTYPES)}"
         )
-    return shard.rows()
+    return shard.rows
 
 
 def open_shard(path: str) -> Shard:
@@ -224,6 +216,8 @@ def open_shard(path: str) -> Shard:
             path,
             f"it holds {table.num_rows} rows, but its metadata promises {metadata['num_rows']}",
         )
+    if any(column.null_count for column in table.columns):
+        raise CorruptShardError(path, "a cell has no value")
     try:
         columns = {
             name: Column.of_arrow(table.column(name).combine_chunks(), dtype)
@@ -236,7 +230,39 @@ def open_shard(path: str) -> Shard:
     if _checksum(identifiers, columns, *checked) != metadata["checksum"]:
         reason = "it fails its checksum: its content was changed after it was written"
         raise CorruptShardError(path, reason)
-    return Shard(content, identifiers, columns, metadata)
+    try:
+        return _decoded(content, identifiers, columns, metadata)
+    except (ValueError, TypeError) as error:  # whoever wrote it knew the checksum, not the format
+        raise CorruptShardError(path, f"it is no shard of polystill: {shorter(error)}") from error
+
+
+def _decoded(
+    content: ModuleType,
+    identifiers: list[str],
+    columns: dict[str, Column],
+    metadata: dict[str, str],
+) -> Shard:
+    """The shard of checked columns.
+
+    Raises:
+        ValueError, TypeError: arrays or metadata do not fit each other.
+    """
+    if not identifiers:
+        raise ValueError("it has no rows")
+    facts = {key: metadata[key] for key in content.FACTS}
+    rows = content.decode(identifiers, columns, facts)
+    for row in rows:
+        if problem := content.shape_problem(row):
+            raise ValueError(f"sequence {row.sequence_id}: {problem}")
+    return Shard(
+        content=content,
+        identifiers=identifiers,
+        rows=rows,
+        fingerprint=metadata["fingerprint"],
+        checksum=metadata["checksum"],
+        figures=figures_of(json.loads(metadata["quality"])),
+        origin=json.loads(metadata.get("origin", "null")),
+    )
 
 
 def _schema(content: ModuleType) -> pa.Schema:
@@ -262,9 +288,8 @@ def _checksum(identifiers: list[str], columns: Mapping[str, Column], *metadata: 
 def _metadata(path: str, table: pa.Table) -> tuple[ModuleType, dict[str, str]]:
     """Content of the shard, and its metadata, keys without their prefix."""
     try:
-        table.validate(full=True)
         metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
-    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise CorruptShardError(path, str(error)) from error
     fits = [c for c in CONTENTS.values() if table.schema.equals(_schema(c))]
     facts = {f"polystill.{key}" for content in fits for key in content.FACTS}

@@ -27,18 +27,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import yaml
+from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline import storage
+from pipeline.cache.row_checks import ID_BITS, MAX_LOGPROB
 from pipeline.cache.selection import select
 from pipeline.cache_care.long_table import Scored, write_files
 from pipeline.config.scoring import Selection
 from pipeline.errors import CacheError
+from pipeline.messages import listed, shorter
+from pipeline.plain_json import NotJSONError, checked
 from pipeline.records import SparseLogprobs, TokenSequence
+from pipeline.yaml_text import YamlError, read_yaml
 
 CONFIG_FILE = "compression_config.yaml"
 DISTILLKIT_SCHEMA = pa.schema(
@@ -48,7 +53,15 @@ DISTILLKIT_SCHEMA = pa.schema(
         ("bytepacked_indices", pa.list_(pa.list_(pa.uint8()))),
     ]
 )
-DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "float64": "<f8"}
+MOST_ENTRIES = 1 << 16
+NumberType = Literal["float16", "bfloat16", "float32", "float64"]
+Power = Annotated[int, Field(ge=0, le=64)]
+DTYPES: dict[NumberType, str] = {
+    "float16": "<f2",
+    "bfloat16": "<u2",
+    "float32": "<f4",
+    "float64": "<f8",
+}
 TERMS = {"sqrt": np.sqrt, "exp": np.exp}
 
 
@@ -132,35 +145,101 @@ def read_distillkit(folder: str) -> Iterator[ForeignSequence]:
             f"{folder} has no {CONFIG_FILE}, and without the settings of its capture its numbers "
             "cannot be read; copy DistillKit's `logprob_compressor` settings into that file"
         )
-    config = yaml.safe_load(storage.read_bytes(path))
-    if config.get("residual_bins"):
-        raise CacheError(
-            f"{path} has residual_bins, but quantised residuals cannot be read; capture the "
-            "dataset without them"
-        )
+    settings = _settings(path)
     files = storage.list_files(folder, ".parquet")
     if not files:
         raise CacheError(
             f"{folder} has no Parquet file; name the folder that holds the dataset's data_*.parquet"
         )
     for info in files:
-        table = storage.read_table(storage.join(folder, info.base_name))
-        for i, row in enumerate(table.select(DISTILLKIT_SCHEMA.names).to_pylist()):
+        file = storage.join(folder, info.base_name)
+        for i, row in enumerate(_rows_of(file)):
             try:
-                yield _foreign_sequence(row, config)
-            except ValueError as error:
+                yield _foreign_sequence(row, settings)
+            except (ValueError, TypeError, OverflowError, ArithmeticError) as error:
                 raise CacheError(
-                    f"{info.base_name} row {i} does not fit {CONFIG_FILE}: {error}"
+                    f"{file} row {i} does not fit {CONFIG_FILE}: {shorter(error)}; copy the "
+                    "settings of this dataset's own capture into that file"
                 ) from error
 
 
+def _rows_of(file: str) -> list[dict[str, Any]]:
+    """Rows of one file of a dataset."""
+    table = storage.read_table(file)
+    for field in DISTILLKIT_SCHEMA:
+        if table.schema.names.count(field.name) != 1:
+            raise CacheError(
+                f"{file} has the columns {listed(table.schema.names)}, but a dataset of DistillKit "
+                f"has one column {field.name!r}: name the folder of the capture"
+            )
+    return table.select(DISTILLKIT_SCHEMA.names).to_pylist()
+
+
+class _Settings(BaseModel):
+    """Settings of a capture, in DistillKit's words; others do not concern the reading.
+
+    Attributes:
+        d: number of token ids.
+        k: entries of a position; the first `exact_k` of them are exact.
+        polynomial_terms: powers of the rank, or names of `TERMS`.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True)
+    d: Annotated[int, Field(ge=1, le=1 << ID_BITS)]
+    k: Annotated[int, Field(ge=1, le=MOST_ENTRIES)]
+    exact_k: Annotated[int, Field(ge=0, le=MOST_ENTRIES)]
+    exact_dtype: NumberType = "float32"
+    term_dtype: NumberType = "float32"
+    polynomial_terms: (
+        Annotated[list[Power | Literal["sqrt", "exp"]], Field(max_length=64)] | None
+    ) = None
+    residual_bins: list[Any] | None = None
+    normalize_t: bool = False
+    delta_encoding: bool = True
+
+
+def _settings(path: str) -> _Settings:
+    try:
+        settings = checked(read_yaml(storage.read_bytes(path)), _Settings)
+    except (YamlError, NotJSONError) as error:
+        raise CacheError(
+            f"{path} holds no settings of a capture: {error}; copy DistillKit's "
+            "`logprob_compressor` settings into that file"
+        ) from error
+    if settings.exact_k > settings.k or (
+        settings.exact_k < settings.k and not settings.polynomial_terms
+    ):
+        raise CacheError(
+            f"{path} has exact_k {settings.exact_k} and k {settings.k}, but the exact entries are "
+            "the first of all k, and the others need polynomial_terms: copy the settings of this "
+            "dataset's own capture"
+        )
+    if settings.residual_bins:
+        raise CacheError(
+            f"{path} has residual_bins, but quantised residuals cannot be read; capture the "
+            "dataset without them"
+        )
+    return settings
+
+
 def imported_row(
-    sequence: TokenSequence, foreign: ForeignSequence, rule: Selection, teacher: str
+    sequence: TokenSequence,
+    foreign: ForeignSequence,
+    rule: Selection,
+    teacher: str,
+    num_rows: int = 1 << ID_BITS,
 ) -> SparseLogprobs | None:
     """The cache row made from a foreign sequence of the same tokens, by the run's own selection.
 
+    Args:
+        teacher: name of the teacher for the draws, see `select`.
+        num_rows: number of ids that the teacher has.
+
     Returns:
         The row, or None if a position in the sequence's loss spans has no entries.
+
+    Raises:
+        CacheError: the sequence has an id that the teacher has not.
     """
     rows_P = sequence.position_indices - 1
     if len(foreign.logprobs) <= rows_P[-1]:
@@ -179,7 +258,15 @@ def imported_row(
     gold_P = np.where(
         is_gold_PK.any(axis=1), np.where(is_gold_PK, logprobs_PK, -np.inf).max(axis=1), at_most_P
     )
-    return select(sequence.sequence_id, token_ids_PK, logprobs_PK, gold_P, rule, teacher=teacher)
+    return select(
+        sequence.sequence_id,
+        token_ids_PK,
+        logprobs_PK,
+        gold_P,
+        rule,
+        teacher=teacher,
+        num_rows=num_rows,
+    )
 
 
 def pack_bits(values_PK: np.ndarray, num_bits: int) -> np.ndarray:
@@ -222,43 +309,50 @@ def _distillkit_row(
     }
 
 
-def _foreign_sequence(row: dict[str, Any], config: dict[str, Any]) -> ForeignSequence:
+def _foreign_sequence(row: dict[str, Any], settings: _Settings) -> ForeignSequence:
     packed = np.array(row["bytepacked_indices"], np.uint8).reshape(
         len(row["bytepacked_indices"]), -1
     )
     values = np.array(row["compressed_logprobs"], np.uint8).reshape(len(packed), -1)
-    return ForeignSequence(
+    logprobs_PK = _decompress(values, settings)
+    is_finite_PK = np.isfinite(logprobs_PK)
+    if (is_finite_PK[:, 1:] & ~is_finite_PK[:, :-1]).any():
+        raise ValueError("a log-probability that is no number stands before one that is")
+    if (highest_logprob := logprobs_PK[is_finite_PK].max(initial=0.0)) > MAX_LOGPROB:
+        raise ValueError(f"a log-probability is {highest_logprob:g}, above 0")
+    foreign = ForeignSequence(
         input_ids=np.array(row["input_ids"], np.int64),
-        token_ids=unpack_bits(packed, _index_bits(config["d"]), config["k"]),
-        logprobs=_decompress(values, config),
+        token_ids=unpack_bits(packed, _index_bits(settings.d), settings.k),
+        logprobs=np.where(is_finite_PK, logprobs_PK, np.float32(-np.inf)),
     )
+    if (highest := foreign.token_ids.max(initial=0)) >= settings.d:
+        raise ValueError(f"it has the token id {highest}, but d is {settings.d}")
+    return foreign
 
 
-def _decompress(values_PB: np.ndarray, config: dict[str, Any]) -> np.ndarray:
+def _decompress(values_PB: np.ndarray, settings: _Settings) -> np.ndarray:
     """float32[P, k]: log-probabilities, from the bytes of each position."""
-    num_exact, terms = config["exact_k"], config.get("polynomial_terms") or []
-    exact_dtype = config.get("exact_dtype", "float32")
-    term_dtype = config.get("term_dtype", "float32")
-    exact_PK, used = _numbers(values_PB, exact_dtype, num_exact)
-    coefficients_PC, _ = _numbers(values_PB[:, used:], term_dtype, len(terms))
-    num_others = config["k"] - num_exact
+    terms = settings.polynomial_terms or []
+    exact_PK, used = _numbers(values_PB, settings.exact_dtype, settings.exact_k)
+    coefficients_PC, _ = _numbers(values_PB[:, used:], settings.term_dtype, len(terms))
+    num_others = settings.k - settings.exact_k
     ranks = np.arange(num_others, dtype=np.float64)
-    if config.get("normalize_t"):
+    if settings.normalize_t:
         ranks = np.linspace(0, 1, num_others)
     powers_KC = (
         np.stack(
-            [TERMS[term](ranks) if term in TERMS else ranks ** int(term) for term in terms], axis=1
+            [ranks**term if isinstance(term, int) else TERMS[term](ranks) for term in terms], axis=1
         )
         if terms
         else np.zeros((num_others, 0))
     )
     logprobs_PK = np.concatenate([exact_PK, coefficients_PC @ powers_KC.T], axis=1)
-    if config.get("delta_encoding", True):
+    if settings.delta_encoding:
         logprobs_PK = np.cumsum(logprobs_PK, axis=1)
     return logprobs_PK.astype(np.float32)
 
 
-def _numbers(values_PB: np.ndarray, dtype: str, count: int) -> tuple[np.ndarray, int]:
+def _numbers(values_PB: np.ndarray, dtype: NumberType, count: int) -> tuple[np.ndarray, int]:
     """float64[P, count] from the first bytes of each position, and the number of these bytes."""
     num_bytes = count * np.dtype(DTYPES[dtype]).itemsize
     if values_PB.shape[1] < num_bytes:

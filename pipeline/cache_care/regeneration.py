@@ -173,7 +173,7 @@ def take_over(
         if len(kept) == len(entry.sequence_ids):
             storage.link_or_copy(source.shard(entry.digest), path)
         else:
-            rows = {row.sequence_id: row for row in open_shard(source.shard(entry.digest)).rows()}
+            rows = {row.sequence_id: row for row in open_shard(source.shard(entry.digest)).rows}
             remaining = [rows[identifier] for identifier in kept]
             write_shard(path, remaining, fingerprint, entry.origin)
     if taken and storage.exists(source.canary):  # rows of both engines will lie side by side

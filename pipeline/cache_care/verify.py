@@ -102,7 +102,7 @@ def check_cache(
             problems.append(CacheProblem(path, None, str(error)))
             continue
         sound[digest] = shard.entry(info.size)
-        for row in shard.rows():
+        for row in shard.rows:
             sequence = sequences.get(row.sequence_id)
             counted[row.sequence_id] += 1
             compared += sequence is not None
@@ -160,9 +160,6 @@ def row_problems(row: CacheRow, vocabulary: int, sequence: TokenSequence | None)
     if (len(row.logprobs) and (row.logprobs > 0).any()) or (row.gold_logprobs > 0).any():
         problems.append("a log-probability is above 0")
     positions = np.repeat(np.arange(row.num_positions), row.num_entries)
-    pairs = positions.astype(np.int64) << 32 | row.token_ids.astype(np.int64)
-    if len(np.unique(pairs)) < len(pairs):
-        problems.append("a position holds a token id twice")
     if sequence is None:
         return problems
     if lengths := _length_problems(row, sequence):

@@ -25,6 +25,7 @@ from pipeline import storage
 from pipeline.errors import DistillationError, PromptError
 from pipeline.messages import listed, shorter, shown
 from pipeline.plain_json import NotJSONError, value_at, value_in
+from pipeline.stored_file import StoredFile
 
 PIECE_BYTES = 1 << 20
 PARQUET_ROWS = 256  # rows of a Parquet file that become Python values at once
@@ -94,7 +95,7 @@ def _parquet_rows(path: str) -> Rows:
     # Without this, a whole row group is read for its first row.
     options = {"buffer_size": PIECE_BYTES, "pre_buffer": False}
     try:
-        with storage.StoredFile(path) as stream:
+        with StoredFile(path) as stream:
             file = pq.ParquetFile(stream, page_checksum_verification=True, **options)
             yield from _arrow_rows(path, file.schema_arrow, file.iter_batches(PARQUET_ROWS))
     except (pa.ArrowException, OSError, OverflowError) as error:
@@ -154,7 +155,7 @@ def _dataset_rows(path: str) -> Rows:
 
 def _text_rows(path: str) -> Rows:
     name = path.lower().removesuffix(".gz")
-    with storage.StoredFile(path) as file:
+    with StoredFile(path) as file:
         stream: BinaryIO = io.BufferedReader(file, PIECE_BYTES)
         if _begins(stream, _GZIP):
             stream = cast(BinaryIO, io.BufferedReader(gzip.GzipFile(fileobj=stream), PIECE_BYTES))

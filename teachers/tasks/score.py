@@ -19,6 +19,7 @@ import numpy as np
 from pipeline import storage
 from pipeline.cache.index import missing_sequences
 from pipeline.cache.projection import HiddenStatesRule
+from pipeline.cache.row_checks import ID_BITS
 from pipeline.cache.selection import select
 from pipeline.cache.shard import ShardEntry, write_shard
 from pipeline.config.scoring import Selection
@@ -87,6 +88,7 @@ class CacheOutput:
         rule: selection of the distributions, or rule for the hidden states, that is stored.
         position_bytes: largest size of a position.
         vocabulary: number of ids that the tokenizer has, if the teacher has others as well.
+        num_rows: number of ids that the teacher has, the rows of its LM head.
     """
 
     name: str
@@ -95,6 +97,7 @@ class CacheOutput:
     rule: Selection | HiddenStatesRule
     position_bytes: int
     vocabulary: int | None = None
+    num_rows: int = 1 << ID_BITS
 
     @property
     def holds_hidden_states(self) -> bool:
@@ -119,6 +122,7 @@ class CacheOutput:
             self.rule,
             teacher=self.fingerprint,
             vocabulary=self.vocabulary,
+            num_rows=self.num_rows,
         )
 
 

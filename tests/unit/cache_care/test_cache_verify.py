@@ -112,7 +112,8 @@ def test_exact_entries_and_tail_are_one_distribution(good: SparseLogprobs) -> No
 
 def test_an_id_held_twice_is_said(good: SparseLogprobs) -> None:
     twice = changed(good, "token_ids", 1, good.token_ids[0])
-    assert "a position holds a token id twice" in row_problems(twice, VOCABULARY, None)
+    problem = f"position 0 holds the token id {good.token_ids[0]} twice"
+    assert problem in row_problems(twice, VOCABULARY, None)
 
 
 def test_a_row_of_other_length_is_said(good: SparseLogprobs) -> None:

@@ -15,7 +15,7 @@ LONG = "k" * 10**6
 NO_JSON = [
     Case("a broken line", lines("{"), ("p.jsonl:2", "not valid JSON")),
     Case("a line cut off", lines('{"text": "q'), ("p.jsonl:2", "not valid JSON")),
-    Case("two rows in a line", lines(row() + row()), ("p.jsonl:2", "Extra data")),
+    Case("two rows in a line", lines(row() + row()), ("p.jsonl:2", "more text stands behind")),
     Case("a trailing comma", lines('{"text": "q",}'), ("p.jsonl:2", "not valid JSON")),
     Case("single quotes of Python", lines("{'text': 'q'}"), ("p.jsonl:2", "not valid JSON")),
     Case("a comment", lines("// more"), ("p.jsonl:2", "not valid JSON")),

@@ -8,6 +8,7 @@ from pyarrow import fs
 
 from pipeline import storage
 from pipeline.errors import StorageError
+from pipeline.stored_file import StoredFile
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_a_piece_of_a_file_is_asked_for_again(
 ) -> None:
     store = Failing(1, DROPPED)
     monkeypatch.setattr(storage, "_open", lambda uri: (store, uri))
-    file = storage.StoredFile("s3://bucket/x")
+    file = StoredFile("s3://bucket/x")
     assert file.read(4) == b"0123"
     store.failures = 1
     assert file.read(4) == b"4567" and file.tell() == 8

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.stages.synthesize import synthesize
-from pipeline import storage
 from pipeline.config.load import load_config
 from pipeline.config.prompts import PromptsConfig, PromptSource
 from pipeline.errors import PromptError
 from pipeline.sequences import read_dataset
+from pipeline.stored_file import StoredFile
 from pipeline.synthesis import rows as reading
 from pipeline.synthesis.prompts import load_prompts, read_prompts
 from pipeline.synthesis.rows import numbered_rows
@@ -185,14 +185,14 @@ def test_a_real_error_in_an_array_is_found_without_the_rest_of_the_file(
 def bytes_read(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Number of bytes that were read from files so far."""
     pieces: list[int] = []
-    read = storage.StoredFile._piece
+    read = StoredFile._piece
 
-    def counted(file: storage.StoredFile, start: int, num_bytes: int) -> bytes:
+    def counted(file: StoredFile, start: int, num_bytes: int) -> bytes:
         data = read(file, start, num_bytes)
         pieces.append(len(data))
         return data
 
-    monkeypatch.setattr(storage.StoredFile, "_piece", counted)
+    monkeypatch.setattr(StoredFile, "_piece", counted)
     return lambda: sum(pieces)
 
 
