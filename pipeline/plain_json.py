@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from pipeline.messages import shown, shown_name
+from pipeline.errors import CorruptFileError
+from pipeline.messages import shorter, shown, shown_name
 
-T = TypeVar("T")
+RESTORE = "bring it back from a copy, or remove it and let the stage that writes it run again"
 
 
 class NotJSONError(ValueError):
@@ -64,16 +65,16 @@ def value_at(text: str, start: int) -> tuple[Any, int]:
         raise NotJSONError("a number has more than 4300 digits; write it as a text") from error
 
 
-def checked(value: Any, shape: type[T]) -> T:
-    """A value in its shape: a type such as `dict[str, int]`, or a pydantic model.
+def checked(value: Any, shape: Any) -> Any:
+    """A value in its shape: a type such as `dict[str, int]`, a `TypedDict` or a pydantic model.
 
-    Numbers are no texts, and keys beyond those of a model are left out.
+    Numbers are no texts. Keys beyond those of the shape are no mistake; a model lacks them.
 
     Raises:
         NotJSONError: the value has another shape.
     """
     try:
-        return _adapter(shape).validate_python(value, strict=True)
+        read = _adapter(shape).validate_python(value, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(shown_name, first["loc"]))
@@ -83,9 +84,35 @@ def checked(value: Any, shape: type[T]) -> T:
             f"{place}: {message}{found}" if place else f"{message}{found}"
         ) from error
 
+    return read if isinstance(read, BaseModel) else value
+
+
+def value_of_file(place: str, data: bytes, shape: Any, remedy: str = RESTORE) -> Any:
+    """Value in a file of ours.
+
+    Args:
+        place: path of the file, or file and line, for the message.
+        shape: type of the value, see `checked`.
+        remedy: advice for people, if the file holds something else.
+
+    Raises:
+        CorruptFileError: it is no JSON, or has another shape.
+    """
+    try:
+        value = value_in(data.decode())
+    except (NotJSONError, UnicodeDecodeError) as error:
+        reason = "it is empty" if not data.strip() else shorter(error)
+        raise CorruptFileError(f"{place} is not valid JSON: {reason}; {remedy}") from error
+    try:
+        return checked(value, shape)
+    except NotJSONError as error:
+        raise CorruptFileError(
+            f"{place} does not hold what polystill writes there: {error}; {remedy}"
+        ) from error
+
 
 @lru_cache(maxsize=64)
-def _adapter(shape: type[T]) -> TypeAdapter[T]:
+def _adapter(shape: Any) -> TypeAdapter[Any]:
     return TypeAdapter(shape)
 
 

@@ -31,6 +31,7 @@ from pyarrow import fs
 from pipeline.credentials import shown_url, without_passwords
 from pipeline.errors import CorruptFileError, StorageError, StoreUnreachableError
 from pipeline.messages import shorter, shown, shown_path
+from pipeline.plain_json import RESTORE, value_of_file
 
 logger = logging.getLogger(__name__)
 
@@ -336,16 +337,32 @@ def write_json(uri: str, value: Any) -> None:
     write_bytes(uri, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def read_json(uri: str) -> Any:
+def read_json(uri: str, shape: Any = Any, remedy: str = RESTORE) -> Any:
     """Reads a JSON file.
 
+    Args:
+        shape: type of the value, as `plain_json.checked` takes it.
+        remedy: advice for people, if the file holds something else.
+
     Raises:
-        StorageError: the file is missing or is not JSON.
+        CorruptFileError: the file is no JSON, or its value has another shape.
+        StorageError: the file is missing or cannot be read.
     """
-    try:
-        return json.loads(read_bytes(uri))
-    except json.JSONDecodeError as error:
-        raise StorageError(f"{uri} is not valid JSON: {error}") from error
+    return value_of_file(uri, read_bytes(uri), shape, remedy)
+
+
+def read_json_lines(uri: str, shape: Any, remedy: str = RESTORE) -> list[Any]:
+    """Reads a file with one JSON value a line.
+
+    Args:
+        shape, remedy: see `read_json`.
+
+    Raises:
+        CorruptFileError: a line is no JSON, or its value has another shape.
+        StorageError: the file is missing or cannot be read.
+    """
+    lines = enumerate(read_bytes(uri).split(b"\n"), start=1)
+    return [value_of_file(f"{uri}:{n}", line, shape, remedy) for n, line in lines if line.strip()]
 
 
 def write_table(uri: str, table: pa.Table, **options: Any) -> int:

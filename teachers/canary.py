@@ -18,6 +18,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from pipeline import storage
 from pipeline.errors import TeacherError
@@ -49,6 +50,16 @@ def check_endpoint_canary(path: str, name: str, canary: Canary) -> None:
         )
 
 
+FORGET = "remove it, and the next engine that scores into this cache writes it"
+
+
+class _Stored(TypedDict):
+    """The first canary of a cache as JSON."""
+
+    engine: dict[str, Any]
+    gold_and_head_logprobs: list[list[float]]
+
+
 def check_cache_canaries(paths: Sequence[str], name: str, canary: Canary) -> None:
     """Compares an engine with the engines that started the caches which it is to fill.
 
@@ -67,7 +78,7 @@ def check_cache_canaries(paths: Sequence[str], name: str, canary: Canary) -> Non
     if canary.comparison is not None:
         _check_comparison(name, canary.comparison)
     for path in paths:
-        mean, stored = _distance_to_stored(path, canary), storage.read_json(path)
+        mean, stored = _distance_to_stored(path, canary), storage.read_json(path, _Stored, FORGET)
         tolerance = _tolerance(canary, stored.get("transformers", {}).get("noise", 0.0))
         first = stored["engine"]
         changes = {
@@ -155,7 +166,9 @@ def _distance_to_stored(path: str, canary: Canary) -> float:
             content["transformers"] = asdict(canary.comparison)
         storage.write_json(path, content)
         return 0.0
-    stored = np.array(storage.read_json(path)["gold_and_head_logprobs"], np.float64)
+    stored = np.array(
+        storage.read_json(path, _Stored, FORGET)["gold_and_head_logprobs"], np.float64
+    )
     # A shorter context or a narrower capture leaves less to compare.
     rows, columns = np.minimum(stored.shape, values.shape)
     return float(np.abs(stored[:rows, :columns] - values[:rows, :columns]).mean())

@@ -68,7 +68,7 @@ def read_record(layout: Layout, stage: str) -> StageRecord:
         CorruptFileError: the file is no stage record.
     """
     path = layout.stage_record(stage)
-    stored = storage.read_json(path) if storage.exists(path) else {}
+    stored = storage.read_json(path, dict[str, Any]) if storage.exists(path) else {}
     try:
         return StageRecord.model_validate(stored)
     except ValidationError as error:
@@ -98,7 +98,7 @@ def with_earlier_attempts(record: StageRecord, earlier: StageRecord) -> StageRec
 def unended_attempts(layout: Layout, stage: str) -> int:
     """Number of times that a stage was begun since its last record was written."""
     path = layout.unended_attempts(stage)
-    return storage.read_json(path) if storage.exists(path) else 0
+    return storage.read_json(path, int) if storage.exists(path) else 0
 
 
 def synthesis_key(run: Run) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
+from typing import Any
 
 from jobs.bookkeeping.plan import students_of
 from jobs.bookkeeping.stage_records import StageRecord, read_record, stage_key, unended_attempts
@@ -234,8 +234,7 @@ def _shown_prompts(
 
 
 def _curve(layout: Layout, label: str) -> list[dict[str, int | float]]:
-    text = storage.read_bytes(layout.metrics(label)).decode()
-    return [json.loads(line) for line in text.splitlines()]
+    return storage.read_json_lines(layout.metrics(label), dict[str, Any])
 
 
 def _versions() -> dict[str, str]:

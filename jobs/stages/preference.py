@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from pipeline.config.synthesis import STUDENT
 from pipeline.final_text import final_text
 from pipeline.fingerprint import digest_json
 from pipeline.records import Prompt
+from pipeline.report.answers import AnswerLine
 from pipeline.report.models import PreferenceFigures
 from pipeline.run.identities import preference_identity
 from pipeline.run.prepared_run import Run
@@ -104,10 +104,10 @@ def preference_line(figures: Sequence[PreferenceFigures]) -> str:
 
 def _answers(run: Run, model: str) -> dict[str, str]:
     """Final texts of a model's answers by prompt id."""
-    lines = storage.read_bytes(run.layout.answers(model)).decode().splitlines()
+    lines = storage.read_json_lines(run.layout.answers(model), AnswerLine)
     return {
         line["prompt_id"]: "" if line.get("thoughts_cut") else final_text(line["answer"])
-        for line in map(json.loads, lines)
+        for line in lines
     }
 
 

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
+from typing_extensions import TypedDict
 
 from pipeline import storage
 from pipeline.cache.shard import ShardEntry, figures_of, read_shard_entry
@@ -27,6 +28,16 @@ from pipeline.layout import CacheLayout
 from pipeline.records import DatasetEntry
 
 logger = logging.getLogger(__name__)
+
+NOTE_REMEDY = "remove it, and its sequence is scored again"
+
+
+class QuarantineNote(TypedDict):
+    """Sequence that could not be scored, and the error."""
+
+    sequence_id: str
+    error: str
+
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -90,7 +101,11 @@ def read_index(cache: CacheLayout) -> list[ShardEntry] | None:
         return None
     if not table.schema.equals(INDEX_SCHEMA):
         return None
-    return [_entry(row) for row in table.to_pylist()]
+    try:
+        return [_entry(row) for row in table.to_pylist()]
+    except (ValueError, TypeError) as error:
+        logger.warning("%s is damaged (%s); it is rebuilt from the shards", cache.index, error)
+        return None
 
 
 def _entry(row: dict[str, Any]) -> ShardEntry:
@@ -123,10 +138,8 @@ def shard_files(cache: CacheLayout) -> dict[str, int]:
 def quarantined(cache: CacheLayout) -> dict[str, str]:
     """The sequences that could not be scored, each with its error."""
     files = storage.list_files(cache.quarantine, ".json")
-    notes = [
-        json.loads(storage.read_bytes(storage.join(cache.quarantine, info.base_name)))
-        for info in files
-    ]
+    paths = (storage.join(cache.quarantine, info.base_name) for info in files)
+    notes = [storage.read_json(path, QuarantineNote, NOTE_REMEDY) for path in paths]
     return {note["sequence_id"]: note["error"] for note in notes}
 
 

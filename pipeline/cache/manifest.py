@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+from typing_extensions import TypedDict
 
 from pipeline import storage
 from pipeline.cache.generations import current_generation
@@ -21,6 +22,8 @@ from pipeline.cache.index import load_index, read_index, shard_files, write_inde
 from pipeline.cache.logprobs import DistributionFigures
 from pipeline.cache.shard import ShardEntry
 from pipeline.layout import CacheLayout
+
+MANIFEST_REMEDY = "remove it, and the next command that scores writes it from the shards"
 
 
 class CacheTotals(BaseModel):
@@ -115,6 +118,30 @@ def publish(
             return manifest
 
 
+class _Stored(TypedDict):
+    """Manifest as JSON, as far as it is compared with an index."""
+
+    generation: int
+    provenance: dict[str, Any]
+    totals: dict[str, float]
+
+
+class _Recipe(TypedDict):
+    """Manifest as JSON, as far as it names the identity of the rows."""
+
+    recipe: dict[str, Any]
+
+
+def recipe_of(folder: str) -> dict[str, Any]:
+    """Identity of the rows of a cache, from its manifest.
+
+    Raises:
+        CorruptFileError: the manifest is damaged.
+    """
+    manifest = CacheLayout(folder, 1).manifest
+    return storage.read_json(manifest, _Recipe, MANIFEST_REMEDY)["recipe"]
+
+
 def is_published(cache: CacheLayout) -> bool:
     """Whether the index has exactly the shards that exist, and the manifest agrees with it."""
     entries = read_index(cache)
@@ -127,10 +154,10 @@ def manifest_fits(cache: CacheLayout, entries: Sequence[ShardEntry]) -> bool:
     """Whether the manifest has the totals and engines of an index; true as well when the manifest
     is about another generation.
     """
-    manifest = storage.read_json(cache.manifest)
+    manifest = storage.read_json(cache.manifest, _Stored, MANIFEST_REMEDY)
     if manifest["generation"] != cache.generation:
         return True
-    if manifest["provenance"]["engines"] != origins(entries):
+    if manifest["provenance"].get("engines") != origins(entries):
         return False
     written, expected = manifest["totals"], totals(entries).model_dump()
     # Sums are added in another order on other machines.

@@ -17,6 +17,7 @@ from pipeline.config.base import NAME
 from pipeline.errors import StorageError
 from pipeline.fingerprint import digest_json
 from pipeline.layout import CacheLayout
+from pipeline.stored_file import StoredFile
 
 _NAME, _HASH = NAME.strip("^$"), "[0-9a-f]{32}"
 _GENERATION = r"g(?P<generation>[1-9]\d{0,8})"
@@ -102,7 +103,7 @@ def holds_a_cache(folder: str, names: list[str]) -> bool:
 def _fingerprint(shard: str) -> str:
     """Fingerprint that a shard names; empty if it names none."""
     try:
-        with storage.StoredFile(shard) as file:
+        with StoredFile(shard) as file:
             metadata = pq.read_schema(file).metadata or {}
     except (pa.ArrowException, OSError, UnicodeDecodeError, StorageError):
         return ""

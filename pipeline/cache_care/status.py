@@ -10,7 +10,7 @@ from pipeline import storage
 from pipeline.cache.generations import Names, current_generation, generations, unfinished_generation
 from pipeline.cache.index import load_index, quarantined
 from pipeline.cache.kinds import teacher_of
-from pipeline.cache.manifest import CacheTotals, totals
+from pipeline.cache.manifest import CacheTotals, recipe_of, totals
 from pipeline.errors import CorruptShardError
 from pipeline.fingerprint import differences
 from pipeline.layout import CacheLayout, Layout
@@ -177,7 +177,12 @@ def _other_identities(
         manifest = CacheLayout(storage.join(layout.caches_folder, folder), 1).manifest
         is_other = folder != cache_layout(layout, teacher, identity).name
         if folder.rpartition("-")[0] == teacher and is_other and storage.exists(manifest):
-            others.append((folder, differences(storage.read_json(manifest)["recipe"], identity)))
+            others.append(
+                (
+                    folder,
+                    differences(recipe_of(storage.join(layout.caches_folder, folder)), identity),
+                )
+            )
     return others
 
 

@@ -8,10 +8,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from pipeline.checkers.marked_parts import compared_part
 from pipeline.checkers.readings import Reading, read_part, same_reading
@@ -19,7 +23,7 @@ from pipeline.checkers.symbolic import PACKAGE, math
 from pipeline.errors import ConfigError
 from pipeline.final_text import final_text
 from pipeline.fingerprint import digest_bytes
-from pipeline.messages import closest
+from pipeline.messages import closest, shorter, shown
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +97,11 @@ def find_checker(name: str) -> CheckAnswer:
     if name in shipped:
         return shipped[name]
     module, _, function = name.rpartition(".")
+    if not all(map(str.isidentifier, name.split("."))):
+        raise ConfigError(
+            f"{shown(name)} is no checker: give {', '.join(shipped)}, or the dotted path of a "
+            "function of your own, such as package.module.function"
+        )
     if not module:
         raise ConfigError(
             f"there is no checker {name!r}; {closest(name, shipped)}; for a function of your own, "
@@ -102,15 +111,45 @@ def find_checker(name: str) -> CheckAnswer:
         checker = vars(importlib.import_module(module)).get(function)
     except ImportError as error:
         raise ConfigError(
-            f"the checker {name} cannot be imported: {error}; install its package on every node"
+            f"the checker {name} cannot be imported: {shorter(error)}; install its package on "
+            "every node"
+        ) from error
+    except (Exception, SystemExit) as error:  # the user's module may raise anything
+        raise ConfigError(
+            f"the checker {name} cannot be imported, since its module raises "
+            f"{type(error).__name__}: {shorter(error)}; correct {module}"
         ) from error
     if not inspect.isfunction(checker):
         raise ConfigError(
             f"the checker {name} does not exist: {module} has no function {function!r}"
         )
-    if len(inspect.signature(checker).parameters) != 2:
-        raise ConfigError(f"the checker {name} must take two arguments, answer and reference")
+    _refuse_what_checks_nothing(name, checker)
     return checker
+
+
+def _refuse_what_checks_nothing(name: str, function: Callable[..., Any]) -> None:
+    """Refuses a function that is plainly no checker: it would be called with a model's text.
+
+    Raises:
+        ConfigError: it belongs to Python's library, takes other arguments, or returns no verdict.
+    """
+    home = function.__module__.partition(".")[0]
+    if home in sys.stdlib_module_names or name.partition(".")[0] in sys.stdlib_module_names:
+        raise ConfigError(
+            f"{name} is a function of Python's own library and no checker: it would be called "
+            "with a model's answer; write a function (answer, reference) -> bool"
+        )
+    try:
+        inspect.signature(function).bind("answer", "reference")
+    except TypeError as error:
+        raise ConfigError(
+            f"the checker {name} must take two arguments, answer and reference: {error}"
+        ) from error
+    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        raise ConfigError(
+            f"the checker {name} is asynchronous or a generator, so that its result is no verdict: "
+            "make it a plain function that returns True, False or None"
+        )
 
 
 class SafeChecker:
@@ -141,9 +180,11 @@ class SafeChecker:
             if verdict is None:
                 self.num_unread += 1
                 return None, None
+            if not isinstance(verdict, bool | int | float | np.bool_):
+                raise TypeError(f"it returned {shown(verdict)}, not True, False or None")
             return bool(verdict) and bool(final), None
         except Exception as error:  # a function of the user may raise anything
-            problem = f"{type(error).__name__}: {error}"
+            problem = f"{type(error).__name__}: {shorter(error)}"
         self.num_errors += 1
         if self.num_errors == 1:
             logger.warning(

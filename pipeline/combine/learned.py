@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from pipeline import storage
 from pipeline.cache.reader import CacheReader, open_cache
@@ -101,14 +102,21 @@ def learned_weights(config: CombineConfig, layout: Layout) -> WeightsByDomain:
             f"{layout.learned_weights} is missing: the score stage learns combine.weights, so run "
             "that stage first"
         )
-    return storage.read_json(layout.learned_weights)["weights"]
+    return storage.read_json(layout.learned_weights, _Stored)["weights"]
+
+
+class _Stored(TypedDict):
+    """Learned weights as they lie on disk."""
+
+    weights: dict[str, dict[str, float]]
+    provenance: dict[str, Any]
 
 
 def learned_provenance(config: CombineConfig, layout: Layout) -> dict[str, Any] | None:
     """Origin of a run's learned weights; None if its weights are not learned."""
     if not isinstance(config.weights, LearnedWeights):
         return None
-    return storage.read_json(layout.learned_weights)["provenance"]
+    return storage.read_json(layout.learned_weights, _Stored)["provenance"]
 
 
 def with_learned(config: CombineConfig, weights: WeightsByDomain) -> CombineConfig:

@@ -4,10 +4,11 @@ where the student is furthest from the teachers.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from typing_extensions import TypedDict
 
 from pipeline import storage
 from pipeline.layout import Layout
@@ -69,10 +70,18 @@ def prompt_text(prompt: Prompt) -> str:
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
+class AnswerLine(TypedDict):
+    """Line of a file of answers, as far as the report shows it."""
+
+    prompt_id: str
+    answer: str
+    correct: bool | None
+
+
 def _answers(path: str) -> dict[str, dict[str, Any]]:
     """Lines of a file of answers, by prompt id."""
-    lines = storage.read_bytes(path).decode().splitlines() if storage.exists(path) else []
-    return {line["prompt_id"]: line for line in map(json.loads, lines)}
+    lines = storage.read_json_lines(path, AnswerLine) if storage.exists(path) else []
+    return {line["prompt_id"]: line for line in lines}
 
 
 def _shown(model: str, line: dict[str, Any]) -> ShownAnswer:

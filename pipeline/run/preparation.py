@@ -206,15 +206,15 @@ def read_prepared(layout: Layout) -> Prepared:
     Raises:
         StorageError: the run was never prepared, or the file is corrupt.
     """
-    return _validated(layout, storage.read_json(layout.prepared))
+    return _validated(layout, storage.read_json(layout.prepared, dict[str, Any]))
 
 
 def load_prepared(config: Config, layout: Layout) -> Prepared | None:
     """The outcome of the prepare stage; None if it has not run since its inputs changed."""
     if not storage.exists(layout.prepared):
         return None
-    stored = storage.read_json(layout.prepared)
-    is_current = isinstance(stored, dict) and stored.get("key") == preparation_key(config)
+    stored = storage.read_json(layout.prepared, dict[str, Any])
+    is_current = stored.get("key") == preparation_key(config)
     return _validated(layout, stored) if is_current else None
 
 

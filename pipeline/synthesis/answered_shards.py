@@ -15,7 +15,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from pipeline import storage
+from pipeline.errors import CorruptFileError
 from pipeline.fingerprint import digest_ids, is_digest
 from pipeline.layout import Layout
 from pipeline.records import Prompt, TokenSequence
@@ -125,6 +128,18 @@ class AnsweredShard:
         return cls(**others | {"author": values["generator"], "written": written})
 
 
+ASK_AGAIN = "remove it, and its prompts are asked again"
+
+
+class _Stored(TypedDict):
+    """An answered shard as JSON."""
+
+    generator: str
+    shard: str | None
+    errors: dict[str, str]
+    written: dict[str, list[dict[str, Any]]]
+
+
 def _prompt(values: dict[str, Any]) -> Prompt:
     prompt = Prompt(**values)
     # JSON has lists only; a tuple makes the prompt equal to the one that was written.
@@ -168,14 +183,23 @@ def read_answered_shards(layout: Layout, identity_digest: str) -> list[AnsweredS
     """Reads the answered shards of a step, without shards whose sequences are lost."""
     folder = layout.synthesis_folder(identity_digest)
     shards = [
-        AnsweredShard.from_json(storage.read_json(storage.join(folder, info.base_name)))
-        for info in storage.list_files(folder, ".json")
+        _read(storage.join(folder, info.base_name)) for info in storage.list_files(folder, ".json")
     ]
     return [
         answered
         for answered in shards
         if answered.shard is None or storage.exists(storage.join(layout.root, answered.shard))
     ]
+
+
+def _read(path: str) -> AnsweredShard:
+    stored = storage.read_json(path, _Stored, ASK_AGAIN)
+    try:
+        return AnsweredShard.from_json(stored)
+    except TypeError as error:  # a key that this version lacks
+        raise CorruptFileError(
+            f"{path} does not hold what polystill writes there: {error}; {ASK_AGAIN}"
+        ) from error
 
 
 def forget_errors(layout: Layout, identity_digest: str) -> int:
@@ -187,7 +211,7 @@ def forget_errors(layout: Layout, identity_digest: str) -> int:
         if not is_digest(info.base_name.removesuffix(".json")):
             continue  # somebody else's file
         # A file with errors holds quarantined prompts only, so it can go as a whole.
-        if errors := storage.read_json(path)["errors"]:
+        if errors := _read(path).errors:
             num_forgotten += len(errors)
             storage.remove(path)
     return num_forgotten

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -58,7 +59,7 @@ def checkpoint_weights(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         TrainingError: the checkpoint lacks the files of a worker.
     """
-    stored = storage.read_json(str(folder / "state.json"))
+    stored = storage.read_json(str(folder / "state.json"), dict[str, Any])
     partitioning = stored_partitioning(stored, folder)
     if partitioning.stage == 0:
         path = folder / TAG / "mp_rank_00_model_states.pt"

@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import TypedDict
+
 from pipeline import storage
 from pipeline.errors import TrainingError
 from pipeline.fingerprint import differences
@@ -113,13 +115,20 @@ def check_training(spec: TrainingSpec) -> None:
         check_resume(spec)
 
 
+class TrainingSummary(TypedDict):
+    """Summary of a complete training, as far as it is compared and counted."""
+
+    identity: dict[str, Any]
+    seconds: float
+
+
 def finished_summary(spec: TrainingSpec) -> dict[str, Any]:
     """The summary of a training that is complete.
 
     Raises:
         TrainingError: it was trained with other settings.
     """
-    summary = storage.read_json(spec.summary_path)
+    summary = storage.read_json(spec.summary_path, TrainingSummary)
     changes = differences(summary["identity"], spec.identity())
     if changes:
         raise TrainingError(
@@ -142,7 +151,7 @@ def check_resume(spec: TrainingSpec) -> Resume | None:
     _tell_incomplete(spec, path)
     if path is None:
         return None
-    stored = storage.read_json(str(path / "state.json"))
+    stored = storage.read_json(str(path / "state.json"), dict[str, Any])
     needed = [*(field.name for field in fields(TrainingState)), "shapes"]
     refuse_other_version(stored, needed, path)
     old, new = stored_partitioning(stored, path), partitioning(spec.config.training)
@@ -197,7 +206,7 @@ def seconds_before(spec: TrainingSpec) -> float:
         TrainingError: its checkpoint belongs to another training.
     """
     if storage.exists(spec.summary_path):
-        return storage.read_json(spec.summary_path)["seconds"]
+        return storage.read_json(spec.summary_path, TrainingSummary)["seconds"]
     resume = check_resume(spec)
     return resume.state.seconds if resume is not None else 0.0
 
@@ -205,7 +214,7 @@ def seconds_before(spec: TrainingSpec) -> float:
 def allowed_changes(folder: str) -> list[dict[str, Any]]:
     """Changes to a training between its starts, in order: the step and the differences of each."""
     path = Path(folder, "changes.json")
-    return storage.read_json(str(path)) if path.exists() else []
+    return storage.read_json(str(path), list[dict[str, Any]]) if path.exists() else []
 
 
 def keep_changes(folder: str, resume: Resume) -> None:

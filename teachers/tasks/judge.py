@@ -122,7 +122,7 @@ class JudgeTask:
         grade_of = grade_tokens(tokenizer, self.grades) if self.is_bound else {}
         if self.is_bound:
             sampling["allowed_token_ids"] = sorted(grade_of)
-        grades: dict[str, int | None] = {}
+        grades: Grades = {}
         replied, failed = await ask_each(
             self.questions,
             lambda item: teacher.generate(prompt_ids(tokenizer, item[1]), sampling, 1, item[1]),
@@ -194,12 +194,15 @@ def grade_tokens(
     return grade_of
 
 
-def read_grades(layout: Layout, identity_digest: str) -> dict[str, int | None]:
+Grades = dict[str, int | None]
+
+
+def read_grades(layout: Layout, identity_digest: str) -> Grades:
     """All grades under an identity by sequence id; None for an answer that could not be graded."""
-    grades: dict[str, int | None] = {}
+    grades: Grades = {}
     folder = layout.judgements(identity_digest)
     for info in storage.list_files(folder, ".json"):
-        grades |= storage.read_json(storage.join(folder, info.base_name))
+        grades |= storage.read_json(storage.join(folder, info.base_name), Grades)
     return grades
 
 
@@ -213,7 +216,7 @@ def forget_ungraded(layout: Layout, identity_digest: str) -> int:
         path = storage.join(folder, info.base_name)
         if not is_digest(info.base_name.removesuffix(".json")):
             continue  # somebody else's file
-        grades = storage.read_json(path)
+        grades = storage.read_json(path, Grades)
         graded = {name: grade for name, grade in grades.items() if grade is not None}
         if len(graded) < len(grades):
             num_forgotten += len(grades) - len(graded)
