@@ -2,7 +2,6 @@
 
 errors       errors that a user can act on
 storage      files on a local disk, NFS or an object store
-stored_file  a stored file as a stream
 layout       paths of all files below a storage root
 fingerprint  stable hashes of everything that decides an output
 records      frozen records that cross the boundaries between stages

@@ -65,18 +65,14 @@ def _open(uri: str) -> tuple[fs.FileSystem, str]:
         filesystem, path = fs.FileSystem.from_uri(uri + options)
     except (pa.ArrowInvalid, OSError) as error:
         raise StorageError(
-            f"cannot reach {shown_path(shown_url(uri))}: {without_passwords(shorter(error))}; check its scheme "
-            "(s3://, gs://), its bucket and the credentials of this machine"
+            f"cannot reach {shown_path(shown_url(uri))}: {without_passwords(shorter(error))}; "
+            "check its scheme (s3://, gs://), its bucket and the credentials of this machine"
         ) from error
     return filesystem, path
 
 
 def _refuse_unencodable(uri: str) -> None:
-    """Refuses a path that no file can have.
-
-    Raises:
-        StorageError: it holds NUL, or bytes that are not UTF-8 (half a character, for Python).
-    """
+    """Refuses a path that holds NUL, or half a character (bytes that are not UTF-8)."""
     try:
         uri.encode()
     except UnicodeEncodeError as error:
@@ -352,15 +348,7 @@ def read_json(uri: str, shape: Any = Any, remedy: str = RESTORE) -> Any:
 
 
 def read_json_lines(uri: str, shape: Any, remedy: str = RESTORE) -> list[Any]:
-    """Reads a file with one JSON value a line.
-
-    Args:
-        shape, remedy: see `read_json`.
-
-    Raises:
-        CorruptFileError: a line is no JSON, or its value has another shape.
-        StorageError: the file is missing or cannot be read.
-    """
+    """Reads a file with one JSON value a line, each as `read_json` reads a whole file."""
     lines = enumerate(read_bytes(uri).split(b"\n"), start=1)
     return [value_of_file(f"{uri}:{n}", line, shape, remedy) for n, line in lines if line.strip()]
 

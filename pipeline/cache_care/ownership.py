@@ -17,7 +17,7 @@ from pipeline.config.base import NAME
 from pipeline.errors import StorageError
 from pipeline.fingerprint import digest_json
 from pipeline.layout import CacheLayout
-from pipeline.stored_file import StoredFile
+from pipeline.synthesis.stored_file import StoredFile
 
 _NAME, _HASH = NAME.strip("^$"), "[0-9a-f]{32}"
 _GENERATION = r"g(?P<generation>[1-9]\d{0,8})"

@@ -2,6 +2,7 @@
 
 prompts          sources of prompts to one checked, split, deduplicated table
 rows             rows of JSON Lines, JSON arrays, CSV, Parquet and dataset folders
+stored_file      a stored file as a stream
 parsing          a row to a checked prompt
 rewriting        requests for new prompts, and new prompts from replies
 steps            the recipes as steps: which author is asked which prompts

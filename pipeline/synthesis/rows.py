@@ -25,7 +25,7 @@ from pipeline import storage
 from pipeline.errors import DistillationError, PromptError
 from pipeline.messages import listed, shorter, shown
 from pipeline.plain_json import NotJSONError, value_at, value_in
-from pipeline.stored_file import StoredFile
+from pipeline.synthesis.stored_file import StoredFile
 
 PIECE_BYTES = 1 << 20
 PARQUET_ROWS = 256  # rows of a Parquet file that become Python values at once

@@ -52,7 +52,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "a manifest's totals": (f"{CACHE}/manifest.json", lambda f: manifest_fits(cache(f), [])),
     "a manifest's recipe": (f"{CACHE}/manifest.json", lambda f: recipe_of(cache(f).folder)),
     "a note of quarantine": (f"{CACHE}/g1.quarantine/s.json", lambda f: quarantined(cache(f))),
-    "hashes of weights": ("root/weight_hashes.json", lambda f: _file_hashes([], layout(f))),
+    "hashes of weights": ("root/weight_hashes.json", lambda f: _file_hashes([], layout(f), f)),
     "learned weights": (
         "root/runs/run/learned_weights.json",
         lambda f: learned_weights(LEARNED, layout(f)),

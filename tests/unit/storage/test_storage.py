@@ -8,7 +8,7 @@ from pyarrow import fs
 
 from pipeline import storage
 from pipeline.errors import StorageError
-from pipeline.stored_file import StoredFile
+from pipeline.synthesis.stored_file import StoredFile
 
 
 @pytest.fixture

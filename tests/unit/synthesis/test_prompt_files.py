@@ -15,10 +15,10 @@ from pipeline.config.load import load_config
 from pipeline.config.prompts import PromptsConfig, PromptSource
 from pipeline.errors import PromptError
 from pipeline.sequences import read_dataset
-from pipeline.stored_file import StoredFile
 from pipeline.synthesis import rows as reading
 from pipeline.synthesis.prompts import load_prompts, read_prompts
 from pipeline.synthesis.rows import numbered_rows
+from pipeline.synthesis.stored_file import StoredFile
 from tests.support.command_line import QUICKSTART
 from tests.unit.filters.test_filtering import prepared
 
