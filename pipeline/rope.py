@@ -16,6 +16,19 @@ def rope_settings(config: Any) -> list[dict[str, Any]]:
     return nested or [parameters]
 
 
+def longest_context(config: Any) -> int | None:
+    """Most tokens that a model has positions for, as far as its config tells; engines take no more.
+
+    Args:
+        config: config of the model, or of its text part, from transformers.
+    """
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(most, int) or most < 1:
+        return None
+    factors = [each.get("factor") or 1.0 for each in rope_settings(config)]
+    return int(most * max([1.0, *factors]))
+
+
 def length_bounds(config: Any) -> tuple[int, ...]:
     """Most tokens of the sequences that get LongRoPE's short factors; longer ones get the long
     factors. Empty for models without LongRoPE; several, in ascending order, if their layers differ.

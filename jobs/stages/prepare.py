@@ -20,11 +20,12 @@ from pipeline.config.filters import Filter, Judge
 from pipeline.config.rounds import layout_of, round_layouts
 from pipeline.config.run import Config
 from pipeline.config.synthesis import STUDENT, Answering, GivenAnswers
-from pipeline.config.teachers import TeacherConfig
+from pipeline.config.teachers import EndpointTeacherConfig, TeacherConfig
 from pipeline.errors import ConfigError
 from pipeline.filters.run import filter_identity
 from pipeline.layout import Layout
 from pipeline.records import Prompt
+from pipeline.rope import longest_context
 from pipeline.run.identities import (
     cache_identities,
     judging_identity,
@@ -287,7 +288,7 @@ def _check_lengths(config: Config, prompts: Sequence[Prompt], tokens: Mapping[st
 
 
 def _check_room(config: Config, place: str, name: str, prompt: int, answer: int) -> None:
-    """Checks that an engine holds `prompt` and `answer` tokens, the most of either.
+    """Checks that an engine and its model hold `prompt` and `answer` tokens, the most of either.
 
     A sequence above `synthesis.max_sequence_tokens` is dropped, so the engine need not hold it.
     """
@@ -299,6 +300,15 @@ def _check_room(config: Config, place: str, name: str, prompt: int, answer: int)
             f"prompt ({prompt}) and sampling.max_tokens ({answer}) need {need}: raise "
             "max_model_len, lower max_tokens, or set synthesis.max_sequence_tokens to at most "
             f"{teacher.max_model_len}: prompts that leave no room are then dropped and counted"
+        )
+    if isinstance(teacher, EndpointTeacherConfig) or "hf_overrides" in teacher.vllm:
+        return
+    most = longest_context(text_config(teacher.files))
+    if most is not None and need > most:
+        raise ConfigError(
+            f"{place}: the model of {name} has positions for {most} tokens; the longest prompt "
+            f"({prompt}) and sampling.max_tokens ({answer}) need {need}: lower max_tokens, or set "
+            f"synthesis.max_sequence_tokens to at most {most}"
         )
 
 

@@ -56,6 +56,13 @@ COMPLETION_PARAMETERS = OPENAI_PARAMETERS | {
     "thinking_token_budget",
     "top_k",
 }
+SIZES = frozenset(
+    {
+        *("data_parallel_size", "max_model_len", "max_num_batched_tokens", "max_num_seqs"),
+        *("pipeline_parallel_size", "tensor_parallel_size"),
+    }
+)
+"""Engine arguments that say how much of something there is."""
 CPU_BLOCK_SIZE = 32  # tokens; vLLM's own 128 would cache nothing of a short prompt
 ENDPOINT_PARAMETERS = {"vllm": COMPLETION_PARAMETERS, "openai": OPENAI_PARAMETERS}
 """Sampling parameters that each kind of endpoint honours; servers silently ignore all others."""
@@ -163,6 +170,22 @@ def check_request_changes(changes: RequestChanges, api: str) -> None:
                     f"endpoint.request.{kind}: no request has a field {name!r}; "
                     f"{closest(name, known)}"
                 )
+
+
+def check_sizes(block: dict[str, Any]) -> None:
+    """Checks that the sizes in a `vllm:` block are numbers of something.
+
+    Raises:
+        ConfigError: a size is no whole number above 0.
+    """
+    for key in SIZES & block.keys():
+        size = block[key]
+        is_automatic = size is None or (key == "max_model_len" and size == -1)
+        if not is_automatic and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ConfigError(
+                f"vllm.{key} must be a whole number above 0, not {short(repr(size))}: correct it, "
+                "or leave it out"
+            )
 
 
 def check_capture(block: dict[str, Any], num_logprobs: int) -> None:

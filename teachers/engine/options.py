@@ -40,6 +40,7 @@ def check_engine_arguments(
     """
     known = declared_fields("engine/arg_utils.py", "EngineArgs", "AsyncEngineArgs")
     arguments.check_names("vllm", block, known, arguments.OWNED_ENGINE_ARGUMENTS)
+    arguments.check_sizes(block)
     arguments.check_capture(block, num_logprobs)
     if hidden_states:
         arguments.check_hidden_states(block)

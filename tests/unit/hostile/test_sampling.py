@@ -162,3 +162,21 @@ def test_a_block_reaches_vllm_as_it_is_written(case: Case, tmp_path: Path) -> No
     travelled = load_config(path).evaluation.sampling
     assert repr(travelled) == repr(sampling)
     assert repr(answer_parameters(travelled, [1])) == repr(answer_parameters(sampling, [1]))
+
+
+ENGINE = [
+    Case("room -5", "{max_model_len: -5}", ("vllm.max_model_len must be a whole number", "-5")),
+    Case("room a text", "{max_model_len: 4k}", ("vllm.max_model_len must be", "'4k'")),
+    Case("room true", "{max_model_len: true}", ("vllm.max_model_len must be", "True")),
+    Case("no sequences", "{max_num_seqs: 0}", ("vllm.max_num_seqs must be", "0")),
+    Case("half a device", "{tensor_parallel_size: 0.5}", ("vllm.tensor_parallel_size must be",)),
+    Case("log-probabilities a text", "{max_logprobs: many}", ("vllm.max_logprobs must be",)),
+    Case("unknown", "{foo: {bar: 1}}", ("vllm.foo is unknown",)),
+    Case("room as vLLM finds it", "{max_model_len: -1}"),
+    Case("sequences by default", "{max_num_seqs: null}"),
+]
+
+
+@pytest.mark.parametrize("case", ENGINE, ids=str)
+def test_sizes_of_an_engine_are_numbers(case: Case) -> None:
+    check_answer(case, lambda: check_options(load(f"teachers.words.vllm={case.given}")))
