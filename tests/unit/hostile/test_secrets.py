@@ -37,7 +37,7 @@ NAMES = [
         "apiKey",
         "APIKEY",
     ),
-    *("APIKEY", "MyPassword", "SSH_PASSPHRASE", "KEY_1", "TOKEN2", "_KEY"),
+    *("MyPassword", "SSH_PASSPHRASE", "KEY_1", "TOKEN2", "_KEY"),
 ]
 SETTING = "cluster.env_vars"
 AT_HOST = f"url: http://h/v1, {TEXT}"
