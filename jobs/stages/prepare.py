@@ -303,7 +303,8 @@ def _check_room(config: Config, place: str, name: str, prompt: int, answer: int)
         )
     if isinstance(teacher, EndpointTeacherConfig) or "hf_overrides" in teacher.vllm:
         return
-    most = longest_context(text_config(teacher.files))
+    files = config.student.files if name == STUDENT else teacher.files
+    most = longest_context(text_config(files))
     if most is not None and need > most:
         raise ConfigError(
             f"{place}: the model of {name} has positions for {most} tokens; the longest prompt "
