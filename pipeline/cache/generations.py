@@ -15,13 +15,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import yaml
-
 from pipeline import storage
 from pipeline.cache.kinds import holdout_identities
 from pipeline.errors import CacheError, CorruptFileError
 from pipeline.fingerprint import digest_json
 from pipeline.layout import CacheLayout, Layout
+from pipeline.yaml_text import YamlError, read_yaml
 
 Names = dict[str, dict[int, list[str]]]
 """The runs, checkpoints and trainings that name a generation, by cache folder and generation."""
@@ -174,8 +173,8 @@ def models_roots(layout: Layout) -> set[str]:
     if not storage.exists(path):
         return set()
     try:
-        config = yaml.safe_load(storage.read_bytes(path))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        config = read_yaml(storage.read_bytes(path))
+    except YamlError as error:
         raise CorruptFileError(_other_kind(path, f"it is no YAML: {error}")) from error
     root = _member(path, _member(path, config, "storage"), "models_root", "")
     return {str(root)} if root else set()

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from jobs.cluster.local_head import LocalHead
-from tests.support.command_line import QUICKSTART, file_times, polystill, token_environment
+from tests.support.command_line import (
+    POLYSTILL,
+    QUICKSTART,
+    ROOT,
+    file_times,
+    polystill,
+    token_environment,
+)
 from tests.support.disks import small_disk
 
 pytestmark = pytest.mark.timeout(180)
@@ -202,3 +209,20 @@ def test_a_full_disk_is_told_and_what_is_finished_stays(tmp_path: Path) -> None:
         disk.free()
         again = stage("prepare", root)
         assert again.returncode == 0, again.stderr
+
+
+def test_a_reader_that_leaves_ends_the_command_in_silence(tmp_path: Path) -> None:
+    """As in `polystill run CONFIG --dry-run | head -1`."""
+    words = [*POLYSTILL, "run", CONFIG, "--dry-run", "--show-config", f"storage.root={tmp_path}"]
+    with subprocess.Popen(
+        list(map(str, words)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+def test_the_password_of_an_address_is_not_repeated() -> None:
+    finished = polystill("status", "--address", NOBODY.replace("://", "://user:S3CRET@"))
+    assert "S3CRET" not in assert_refused(finished, "http://***@127.0.0.1:9")
