@@ -45,6 +45,7 @@ from teachers.preflight.model_layers import check_layers, hidden_sizes, text_con
 from teachers.preflight.models import check_models
 from teachers.preflight.template import answered_by_text, check_template, is_of_no_model
 from teachers.preflight.vocabulary import check_vocabularies, further_ends
+from teachers.preflight.weights import stored_shapes
 from teachers.tasks.judge import GRADES, grade_tokens
 from teachers.tokenizing import (
     chat_end,
@@ -191,14 +192,19 @@ def _check_requests(config: Config, rows: Mapping[str, int]) -> None:
 
 
 def _check_student(config: Config) -> None:
-    """Trains a small copy of the student's architecture for a step.
+    """Trains a small copy of the student's architecture for a step, and compares the shapes of its
+    own weights with its config.
 
     Raises:
         TrainingError: the student cannot be trained as configured.
     """
     from students.architecture.skeleton import check_skeleton
+    from students.architecture.stored import check_stored
 
-    check_skeleton(config.student, config.training.packing)
+    student = config.student
+    check_skeleton(student, config.training.packing)
+    if student.initialization == "pretrained" and student.initial_weights is None:
+        check_stored(student, stored_shapes(student.model, student.revision))
 
 
 def _check_judges(config: Config, tokenizer: PreTrainedTokenizerBase, chats: bool) -> None:

@@ -3,6 +3,7 @@
 build            the student from its config, and a model from a folder
 dtypes           number formats as transformers loads them
 initial_weights  old weights that a training starts from
+stored           the names and shapes of a pretrained student's files
 body             hidden states of packed or padded sequences
 noise            dropout and jitter of the model's config
 routers          the balance loss that a model's config asks for

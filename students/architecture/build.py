@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pipeline.config.student import StudentConfig
-from pipeline.errors import TrainingError
+from pipeline.errors import DistillationError, TrainingError
+from pipeline.messages import foreign
 from students.architecture.dtypes import DTYPES, as_loaded
 from students.architecture.initial_weights import load_initial_weights
 from students.architecture.noise import switch_off_noise
 from students.architecture.routers import refuse_ignored_balance
+
+SHOWN = 10
+"""Most tensors that a message lists."""
 
 
 def read_config(student: StudentConfig) -> PretrainedConfig:
@@ -53,9 +60,12 @@ def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
     try:
         model_config = read_config(config)
         if config.initialization == "pretrained" and config.initial_weights is None:
-            model = AutoModelForCausalLM.from_pretrained(
-                config.model, use_safetensors=True, **source, **options
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                config.model, use_safetensors=True, output_loading_info=True, **source, **options
             )
+            model, loading = loaded
+            parameters = dict(model.named_parameters())
+            refuse_missing(config, [n for n in loading["missing_keys"] if n in parameters])
         else:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
@@ -65,8 +75,12 @@ def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
                     model_config, trust_remote_code=trust, **options | {"dtype": torch.float32}
                 )
                 model = as_loaded(drawn, options["dtype"])
-    except (OSError, ImportError) as error:
-        raise TrainingError(f"student.model {config.model!r} cannot be loaded: {error}") from error
+    except DistillationError:
+        raise
+    except (OSError, ImportError, RuntimeError, ValueError, SafetensorError) as error:
+        raise TrainingError(
+            f"student.model {config.model!r} cannot be loaded: {foreign(error, 1000)}"
+        ) from error
     if config.initial_weights is not None:
         load_initial_weights(model, config.initial_weights, config.trust_remote_code)
     if not config.dropout:
@@ -74,6 +88,24 @@ def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def refuse_missing(student: StudentConfig, missing: Sequence[str]) -> None:
+    """Refuses weights that lack tensors.
+
+    Args:
+        missing: names of the tensors.
+
+    Raises:
+        TrainingError: there are some.
+    """
+    if missing:
+        shown = ", ".join(sorted(missing)[:SHOWN])
+        raise TrainingError(
+            f"the weights of student.model {student.model!r} lack {len(missing)} tensors of its "
+            f"config.json, which would be drawn at random ({shown}): fetch config and weights "
+            "again, from one revision, or choose a causal language model with its head"
+        )
 
 
 def load_model(

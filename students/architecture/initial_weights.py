@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipeline import storage
 from pipeline.errors import TrainingError
+from pipeline.messages import foreign
 from pipeline.run.training_spec import is_complete_checkpoint
 from students.checkpoints.ranks import missing_ranks
 from students.checkpoints.universal import TAG, stored_partitioning
@@ -42,10 +44,10 @@ def load_initial_weights(model: PreTrainedModel, source: str, trust_remote_code:
         other = AutoModelForCausalLM.from_pretrained(
             folder, dtype=model.dtype, trust_remote_code=trust_remote_code, use_safetensors=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise TrainingError(
             f"student.initial_weights {source} is neither a complete checkpoint nor a Hugging Face "
-            f"folder with safetensors: {error}"
+            f"folder with safetensors: {foreign(error, 1000)}"
         ) from error
     fit_weights(model, other.state_dict(), source)
 

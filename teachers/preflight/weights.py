@@ -52,11 +52,12 @@ def check_weights(
         ConfigError: the model has no safetensors, or their files are broken or incomplete.
     """
     if is_folder(model):
-        return _check_files(Path(model), model, rows, by_transformers)
+        _check_files(Path(model), model, rows, by_transformers)
+        return
     if not constants.HF_HUB_OFFLINE:
         if not any(has_file(model, name, revision=revision) for name in SAFETENSORS):
             raise ConfigError(f"{model} has no safetensors: {_UNPICKLED}")
-        return None
+        return
     try:
         folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
         _check_files(folder, f"the hub cache's copy of {model}", rows, by_transformers)
@@ -65,7 +66,21 @@ def check_weights(
             f"{model} is not complete in the hub cache, and HF_HUB_OFFLINE forbids to fetch it: "
             f"{foreign(error)}; fetch it with `hf download {model}` where the hub can be reached"
         ) from error
-    return None
+
+
+def stored_shapes(model: str, revision: str | None) -> Shapes:
+    """Shapes of the tensors by name that transformers finds for a model on this machine; none if
+    the model is not complete here.
+    """
+    try:
+        folder = (
+            Path(model)
+            if is_folder(model)
+            else Path(snapshot_download(model, revision=revision, local_files_only=True))
+        )
+        return _check_files(folder, model, None, by_transformers=True)
+    except (OSError, ValueError):
+        return {}
 
 
 def tensors_of(path: Path) -> Shapes:
@@ -86,8 +101,8 @@ def tensors_of(path: Path) -> Shapes:
         ) from error
 
 
-def _check_files(folder: Path, model: str, rows: int | None, by_transformers: bool) -> None:
-    """Checks the weights in a folder that are loaded.
+def _check_files(folder: Path, model: str, rows: int | None, by_transformers: bool) -> Shapes:
+    """Checks the weights in a folder that are loaded; returns the shapes of their tensors.
 
     Args:
         model: name of the model for messages.
@@ -121,6 +136,7 @@ def _check_files(folder: Path, model: str, rows: int | None, by_transformers: bo
             f"a row for each of the {rows} tokens of the vocabulary, and those of an adapter have "
             "not: put the model's own weights there as safetensors"
         )
+    return found
 
 
 def _tensors_of_index(path: Path) -> Shapes:
