@@ -68,10 +68,12 @@ def read_template(path: str, *placeholders: str) -> str:
     """Text of a template.
 
     Raises:
-        ConfigError: the file is missing, is not UTF-8 text, or lacks a placeholder.
+        ConfigError: the file is missing, is no file, is not UTF-8 text, or lacks a placeholder.
     """
     if not storage.exists(path):
         raise ConfigError(f"the template {path} does not exist")
+    if not storage.is_file(path):  # reading a pipe would wait for ever
+        raise ConfigError(f"the template {path} is no file: name a text file")
     try:
         text = storage.read_bytes(path).decode()
     except UnicodeDecodeError as error:

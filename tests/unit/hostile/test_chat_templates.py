@@ -4,6 +4,7 @@ Whoever published a model wrote its template, which is a program.
 """
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.child import ChildProcess
 from pipeline.records import Prompt
+from pipeline.synthesis.rewriting import read_template
 from teachers import rendering
 from teachers.preflight.boundary import check_boundaries
 from teachers.tokenizing import chat_end, prompt_text
@@ -184,6 +186,24 @@ def test_no_check_waits_for_each_of_its_trials(
 def test_a_long_chat_may_be_written_several_times(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = CHAT * 3
     assert len(prompt_text(tokenizer, chat("x" * 3_000_000))) > 9_000_000
+
+
+FILES = [
+    Case("gone", lambda path: None, ("does not exist",)),
+    Case("a folder", Path.mkdir, ("is no file",)),
+    Case("a pipe", os.mkfifo, ("is no file",)),
+    Case("a device", lambda path: path.symlink_to("/dev/zero"), ("is no file",)),
+    Case("a link to nothing", lambda path: path.symlink_to("gone"), ("does not exist",)),
+    Case("invalid UTF-8", lambda path: path.write_bytes(b"\xff"), ("is not UTF-8",)),
+    Case("without its place", lambda path: path.write_text("{x}"), ("must hold {prompt}",)),
+    Case("sound", lambda path: path.write_text("Write: {prompt}")),
+]
+
+
+@pytest.mark.parametrize("case", FILES, ids=str)
+def test_the_file_of_a_template_is_answered(case: Case, tmp_path: Path) -> None:
+    case.given(tmp_path / "template.txt")
+    check_answer(case, lambda: read_template(str(tmp_path / "template.txt"), "prompt"))
 
 
 @pytest.fixture
