@@ -5,7 +5,7 @@ It imports no engine and no torch, so it takes a second.
 
 from __future__ import annotations
 
-from jobs.bookkeeping.plan import length_cautions, plan_rounds
+from jobs.bookkeeping.plan import key_cautions, length_cautions, plan_rounds
 from jobs.bookkeeping.stage_records import scored_dataset
 from jobs.cluster.placement import check_local_head
 from jobs.stages.preflight import check_inputs, unread_references
@@ -52,7 +52,8 @@ def dry_run_text(config: Config, address: str | None = None) -> str:
         prompts = _check(of_round) or prompts
     longest = 0 if run is None else run.prepared.longest_prompt
     unread = unread_references(config, prompts) if run is None else run.prepared.unread_references
-    lines += [f"caution     {line}" for line in [*length_cautions(config, longest), *unread]]
+    told = [*key_cautions(config), *length_cautions(config, longest), *unread]
+    lines += [f"caution     {line}" for line in told]
     lines += ["# resources", *_resources(config)]
     return "\n".join(lines)
 

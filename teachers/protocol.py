@@ -102,6 +102,7 @@ class EndpointSpec:
         canary_path: file of the first canary under the endpoint's identity, written if it does not
             exist; None if nothing is scored under this identity.
         batches_folder: folder of the records of batches; None if the endpoint takes none.
+        is_padded: a teacher has ids that the tokenizer lacks, so that an id may be one of them.
     """
 
     endpoint: EndpointConfig
@@ -111,6 +112,7 @@ class EndpointSpec:
     eos_token_ids: tuple[int, ...] = ()
     canary_path: str | None = None
     batches_folder: str | None = None
+    is_padded: bool = False
 
     @property
     def folders(self) -> tuple[str, ...]:

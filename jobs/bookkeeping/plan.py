@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from jobs.bookkeeping.stage_records import (
     read_record,
@@ -19,6 +20,7 @@ from pipeline.config.load import check_model_folders
 from pipeline.config.rounds import rounds_of
 from pipeline.config.run import Config
 from pipeline.config.synthesis import Answering, Writing, is_asked
+from pipeline.config.teachers import EndpointTeacherConfig
 from pipeline.records import DatasetEntry
 from pipeline.run.prepared_run import Run
 from pipeline.sequences import read_dataset
@@ -155,6 +157,16 @@ def length_cautions(config: Config, longest_prompt: int) -> list[str]:
         "run after synthesize, unless synthesis.max_sequence_tokens drops it"
         for place, most in limits.items()
         if longest > most
+    ]
+
+
+def key_cautions(config: Config) -> list[str]:
+    """Endpoints whose key others can read on its way, one line each, for people."""
+    return [
+        f"teacher {name} sends its key over http:// to {urlsplit(teacher.endpoint.url).netloc}, so "
+        "everybody on the way can read it: use https://, or a tunnel that ends on this machine"
+        for name, teacher in config.teachers.items()
+        if isinstance(teacher, EndpointTeacherConfig) and teacher.endpoint.shows_key
     ]
 
 

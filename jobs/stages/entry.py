@@ -9,7 +9,7 @@ from contextlib import nullcontext
 
 import ray
 
-from jobs.bookkeeping.plan import length_cautions, make_plan
+from jobs.bookkeeping.plan import key_cautions, length_cautions, make_plan
 from jobs.bookkeeping.stage_records import (
     StageRecord,
     read_record,
@@ -77,7 +77,7 @@ def _prepare(config: Config) -> StageRecord:
     prepared = run.prepared
     for line in [*stale_caches(run), *length_cautions(config, prepared.longest_prompt)]:
         logger.info(line)
-    for line in prepared.unread_references:
+    for line in [*key_cautions(config), *prepared.unread_references]:
         logger.warning(line)
     counts = ", ".join(f"{name} {count}" for name, count in prepared.prompt_counts.items())
     return StageRecord(key=prepared.key, summary=f"prompts: {counts}; vocabularies agree")

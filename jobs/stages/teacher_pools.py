@@ -90,6 +90,7 @@ def endpoint_spec(run: Run, name: str, *, min_model_len: int, num_logprobs: int)
         eos_token_ids=run.prepared.stop_token_ids(name),
         canary_path=run.layout.endpoint_canary(scored) if teacher.scores else None,
         batches_folder=run.layout.endpoint_batches(server) if teacher.endpoint.batch else None,
+        is_padded=run.prepared.vocabulary_size is not None,
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from ipaddress import ip_address
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
 
@@ -267,6 +268,21 @@ class EndpointConfig(Section):
                 "leave template_arguments out here"
             )
         return self
+
+    @property
+    def shows_key(self) -> bool:
+        """Whether the key is sent without encryption to another machine."""
+        parts = urlsplit(self.url)
+        return self.api_key_env is not None and parts.scheme == "http" and not _is_here(parts)
+
+
+def _is_here(parts: SplitResult) -> bool:
+    """Whether a URL is of this machine."""
+    host = parts.hostname or ""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 class EndpointTeacherConfig(Section):

@@ -6,5 +6,6 @@ answers      answers in text, in the dialects of servers
 replies      replies of servers, checked, as arrays
 batches      requests that wait in batches, found again by their records
 forms        the first request of each form alone, and forms that a server never accepts
+reading      content of replies up to a bound, inflated
 transport    requests with retries, limits and a secret key
 """

@@ -50,15 +50,19 @@ class TextAnswer:
 
 
 def read_answer(choice: TextChoice) -> TextAnswer:
-    """Reads a choice of `/completions` or `/chat/completions`."""
+    """Reads a choice of `/completions` or `/chat/completions`.
+
+    A refusal in a field of its own is withheld as an answer, whatever its end is called.
+    """
     message = choice.get("message") or {}
     content = message.get("content")
     parts = [content] if isinstance(content, str) else content or []
     text = choice.get("text") or "".join(map(_text_of, parts)) or message.get("refusal") or ""
     apart = message.get("reasoning_content") or message.get("reasoning") or ""
-    return TextAnswer(
-        text, apart or "".join(map(_thoughts_of, parts)), end_named(choice.get("finish_reason"))
-    )
+    thoughts = apart or "".join(map(_thoughts_of, parts))
+    end = end_named(choice.get("finish_reason"))
+    refuses = message.get("refusal") or any(map(_is_refusal, parts))
+    return TextAnswer(text, thoughts, "content_filter" if refuses and end != "failed" else end)
 
 
 def end_named(reason: str | None) -> str:
@@ -91,6 +95,10 @@ def _text_of(part: str | dict[str, Any]) -> str:
     if part.get("type", "text") in ("text", "output_text", "summary_text"):
         return _joined(part.get("text"))
     return _joined(part.get("refusal")) if part.get("type") == "refusal" else ""
+
+
+def _is_refusal(part: str | dict[str, Any]) -> bool:
+    return isinstance(part, dict) and part.get("type") == "refusal"
 
 
 def _thoughts_of(part: str | dict[str, Any]) -> str:

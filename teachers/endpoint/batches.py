@@ -14,21 +14,24 @@ import contextlib
 import json
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NotRequired, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import AfterValidator, TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from pydantic import TypeAdapter, ValidationError
 
 from pipeline import storage
 from pipeline.config.teachers import EndpointConfig
 from pipeline.errors import ConfigError, DistillationError, TeacherError
 from pipeline.fingerprint import digest_ids, digest_json
+from pipeline.messages import foreign
+from teachers.endpoint.replies import BATCH, BATCHES, FILE, LINE, Batch, Line, LineReply
 from teachers.endpoint.transport import RETRIED_STATUSES, NotThereError, Requester, whole_characters
 from teachers.protocol import ItemRefusedError
 
 GATHERING_SECONDS, POLL_SECONDS = 2.0, 30.0
 MAX_REQUESTS, MAX_BYTES = 50_000, 100_000_000
 """Size of a batch; OpenAI takes 50,000 requests and 200 MB."""
+LINE_BYTES = 4096
+"""Bytes of a line of a batch's output beside the answer."""
 MOST_FAILED_LOOKS = 60
 """Looks at a batch, each with its own tries, that may fail in a row: half an hour and more."""
 MOST_LOOKS = 20
@@ -39,44 +42,6 @@ MARK = "polystill"
 ENDED = frozenset({"completed", "expired", "cancelled"})
 
 HttpReply = TypeVar("HttpReply")
-
-
-class StoredFile(TypedDict):
-    id: str
-
-
-class Batch(TypedDict):
-    """Batch as the provider tells of it."""
-
-    id: str
-    input_file_id: NotRequired[str | None]
-    status: Annotated[str, AfterValidator(str.lower)]
-    output_file_id: NotRequired[str | None]
-    error_file_id: NotRequired[str | None]
-    errors: NotRequired[Any]
-    request_counts: NotRequired[dict[str, int] | None]
-    metadata: NotRequired[dict[str, str] | None]
-
-
-class BatchList(TypedDict):
-    data: list[Batch]
-
-
-class LineReply(TypedDict):
-    status_code: int
-    body: Any
-
-
-class Line(TypedDict):
-    """One line of a batch's output."""
-
-    custom_id: str
-    response: NotRequired[LineReply | None]
-    error: NotRequired[Any]
-
-
-FILE, BATCH, BATCHES = TypeAdapter(StoredFile), TypeAdapter(Batch), TypeAdapter(BatchList)
-LINE = TypeAdapter(Line)
 
 
 @dataclass(frozen=True)
@@ -104,12 +69,19 @@ class Batches:
         self._replies: dict[str, asyncio.Future[LineReply]] = {}
         self._queue: list[_Waiting] = []
         self._recorded: dict[str, str] | None = None
+        self._expected_bytes = 0
         self._ids: set[str] = set()
         self._states: dict[str, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._sender: asyncio.Task[None] | None = None
 
-    async def ask(self, path: str, kind: TypeAdapter[HttpReply], body: dict[str, Any]) -> HttpReply:
+    async def ask(
+        self,
+        path: str,
+        kind: TypeAdapter[HttpReply],
+        body: dict[str, Any],
+        expected_bytes: int = 0,
+    ) -> HttpReply:
         """Puts a request into a batch and waits for its reply.
 
         A request that was refused in a batch is asked at once the second time.
@@ -118,6 +90,7 @@ class Batches:
             path: path below `/v1`, with its leading slash.
             kind: expected kind of the reply.
             body: JSON content of the request.
+            expected_bytes: size of the largest right reply, beside an allowance.
 
         Raises:
             ConfigError: the provider takes no such batch.
@@ -126,7 +99,8 @@ class Batches:
         """
         key = self._key(path, body)
         if key in self._replies and _is_refused(self._replies[key]):
-            return await self._requester.ask(path, kind, body)
+            return await self._requester.ask(path, kind, body, expected_bytes=expected_bytes)
+        self._expected_bytes = max(self._expected_bytes, expected_bytes + LINE_BYTES)
         if self._recorded is None:
             self._recorded = self._read_records()
         reply = self._replies[key] = asyncio.get_running_loop().create_future()
@@ -137,13 +111,14 @@ class Batches:
         found = await reply
         status, content = found["status_code"], found["body"]
         if status != 200:
-            problem = f"a request of a batch was refused: status {status}: {content}"
+            words = self._requester.shown(content)
+            problem = f"a request of a batch was refused: status {status}: {words}"
             raise TeacherError(problem) if _passes(status) else ItemRefusedError(problem)
         try:
             return kind.validate_python(content)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(map(str, first["loc"])) or "the reply"
+            place = self._requester.shown(".".join(map(str, first["loc"])), 100) or "the reply"
             raise ItemRefusedError(
                 f"a reply of a batch is not as expected, at {place}: {first['msg']}"
             ) from None
@@ -181,7 +156,7 @@ class Batches:
         self._ids.add(batch)
         others = {key: its for key, its in (self._recorded or {}).items() if its != batch}
         self._recorded = others | dict.fromkeys(keys, batch)
-        path = storage.join(self._folder, f"{batch}.json")
+        path = storage.join(self._folder, f"{batch.replace('/', '_')}.json")
         await asyncio.to_thread(storage.write_json, path, {"batch": batch, "keys": list(keys)})
 
     def _start(self, work: Any) -> asyncio.Task[None]:
@@ -301,7 +276,8 @@ class Batches:
             if _has_failed(found):
                 await self._record(batch, [])
                 raise ConfigError(
-                    f"the provider failed batch {batch} of {self._model}: {found.get('errors')}; "
+                    f"the provider failed batch {batch} of {self._model}: "
+                    f"{self._requester.shown(found.get('errors'))}; "
                     "mend what it says, or set endpoint.batch: false, and run it again"
                 )
             self._states[batch] = _progress(found, len(keys))
@@ -309,9 +285,11 @@ class Batches:
             found = await self._look_at(batch)
         self._states.pop(batch, None)
         left, answered = set(keys), []
-        for file in (found.get("output_file_id"), found.get("error_file_id")):
-            content = await self._requester.download(f"/files/{file}/content") if file else b""
-            for line in _lines(content):
+        most = self._expected_bytes * max(
+            len(keys), [*(self._recorded or {}).values()].count(batch)
+        )
+        for file in filter(None, (found.get("output_file_id"), found.get("error_file_id"))):
+            for line in _lines(await self._requester.download(f"/files/{file}/content", most)):
                 key, reply = line["custom_id"], line.get("response") or _refusal(line)
                 if reply is not None and reply["status_code"] == 200:
                     answered.append(key)
@@ -331,7 +309,9 @@ class Batches:
 def _progress(batch: Batch, num_requests: int) -> str:
     counts = batch.get("request_counts") or {}
     done = counts.get("completed", 0) + counts.get("failed", 0)
-    return f"{batch['status']}, {done} of {counts.get('total') or num_requests} requests"
+    return (
+        f"{foreign(batch['status'], 40)}, {done} of {counts.get('total') or num_requests} requests"
+    )
 
 
 def _lacks_files(batch: Batch) -> bool:

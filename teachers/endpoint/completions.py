@@ -6,6 +6,7 @@ T are the tokens of a sequence.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -16,14 +17,24 @@ from pipeline.records import Prompt
 from teachers.endpoint.answers import read_answer, with_thoughts
 from teachers.endpoint.batches import Batches
 from teachers.endpoint.forms import RequestForms
-from teachers.endpoint.replies import TEXT_REPLY, TOKEN_REPLY, TokenChoice, sorted_rows
+from teachers.endpoint.reading import expected_bytes
+from teachers.endpoint.replies import (
+    MOST_IDS,
+    TEXT_REPLY,
+    TOKEN_REPLY,
+    TokenChoice,
+    refuse_duplicates,
+    sorted_rows,
+)
 from teachers.endpoint.transport import Requester
 from teachers.engine.prompt_topk import BrokenRowsError
 from teachers.protocol import CapturedRows, EndpointSpec, GeneratedAnswer
-from teachers.tokenizing import answer_ids, begins_in_thought, repeats_bos
+from teachers.tokenizing import answer_ids, begins_in_thought, repeats_bos, vocabulary_size
 
 FINISHED = ("stop", "length", "repetition")
 """Proper ends of an answer of a vLLM server."""
+LONGEST_TOKEN_CHARACTERS = 256
+"""Characters that no token of a vocabulary has more of, in the mean of an answer."""
 PLAIN_SAMPLING = {
     "temperature": 1.0,
     "top_p": 1.0,
@@ -52,6 +63,7 @@ class Completions:
         self._requester, self._batches = requester, batches
         self._forms = RequestForms(f"{spec.endpoint.url} ({spec.endpoint.model})")
         self._tokenizer: Any = tokenizer  # upstream's stubs are too wide
+        self._vocabulary = MOST_IDS if spec.is_padded else vocabulary_size(tokenizer)
 
     async def rows(self, input_ids: list[int], first_index: int, width: int) -> CapturedRows:
         """Captures the distributions over the tokens at indices `first_index` to T - 1.
@@ -67,7 +79,9 @@ class Completions:
             "prompt_logprobs": width,
             "return_token_ids": True,
         }
-        choice = await self._choice("/completions", TOKEN_REPLY, body)
+        choice = await self._choice(
+            "/completions", TOKEN_REPLY, body, len(input_ids), refuse_duplicates
+        )
         self._check_prompt(choice, input_ids)
         positions = choice.get("prompt_logprobs")
         if positions is None or len(positions) != len(input_ids):
@@ -76,7 +90,8 @@ class Completions:
                 f"positions for {len(input_ids)} tokens: check that it is a vLLM server"
             )
         entries = [position or {} for position in positions[first_index:]]
-        captured = sorted_rows(entries, input_ids[first_index:], width, self._endpoint.url)
+        gold_ids, vocabulary = input_ids[first_index:], self._vocabulary
+        captured = sorted_rows(entries, gold_ids, width, vocabulary, self._endpoint.url)
         return captured.rows([*input_ids], first_index, width)
 
     async def token_answer(
@@ -92,7 +107,7 @@ class Completions:
             "return_token_ids": True,
             "stop_token_ids": [*(sampling.get("stop_token_ids") or ()), *end_ids],
         }
-        choice = await self._choice("/completions", TOKEN_REPLY, body)
+        choice = await self._choice("/completions", TOKEN_REPLY, body, len(prompt_ids))
         self._check_prompt(choice, prompt_ids)
         token_ids = choice.get("token_ids")
         if token_ids is None:
@@ -103,6 +118,7 @@ class Completions:
         reason = choice.get("finish_reason")
         if reason not in FINISHED:
             raise self._broken_off(reason)
+        self._check_answer(token_ids, body["max_tokens"], body["stop_token_ids"])
         return GeneratedAnswer(token_ids, reason, time.monotonic() - started)
 
     async def text_answer(
@@ -128,6 +144,12 @@ class Completions:
         answer = read_answer(choice)
         if answer.end == "failed":
             raise self._broken_off(choice.get("finish_reason"))
+        if len(answer.text) > LONGEST_TOKEN_CHARACTERS * sampling["max_tokens"]:
+            raise TeacherError(
+                f"{self._endpoint.url} returned {len(answer.text)} characters where "
+                f"{sampling['max_tokens']} tokens were asked for, so it does not know max_tokens: "
+                "name what this server takes in endpoint.request (rename)"
+            )
         text, is_opened = answer.text, begins_in_thought(self._tokenizer, prompt_ids)
         if self._endpoint.reasoning == "keep" and (answer.thoughts or is_opened):
             text = with_thoughts(answer, is_opened)
@@ -138,12 +160,22 @@ class Completions:
         seconds = time.monotonic() - started
         return GeneratedAnswer([*token_ids, *end], answer.end, seconds, bool(answer.thoughts))
 
-    async def _choice(self, path: str, kind: TypeAdapter[Any], body: dict[str, Any]) -> Any:
+    async def _choice(
+        self,
+        path: str,
+        kind: TypeAdapter[Any],
+        body: dict[str, Any],
+        num_prompt_tokens: int = 0,
+        check: Callable[[bytes, Any], None] | None = None,
+    ) -> Any:
         async def send(body: dict[str, Any], alone: bool) -> Any:
             request = self._endpoint.request.applied({"model": self._endpoint.model, **body})
+            most = expected_bytes(request, body["max_tokens"], num_prompt_tokens)
             if self._batches is None or alone:
-                return await self._requester.ask(path, kind, request, ahead=alone)
-            return await self._batches.ask(path, kind, request)
+                return await self._requester.ask(
+                    path, kind, request, ahead=alone, expected_bytes=most, check=check
+                )
+            return await self._batches.ask(path, kind, request, most)
 
         return (await self._forms.ask(body, send))["choices"][0]
 
@@ -156,7 +188,24 @@ class Completions:
                 "or other ones: the server must take token ids unchanged"
             )
 
+    def _check_answer(self, token_ids: list[int], most: int, end_ids: list[int]) -> None:
+        """Refuses an answer of tokens that the model cannot have, or one that goes on behind its
+        end or beyond what was asked for.
+        """
+        problem = None
+        if max(token_ids, default=0) >= self._vocabulary:
+            problem = f"token {max(token_ids)} of a vocabulary of {self._vocabulary} tokens"
+        elif len(token_ids) > most:
+            problem = f"{len(token_ids)} tokens where at most {most} were asked for"
+        elif behind := [i for i in token_ids[:-1] if i in end_ids]:
+            problem = f"token {behind[0]}, which ends an answer, in the middle of one"
+        if problem:
+            raise TeacherError(
+                f"{self._endpoint.url} returned {problem}: check that it is a vLLM server"
+            )
+
     def _broken_off(self, reason: str | None) -> TeacherError:
+        words = self._requester.shown(repr(reason), 60)
         return TeacherError(
-            f"{self._endpoint.url}: an answer ended by {reason!r}, so the server broke it off"
+            f"{self._endpoint.url}: an answer ended by {words}, so the server broke it off"
         )

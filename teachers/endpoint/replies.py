@@ -9,10 +9,10 @@ import math
 from collections.abc import Sequence
 from itertools import chain
 from operator import itemgetter
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
-from pydantic import Field, TypeAdapter
+from pydantic import AfterValidator, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from pipeline.cache.row_checks import MAX_LOGPROB
@@ -22,17 +22,29 @@ MASKED = -9999.0
 """Value that vLLM's server sends for -inf, which JSON does not know."""
 
 
+MOST_IDS = 2**24
+"""Token ids that a cache can hold (`pipeline/cache/columns.py`)."""
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=MOST_IDS)]
+EntryId = Annotated[int, Field(ge=0, lt=MOST_IDS)]
+"""Token id as the key of an object, which is text in JSON."""
+ProviderId = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9][\w:=.-]*(/[A-Za-z0-9][\w:=.-]*)*$", max_length=200),
+]
+"""Id of a batch or file, which becomes part of paths; some providers put slashes into it."""
+
+
 class LogprobEntry(TypedDict):
-    logprob: float
+    logprob: Annotated[float, Field(strict=True)]
 
 
 class TokenChoice(TypedDict, total=False):
     """Completion as token ids; `prompt_logprobs` is None at position 0, which no token precedes."""
 
-    token_ids: list[int] | None
+    token_ids: list[TokenId] | None
     prompt_token_ids: list[int] | None
     finish_reason: str | None
-    prompt_logprobs: list[dict[int, LogprobEntry] | None] | None
+    prompt_logprobs: list[dict[EntryId, LogprobEntry] | None] | None
 
 
 class TokenReply(TypedDict):
@@ -58,6 +70,40 @@ class TextReply(TypedDict):
     choices: Annotated[list[TextChoice], Field(min_length=1)]
 
 
+class StoredFile(TypedDict):
+    id: ProviderId
+
+
+class Batch(TypedDict):
+    """Batch as the provider tells of it."""
+
+    id: ProviderId
+    input_file_id: NotRequired[str | None]
+    status: Annotated[str, AfterValidator(str.lower)]
+    output_file_id: NotRequired[ProviderId | None]
+    error_file_id: NotRequired[ProviderId | None]
+    errors: NotRequired[Any]
+    request_counts: NotRequired[dict[str, int] | None]
+    metadata: NotRequired[dict[str, str] | None]
+
+
+class BatchList(TypedDict):
+    data: list[Batch]
+
+
+class LineReply(TypedDict):
+    status_code: int
+    body: Any
+
+
+class Line(TypedDict):
+    """One line of a batch's output."""
+
+    custom_id: str
+    response: NotRequired[LineReply | None]
+    error: NotRequired[Any]
+
+
 class ServedModel(TypedDict, total=False):
     id: str
     max_model_len: int | None
@@ -74,10 +120,34 @@ class ServerVersion(TypedDict):
 TOKEN_REPLY, TEXT_REPLY = TypeAdapter(TokenReply), TypeAdapter(TextReply)
 MODELS_REPLY, VERSION_REPLY = TypeAdapter(ServedModels), TypeAdapter(ServerVersion)
 ANY_REPLY: TypeAdapter[Any] = TypeAdapter(Any)
+FILE, BATCH, BATCHES = TypeAdapter(StoredFile), TypeAdapter(Batch), TypeAdapter(BatchList)
+LINE = TypeAdapter(Line)
+
+
+def refuse_duplicates(content: bytes, reply: TokenReply) -> None:
+    """Refuses rows in which a key stands twice, of which a reader of JSON keeps one.
+
+    Args:
+        content: reply as it came. Inside of a text a quote is escaped, so that the name of a field
+            cannot stand there.
+        reply: the same, read.
+
+    Raises:
+        BrokenRowsError: more values came than were read.
+    """
+    positions = chain.from_iterable(c.get("prompt_logprobs") or () for c in reply["choices"])
+    if content.count(b'"logprob"') > sum(len(position or ()) for position in positions):
+        raise BrokenRowsError(
+            "a reply names a token twice at one position: check that the server is a vLLM server"
+        )
 
 
 def sorted_rows(
-    positions: Sequence[dict[int, LogprobEntry]], gold_ids: list[int], width: int, url: str
+    positions: Sequence[dict[int, LogprobEntry]],
+    gold_ids: list[int],
+    width: int,
+    vocabulary: int,
+    url: str,
 ) -> PromptTopK:
     """Turns dictionaries of log-probabilities into arrays: the gold token, then the `width` most
     probable tokens in descending order.
@@ -87,11 +157,13 @@ def sorted_rows(
             entry more than `width` if the gold token is not among the most probable ones.
         gold_ids: the sequence's own token of each position.
         width: number of entries that the request asked for.
+        vocabulary: number of ids that the model can have.
         url: address of the server, for messages.
 
     Raises:
-        BrokenRowsError: a position has fewer entries, or more, or not the gold token, or its
-            probabilities sum to more than 1.
+        BrokenRowsError: a position has fewer entries, or more, or not the gold token, an id that
+            the model cannot have, a value that is no number, or probabilities that sum to more
+            than 1.
     """
     counts_P = np.fromiter(map(len, positions), np.int64, len(positions))
     if not ((counts_P == width) | (counts_P == width + 1)).all():
@@ -107,6 +179,15 @@ def sorted_rows(
     ids_PK[place_PK] = np.fromiter(chain.from_iterable(positions), np.int64, total)
     logprobs_PK = np.full(place_PK.shape, -np.inf, np.float32)
     logprobs_PK[place_PK] = np.fromiter(entries, np.float32, total)
+    if ids_PK.max(initial=0) >= vocabulary:
+        raise BrokenRowsError(
+            f"{url} returned token {ids_PK.max()}, and the vocabulary has {vocabulary} tokens: "
+            "check that it serves the model that endpoint.tokenizer belongs to"
+        )
+    if np.isnan(logprobs_PK).any():
+        raise BrokenRowsError(
+            f"{url} returned NaN as a log-probability: look at the server's log, and restart it"
+        )
     logprobs_PK[logprobs_PK <= MASKED] = -np.inf
     is_gold_PK = ids_PK == np.array(gold_ids)[:, None]
     if not is_gold_PK.any(axis=1).all():

@@ -179,7 +179,8 @@ class EndpointTeacher:
         if self._endpoint.model not in served:
             raise ConfigError(
                 f"{self._endpoint.url} does not serve {self._endpoint.model!r}, but "
-                f"{sorted(map(str, served))}: set endpoint.model to one of these"
+                f"{self._requester.shown(sorted(map(str, served)))}: set endpoint.model to one of "
+                "these"
             )
         theirs = served[self._endpoint.model].get("max_model_len")
         known = [length for length in (theirs, self._max_model_len) if length is not None]
@@ -192,7 +193,8 @@ class EndpointTeacher:
             )
         try:
             url = f"{self._endpoint.url.removesuffix('/v1')}/version"
-            self._version = (await self._requester.ask(url, VERSION_REPLY))["version"]
+            version = (await self._requester.ask(url, VERSION_REPLY))["version"]
+            self._version = self._requester.shown(version, 60)
         except (ConfigError, TeacherError):  # a proxy that shows the API alone
             self._version = None
 

@@ -1,6 +1,7 @@
 """Requests over HTTP that survive rate limits, restarts and dropped connections.
 
-The key comes from the environment of the process that sends the requests. It stands in one header
+Whatever a server says is bounded, and enters a message as short text that can be printed. The key
+comes from the environment of the process that sends the requests. It stands in one header
 and in no message: errors of libraries are not passed on, since some hold the request with its
 headers.
 """
@@ -23,10 +24,13 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.config.teachers import EndpointConfig
 from pipeline.credentials import without_passwords
 from pipeline.errors import ConfigError, TeacherError
+from pipeline.messages import foreign
+from teachers.endpoint.reading import ACCEPTED, ALLOWANCE_BYTES, read_content
 from teachers.protocol import EngineDiedError, ItemRefusedError
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 60.0
-SHOWN_CHARACTERS = 300
+SHOWN_CHARACTERS, BEGINNING_BYTES = 300, 8192
+"""Characters of a reply that a message shows, and bytes that are looked at for them."""
 RETRIED_STATUSES = frozenset({408, 409, 425, 429})
 """Statuses beside 5xx that another try may not meet again; other 4xx would come again."""
 SERVER_GONE_STATUSES = frozenset({408, 425, 429, 502, 503, 504})
@@ -95,7 +99,9 @@ class Requester:
             # One more than there are slots, for requests that go ahead.
             connector=aiohttp.TCPConnector(limit=endpoint.max_concurrency + 1),
             timeout=aiohttp.ClientTimeout(total=endpoint.timeout_seconds),
-            headers=headers,
+            headers=headers | {"Accept-Encoding": ACCEPTED},
+            auto_decompress=False,  # it inflates without a bound
+            cookie_jar=aiohttp.DummyCookieJar(),  # a request is the same whatever came before it
         )
         self._slots = asyncio.Semaphore(endpoint.max_concurrency)
         self._has_answered = False
@@ -115,6 +121,8 @@ class Requester:
         body: dict[str, Any] | None = None,
         max_retries: int | None = None,
         ahead: bool = False,
+        expected_bytes: int = 0,
+        check: Callable[[bytes, HttpReply], None] | None = None,
     ) -> HttpReply:
         """Sends a request until its reply is of the expected kind: POST with a body, else GET.
 
@@ -124,6 +132,9 @@ class Requester:
             body: JSON content of the request.
             max_retries: tries after the first, in place of `endpoint.max_retries`.
             ahead: do not wait until fewer requests than `max_concurrency` are open.
+            expected_bytes: size of the largest right reply, beside an allowance.
+            check: function that raises a `TeacherError` for a reply of the right kind that is wrong
+                all the same; it is given the content as it came, and the reply.
 
         Raises:
             NotThereError: the server has no such path.
@@ -135,8 +146,9 @@ class Requester:
             EngineDiedError: the server is gone, or too busy in every try.
         """
         method = "GET" if body is None else "POST"
+        read = _reader_of(kind, check)
         reply = await self._tried(
-            method, path, _reader_of(kind), lambda: {"json": body}, max_retries, ahead
+            method, path, read, lambda: {"json": body}, max_retries, ahead, expected_bytes
         )
         # A server may list its models for everybody; only an answer shows that the key is accepted.
         self._has_answered |= body is not None
@@ -152,9 +164,11 @@ class Requester:
 
         return await self._tried("POST", path, _reader_of(kind), form)
 
-    async def download(self, path: str) -> bytes:
+    async def download(self, path: str, expected_bytes: int) -> bytes:
         """Content of a file of the server; see `ask`."""
-        return await self._tried("GET", path, lambda content: content, dict)
+        return await self._tried(
+            "GET", path, lambda content: content, dict, expected_bytes=expected_bytes
+        )
 
     async def _tried(
         self,
@@ -164,6 +178,7 @@ class Requester:
         options: Callable[[], dict[str, Any]],
         max_retries: int | None = None,
         ahead: bool = False,
+        expected_bytes: int = 0,
     ) -> HttpReply:
         """Sends a request until `read` accepts its reply; `options` makes its content anew."""
         url = path if "://" in path else self._endpoint.url + path
@@ -172,7 +187,8 @@ class Requester:
         async with slot:  # also while it waits, so that a busy server is asked less
             for number in range(limit + 1):
                 try:
-                    return await self._once(method, url, read, options())
+                    status, content = await self._once(method, url, options(), expected_bytes)
+                    return self._read(f"{method} {url}", status, content, read)
                 except _TryFailed as failed:
                     failure = failed
                 if not failure.passes:
@@ -199,50 +215,68 @@ class Requester:
         await self._session.close()
 
     async def _once(
-        self, method: str, url: str, read: Callable[[bytes], HttpReply], options: dict[str, Any]
-    ) -> HttpReply:
+        self, method: str, url: str, options: dict[str, Any], expected_bytes: int
+    ) -> tuple[int, bytes]:
+        """Status 2xx and content of a response."""
         target = f"{method} {url}"
         try:
             request = self._session.request(method, url, allow_redirects=False, **options)
             async with request as response:
-                status, content = response.status, await response.read()
-                retry_after = response.headers.get("Retry-After", "")
+                status, headers = response.status, response.headers
+                content = await read_content(response, ALLOWANCE_BYTES + expected_bytes)
         except TimeoutError:
             seconds = self._endpoint.timeout_seconds
             problem = f"{target}: no answer within {seconds:g} s (endpoint.timeout_seconds)"
             raise _TryFailed(EngineDiedError(problem), True) from None
+        except TeacherError as error:
+            kind, passes = type(error), not isinstance(error, ItemRefusedError)
+            raise _TryFailed(kind(f"{target}: {error}"), passes) from None
         except (aiohttp.ClientError, OSError) as error:
-            problem = self._clean(f"{target}: {type(error).__name__}: {error}")
+            problem = f"{target}: {type(error).__name__}: {self.shown(str(error))}"
             raise _TryFailed(EngineDiedError(problem), True) from None
         if not 200 <= status < 300:
-            shown = self._shown(target, status, content)
-            raise self._refusal(status, shown, _retry_after_seconds(retry_after))
+            shown = self._answered(target, status, content)
+            wait_seconds = _retry_after_seconds(headers.get("Retry-After", ""))
+            raise self._refusal(status, shown, wait_seconds, headers.get("Location", ""))
+        return status, content
+
+    def _read(
+        self, target: str, status: int, content: bytes, read: Callable[[bytes], HttpReply]
+    ) -> HttpReply:
         try:
             return read(content)
         except ValidationError as error:
-            raise self._other_shape(target, content, error) from None
+            raise self._other_shape(target, status, content, error) from None
 
-    def _other_shape(self, target: str, content: bytes, error: ValidationError) -> _TryFailed:
+    def _other_shape(
+        self, target: str, status: int, content: bytes, error: ValidationError
+    ) -> _TryFailed:
         """A reply of another shape. One that holds choices is complete and paid, and would come
         again; anything else may be the word of a proxy, or the error of a server that is busy.
         """
+        if not content:
+            problem = f"{target}: status {status}: the reply is empty"
+            return _TryFailed(TeacherError(problem), True)
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the reply"
+        place = self.shown(".".join(map(str, first["loc"])), 100) or "the reply"
         problem = (
-            f"{self._shown(target, 200, content)}: the reply is not as expected, at {place}: "
+            f"{self._answered(target, status, content)}: the reply is not as expected, at {place}: "
             f"{first['msg']}"
         )
         if first["type"] != "json_invalid" and b'"choices"' in content and len(first["loc"]) > 1:
             return _TryFailed(ItemRefusedError(problem), False)
         return _TryFailed(TeacherError(problem), True)
 
-    def _refusal(self, status: int, shown: str, wait_seconds: float) -> _TryFailed:
+    def _refusal(self, status: int, shown: str, wait_seconds: float, location: str) -> _TryFailed:
         refuses_this_prompt = status == FORBIDDEN and self._has_answered
         if status in NEEDS_ANOTHER_CONFIG and not refuses_this_prompt:
             kind = NotThereError if status == NOT_FOUND else ConfigError
             return _TryFailed(kind(f"{shown}; {NEEDS_ANOTHER_CONFIG[status]}"), False)
         if status < 400:
-            advice = "the server redirects: set endpoint.url to the final address"
+            advice = "the server does not answer as the API does: check endpoint.url"
+            if location and status >= 300:
+                place = self.shown(location)
+                advice = f"the server redirects to {place}: set endpoint.url to the final address"
             return _TryFailed(ConfigError(f"{shown}; {advice}"), False)
         if status in SERVER_GONE_STATUSES:
             return _TryFailed(EngineDiedError(shown), True, wait_seconds)
@@ -250,13 +284,17 @@ class Requester:
             return _TryFailed(TeacherError(shown), True, wait_seconds)
         return _TryFailed(ItemRefusedError(shown), False)
 
-    def _shown(self, target: str, status: int, content: bytes) -> str:
-        text = _shortened(self._clean(content.decode(errors="replace")))
-        return f"{target}: status {status}: {text}"
+    def _answered(self, target: str, status: int, content: bytes) -> str:
+        beginning = content[:BEGINNING_BYTES].decode(errors="replace")
+        return f"{target}: status {status}: {self.shown(beginning)}"
 
-    def _clean(self, text: str) -> str:
-        """Removes the key, which a server may repeat."""
-        return without_passwords(text.replace(self._key, "***") if self._key else text)
+    def shown(self, value: Any, width: int = SHOWN_CHARACTERS) -> str:
+        """Words of the server for a message: short, printable, and without the key, which a server
+        may repeat.
+        """
+        text = (value if isinstance(value, str) else repr(value))[:BEGINNING_BYTES]
+        text = without_passwords(text.replace(self._key, "***") if self._key else text)
+        return foreign(text, width)
 
 
 def whole_characters(content: bytes) -> bytes:
@@ -264,8 +302,16 @@ def whole_characters(content: bytes) -> bytes:
     return LONE_SURROGATE.sub(rb"\1\\ufffd", content)
 
 
-def _reader_of(kind: TypeAdapter[HttpReply]) -> Callable[[bytes], HttpReply]:
-    return lambda content: kind.validate_json(whole_characters(content))
+def _reader_of(
+    kind: TypeAdapter[HttpReply], check: Callable[[bytes, HttpReply], None] | None = None
+) -> Callable[[bytes], HttpReply]:
+    def read(content: bytes) -> HttpReply:
+        reply = kind.validate_json(whole_characters(content))
+        if check is not None:
+            check(content, reply)
+        return reply
+
+    return read
 
 
 def _secret_key(endpoint: EndpointConfig) -> str | None:
@@ -277,6 +323,12 @@ def _secret_key(endpoint: EndpointConfig) -> str | None:
             f"the environment variable {endpoint.api_key_env}, which must hold the key of "
             f"{endpoint.url}, is not set on the node that sends the requests: export it before Ray "
             "is started, on every node (without --address: before `polystill run`)"
+        )
+    if not key.isprintable() or " " in key:
+        raise ConfigError(
+            f"the environment variable {endpoint.api_key_env}, which must hold the key of "
+            f"{endpoint.url}, holds a space, a line break or a control character: export the key "
+            "alone"
         )
     return key
 
@@ -295,10 +347,5 @@ def _retry_after_seconds(retry_after: str) -> float:
         return float(retry_after)
     try:
         return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError, IndexError, TypeError):  # of the library, for odd dates
         return 0.0
-
-
-def _shortened(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"

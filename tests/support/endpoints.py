@@ -219,6 +219,8 @@ class FakeVllm:
             return Response.of({"data": [{"id": SERVED, "max_model_len": MAX_MODEL_LEN}]})
         prompt = body["prompt"]
         token_ids, finish_reason = self.answer(prompt)
+        if len(token_ids) > body["max_tokens"]:
+            token_ids, finish_reason = token_ids[: body["max_tokens"]], "length"
         choice: Json = {"prompt_token_ids": prompt, "token_ids": token_ids, "text": "…"}
         choice["finish_reason"] = finish_reason
         if "prompt_logprobs" in body:

@@ -354,7 +354,7 @@ def test_raw_text_is_continued_as_text(spec: EndpointSpec) -> None:
 @pytest.mark.parametrize(
     ("reply", "text", "finish"),
     [
-        (chat_reply(None, refusal="I can't help."), "I can't help.", "stop"),
+        (chat_reply(None, refusal="I can't help."), "I can't help.", "content_filter"),
         (chat_reply(None, "content_filter"), "", "content_filter"),
         (chat_reply("", "length"), "", "length"),
         (chat_reply("a<eos>b<user>c"), "a<eos>b<user>c", "stop"),
