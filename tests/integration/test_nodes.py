@@ -4,148 +4,23 @@ nodes, and a server in this process for the teacher.
 
 from __future__ import annotations
 
-import json
-import random
 import re
-import shutil
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import requests
-import yaml
 
 from jobs.cluster.connection import connect
 from jobs.cluster.local_head import LocalHead, local_head
 from jobs.cluster.submit import list_jobs
-from tests.integration.models import save_tiny_llama
-from tests.support.caches import cached_rows, dataset, shards
-from tests.support.command_line import (
-    RunningCommand,
-    polystill,
-    start_polystill,
-    token_environment,
-)
-from tests.support.endpoints import SERVED, FakeVllm, Json, Response, loopback
+from tests.support.caches import shards
+from tests.support.endpoints import Json, loopback
 from tests.support.nodes import ExtraNode, extra_node
-from tests.support.tokenizers_for_tests import SPECIAL, save_tokenizer
+from tests.support.served_run import TEACHER, HeldServer, ServedRun, write_config
 
-pytestmark = pytest.mark.timeout(300)
-TEACHER, RUN = "served", "nodes"
-NUM_PROMPTS, PROMPTS_PER_SHARD, ROWS = 120, 16, 20
-LETTERS = "abcdefghijklmnop"
-TEACHER_NODE, STUDENT_NODE = {"teacher_node": 1.0}, {"student_node": 1.0}
-CONFIG = {
-    "name": RUN,
-    "seed": 1,
-    "storage": {"root": "./output"},
-    "prompts": {"sources": [{"path": "./prompts.jsonl"}], "holdout_fraction": 0.1},
-    "teachers": {
-        TEACHER: {
-            "endpoint": {
-                "model": SERVED,
-                "api": "vllm",
-                "tokenizer": "./student",
-                "dtype": "float32",
-                "max_model_len": 64,
-            },
-            "model_identity": "a hash",
-            "resources": {"num_cpus": 0.5, "custom": {"teacher_node": 0.5}},
-        }
-    },
-    "synthesis": {
-        "recipes": [
-            {
-                "type": "answer",
-                "by": "every_teacher",
-                "sampling": {"temperature": 0.7, "max_tokens": 8},
-            }
-        ],
-        "prompts_per_shard": PROMPTS_PER_SHARD,
-    },
-    "scoring": {"num_logprobs": 16, "selection": {"type": "top_k", "max_entries": 5}},
-    "combine": {
-        "method": "mixture",
-        "weights": {"type": "confidence", "per": "token", "temperature": 1.0},
-    },
-    "student": {"model": "./student", "initialization": "random"},
-    "training": {
-        "losses": [{"type": "forward_kl", "weight": 1.0}],
-        "steps": 1,
-        "sequences_per_step": 1,
-        "tokens_per_micro_batch": 64,
-        "learning_rate": 0.001,
-        "warmup_steps": 0,
-        "evaluate_every_steps": 1,
-        "checkpoint_every_steps": 1,
-    },
-    "evaluation": {"sampling": {"temperature": 0.0, "max_tokens": 8}},
-    "cluster": {"autoscaling": True},  # what is lost comes back
-}
-
-
-@dataclass
-class Server:
-    """The teacher's server, which can keep requests of one kind waiting.
-
-    Attributes:
-        held_back: which requests wait, by path and body.
-        is_open: set while nothing waits.
-        has_held: set once a request has waited.
-    """
-
-    url: str = ""
-    held_back: Callable[[str, Json], bool] = lambda path, body: False
-    is_open: threading.Event = field(default_factory=threading.Event)
-    has_held: threading.Event = field(default_factory=threading.Event)
-    fake: FakeVllm = field(default_factory=FakeVllm)
-
-    def __call__(self, path: str, body: Json) -> Response:
-        if not self.is_open.is_set() and self.held_back(path, body):
-            self.has_held.set()
-            self.is_open.wait()
-        return self.fake(path, body)
-
-    @contextmanager
-    def holding(self, held_back: Callable[[str, Json], bool]) -> Iterator[None]:
-        """Keeps requests waiting until `is_open` is set, or until the context ends."""
-        self.held_back = held_back
-        self.has_held.clear()
-        self.is_open.clear()
-        try:
-            yield
-        finally:
-            self.is_open.set()
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run and its storage root; all runs of the module have one config.
-
-    Attributes:
-        config: the config's file.
-        root: storage root.
-    """
-
-    config: Path
-    root: Path
-
-    def start(self, cluster: Cluster, stage: str, *overrides: str) -> RunningCommand:
-        """Submits a stage from another process, which follows it."""
-        return start_polystill(
-            self.root.with_name(f"{self.root.name}-{stage}"),
-            *("submit", stage, self.config, f"storage.root={self.root}", *overrides),
-            *("--address", cluster.head.address),
-            env=token_environment(cluster.head.token),
-        )
-
-    def assert_every_sequence_has_one_row(self) -> None:
-        wanted = dataset(self.root, RUN)
-        assert len(wanted) == NUM_PROMPTS
-        assert cached_rows(shards(self.root, TEACHER)).keys() == wanted.keys()
+pytestmark = pytest.mark.timeout(600)
 
 
 @dataclass(frozen=True)
@@ -158,9 +33,8 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    server = Server()
-    server.is_open.set()
+def server() -> Iterator[HeldServer]:
+    server = HeldServer()
     with loopback(server) as http:
         server.url = http.url
         yield server
@@ -170,52 +44,33 @@ def server() -> Iterator[Server]:
 def cluster() -> Iterator[Cluster]:
     with (
         local_head(num_cpus=1, num_gpus=0, custom_resources={}) as head,
-        extra_node(head, TEACHER_NODE) as teacher_node,
-        extra_node(head, STUDENT_NODE) as student_node,
+        extra_node(head, {"teacher_node": 1.0}) as teacher_node,
+        extra_node(head, {"student_node": 1.0}) as student_node,
     ):
         yield Cluster(head, teacher_node, student_node)
 
 
 @pytest.fixture(scope="module")
-def synthesized(tmp_path_factory: pytest.TempPathFactory, server: Server, cluster: Cluster) -> Run:
+def synthesized(
+    tmp_path_factory: pytest.TempPathFactory, server: HeldServer, cluster: Cluster
+) -> ServedRun:
     """A run that is prepared and synthesized; to be copied."""
     folder = tmp_path_factory.mktemp("nodes")
-    save_tiny_llama(folder / "student", seed=0)
-    save_tokenizer(folder / "student", tokens=[*SPECIAL, *LETTERS])
-    words = random.Random(0)
-    prompts = [
-        {"text": "".join(words.choices(LETTERS, k=12)), "domain": "letters"}
-        for _ in range(NUM_PROMPTS)
-    ]
-    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
-    config = json.loads(json.dumps(CONFIG))
-    config["storage"]["shared_roots"] = [str(folder)]
-    config["teachers"][TEACHER]["endpoint"]["url"] = server.url
-    run = Run(folder / "config.yaml", folder / "synthesized")
-    run.config.write_text(yaml.safe_dump(config))
-    done = polystill("stage", "prepare", run.config, f"storage.root={run.root}")
-    assert done.returncode == 0, done.stderr
-    assert finished(run.start(cluster, "synthesize")) == 0
+    config = write_config(folder, server.url)
+    run = ServedRun(config, folder / "first", cluster.head.address, cluster.head.token)
+    run.prepare()
+    run.finish("submit", "synthesize")
     return run
 
 
 @pytest.fixture
-def run(synthesized: Run, tmp_path: Path) -> Run:
+def run(synthesized: ServedRun, tmp_path: Path) -> ServedRun:
     """The synthesized run in a storage root of its own."""
-    copy = synthesized.root.with_name(tmp_path.name)
-    shutil.copytree(synthesized.root, copy)
-    return Run(synthesized.config, copy)
+    return synthesized.copied(tmp_path.name)
 
 
-def finished(command: RunningCommand, seconds: float = 120) -> int:
-    """Waits for the end of a command; returns its exit code."""
-    code = command.process.wait(timeout=seconds)
-    print(command.printed())
-    return code
-
-
-def test_stages_go_to_their_nodes(cluster: Cluster, run: Run) -> None:
-    assert finished(run.start(cluster, "score")) == 0
+def test_stages_go_to_their_nodes(cluster: Cluster, run: ServedRun) -> None:
+    run.finish("submit", "score")
     run.assert_every_sequence_has_one_row()
     actors = requests.get(
         f"{cluster.head.address}/api/v0/actors",
@@ -231,7 +86,7 @@ def test_stages_go_to_their_nodes(cluster: Cluster, run: Run) -> None:
 
 @pytest.mark.parametrize("moment", ["while it works", "while the engine loads"])
 def test_a_lost_teacher_node_is_replaced(
-    cluster: Cluster, server: Server, run: Run, moment: str
+    cluster: Cluster, server: HeldServer, run: ServedRun, moment: str
 ) -> None:
     def is_held_back(path: str, body: Json) -> bool:
         return bool(shards(run.root, TEACHER)) if moment == "while it works" else not body
@@ -239,16 +94,17 @@ def test_a_lost_teacher_node_is_replaced(
     place = {"lost_node": 1.0}
     with extra_node(cluster.head, place) as node, server.holding(is_held_back):
         needs = f"teachers.{TEACHER}.resources.custom={{lost_node: 0.5}}"
-        command = run.start(cluster, "score", needs)
-        command.wait_until("a request that is held back", server.has_held.is_set, seconds=60)
-        before = {path: path.stat().st_mtime_ns for path in shards(run.root, TEACHER)}
+        command = run.start("submit", "score", needs)
+        command.wait_until("a request that is held back", server.has_held.is_set, seconds=180)
+        before = {path: path.read_bytes() for path in shards(run.root, TEACHER)}
         node.lose()
         server.is_open.set()
         with extra_node(cluster.head, place):
-            assert finished(command) == 0
+            assert command.process.wait(timeout=180) == 0, command.printed()
     run.assert_every_sequence_has_one_row()
     assert bool(before) == (moment == "while it works")
-    assert before == {path: path.stat().st_mtime_ns for path in before}
+    # One that was written and not yet reported is written again, of the same bytes.
+    assert before == {path: path.read_bytes() for path in before}
     said = command.printed()
-    assert re.search(r"served: a replica is lost, another is launched: .*\S\n", said)
+    assert re.search(r"served: a replica is lost, another is launched: node [0-9.]+: .+\n", said)
     assert "namespace:" not in said and "(raylet)" not in said

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,9 +75,13 @@ def hear_interrupts() -> None:
 
 
 def start_polystill(
-    folder: Path, *arguments: str | Path, env: Mapping[str, str] | None = None
+    folder: Path,
+    *arguments: str | Path,
+    env: Mapping[str, str] | None = None,
+    within: Sequence[str] = (),
 ) -> RunningCommand:
-    """Starts one command whose output goes to files in `folder`; `env` is added.
+    """Starts one command whose output goes to files in `folder`; `env` is added, and `within` are
+    words before the command, such as `ip netns exec NAME`.
 
     It hears Ctrl-C as in a terminal, also where a shell runs the tests in the background.
     """
@@ -85,7 +89,7 @@ def start_polystill(
     stdout, stderr = folder / "stdout", folder / "stderr"
     with stdout.open("wb") as out, stderr.open("wb") as err:
         process = subprocess.Popen(
-            [*POLYSTILL, *map(str, arguments)],
+            [*within, *POLYSTILL, *map(str, arguments)],
             cwd=ROOT,
             env=environment(env or {}),
             stdin=subprocess.DEVNULL,

@@ -74,7 +74,9 @@ class PatientServer(ThreadingHTTPServer):
 
 
 @contextmanager
-def loopback(respond: Callable[[str, Json], Response]) -> Iterator[Loopback]:
+def loopback(
+    respond: Callable[[str, Json], Response], host: str = "127.0.0.1"
+) -> Iterator[Loopback]:
     server, lock, now_open = Loopback(respond), threading.Lock(), 0
 
     class Handler(BaseHTTPRequestHandler):
@@ -119,9 +121,9 @@ def loopback(respond: Callable[[str, Json], Response]) -> Iterator[Loopback]:
         def log_message(self, format: str, *args: Any) -> None:
             """Logs nothing."""
 
-    http = PatientServer(("127.0.0.1", 0), Handler)
+    http = PatientServer((host, 0), Handler)
     http.daemon_threads = True
-    server.url = f"http://127.0.0.1:{http.server_port}/v1"
+    server.url = f"http://{host}:{http.server_port}/v1"
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
