@@ -59,7 +59,7 @@ def run_on_node(
             break
         waited += seconds
         room = room_in_words(resources, ray.nodes(), ray.available_resources())
-        logger.info("%s has waited %.0f s for room: %s", name, waited, room)
+        logger.info("%s has waited %.0f s for a node: %s", name, waited, room)
     try:
         result: Any = None
         for reference in results:  # the last one is the function's

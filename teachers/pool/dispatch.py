@@ -157,7 +157,7 @@ class Dispatcher:
                 waited += seconds
                 room = await asyncio.to_thread(self._room)
                 logger.info(
-                    "%s: a replica has waited %.0f s for room: %s", self._name, waited, room
+                    "%s: a replica has waited %.0f s for a node: %s", self._name, waited, room
                 )
                 if waited >= PATIENCE_SECONDS:
                     self._ledger.put(list(suspects))

@@ -436,7 +436,7 @@ def test_a_wait_for_room_says_what_is_needed_early_and_then_less_and_less_often(
     cluster.room = 0
     with logged("teachers") as lines:
         asyncio.run(asyncio.wait_for(work(), timeout=20))
-    assert all(line.endswith("for room: 0.5 teacher_node needed") for line in lines), lines
+    assert all(line.endswith("for a node: 0.5 teacher_node needed") for line in lines), lines
 
 
 def test_room_is_told_as_people_say_it() -> None:

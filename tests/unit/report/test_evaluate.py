@@ -255,7 +255,7 @@ def test_a_student_is_exported_where_it_is_served(
     place = {"num_cpus": 3, "num_gpus": 0, "resources": {"big": 0.5}}
     assert cluster.asked == place | {"num_returns": "streaming"}
     assert lines == [
-        "the evaluation has waited 10 s for room: 3 CPU + 0.5 big needed; nodes have 4 CPU + 1 "
+        "the evaluation has waited 10 s for a node: 3 CPU + 0.5 big needed; nodes have 4 CPU + 1 "
         "big; free in all: 0.5 CPU"
     ]
 
