@@ -8,7 +8,7 @@ TEST_PROCESSES ?= 2
 BIN := .venv/bin
 ANY_PYTHON := $(or $(shell command -v python3),$(shell command -v python3.11),$(PYTHON))
 
-.PHONY: help setup unit test faults quickstart real lint lock clean
+.PHONY: help setup unit test faults nodes quickstart real lint lock clean
 .DEFAULT_GOAL := help
 
 help: ## show this list; times are for two cores without a GPU
@@ -28,6 +28,12 @@ FAULTS := test_faults.py test_object_store.py test_vllm_teacher.py::test_poison_
 
 faults: setup ## kill a scoring run 20 times, fill its disk, break its wire: 10 minutes and more
 	$(BIN)/python -m pytest -m "not gpu" $(addprefix tests/integration/,$(FAULTS)) $(PYTEST_ARGS)
+
+nodes: ## lose cables, heads and mounts of a cluster of namespaces: 15 minutes; needs root
+	@if [ "$$(id -u)" != 0 ]; then echo "nodes: namespaces of the network need root: run it as root." >&2; exit 1; fi
+	@if ! command -v ip >/dev/null; then echo "nodes: the command ip is missing: install iproute2." >&2; exit 1; fi
+	@$(MAKE) --no-print-directory setup
+	$(BIN)/python -m pytest -m nodes tests/nodes $(PYTEST_ARGS)
 
 quickstart: setup ## distil two small teachers into one student: seven minutes
 	$(BIN)/polystill run examples/quickstart/config.yaml
