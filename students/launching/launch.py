@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import uuid
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -167,6 +169,9 @@ def _worker(config: dict[str, Any]) -> None:
     _check_node(spec, config["marks"], address)
     ops = ops_folder(config["group"])
     os.environ["TORCH_EXTENSIONS_DIR"] = str(ops)
+    # ninja of another version takes the compiled ops for outdated, and compiles them anew
+    environment = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([environment, os.environ.get("PATH", os.defpath)])
     if spec.config.training.resources.num_gpus == 0:
         os.environ["DS_ACCELERATOR"] = "cpu"
         cores = len(os.sched_getaffinity(0)) // context.get_local_world_size()
