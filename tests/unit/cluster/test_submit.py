@@ -274,24 +274,8 @@ def make_packages(root: Path) -> Path:
         (root / name / "__init__.py").write_text("")
         (root / name / "__pycache__" / "__init__.cpython-311.pyc").write_bytes(os.urandom(8))
     (root / "jobs" / "stages").mkdir()
-    (root / "jobs" / "stages" / "defaults.yaml").write_text("a: 1\n")
-    (root / "jobs" / ".secret").write_text("x")
-    (root / "jobs" / "empty").mkdir()
-    (root / "tests").mkdir()
-    (root / "tests" / "test_a.py").write_text("")
+    (root / "jobs" / "stages" / "__init__.py").write_text("")
     return root
-
-
-def test_an_upload_holds_the_packages_and_the_config_only(tmp_path):
-    upload = build_upload(make_packages(tmp_path / "root"), "b: 2\n", tmp_path / "upload")
-    found = {str(path.relative_to(upload)) for path in upload.rglob("*") if path.is_file()}
-    assert found == {
-        *(f"{name}/__init__.py" for name in PACKAGES),
-        "jobs/stages/defaults.yaml",
-        "config.yaml",
-    }
-    assert not (upload / "jobs" / "empty").exists()
-    assert (upload / "config.yaml").read_text() == "b: 2\n"
 
 
 def test_equal_inputs_give_the_same_upload_name(tmp_path):
