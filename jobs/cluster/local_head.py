@@ -1,8 +1,9 @@
 """The local Ray head: a private cluster for one command that names none, gone with the command.
 
-Token authentication is on, with a token made for this head alone. The dashboard, which is the job
-server, listens on loopback. Every port is a free one. So other Ray clusters on the machine neither
-see this head nor are touched by it.
+Token authentication is on, with a token made for this head alone. Everything listens on loopback,
+each on a free port. All files of the head, and the temporary files of everything that it starts,
+lie in one folder of mode 0700. So other clusters and other users of the machine neither see this
+head nor touch it; docs/security.md says what is left to them.
 """
 
 import json
@@ -11,6 +12,7 @@ import random
 import secrets
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import requests
 
 from pipeline.errors import ClusterError
@@ -27,9 +30,14 @@ from pipeline.errors import ClusterError
 # Below the range from which systems choose ports, and above the one from which Ray chooses the
 # ports of workers.
 PORTS = range(20_000, 32_000)
-# Ray appends about 64 characters of session and socket name; a Unix socket's path has at most 107
-# (103 on macOS).
-MAX_FOLDER_CHARACTERS = 38
+# Ray makes its own folder one that everybody may read and write (mode 0777), uploaded code
+# included. It therefore lies in a folder that nobody else may enter, beside the one for temporary
+# files. Both names are short, for the sake of sockets.
+RAY_FOLDER, TEMPORARY_FOLDER, LOG = "r", "t", "head.log"
+# Ray appends about 66 characters: its folder, the session and the socket's name. A Unix socket's
+# path has at most 107 (103 on macOS).
+MAX_FOLDER_CHARACTERS = 36
+LOOPBACK = "127.0.0.1"
 # Settings of another cluster: with them the head would join that cluster or stand for it.
 FOREIGN_SETTINGS = (
     "RAY_ADDRESS",
@@ -50,7 +58,8 @@ class LocalHead:
         address: URL of its job server.
         gcs_address: host and port for `ray.init`.
         token: token that its clients need.
-        folder: its own folder, with sockets, logs and spilled objects.
+        folder: its own folder, with sockets, logs, spilled objects and temporary files; nobody
+            else can enter it.
     """
 
     address: str
@@ -76,21 +85,26 @@ def local_head(
         num_cpus: logical CPUs of the head.
         num_gpus: logical GPUs of the head; None lets Ray count them.
         custom_resources: further resources by name.
-        temp_dir: parent of the head's own folder (sockets, logs, spilled objects); None means the
-            system's folder for temporary files.
+        temp_dir: parent of the head's own folder; None means the system's folder for temporary
+            files.
         start_timeout_seconds: time within which the job server must answer.
 
     Raises:
-        ClusterError: the folder's path is too long, or the head did not start; the message has the
-            last lines of its log.
+        ClusterError: the folder's path is too long, others may rename folders in its parent, or the
+            head did not start; the message has the last lines of its log.
     """
-    folder = _private_folder(temp_dir)
+    folder = private_folder(temp_dir)
     token = secrets.token_hex(32)
     dashboard_port, client_port = _free_ports(2)
-    address = f"http://127.0.0.1:{dashboard_port}"
-    environment = {**_client_environment(token), "PATH": _path_with_this_python()}
+    address = f"http://{LOOPBACK}:{dashboard_port}"
+    environment = {
+        **_client_environment(token),
+        **_loopback_environment(),
+        "PATH": _path_with_this_python(),
+        "TMPDIR": str(folder / TEMPORARY_FOLDER),
+    }
     command = _ray_start(folder, dashboard_port, client_port, num_cpus, num_gpus, custom_resources)
-    with (folder / "head.log").open("wb") as log:
+    with (folder / LOG).open("wb") as log:
         guardian = subprocess.Popen(
             [sys.executable, "-P", str(GUARDIAN), str(folder), *command],
             stdin=subprocess.PIPE,
@@ -108,19 +122,36 @@ def local_head(
         _stop(guardian, folder)
 
 
-def _private_folder(parent: Path | None) -> Path:
-    """Makes the head's own folder, which nobody else can read (mode 0700)."""
+def private_folder(parent: Path | None) -> Path:
+    """Makes the head's own folder, which nobody else can enter (mode 0700), with its two parts."""
     folder = Path(tempfile.mkdtemp(prefix="ps-", dir=parent)).resolve()
-    if len(str(folder)) > MAX_FOLDER_CHARACTERS and parent is None:
+    if _complaint(folder) and parent is None:
         folder.rmdir()
         folder = Path(tempfile.mkdtemp(prefix="ps-", dir="/tmp")).resolve()
-    if len(str(folder)) > MAX_FOLDER_CHARACTERS:
+    if complaint := _complaint(folder):
         folder.rmdir()
-        raise ClusterError(
-            f"the folder {folder} is too long for Ray's Unix sockets ({len(str(folder))} "
-            f"characters, at most {MAX_FOLDER_CHARACTERS}): choose a shorter temporary folder"
-        )
+        raise ClusterError(complaint)
+    for name in (RAY_FOLDER, TEMPORARY_FOLDER):
+        (folder / name).mkdir()
     return folder
+
+
+def _complaint(folder: Path) -> str | None:
+    """Reason why a new folder cannot be the head's own; None if there is none."""
+    if len(str(folder)) > MAX_FOLDER_CHARACTERS:
+        return (
+            f"the folder {folder} is too long for Ray's Unix sockets ({len(str(folder))} "
+            f"characters, at most {MAX_FOLDER_CHARACTERS}): choose a shorter temporary folder "
+            "(TMPDIR)"
+        )
+    mode = folder.parent.stat().st_mode
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        return (
+            f"everybody may rename what lies in {folder.parent} ({stat.filemode(mode)}), so others "
+            "could put code in the place of this run's: choose another temporary folder (TMPDIR), "
+            f"or give this one the sticky bit (chmod +t {folder.parent})"
+        )
+    return None
 
 
 def _free_ports(count: int) -> list[int]:
@@ -165,10 +196,10 @@ def _ray_start(
         *(sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--head", "--block"),
         *any_port,
         "--include-dashboard=true",
-        "--dashboard-host=127.0.0.1",
+        f"--dashboard-host={LOOPBACK}",
         f"--dashboard-port={dashboard_port}",
         f"--ray-client-server-port={client_port}",
-        f"--temp-dir={folder}",
+        f"--temp-dir={folder / RAY_FOLDER}",
         f"--num-cpus={num_cpus}",
         *([] if num_gpus is None else [f"--num-gpus={num_gpus}"]),
         f"--resources={json.dumps(custom_resources)}",
@@ -181,17 +212,44 @@ def _ray_start(
 def _client_environment(token: str) -> dict[str, str]:
     """Variables that Ray's clients need.
 
-    Some libraries read `NO_PROXY` and others `no_proxy`, so both are set.
+    Ray replaces a loopback address by one that other nodes can reach, unless it is told that there
+    are no other nodes: the variable is meant for the two systems that it names, and does the same
+    on Linux. Some libraries read `NO_PROXY` and others `no_proxy`, so both are set.
     """
     exceptions = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    loopback = ",".join(filter(None, [exceptions, "127.0.0.1", "localhost"]))
+    loopback = ",".join(filter(None, [exceptions, LOOPBACK, "localhost"]))
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "NO_PROXY": loopback,
         "no_proxy": loopback,
     }
+
+
+def _loopback_environment() -> dict[str, str]:
+    """Variables that keep vLLM, and torch's two ways to exchange tensors, on loopback.
+
+    A user may have set them for a cluster; such values do not hold here.
+    """
+    interface = _loopback_interface()
+    return {
+        "VLLM_HOST_IP": LOOPBACK,
+        "GLOO_SOCKET_IFNAME": interface,
+        "NCCL_SOCKET_IFNAME": f"={interface}",  # otherwise the beginning of a name
+    }
+
+
+def _loopback_interface() -> str:
+    """Name of the interface that has the loopback address: `lo` on Linux."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == LOOPBACK for entry in addresses):
+            return name
+    raise ClusterError(
+        f"no network interface has the address {LOOPBACK}, on which a local Ray head listens: "
+        "bring the loopback interface up (ip link set lo up), or name a cluster with --address"
+    )
 
 
 def _path_with_this_python() -> str:
@@ -231,7 +289,7 @@ def _wait_until_ready(
 ) -> str:
     """Waits until the node is complete and its job server answers; returns the GCS address."""
     # Ray writes this file last, and a job reads the cluster's address from it.
-    address_file = folder / "ray_current_cluster"
+    address_file = folder / RAY_FOLDER / "ray_current_cluster"
     deadline = time.monotonic() + timeout_seconds
     with requests.Session() as session:
         session.trust_env = False  # no proxy, no netrc: this is loopback
@@ -257,7 +315,7 @@ def _wait_until_ready(
 
 
 def _last_lines(folder: Path, count: int = 15) -> str:
-    lines = (folder / "head.log").read_text(errors="replace").splitlines()
+    lines = (folder / LOG).read_text(errors="replace").splitlines()
     return "\n".join(f"  {line}" for line in lines[-count:])
 
 

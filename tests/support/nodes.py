@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,18 @@ import psutil
 from jobs.cluster.local_head import LocalHead
 
 START_SECONDS = 90
+# A local head is on loopback, where Ray lets no further node join. So that one does, Ray is told
+# that there may be others, and its search for an address that they could reach is left out. The
+# node's own processes are told again that there are none.
+VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+RAY = f"""
+import os
+from ray._private import services
+services.get_node_ip_address = lambda address=None: "127.0.0.1"
+os.environ["{VARIABLE}"] = "0"
+from ray.scripts.scripts import main
+main()
+"""
 OBJECT_STORE_BYTES = 100_000_000
 FREE_PORTS = (
     "node-manager-port",
@@ -67,7 +80,7 @@ def extra_node(
         resources: custom resources of the node.
         num_cpus: logical CPUs of the node.
     """
-    command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block"]
+    command = [sys.executable, "-P", "-c", RAY, "start", "--block"]
     command += [f"--address={head.gcs_address}", *(f"--{name}=0" for name in FREE_PORTS)]
     command += [f"--num-cpus={num_cpus}", "--num-gpus=0", f"--resources={json.dumps(resources)}"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats"]
@@ -83,6 +96,7 @@ def extra_node(
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=folder,
+            env=os.environ | {VARIABLE: "1"},
             start_new_session=True,
         )
     starting = ExtraNode("", process)
