@@ -34,9 +34,9 @@ PORTS = range(20_000, 32_000)
 # included. It therefore lies in a folder that nobody else may enter, beside the one for temporary
 # files. Both names are short, for the sake of sockets.
 RAY_FOLDER, TEMPORARY_FOLDER, LOG = "r", "t", "head.log"
-# Ray appends about 66 characters: its folder, the session and the socket's name. A Unix socket's
+# Ray appends about 66 bytes: its folder, the session and the socket's name. A Unix socket's
 # path has at most 107 (103 on macOS).
-MAX_FOLDER_CHARACTERS = 36
+MAX_FOLDER_BYTES = 36
 LOOPBACK = "127.0.0.1"
 # Settings of another cluster: with them the head would join that cluster or stand for it.
 FOREIGN_SETTINGS = (
@@ -123,11 +123,19 @@ def local_head(
 
 
 def private_folder(parent: Path | None) -> Path:
-    """Makes the head's own folder, which nobody else can enter (mode 0700), with its two parts."""
-    folder = Path(tempfile.mkdtemp(prefix="ps-", dir=parent)).resolve()
+    """Makes the head's own folder, which nobody else can enter (mode 0700), with its two parts.
+
+    Args:
+        parent: folder to make it in; None for the system's folder for temporary files, or for /tmp
+            if that one does not fit.
+
+    Raises:
+        ClusterError: no folder can be made there, its path is too long, or others may rename it.
+    """
+    folder = _new_folder(parent)
     if _complaint(folder) and parent is None:
         folder.rmdir()
-        folder = Path(tempfile.mkdtemp(prefix="ps-", dir="/tmp")).resolve()
+        folder = _new_folder(Path("/tmp"))
     if complaint := _complaint(folder):
         folder.rmdir()
         raise ClusterError(complaint)
@@ -136,13 +144,23 @@ def private_folder(parent: Path | None) -> Path:
     return folder
 
 
+def _new_folder(parent: Path | None) -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix="ps-", dir=parent)).resolve()
+    except OSError as error:
+        raise ClusterError(
+            f"the local Ray head has no place for its files: {error}; name a folder for temporary "
+            "files that can be written (TMPDIR)"
+        ) from error
+
+
 def _complaint(folder: Path) -> str | None:
     """Reason why a new folder cannot be the head's own; None if there is none."""
-    if len(str(folder)) > MAX_FOLDER_CHARACTERS:
+    size = len(os.fsencode(folder))
+    if size > MAX_FOLDER_BYTES:
         return (
-            f"the folder {folder} is too long for Ray's Unix sockets ({len(str(folder))} "
-            f"characters, at most {MAX_FOLDER_CHARACTERS}): choose a shorter temporary folder "
-            "(TMPDIR)"
+            f"the folder {folder} is too long for Ray's Unix sockets ({size} bytes, at most "
+            f"{MAX_FOLDER_BYTES}): choose a shorter temporary folder (TMPDIR)"
         )
     mode = folder.parent.stat().st_mode
     if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
