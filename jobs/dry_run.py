@@ -5,7 +5,7 @@ It imports no engine and no torch, so it takes a second.
 
 from __future__ import annotations
 
-from jobs.bookkeeping.plan import key_cautions, length_cautions, plan_rounds
+from jobs.bookkeeping.plan import key_cautions, length_cautions, plan_rounds, unseen_inputs
 from jobs.bookkeeping.stage_records import scored_dataset
 from jobs.cluster.placement import check_local_head
 from jobs.stages.preflight import check_inputs, unread_references
@@ -36,6 +36,8 @@ def dry_run_text(config: Config, address: str | None = None) -> str:
     """
     if address is not None:
         check_shared_paths(config)
+        if unseen := unseen_inputs(config):
+            return "\n".join(["# plan", *_unknown(unseen), "# resources", *_resources(config)])
     lines, rounds = ["# plan"], plan_rounds(config)
     if address is None:
         check_local_head(config, {p.stage for plans in rounds for p in plans if p.todo})
@@ -56,6 +58,18 @@ def dry_run_text(config: Config, address: str | None = None) -> str:
     lines += [f"caution     {line}" for line in told]
     lines += ["# resources", *_resources(config)]
     return "\n".join(lines)
+
+
+def _unknown(unseen: dict[str, str]) -> list[str]:
+    """The plan of a run whose inputs only the cluster's nodes see.
+
+    Args:
+        unseen: paths that this machine lacks, by the key that holds each.
+    """
+    return [
+        "unknown     this machine lacks files that the run reads, so its first stage checks them:",
+        *(f"            {key} {path}" for key, path in unseen.items()),
+    ]
 
 
 def _check(config: Config) -> list[Prompt]:

@@ -16,7 +16,7 @@ from pipeline import storage
 from pipeline.cache.index import missing_sequences
 from pipeline.cache.kinds import entries_of, holds_holdout, widest
 from pipeline.cache.logprobs import position_bytes
-from pipeline.config.load import check_model_folders
+from pipeline.config.load import check_model_folders, local_paths
 from pipeline.config.rounds import rounds_of
 from pipeline.config.run import Config
 from pipeline.config.synthesis import Answering, Writing, is_asked
@@ -28,6 +28,7 @@ from pipeline.synthesis.index import new_prompts
 from pipeline.synthesis.prompts import load_prompts, read_prompts
 from pipeline.synthesis.steps import Step, walk
 
+STORAGE_KEYS = ("storage.root", "storage.models_root")
 STAGE_NAMES = ("prepare", "synthesize", "score", "train", "export", "evaluate")
 
 
@@ -55,6 +56,15 @@ def stages_of(config: Config, stages: Sequence[str] = STAGE_NAMES) -> list[str]:
 def students_of(config: Config) -> list[str]:
     """Students that the train stage makes."""
     return ["student", "twin"] if config.evaluation.twin else ["student"]
+
+
+def unseen_inputs(config: Config) -> dict[str, str]:
+    """Local models, prompts and other inputs that this machine lacks, by the key that holds each.
+
+    On a cluster they may lie in a folder that only its nodes mount.
+    """
+    inputs = {key: path for key, path in local_paths(config).items() if key not in STORAGE_KEYS}
+    return {key: path for key, path in inputs.items() if not storage.exists(path)}
 
 
 def plan_rounds(config: Config, stages: Sequence[str] = STAGE_NAMES) -> list[list[StagePlan]]:

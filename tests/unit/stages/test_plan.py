@@ -228,6 +228,30 @@ def test_a_dry_run_says_what_may_be_too_long(tmp_path: Path) -> None:
     assert "caution" not in text
 
 
+def test_a_dry_run_for_a_cluster_says_what_only_the_cluster_sees(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"  # a file system of the cluster, which is not mounted here
+    changes = [
+        f"storage.root={shared}/output",
+        "storage.shared_roots=[/]",
+        f"student.model={shared}/student",
+        f"teachers.words.model={shared}/words",
+        f"prompts.sources.0.path={shared}/prompts.jsonl",
+    ]
+    config, address = load_config(QUICKSTART, changes), "http://head:8265"
+    text = dry_run_text(config, address)
+    for key in ("student.model", "teachers.words.model", "prompts.sources.0.path"):
+        assert re.search(rf"^ +{key} {shared}/\S+$", text, re.MULTILINE), key
+    assert f"teachers.arithmetic.model {shared}" not in text and "storage.root" not in text
+    assert "# resources\nteacher arithmetic: 1 x " in text and not shared.exists()
+    with pytest.raises(ConfigError, match="does not exist"):
+        dry_run_text(config)
+    with pytest.raises(ConfigError, match="add a folder above the path"):
+        dry_run_text(load_config(QUICKSTART, [*changes, "storage.shared_roots=[/other]"]), address)
+    seen = [f"storage.root={tmp_path}", "storage.shared_roots=[/]"]
+    plan = dry_run_text(load_config(QUICKSTART, seen), address)
+    assert "prepare     to do" in plan and "unknown" not in plan
+
+
 def test_references_that_the_checker_cannot_read_are_counted_and_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
