@@ -12,6 +12,7 @@ from pathlib import Path
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 import jobs
+from jobs.bookkeeping.plan import unseen_inputs
 from jobs.cluster.follow import SILENCE_SECONDS, OwnLines, failure_message, follow
 from jobs.cluster.local_head import local_head
 from jobs.cluster.placement import local_custom_resources
@@ -19,7 +20,7 @@ from jobs.cluster.submit import DETACHED, job_logs, submit_stage
 from jobs.cluster.upload import build_upload
 from pipeline import storage
 from pipeline.config.base import Resources
-from pipeline.config.load import dump_config, local_paths
+from pipeline.config.load import dump_config
 from pipeline.config.rounds import layout_of, round_layouts
 from pipeline.config.run import Config
 from pipeline.credentials import shown_url, without_passwords
@@ -105,6 +106,7 @@ def submit_and_follow(
 def _keep_log(config: Config, client: JobSubmissionClient, identifier: str) -> str:
     """Keeps the log of a job whose Ray head is about to end; returns the command that shows it.
 
+    Logs quote prompts and answers, so only their user may read them.
     If the log cannot be written, the error is returned instead: the job may have failed for the
     same reason, and its message must still reach the user.
     """
@@ -159,5 +161,4 @@ def is_visible(config: Config, address: str | None) -> bool:
     """Whether this machine sees the run's files, and so knows without a job what is finished."""
     if address is None:
         return True
-    inputs = [path for key, path in local_paths(config).items() if not key.startswith("storage.")]
-    return "://" not in config.storage.root and all(storage.exists(path) for path in inputs)
+    return "://" not in config.storage.root and not unseen_inputs(config)

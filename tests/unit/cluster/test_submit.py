@@ -190,6 +190,18 @@ def test_an_interrupt_says_what_goes_on_in_a_cluster(
     assert said == ["job r-train-a-a1", *goes_on]
 
 
+def test_the_log_of_a_local_job_is_kept_for_its_user_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = load_config(ROOT / "examples/quickstart/config.yaml", [f"storage.root={tmp_path}"])
+    client = SimpleNamespace(get_job_logs=lambda _: "a private prompt\n")
+    monkeypatch.setattr(stage_jobs, "submit", lambda *_: "r-train-a-a1")
+    monkeypatch.setattr(stage_jobs, "follow", lambda *_, **__: JobStatus.SUCCEEDED)
+    stage_jobs.submit_and_follow_stage(client, None, config, "train")  # pyright: ignore
+    log = Path(layout_of(config).job_log("r-train-a-a1"))
+    assert log.read_text() == "a private prompt\n" and log.stat().st_mode & 0o777 == 0o600
+
+
 @pytest.mark.parametrize(("status", "code"), [(JobStatus.SUCCEEDED, 0), (JobStatus.FAILED, 1)])
 def test_logs_are_followed_to_the_end(
     status: JobStatus,

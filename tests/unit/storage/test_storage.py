@@ -1,6 +1,7 @@
 """Storage: an object store is used like a folder, and each failure is one message for users."""
 
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -152,3 +153,18 @@ def test_what_waiting_does_not_mend_is_told_at_once(
     with pytest.raises(StorageError, match=message):
         storage.exists(uri)
     assert pauses == [] and store.done == ["look"]
+
+
+@pytest.mark.parametrize(("private", "mode"), [(True, 0o600), (False, 0o644)])
+def test_private_files_are_read_by_their_user_alone(
+    private: bool, mode: int, tmp_path: Path
+) -> None:
+    before = os.umask(0o022)
+    try:
+        storage.write_bytes(str(tmp_path / "new/file"), b"1", private=private)
+        (tmp_path / "new/file").chmod(0o666)
+        storage.write_bytes(str(tmp_path / "new/file"), b"2", private=private)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new/file").read_bytes() == b"2"
+    assert (tmp_path / "new/file").stat().st_mode & 0o777 == mode
