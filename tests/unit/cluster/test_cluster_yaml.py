@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,17 @@ def test_every_node_starts_with_the_token(cluster: dict[str, Any]) -> None:
         starts = [command for command in cluster[key] if "ray start" in command]
         assert starts
         assert all("RAY_AUTH_MODE=token" in command for command in starts)
+
+
+def test_no_node_starts_without_the_shared_folder(cluster: dict[str, Any]) -> None:
+    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+        (start,) = [command for command in cluster[key] if "ray start" in command]
+        script = start.replace("/shared", "/no-such-mount").partition("ulimit")[0] + " echo started"
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stdout.startswith("/no-such-mount is not mounted on ")
+        there = start.replace("/shared", "/").partition("ulimit")[0] + " echo started"
+        assert subprocess.run(["bash", "-c", there], capture_output=True).stdout == b"started\n"
 
 
 def test_all_nodes_install_the_cuda_lock(cluster: dict[str, Any]) -> None:
