@@ -106,7 +106,10 @@ def _add_run_commands(commands) -> None:
     run.add_argument("--show-config", action="store_true", help=text)
     text = "leave the run to the cluster; needs --address"
     run.add_argument("--detach", action="store_true", help=text)
-    run.add_argument("--inside-job", action="store_true", help=argparse.SUPPRESS)
+    text = (
+        "run on the cluster whose Ray job this command is, as the entry point of a KubeRay RayJob"
+    )
+    run.add_argument("--inside-job", action="store_true", help=text)
 
     text = "run the stages up to the export of the trained student"
     train = _command(commands, "train", _train, text)
