@@ -11,7 +11,9 @@ import random
 import re
 import shlex
 import signal
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from tests.support.command_line import (
     token_environment,
 )
 from tests.support.documents import of_kind, with_stand_ins
+from tests.support.network import Listener, listeners
 from tests.support.quickstart import DOMAINS, read_lines, some_prompts
 
 pytestmark = pytest.mark.timeout(900)
@@ -76,10 +79,14 @@ class Disturbed(Run):
     Attributes:
         metrics_at_kill: lines of the metrics after the kill.
         checkpoint_at_kill: step of the newest complete checkpoint then.
+        heard: ports on which anything of the second command's head listened.
+        litter: what the commands have left in the folder for temporary files.
     """
 
     metrics_at_kill: list[dict[str, Any]]
     checkpoint_at_kill: int
+    heard: set[Listener]
+    litter: list[str]
 
 
 @pytest.fixture(scope="module")
@@ -125,15 +132,19 @@ def undisturbed(
 
 @pytest.fixture(scope="module")
 def disturbed(
-    undisturbed: Run, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+    undisturbed: Run,
+    settings: dict[str, Any],
+    temporary: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Disturbed:
     """The run again under another name, on heads of its own: killed while it trains, then ended."""
     root = undisturbed.root
     arguments = run_arguments(settings | {"name": KILLED}, root)
     student = root / "runs" / KILLED / "student"
     metrics = student / "metrics.jsonl"
+    env = {"TMPDIR": str(temporary)}
 
-    command = start_polystill(tmp_path_factory.mktemp("logs"), *arguments)
+    command = start_polystill(tmp_path_factory.mktemp("logs"), *arguments, env=env)
     command.wait_until(
         f"step {KILLED_AFTER}", lambda: len(read_metrics(metrics)) >= KILLED_AFTER, 700
     )
@@ -142,16 +153,31 @@ def disturbed(
     checkpoint_at_kill = complete_checkpoints(student)[-1]
     assert not (student / "training.json").exists(), "training ended before the kill"
 
-    finished = polystill(*arguments, seconds=800)
-    assert finished.returncode == 0, f"{finished.stdout}\n{finished.stderr}"
+    command = start_polystill(tmp_path_factory.mktemp("logs"), *arguments, env=env)
+    heard: set[Listener] = set()
+    deadline = time.monotonic() + 800
+    while command.process.poll() is None:
+        assert time.monotonic() < deadline, command.printed()
+        heard.update(listeners(command.family()))
+        time.sleep(1)
+    assert command.process.returncode == 0, command.printed()
     return Disturbed(
         arguments=arguments,
         root=root,
-        printed=finished.stdout,
+        printed=command.stdout.read_text(),
         name=KILLED,
         metrics_at_kill=metrics_at_kill,
         checkpoint_at_kill=checkpoint_at_kill,
+        heard=heard,
+        litter=sorted(path.name for path in temporary.iterdir()),
     )
+
+
+@pytest.fixture(scope="module")
+def temporary() -> Iterator[Path]:
+    """A folder for temporary files, with a path that is short enough for sockets."""
+    with tempfile.TemporaryDirectory(prefix="h", dir="/tmp") as folder:
+        yield Path(folder)
 
 
 def complete_checkpoints(student: Path) -> list[int]:
@@ -209,6 +235,18 @@ def test_a_kill_while_training_resumes_from_the_last_checkpoint(disturbed: Distu
     assert disturbed.metrics[:step] == disturbed.metrics_at_kill[:step]
     for number, stage in enumerate(STAGE_NAMES[:3], start=1):
         assert f"[{number}/6 {stage}] up to date" in disturbed.printed
+
+
+def test_nothing_of_a_whole_run_listens_beyond_loopback(disturbed: Disturbed) -> None:
+    """Training, export and the engines of the evaluation."""
+    assert [each for each in disturbed.heard if not each.is_on_loopback] == []
+    assert {"gcs_server", "raylet", "ray::*", "python"} <= {
+        each.process for each in disturbed.heard
+    }
+
+
+def test_a_run_leaves_no_temporary_file(disturbed: Disturbed) -> None:
+    assert disturbed.litter == []
 
 
 def test_both_trainings_take_the_same_steps_to_the_same_loss(
