@@ -186,5 +186,5 @@ def test_the_ports_are_those_of_the_documents(ports: list[Listener]) -> None:
     assert found <= documented
     # Two of Ray's exporters want a fixed port each and do without if another cluster has it.
     without = {("dashboard.py", False), ("monitor.py", False)}
-    engines = {("EngineCore", False)}
+    engines = {("VLLM::EngineCore", False)}
     assert documented - found <= without | engines
