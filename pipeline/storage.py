@@ -267,11 +267,6 @@ def is_folder(uri: str) -> bool:
     return _info(uri).type == fs.FileType.Directory
 
 
-def is_file(uri: str) -> bool:
-    """Whether a path is a file that exists, and no folder, pipe or device."""
-    return _info(uri).type == fs.FileType.File
-
-
 @retried
 def _info(uri: str) -> fs.FileInfo:
     filesystem, path = _open(uri)
