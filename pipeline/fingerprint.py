@@ -32,10 +32,11 @@ def digest_json(value: Any) -> str:
 
 
 def exact_json(value: Any) -> Any:
-    """JSON value of what YAML can hold; it is equal for equal values alone.
+    """JSON value of what YAML can hold, which tells values of different types apart.
 
     JSON itself has no infinities, and knows no keys but texts: `{5: .inf}` would equal `{"5":
-    null}`. Values that JSON has stay as they are.
+    null}`. It becomes `{"!int 5": {"!float": "inf"}}`, so texts of that form must not be used.
+    Values that JSON has stay as they are.
     """
     if isinstance(value, dict):
         return {_exact_key(key): exact_json(item) for key, item in value.items()}

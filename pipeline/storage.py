@@ -39,14 +39,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 PAUSES_SECONDS = (2.0, 8.0)
 # Errors of file systems that support no hard link, or no further one to the file.
-NO_LINK = {
-    errno.EPERM,
-    errno.ENOTSUP,
-    errno.EOPNOTSUPP,
-    errno.ENOSYS,
-    errno.EMLINK,
-    errno.EXDEV,
-}
+NO_LINK = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 # Errors of an object store that no other try can change.
 LASTING = re.compile(
     "ACCESS_DENIED|NO_SUCH_BUCKET|INVALID|SIGNATURE|VALIDATION|EXPIRED|PERMISSION_DENIED"
@@ -235,8 +228,7 @@ def read_bytes(uri: str) -> bytes:
 @retried
 def _read(uri: str) -> pa.Buffer:
     """Content of a file, in one request besides the request for its size."""
-    filesystem, path = _open(uri)
-    with explained("read", uri), filesystem.open_input_file(path) as file:
+    with explained("read", uri), _input_file(uri) as file:
         return file.read_buffer()
 
 
@@ -247,9 +239,16 @@ def opened(uri: str) -> pa.NativeFile:
     Raises:
         StorageError: the file does not exist or cannot be read.
     """
-    filesystem, path = _open(uri)
     with explained("read", uri):
-        return filesystem.open_input_file(path)
+        return _input_file(uri)
+
+
+def _input_file(uri: str) -> pa.NativeFile:
+    filesystem, path = _open(uri)
+    is_local = isinstance(filesystem, fs.LocalFileSystem)
+    if is_local and os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("it is a folder, pipe or device, and no file")  # a pipe might never open
+    return filesystem.open_input_file(path)
 
 
 def exists(uri: str) -> bool:

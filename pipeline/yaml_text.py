@@ -63,6 +63,8 @@ def read_yaml(text: str | bytes) -> Any:
         return yaml.load(decoded, _Loader)
     except yaml.MarkedYAMLError as error:
         raise YamlError(_explained(error)) from error
+    except (ValueError, OverflowError) as error:  # such as of an escape beyond Unicode
+        raise YamlError(f"an escape names no character ({error}): correct it") from error
     except ReaderError as error:
         before = decoded[: error.position]
         line, column = before.count("\n") + 1, error.position - before.rfind("\n")
@@ -70,6 +72,11 @@ def read_yaml(text: str | bytes) -> Any:
             f"{_place(line, column)}: a text cannot hold the character {error.character:#06x}: "
             "remove it"
         ) from error
+
+
+def write_yaml(value: Any) -> str:
+    """YAML text of a value, which `read_yaml` reads back to an equal one."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
@@ -189,6 +196,14 @@ class _Loader(yaml.SafeLoader):
             ) from error
 
 
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, which puts text in quotes that `_Loader` would take for a number."""
+
+
+# YAML 1.1 takes 1e-5 for text, since it lacks a point; YAML 1.2 and all libraries take a number.
+_FLOAT = re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
+for worker in (_Loader, _Dumper):
+    worker.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 for kind in ("int", "float", "str"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{kind}", getattr(_Loader, f"construct_yaml_{kind}"))
 

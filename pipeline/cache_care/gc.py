@@ -135,10 +135,8 @@ def garbage_table(layout: Layout, found: Findings) -> str:
 
 def foreign_lines(layout: Layout, found: Findings) -> list[str]:
     """Lines that name what is not ours."""
-    lines = [
-        f"not ours, left: {storage.join(layout.root, path)}"
-        for path in found.foreign[:SHOWN_FOREIGN]
-    ]
+    paths = [storage.join(layout.root, path) for path in found.foreign[:SHOWN_FOREIGN]]
+    lines = [f"not ours, left: {path if path.isprintable() else repr(path)}" for path in paths]
     more = len(found.foreign) - len(lines)
     return [*lines, f"not ours, left: {more} more"] if more else lines
 

@@ -24,8 +24,8 @@ def check_runs(layout: Layout) -> None:
     """Checks that the runs below the root are there, with their checkpoints.
 
     Raises:
-        CacheError: there is no prepared run, a link leads nowhere, or the folder of a run's
-            checkpoints is missing.
+        CacheError: there is no prepared run, a link leads nowhere, or the config of a run or the
+            folder of its checkpoints is missing.
         StorageError: a file of a run cannot be read.
     """
     if "://" not in layout.root:
@@ -38,6 +38,7 @@ def check_runs(layout: Layout) -> None:
             f"{layout.caches_folder} yourself"
         )
     for run in runs:
+        _check_config(run)
         for root in sorted(models_roots(run)):
             _check_models(run, root)
 
@@ -64,6 +65,16 @@ def _check_links(folder: str) -> None:
                     f"{str(path)!r} is a link to {os.readlink(path)!r}, which is not there, so "
                     "nobody can know which caches are named behind it: mount it, or remove the link"
                 )
+
+
+def _check_config(run: Layout) -> None:
+    """Refuses a prepared run without its config, which alone says where its checkpoints lie."""
+    is_prepared = any(map(storage.exists, (run.prepared, run.pins, run.stage_record("train"))))
+    if is_prepared and not storage.exists(run.resolved_config):
+        raise CacheError(
+            f"run {run.run} has lost {run.resolved_config}, so nobody can know where its "
+            "checkpoints lie, and which caches they name: bring the file back, or remove the run"
+        )
 
 
 def _check_models(run: Layout, root: str) -> None:

@@ -88,7 +88,7 @@ Verbatim = Annotated[
     PlainSerializer(exact_json, when_used="json"),
 ]
 """Block that reaches a library as it is written, with keys that are numbers and with infinities. As
-JSON, for identities, it is equal for equal blocks alone."""
+JSON, for identities, it tells such blocks apart."""
 
 
 class Section(BaseModel):

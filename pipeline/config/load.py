@@ -10,7 +10,6 @@ import typing
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.filters import Contamination, EvaluationFile, Judge
@@ -21,7 +20,7 @@ from pipeline.config.teachers import TeacherConfig
 from pipeline.credentials import check_no_secrets, shown_url, without_secrets
 from pipeline.errors import ConfigError
 from pipeline.messages import printable, short
-from pipeline.yaml_text import DEEPEST, MOST_BYTES, YamlError, read_yaml
+from pipeline.yaml_text import DEEPEST, MOST_BYTES, YamlError, read_yaml, write_yaml
 
 LONGEST_MESSAGE = 3000
 """Characters of a message about several mistakes; further mistakes are counted."""
@@ -82,7 +81,7 @@ def _content(path: Path, name: str) -> bytes:
 
 def dump_config(config: Config) -> str:
     """Resolved config as YAML; `load_config` reads it back to an equal value."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+    return write_yaml(config.model_dump())
 
 
 def absolute_paths(config: Config, folder: Path) -> Config:
@@ -324,6 +323,8 @@ def _explain(item: Any) -> str:
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] != "value_error":  # our own messages name the value themselves
         message += f", found {short(repr(item['input']))}"
+    if item["type"] == "string_type" and isinstance(item["input"], bool | int | float):
+        message += ": put it in quotes, since YAML takes it for no text"
     return f"{place}: {message}" if place else message
 
 

@@ -20,7 +20,7 @@ JSON_FILES = (
     *("model.safetensors.index.json", "consolidated.safetensors.index.json"),
 )
 """Files that hold one JSON object each."""
-TEXT_FILES = ("*.jinja", "additional_chat_templates/*.jinja", "merges.txt", "vocab.txt", "*.py")
+TEXT_FILES = ("*.jinja", "additional_chat_templates/*.jinja", "merges.txt")
 BINARY_FILES = ("*.model", "*.tiktoken", "*.safetensors")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 ANNEX_POINTER = b"/annex/objects/"
@@ -66,12 +66,14 @@ def check_folder(model: str) -> None:
             value = read_object(folder / name)
             if (of_tokens := _TOKENS.get(name)) is not None:
                 _check_ids(folder / name, of_tokens, value)
-    for pattern in TEXT_FILES:
+    words = () if "tokenizer.json" in names else ("vocab.txt",)  # read in its place
+    for pattern in (*TEXT_FILES, *words):
         for path in sorted(folder.glob(pattern)):
             _text(path)
     for pattern in BINARY_FILES:
         for path in sorted(folder.glob(pattern)):
-            check_file(path)
+            if not path.is_dir():
+                check_file(path)
 
 
 def _ids_of_tokenizer(value: Mapping[str, Any]) -> Iterator[tuple[object, object]]:

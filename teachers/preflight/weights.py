@@ -24,6 +24,8 @@ SAFETENSORS = (SINGLE, "model.safetensors.index.json")
 INDICES = ("model.safetensors.index.json", "consolidated.safetensors.index.json")
 SHOWN = 3
 """Most names that a message lists."""
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,9})-of-(?P<count>\d{1,9})\.safetensors")
+MOST_FILES = 10_000
 _FILE_NAME = re.compile(r"[^/\0]{1,200}\.safetensors")
 _UNPICKLED = (
     "its weights would be unpickled, which can run any code; choose a revision that has "
@@ -122,6 +124,8 @@ def _check_files(folder: Path, model: str, rows: int | None, by_transformers: bo
         files &= {SINGLE}
     elif indices:  # an engine takes what the index names, or else all there is
         files = {name for name in files if name.startswith("consolidated")}
+    else:
+        _check_numbers(model, files)
     found: Shapes = {}
     for name in indices:
         found |= _tensors_of_index(folder / name)
@@ -129,7 +133,7 @@ def _check_files(folder: Path, model: str, rows: int | None, by_transformers: bo
         found |= tensors_of(folder / name)
     if not found:
         raise ConfigError(f"{model}: its safetensors hold no tensors: fetch or write them again")
-    widest = max(max(shape, default=0) for shape in found.values())
+    widest = max(max(shape, default=0) if 0 not in shape else 0 for shape in found.values())
     if rows is not None and widest < rows:
         raise ConfigError(
             f"{model}: its safetensors are not the weights of its config.json, since no tensor has "
@@ -137,6 +141,23 @@ def _check_files(folder: Path, model: str, rows: int | None, by_transformers: bo
             "not: put the model's own weights there as safetensors"
         )
     return found
+
+
+def _check_numbers(model: str, files: set[str]) -> None:
+    """Refuses some of several numbered files, whose index is missing as well.
+
+    Raises:
+        ConfigError: a file between the first and the last is not there.
+    """
+    numbered = [match for name in files if (match := _NUMBERED.fullmatch(name))]
+    for whole in {(match["stem"], match["count"]) for match in numbered}:
+        have = {int(match["number"]) for match in numbered if match.group("stem", "count") == whole}
+        wanted = set(range(1, min(int(whole[1]), MOST_FILES) + 1))
+        if missing := sorted(wanted - have):
+            raise ConfigError(
+                f"{model} has {len(have)} of {int(whole[1])} files {whole[0]}-…, and number "
+                f"{missing[0]} is missing, as is their index: fetch the model again"
+            )
 
 
 def _tensors_of_index(path: Path) -> Shapes:

@@ -11,7 +11,7 @@ import numpy as np
 
 from jobs.stages.score import score
 from pipeline import storage
-from pipeline.config.load import load_config
+from pipeline.config.load import dump_config, load_config
 from pipeline.config.rounds import layout_of
 from pipeline.config.run import Config
 from pipeline.fingerprint import digest_bytes, sequence_id
@@ -161,6 +161,7 @@ class FabricatedRun:
             identities=identities,
             hidden_sizes=dict.fromkeys(config.training.teacher_layers, HIDDEN),
         )
+        storage.write_bytes(self.layout.resolved_config, dump_config(config).encode())
         save_prepared(self.layout, prepared)
         return Run(config, self.layout, prepared)
 

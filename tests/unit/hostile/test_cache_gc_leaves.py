@@ -159,6 +159,12 @@ def linked_manifest(place: Place) -> Path:
     return path
 
 
+def piped_config(place: Place) -> Path:
+    (place.run / "config.yaml").unlink()
+    os.mkfifo(place.run / "config.yaml")
+    return place.run / "config.yaml"
+
+
 def undecodable(place: Place) -> Path:
     path = os.fsencode(place.caches) + b"/caf\xe9"
     os.mkdir(path)
@@ -344,6 +350,10 @@ KEPT_AS_THEY_ARE = [
     Case("a preparation that is a list", prepared("[]"), (ODD,)),
     Case("a preparation of odd recipes", prepared('{"scoring_recipes": [1]}'), (ODD,)),
     Case("a preparation of odd identities", prepared('{"scoring_recipes": {"a": 1}}'), (ODD,)),
+    Case("a config that is gone", lambda p: (p.run / "config.yaml").unlink(), ("has lost",)),
+    Case("a config that is a pipe", piped_config, ("cannot read", "pipe")),
+    Case("a nested preparation", prepared("[" * 200_000), ("nested too deeply",)),
+    Case("a preparation of many digits", prepared("9" * 5000), ("digits",)),
     Case("a config that is a list", config("[]"), (ODD, "storage")),
     Case("a config without storage", config("name: x"), (ODD, "storage")),
     Case("a config of odd storage", config("storage: here"), (ODD,)),
@@ -478,6 +488,7 @@ def test_what_becomes_needed_during_the_question_stays(place: Place) -> None:
         storage.write_json(
             str(place.root / "runs/new/stages/score.caches.json"), {place.stale.name: 1}
         )
+        shutil.copy(place.run / "config.yaml", place.root / "runs/new")
         write(place.used / f"g1.aside/{HASH}.parquet")
         return True
 

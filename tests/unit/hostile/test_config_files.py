@@ -109,6 +109,7 @@ BAD_YAML = [
     Case("NUL", b"a: 1\nb: x\0y", ("line 2, column 5", "0x0000", "remove it")),
     Case("NUL by its escape", b'a: "x\\0y"', ("line 1, column 4", "NUL")),
     Case("escape of terminals", b"a: \x1b[2J", ("line 1, column 4", "0x001b")),
+    Case("escape beyond Unicode", b'a: "\\U00110000"', ("names no character",)),
     Case("delete", b"a: \x7f", ("0x007f",)),
     Case("half a character", b'a: "\\ud83d"', ("line 1, column 4", "half of a character")),
     Case("other half", b'a: "x\\ude00"', ("half of a character",)),

@@ -139,6 +139,11 @@ HEADERS = [
 FILES = [
     Case("no weights", without(SINGLE), ("has no safetensors", "unpickled")),
     Case(
+        "one of two files, and no index",
+        all_of(without(SINGLE), file("model-00001-of-00002.safetensors", WHOLE)),
+        ("1 of 2 files model", "number 2 is missing"),
+    ),
+    Case(
         "pickles alone",
         all_of(without(SINGLE), file("pytorch_model.bin", b"PK")),
         ("has no safetensors", "unpickled", "`vllm.load_format`"),

@@ -1,5 +1,6 @@
 """Other things than ours where checkpoints, locks and scratch folders are removed or written."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from jobs.cluster.run_lock import alone
 from pipeline.layout import Layout
-from pipeline.synthesis.answered_shards import forget_errors
+from pipeline.synthesis.answered_shards import AnsweredShard, forget_errors
 from students.checkpoints.checkpoint import _prune
 from students.checkpoints.removal import make_room
 from students.checkpoints.resume import complete_checkpoints
@@ -223,7 +224,9 @@ def test_an_export_is_not_written_through_a_link(tmp_path: Path) -> None:
 
 def test_retry_forgets_notes_of_ours_alone(tmp_path: Path) -> None:
     layout, digest = Layout(str(tmp_path), "run"), "a" * 32
-    for folder, kept in (("synthesis", '{"errors": {"p": "x"}}'), ("judgements", '{"a": null}')):
+    record = AnsweredShard("t", "words", {"p": "d"}, None, {}, {}, {}, {"p": "x"}, {})
+    answered = json.dumps(record.as_json())
+    for folder, kept in (("synthesis", answered), ("judgements", '{"a": null}')):
         for name in ("mine", digest):
             path = tmp_path / folder / digest / f"{name}.json"
             path.parent.mkdir(parents=True, exist_ok=True)

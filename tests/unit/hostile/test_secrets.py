@@ -37,7 +37,9 @@ NAMES = [
         "apiKey",
         "APIKEY",
     ),
-    *("MyPassword", "SSH_PASSPHRASE", "KEY_1", "TOKEN2", "_KEY"),
+    *("MyPassword", "SSH_PASSPHRASE", "KEY_1", "TOKEN2", "_KEY", "PGPASSWORD", "SSHPASS", "DB_PW"),
+    *("REDISCLI_AUTH", "DOCKER_AUTH_CONFIG", "GITHUBTOKEN", "HF_HUB_TOKENS", "OPENAI_API_KEYS"),
+    *("AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_SAS"),
 ]
 SETTING = "cluster.env_vars"
 AT_HOST = f"url: http://h/v1, {TEXT}"
@@ -46,6 +48,10 @@ VARIABLES = [
         Case(name, f"{SETTING}={{{name}: {SECRET}}}", (f"{SETTING}.{name}", *BEFORE_RAY))
         for name in NAMES
     ),
+    Case("proxy without a scheme", f"{SETTING}={{HTTPS_PROXY: 'u:{SECRET}@p:8080'}}", ("holds",)),
+    Case("hook of Slack", f"{SETTING}={{HOOK: 'https://hooks.slack.com/services/T0/B0/x'}}",
+         ("HOOK holds a key, token or password",)),
+    Case("password of digits", f"{SETTING}={{DB_PASSWORD: '123456'}}", ("is a secret",)),
     Case("key known by its form", f"cluster.env_vars={{SETTING: {OPENAI}}}", ("SETTING holds",)),
     Case("proxy with a password", f"cluster.env_vars={{HTTPS_PROXY: 'http://u:{SECRET}@p:8080'}}",
          ("cluster.env_vars.HTTPS_PROXY holds a key, token or password", *BEFORE_RAY)),
@@ -60,6 +66,9 @@ ELSEWHERE = [
     Case("token in a loader's settings",
          f"teachers.words.vllm={{model_loader_extra_config: {{auth_token: {SECRET}}}}}",
          ("model_loader_extra_config.auth_token",)),
+    Case("token in a list", f"student.vllm={{hf_token: [{SECRET}]}}", ("hf_token.0 is a secret",)),
+    Case("password of an engine's process", f"student.vllm={{env: {{PGPASSWORD: {SECRET}}}}}",
+         ("student.vllm.env.PGPASSWORD",)),
     Case("key of an endpoint", f"teachers.t={{endpoint: {{{AT_HOST}, api_key: {SECRET}}}}}",
          ("teachers.t.endpoint.api_key", "endpoint.api_key_env")),
     Case("key in place of its variable",
@@ -97,6 +106,19 @@ HARMLESS = [
     Case("file of credentials", "cluster.env_vars={AWS_SHARED_CREDENTIALS_FILE: /run/aws}"),
     Case("way of authentication", "cluster.env_vars={RAY_AUTH_MODE: token}"),
     Case("number of tokens", "cluster.env_vars={MAX_TOKENS: '5'}"),
+    Case("thresholds", "cluster.env_vars={VLLM_X_TOKEN_THRESHOLD: '256', TOKEN_BUDGET: '9'}"),
+    Case("file of a key", "cluster.env_vars={RAY_TLS_SERVER_KEY: /etc/ray/tls/key.pem}"),
+    Case(
+        "file of an account", "cluster.env_vars={GOOGLE_APPLICATION_CREDENTIALS: /etc/gcp/sa.json}"
+    ),
+    Case("columns and passes", "cluster.env_vars={KEY_COLUMN: id, NUM_PASS: '2', KEY_DTYPE: int8}"),
+    Case(
+        "at sign behind a port", "prompts.sources.0.path='hdfs://nn:8020/user/me@corp.com/x.jsonl'"
+    ),
+    Case(
+        "library in a name",
+        "student.vllm={served_model_name: acme/sk-hynix-llama-3-8b-instruct-v2}",
+    ),
     Case("public key", "cluster.env_vars={PUBLIC_KEY: x}"),
     Case("interface", "cluster.env_vars={NCCL_SOCKET_IFNAME: eth0, NCCL_DEBUG: INFO}"),
     Case("proxy", "cluster.env_vars={HTTPS_PROXY: 'http://proxy:8080'}"),

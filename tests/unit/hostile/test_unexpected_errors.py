@@ -85,6 +85,7 @@ def run(
     """Runs a command that does what a function does; returns its exit code and what it printed."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("HF_TOKEN", "S3CRET")
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # those of commands before
 
     def run(action: Callable[[], object]) -> tuple[int, str]:
         options = argparse.Namespace(action=lambda _: action())

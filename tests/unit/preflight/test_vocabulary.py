@@ -8,7 +8,7 @@ from tokenizers import processors
 from pipeline.config.base import ModelFiles
 from pipeline.config.load import load_config
 from pipeline.config.run import Config
-from pipeline.errors import ConfigError, VocabularyMismatchError
+from pipeline.errors import ConfigError, StorageError, VocabularyMismatchError
 from pipeline.records import Prompt
 from teachers.preflight.vocabulary import check_vocabularies, end_token_ids
 from teachers.tokenizing import chat_end, load_tokenizer, prompt_ids, tokenizer_hash
@@ -159,7 +159,7 @@ def test_a_text_has_one_beginning_of_sequence(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     save(tmp_path)
-    with pytest.raises(ConfigError, match="nothing-here"):
+    with pytest.raises(StorageError, match="nothing-here is missing on node"):
         check_vocabularies(config(tmp_path, f"student.model={tmp_path}/nothing-here"), PROMPTS)
 
 
