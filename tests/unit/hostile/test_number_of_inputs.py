@@ -1,6 +1,7 @@
 """Every table of hostile input counts, and no case of a table hides another."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,11 @@ def test_the_cases_of_a_table_have_names_of_their_own(path: Path) -> None:
     for name, cases in found.items():
         names = [case.name for case in cases]
         assert len(set(names)) == len(names), f"{name}: {sorted(names)}"
+
+
+def test_the_documents_name_no_more_inputs_than_there_are() -> None:
+    counts = {path.stem: sum(map(len, tables(path).values())) for path in FILES}
+    text = (Path(__file__).parents[3] / "docs/measurements.md").read_text()
+    said = re.search(r"(\d+),(\d{3}) broken and hostile inputs", text)
+    assert said is not None
+    assert 600 <= int(said[1] + said[2]) <= sum(counts.values()), counts
