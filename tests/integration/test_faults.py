@@ -106,7 +106,8 @@ def test_killed_engines_actors_and_jobs_on_an_object_store(bench: Bench, tmp_pat
     with object_store() as remote:
         store = Store(f"{remote.root}/faults")
         faults.upload(bench.material.template, store.root)
-        material = replace(bench.material, env={**bench.material.env, **remote.env})
+        settings = bench.material.env | remote.settings(tmp_path / "credentials")
+        material = replace(bench.material, env=settings)
         there = replace(bench, material=material, env=bench.env | remote.env)
         command = there.start(store, tmp_path / "first")
         remote.wire.cut("upload", 3000, times=3)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from moto.server import ThreadedMotoServer
@@ -137,6 +138,9 @@ def _reset(end: socket.socket) -> None:
         pass
 
 
+KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+
+
 @dataclass(frozen=True)
 class ObjectStore:
     """A running server with one bucket, behind a wire.
@@ -148,6 +152,14 @@ class ObjectStore:
     wire: Wire
     env: dict[str, str]
     root: str = f"s3://{BUCKET}"
+
+    def settings(self, credentials: Path) -> dict[str, str]:
+        """Variables that a config may hold: the keys lie in a file, which is written here."""
+        keys = {name.lower(): self.env[name] for name in KEYS}
+        lines = ["[default]", *(f"{name} = {value}" for name, value in keys.items())]
+        credentials.write_text("\n".join(lines) + "\n")
+        others = {name: value for name, value in self.env.items() if name not in KEYS}
+        return others | {"AWS_SHARED_CREDENTIALS_FILE": str(credentials)}
 
 
 @contextmanager
