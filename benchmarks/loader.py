@@ -94,11 +94,12 @@ def make_row(generator: np.random.Generator, name: str) -> SparseLogprobs:
     num_entries = np.minimum(generator.geometric(1 / ENTRIES, ANSWER), MOST_ENTRIES)
     total = int(num_entries.sum())
     rank = np.arange(total) - np.repeat(np.cumsum(num_entries) - num_entries, num_entries)
+    first = np.repeat(generator.integers(0, VOCABULARY, ANSWER), num_entries)
     half = np.float16
     return SparseLogprobs(
         sequence_id=name,
         num_entries=num_entries.astype(np.uint8),
-        token_ids=generator.integers(0, VOCABULARY, total).astype(np.uint32),
+        token_ids=((first + 2357 * rank) % VOCABULARY).astype(np.uint32),  # no id twice
         logprobs=(-0.7 * (rank + 1)).astype(half),
         counts=np.zeros(0, np.uint8),
         gold_logprobs=generator.uniform(-3, 0, ANSWER).astype(half),
