@@ -107,7 +107,7 @@ def test_resume_on_other_workers_and_at_other_stages(run, reference, material, s
         with pytest.raises(InterruptedError):
             run(spec, stop_before=5)
     # of a conversion that was killed
-    Path(latest_complete(broken[2].folder), ".universal-0", "zero").mkdir(parents=True)
+    Path(latest_complete(broken[2].folder), ".universal-0123abcd", "zero").mkdir(parents=True)
     for before, after in ((2, 1), (2, 4), (1, 2)):
         name = f"w{before}w{after}z{old}z{new}"
         spec = make_spec(material, name, workers=after, zero_stage=new)
