@@ -15,7 +15,7 @@ from pipeline.fingerprint import digest_json
 from pipeline.layout import CacheLayout
 from pipeline.messages import closest
 from pipeline.records import DatasetEntry
-from pipeline.run.preparation import preparation_key, read_prepared
+from pipeline.run.preparation import is_current, read_prepared
 from pipeline.run.prepared_run import Run
 from pipeline.sequences import read_dataset
 
@@ -103,14 +103,14 @@ def open_caches(config: Config) -> RunCaches:
             "`polystill run CONFIG` makes them"
         )
     run = Run(newest, layout, read_prepared(layout))
-    is_current = run.prepared.key == preparation_key(newest)
-    if not is_current:
+    is_valid = is_current(newest, run.prepared.key, run.prepared.change_times)
+    if not is_valid:
         expected = {"cache_identities": expected_identities(run)}
         run = replace(run, prepared=run.prepared.model_copy(update=expected))
     datasets = [str(round_dataset(of_round)) for of_round in rounds]
     entries = {e.sequence_id: e for digest in datasets for e in read_dataset(layout, digest)}
     dataset = datasets[0] if len(datasets) == 1 else digest_json(datasets)
-    return RunCaches(run, is_current, dataset, list(entries.values()))
+    return RunCaches(run, is_valid, dataset, list(entries.values()))
 
 
 def round_dataset(config: Config) -> str | None:

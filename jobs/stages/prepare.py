@@ -32,7 +32,7 @@ from pipeline.run.identities import (
     sampling_of,
     synthesis_identity,
 )
-from pipeline.run.preparation import Prepared, preparation_key, save_prepared
+from pipeline.run.preparation import Prepared, change_times, preparation_key, save_prepared
 from pipeline.run.prepared_run import Run
 from pipeline.synthesis.prompts import write_prompts
 from pipeline.synthesis.steps import planned_answers, steps_of, with_system_prompts
@@ -122,6 +122,7 @@ def prepare(config: Config) -> Run:
         hidden_sizes=hidden_sizes(config),
         checker_identity=config.prompts.checker and checker_identity(config.prompts.checker),
         unread_references=unread_references(config, prompts),
+        change_times=change_times(config),
     )
     save_prepared(layout, prepared)
     return Run(config, layout, prepared)

@@ -1,12 +1,14 @@
 """Outcome of the prepare stage, for all later stages: prompts and identities.
 
-`runs/<name>/prepared.json` is valid as long as its key is. The key is a hash of the config's
-sections that decide the outcome, of size and modification time of every local file that prepare
-reads, and of the content of templates and of a user's own checker.
+`runs/<name>/prepared.json` is valid as long as its key is, and no local file that prepare reads has
+changed. The key is a hash of the config's sections that decide the outcome, of these files' sizes
+and modification times, and of the content of templates and of a user's own checker. Size and
+modification time can outlast a change (`cp -p`, `rsync -a`); the time of change cannot.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -48,6 +50,7 @@ NEWER_KEYS = (
     "own_end_token_ids",
     "template_date",
     "unread_references",
+    "change_times",
 )
 """Keys of `prepared.json` that are left out where they hold their defaults, as older files do."""
 
@@ -79,6 +82,8 @@ class Prepared(BaseModel):
         checker_identity: identity of `prompts.checker`; None if the config names none.
         unread_references: for each domain with references that the checker cannot read, a line
             about them for people.
+        change_times: hash of the times at which the local files that prepare reads last changed;
+            None in files of earlier versions.
     """
 
     model_config = ConfigDict(
@@ -106,6 +111,7 @@ class Prepared(BaseModel):
     hidden_sizes: dict[str, int] = {}
     checker_identity: str | None = None
     unread_references: list[str] = []
+    change_times: str | None = None
 
     @property
     def all_cache_identities(self) -> dict[str, dict[str, Any]]:
@@ -162,14 +168,6 @@ def preparation_key(config: Config) -> str:
     Raises:
         ConfigError: a template cannot be used.
     """
-    models = {"student": config.student.model} | {
-        name: t.files.model for name, t in config.teachers.items() if t.files is not None
-    }
-    models["initial weights"] = config.student.initial_weights or ""
-    paths = [source.path for source in config.prompts.sources] + [
-        m for m in models.values() if is_folder(m)
-    ]
-    paths += [file.path for file in evaluation_files(config).values()]
     recipes, filters = config.synthesis.recipes, config.synthesis.filters
     # Templates enter by content, since every job has its own copy of the shipped ones.
     texts: list[Any] = [templates_of(recipe) for recipe in recipes if isinstance(recipe, Writing)]
@@ -185,11 +183,43 @@ def preparation_key(config: Config) -> str:
             _student_values(config),
             config.training.teacher_layers,
             config.evaluation.system_prompt,
-            [storage.file_states(path) for path in paths],
+            [storage.file_states(path) for path in _input_paths(config)],
             texts,
             _checker_here(config),
         ]
     )
+
+
+def change_times(config: Config) -> str:
+    """Hash of the times at which the local files that prepare reads last changed."""
+    files = [
+        file
+        for path in map(Path, _input_paths(config))
+        for file in sorted([path, *path.rglob("*")])
+        if file.is_file()
+    ]
+    return digest_json([[str(file), file.stat().st_ctime_ns] for file in files])
+
+
+def is_current(config: Config, key: Any, times: Any) -> bool:
+    """Whether a preparation is still that of a config.
+
+    Args:
+        key, times: `key` and `change_times` of the preparation.
+    """
+    return key == preparation_key(config) and times in (None, change_times(config))
+
+
+def _input_paths(config: Config) -> list[str]:
+    """Files, folders and URIs that the prepare stage reads: prompts, models, evaluation files."""
+    models = [config.student.model]
+    models += [t.files.model for t in config.teachers.values() if t.files is not None]
+    models.append(config.student.initial_weights or "")
+    return [
+        *(source.path for source in config.prompts.sources),
+        *filter(is_folder, models),
+        *(file.path for file in evaluation_files(config).values()),
+    ]
 
 
 def _student_values(config: Config) -> dict[str, Any]:
@@ -214,8 +244,8 @@ def load_prepared(config: Config, layout: Layout) -> Prepared | None:
     if not storage.exists(layout.prepared):
         return None
     stored = storage.read_json(layout.prepared, dict[str, Any])
-    is_current = stored.get("key") == preparation_key(config)
-    return _validated(layout, stored) if is_current else None
+    is_valid = is_current(config, stored.get("key"), stored.get("change_times"))
+    return _validated(layout, stored) if is_valid else None
 
 
 def _validated(layout: Layout, stored: Any) -> Prepared:

@@ -170,7 +170,7 @@ def values_of(config: Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]
     keys |= {stage: stage_key(run, stage) for stage in STAGE_NAMES[3:]}
     rules = prepared.filters_before_scoring + prepared.filters_after_scoring
     found = storage.read_json(layout.prepared)
-    del found["key"]
+    del found["key"], found["change_times"]
     return as_json(
         {
             "prepared": found,

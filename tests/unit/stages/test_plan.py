@@ -1,6 +1,7 @@
 """Plans of a run: what each stage still has to do, and what a dry run refuses."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -167,6 +168,25 @@ def test_another_checker_is_another_report(tmp_path: Path, monkeypatch: pytest.M
     mended = keys("rules_of_the_house.same")
     for of_stage in zip(exact, mine, mended, strict=True):
         assert len(set(of_stage)) == 3
+
+
+def test_weights_that_changed_with_equal_size_and_time_are_prepared_anew(tmp_path: Path) -> None:
+    """As `rsync -a` and `cp -p` leave them."""
+    words = shutil.copytree(QUICKSTART.parent / "teachers/words", tmp_path / "words")
+    changes = [f"storage.root={tmp_path / 'out'}", f"teachers.words.model={words}"]
+    config = load_config(QUICKSTART, changes)
+    first = prepare(config)
+    assert Run.find(config) is not None
+    weights = words / "model.safetensors"
+    before, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert preparation_key(config) == first.prepared.key, "size and time are equal"
+    assert Run.find(config) is None
+    again = prepare(config)
+    assert again.prepared.identities["words"] != first.prepared.identities["words"]
+    assert Run.find(config) is not None
 
 
 def test_a_checker_that_is_installed_on_the_cluster_alone_can_be_planned_from_here() -> None:
