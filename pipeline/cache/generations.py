@@ -13,17 +13,53 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from pipeline import storage
 from pipeline.cache.kinds import holdout_identities
 from pipeline.errors import CacheError, CorruptFileError
 from pipeline.fingerprint import digest_json
 from pipeline.layout import CacheLayout, Layout
+from pipeline.plain_json import RESTORE, NotJSONError, checked
 from pipeline.yaml_text import YamlError, read_yaml
 
+Generation = Annotated[int, Field(ge=1)]
 Names = dict[str, dict[int, list[str]]]
 """The runs, checkpoints and trainings that name a generation, by cache folder and generation."""
+
+
+class _Manifest(TypedDict):
+    generation: Generation
+
+
+class _Prepared(TypedDict):
+    scoring_recipes: dict[str, dict[str, Any]]
+
+
+class _UsedCache(TypedDict):
+    fingerprint: str
+    generation: Generation
+
+
+class _Identity(TypedDict, total=False):
+    caches: dict[str, _UsedCache]
+
+
+class _Trained(TypedDict, total=False):
+    """A finished training or a checkpoint."""
+
+    identity: _Identity
+
+
+class _Storage(TypedDict, total=False):
+    models_root: str | None
+
+
+class _Config(TypedDict):
+    storage: _Storage
 
 
 def current_generation(folder: str) -> int:
@@ -34,7 +70,7 @@ def current_generation(folder: str) -> int:
     """
     manifest = CacheLayout(folder, 1).manifest
     if storage.exists(manifest):
-        return _number(manifest, _member(manifest, storage.read_json(manifest), "generation"))
+        return storage.read_json(manifest, _Manifest)["generation"]
     complete = [
         number
         for number in generations(folder)
@@ -62,10 +98,9 @@ def pinned_generations(layout: Layout) -> dict[str, int]:
     Raises:
         StorageError: the pins cannot be read.
     """
-    pins = storage.read_json(layout.pins) if storage.exists(layout.pins) else {}
-    if not isinstance(pins, dict):
-        raise CorruptFileError(_other_kind(layout.pins, "it is no mapping"))
-    return {folder: _number(layout.pins, number) for folder, number in pins.items()}
+    if not storage.exists(layout.pins):
+        return {}
+    return storage.read_json(layout.pins, dict[str, Generation])
 
 
 def pin_generations(layout: Layout, caches: Iterable[CacheLayout]) -> None:
@@ -147,12 +182,10 @@ def named_generations(layout: Layout) -> Names:
             if cache.name not in pins:
                 name(cache.name, current_generation(cache.folder), f"run {run}")
         for root in sorted(filter(None, {layout.root, layout.models_root, *models_roots(of_run)})):
-            for user, path, used in _training_caches(storage.join(root, "runs", run)):
+            for user, used in _training_caches(storage.join(root, "runs", run)):
                 for cache_name, of_cache in used.items():
-                    fingerprint = str(_member(path, of_cache, "fingerprint"))
-                    cache = layout.cache(cache_name, fingerprint)
-                    generation = _number(path, _member(path, of_cache, "generation"))
-                    name(cache.name, generation, f"{user} of run {run}")
+                    cache = layout.cache(cache_name, of_cache["fingerprint"])
+                    name(cache.name, of_cache["generation"], f"{user} of run {run}")
     return names
 
 
@@ -173,28 +206,31 @@ def models_roots(layout: Layout) -> set[str]:
     if not storage.exists(path):
         return set()
     try:
-        config = read_yaml(storage.read_bytes(path))
-    except YamlError as error:
-        raise CorruptFileError(_other_kind(path, f"it is no YAML: {error}")) from error
-    root = _member(path, _member(path, config, "storage"), "models_root", "")
-    return {str(root)} if root else set()
+        config = checked(read_yaml(storage.read_bytes(path)), _Config)
+    except (YamlError, NotJSONError) as error:
+        raise CorruptFileError(
+            f"{path} does not hold what polystill writes there: {error}; bring it back from a copy"
+        ) from error
+    return set(filter(None, [config["storage"].get("models_root")]))
 
 
 def _prepared_caches(layout: Layout) -> list[CacheLayout]:
     if not storage.exists(layout.prepared):
         return []
-    path = layout.prepared
-    identities = _member(path, storage.read_json(path), "scoring_recipes")
+    identities = storage.read_json(layout.prepared, _Prepared)["scoring_recipes"]
     try:
         identities = identities | holdout_identities(identities)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CorruptFileError(_other_kind(path, "its scoring_recipes are of another")) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptFileError(
+            f"{layout.prepared} does not hold what polystill writes there: scoring_recipes are "
+            f"those of no cache; {RESTORE}"
+        ) from error
     return [layout.cache(name, digest_json(identity)) for name, identity in identities.items()]
 
 
-def _training_caches(run_folder: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """The finished trainings and checkpoints of a run: the name of each, its file, and the caches
-    that its identity names.
+def _training_caches(run_folder: str) -> Iterator[tuple[str, dict[str, _UsedCache]]]:
+    """The finished trainings and checkpoints of a run: the name of each, and the caches that its
+    identity names.
     """
     for student in storage.list_folders(run_folder):
         folder = storage.join(run_folder, student)
@@ -206,30 +242,7 @@ def _training_caches(run_folder: str) -> Iterator[tuple[str, str, dict[str, Any]
         }
         for user, path in paths.items():
             if storage.exists(path):
-                identity = storage.read_json(path)
-                for key in ("identity", "caches"):
-                    identity = _member(path, identity, key, {})
-                if not isinstance(identity, dict):
-                    raise CorruptFileError(_other_kind(path, "its caches are no mapping"))
-                yield user, path, identity
-
-
-def _member(path: str, value: Any, key: str, default: Any = None) -> Any:
-    """Value of a key of a mapping that a file holds."""
-    if not isinstance(value, dict) or (default is None and key not in value):
-        raise CorruptFileError(_other_kind(path, f"it has no {key}"))
-    return value.get(key, default)
-
-
-def _number(path: str, value: Any) -> int:
-    """Number of a generation that a file names."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CorruptFileError(_other_kind(path, f"{str(value)[:40]!r} is no generation"))
-    return value
-
-
-def _other_kind(path: str, problem: str) -> str:
-    return f"{path} is not what polystill wrote: {problem}; bring the file back, or remove it"
+                yield user, storage.read_json(path, _Trained).get("identity", {}).get("caches", {})
 
 
 def _request_text(request: dict[str, Any]) -> str:

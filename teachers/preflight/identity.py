@@ -162,13 +162,8 @@ def _file_hashes(files: list[Path], layout: Layout, folder: Path) -> dict[str, s
 def _remembered(layout: Layout) -> dict[str, str]:
     if not storage.exists(layout.weight_hashes):
         return {}
-    found = storage.read_json(layout.weight_hashes)
-    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise CorruptFileError(
-            f"{layout.weight_hashes} does not hold hashes by file: remove it, and weights are read "
-            "and hashed again"
-        )
-    return found
+    remedy = "remove it, and weights are read and hashed again"
+    return storage.read_json(layout.weight_hashes, dict[str, str], remedy)
 
 
 def _state(path: Path) -> str:

@@ -90,7 +90,7 @@ def test_hashes_of_an_earlier_version_are_kept_and_files_are_read_once_more(
 @pytest.mark.parametrize("content", ["[]", "null", "5", '{"a": 5}', '{"a": ["b"]}'])
 def test_hashes_that_are_none_are_refused(folder: Path, content: str) -> None:
     (folder.parent / "weight_hashes.json").write_text(content)
-    with pytest.raises(CorruptFileError, match=r"weight_hashes\.json does not hold .*: remove it"):
+    with pytest.raises(CorruptFileError, match=r"weight_hashes\.json does not hold .*; remove it"):
         identity(folder)
 
 
