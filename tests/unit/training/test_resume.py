@@ -227,7 +227,8 @@ def test_the_seconds_of_training_are_those_of_all_its_starts(tmp_path, monkeypat
 
     def train(spec):
         clock.now += 7
-        summary = {"steps": 20, "tokens": 200, "seconds": 47.0 if spec is twin else 300.0}
+        summary = {"identity": {}, "steps": 20, "tokens": 200}
+        summary["seconds"] = 47.0 if spec is twin else 300.0
         storage.write_json(spec.summary_path, summary)
         return summary
 
@@ -238,7 +239,9 @@ def test_the_seconds_of_training_are_those_of_all_its_starts(tmp_path, monkeypat
     monkeypatch.setattr(train_stage, "training_specs", lambda *_: [student, twin])
     monkeypatch.setattr("teachers.pool.placement.check_placement", lambda *_: None)
     monkeypatch.setattr("students.launching.launch.train_student", train)
-    storage.write_json(student.summary_path, {"steps": 20, "tokens": 200, "seconds": 300.0})
+    storage.write_json(
+        student.summary_path, {"identity": {}, "steps": 20, "tokens": 200, "seconds": 300.0}
+    )
     attempt = begin_attempt(twin.folder, "here")
     save_checkpoint(SavingStudent(), twin, TrainingState(10, 20, 100, 40.0), attempt, NODES)
 
