@@ -246,11 +246,6 @@ def refuse_other_shapes(resume: Resume, shapes: dict[str, list[int]]) -> None:
         )
 
 
-def _step(checkpoint: Path) -> int:
-    """Step of a checkpoint's folder."""
-    return int(checkpoint.name.removeprefix("step-"))
-
-
 def _tell_incomplete(spec: TrainingSpec, resumed: Path | None) -> None:
     """Names the checkpoints that lack the files of a worker, and are newer than the one that the
     training resumes from.
@@ -258,13 +253,11 @@ def _tell_incomplete(spec: TrainingSpec, resumed: Path | None) -> None:
     Raises:
         TrainingError: there is no other checkpoint.
     """
-    lacking = {path: lacking_ranks(path) for path in marked_checkpoints(spec.folder)}
-    lacking = {
-        path: ranks
-        for path, ranks in lacking.items()
-        if ranks and (resumed is None or _step(path) > _step(resumed))
-    }
-    for path, ranks in lacking.items():
+    marked = marked_checkpoints(spec.folder)
+    newer = marked if resumed is None else marked[marked.index(resumed) + 1 :]
+    for path in newer:
+        if not (ranks := lacking_ranks(path)):
+            continue
         files = f"checkpoint {path} lacks the files of rank {', '.join(map(str, ranks))}"
         if resumed is None:
             raise TrainingError(
