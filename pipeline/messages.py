@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
@@ -37,6 +37,16 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def resources_in_words(amounts: Mapping[str, float]) -> str:
+    """Ray's resources as in `1 CPU + 0.5 teacher_node`, without memory and addresses of nodes."""
+    shown = {
+        key: n
+        for key, n in amounts.items()
+        if key not in ("memory", "object_store_memory") and ":" not in key and n > 0
+    }
+    return " + ".join(f"{n:g} {key}" for key, n in sorted(shown.items())) or "nothing"
 
 
 def closest(name: str, known: Iterable[str]) -> str:

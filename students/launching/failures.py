@@ -8,7 +8,6 @@ outlives any number of them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ray.train.v2._internal.exceptions import RayTrainError, WorkerHealthCheckFa
 
 from pipeline import storage
 from pipeline.errors import DistillationError, TrainingError
+from pipeline.messages import harmless
 from pipeline.run.training_spec import TrainingSpec
 from students.checkpoints.resume import complete_checkpoints, latest_complete
 from students.departure import NodeLeaves
@@ -28,7 +28,6 @@ SHOWN_LINES = 3
 """Last lines of a worker's error that a message has."""
 OF_LOST_WORKERS = (RuntimeError, OSError, RayError, RayTrainError)
 """Errors that the loss of a worker or of its storage can cause, in that worker or in others."""
-TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class Failures(UserCallback):
@@ -115,7 +114,7 @@ def described(worker_exceptions: Mapping[int, Exception]) -> str:
     }
     ranks: dict[str, list[int]] = {}
     for rank, error in sorted((lost or dict(worker_exceptions)).items()):
-        lines = TERMINAL_COLOURS.sub("", str(_cause(error))).strip().splitlines()
+        lines = harmless(str(_cause(error))).strip().splitlines()
         name = "lost" if lost else type(error).__name__
         text = "; ".join(line.strip() for line in lines[-SHOWN_LINES:])
         ranks.setdefault(f"{name}: {text}", []).append(rank)

@@ -13,6 +13,7 @@ import os
 import sys
 import uuid
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ from ray.train.torch import TorchTrainer, get_device
 
 from pipeline import storage
 from pipeline.errors import DistillationError, TrainingError
+from pipeline.messages import resources_in_words
 from pipeline.run.shared_storage import (
     Mark,
     check_folder_here,
     check_marks,
-    mark_of,
+    marks_of,
     node_name,
 )
 from pipeline.run.training_spec import TrainingSpec
@@ -47,7 +49,6 @@ from students.launching.failures import Failures, advice
 from students.launching.network import OwnInterfaces
 from students.launching.notices import (
     Notices,
-    described,
     give_notice,
     remove_scratch,
     scratch_folder,
@@ -118,12 +119,11 @@ def _interrupted(spec: TrainingSpec, error: Exception) -> TrainingError:
 def _trainer(spec: TrainingSpec, needs: str) -> TorchTrainer:
     training, resources = spec.config.training, _resources(spec)
     use_gpu = training.resources.num_gpus > 0
-    roots = {spec.layout.root, spec.layout.models_root or spec.layout.root}
     return TorchTrainer(
         _worker,
         train_loop_config={
             "spec": spec,
-            "marks": [mark_of(root) for root in sorted(roots)],
+            "marks": marks_of(spec.layout),
             "group": uuid.uuid4().hex,
         },
         torch_config=OwnInterfaces(backend="nccl" if use_gpu else "gloo"),
@@ -149,14 +149,14 @@ def _resources(spec: TrainingSpec) -> dict[str, float]:
 def _needs(spec: TrainingSpec) -> str:
     """The workers of a training and their resources, for messages."""
     workers = spec.config.training.workers
-    each = described(_resources(spec))
+    each = resources_in_words(_resources(spec))
     return f"{workers} workers of {each} each" if workers > 1 else f"1 worker of {each}"
 
 
 def _free(spec: TrainingSpec) -> str:
     """Free resources of the cluster, of the kinds that a training needs."""
     free = ray.available_resources()
-    return described({name: free.get(name, 0.0) for name in _resources(spec)})
+    return resources_in_words({name: free.get(name, 0.0) for name in _resources(spec)})
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -202,7 +202,7 @@ def _say(spec: TrainingSpec, text: str) -> None:
     give_notice(spec.folder, text, waits=False)
 
 
-def _check_node(spec: TrainingSpec, marks: list[Mark], address: str) -> None:
+def _check_node(spec: TrainingSpec, marks: Sequence[Mark], address: str) -> None:
     """Checks that this node sees what the training reads and writes.
 
     Raises:

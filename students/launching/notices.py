@@ -12,7 +12,7 @@ import contextlib
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -93,12 +93,6 @@ class Notices:
         """Seconds from the beginning of the wait to the next reminder."""
         first = REMIND_SECONDS[: self._reminders + 1]
         return sum(first) + REMIND_SECONDS[-1] * (self._reminders + 1 - len(first))
-
-
-def described(resources: Mapping[str, float]) -> str:
-    """Resources as a person reads them, such as `1 CPU and 0.5 teacher_node`."""
-    parts = [f"{amount:g} {name}" for name, amount in resources.items() if amount > 0]
-    return " and ".join(parts) if parts else "nothing"
 
 
 def _folder(folder: str) -> Path:

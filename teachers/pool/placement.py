@@ -9,10 +9,9 @@ from typing import Any
 
 from pipeline.config.base import Resources
 from pipeline.errors import ClusterError
+from pipeline.messages import resources_in_words
 
 FIRST_REMINDER_SECONDS, LONGEST_SILENCE_SECONDS = 10.0, 600.0
-# No actor asks for these, nor for `node:<address>`, so messages leave them out.
-HIDDEN = ("memory", "object_store_memory")
 
 
 def check_placement(
@@ -31,7 +30,7 @@ def check_placement(
     request = _request(resources)
     offers = [node["Resources"] for node in nodes if node["Alive"]]
     if sum(_fitting(request, offer, count) for offer in offers) < count:
-        needed = _times(count, _in_words(request))
+        needed = _times(count, resources_in_words(request))
         raise ClusterError(
             f"the cluster cannot hold {name}: {needed} needed, nodes have "
             f"{_offers_in_words(offers)}; lower the resources, add a node with them, or set "
@@ -50,9 +49,10 @@ def room_in_words(
         free: result of `ray.available_resources()`.
     """
     offers = [node["Resources"] for node in nodes if node["Alive"]]
+    needed = resources_in_words(_request(resources))
     return (
-        f"{_in_words(_request(resources))} needed; nodes have {_offers_in_words(offers)}; free "
-        f"in all: {_in_words(free)}"
+        f"{needed} needed; nodes have {_offers_in_words(offers)}; free in all: "
+        f"{resources_in_words(free)}"
     )
 
 
@@ -69,15 +69,9 @@ def _request(resources: Resources) -> dict[str, float]:
     return {key: amount for key, amount in request.items() if amount > 0}
 
 
-def _in_words(amounts: Mapping[str, float]) -> str:
-    """Amounts as in `1 CPU + 0.5 teacher_node`."""
-    shown = {key: n for key, n in amounts.items() if key not in HIDDEN and ":" not in key and n > 0}
-    return " + ".join(f"{n:g} {key}" for key, n in sorted(shown.items())) or "nothing"
-
-
 def _offers_in_words(offers: Sequence[Mapping[str, float]]) -> str:
     """Resources of all nodes; equal nodes are counted."""
-    counts = Counter(map(_in_words, offers))
+    counts = Counter(map(resources_in_words, offers))
     return ", ".join(_times(count, words) for words, count in counts.items()) or "nothing"
 
 

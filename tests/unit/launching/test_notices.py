@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from students.launching.notices import Notices, described, give_notice
+from pipeline.messages import resources_in_words
+from students.launching.notices import Notices, give_notice
 
 START = datetime(2026, 1, 2, 12, 0, 0).timestamp()
 
@@ -50,11 +51,11 @@ def test_a_training_that_runs_waits_for_nothing_until_a_worker_is_lost(
     ("resources", "text"),
     [
         ({"CPU": 1.0}, "1 CPU"),
-        ({"CPU": 1.0, "student_node": 0.6}, "1 CPU and 0.6 student_node"),
+        ({"CPU": 1.0, "student_node": 0.6}, "1 CPU + 0.6 student_node"),
         ({"CPU": 0.0, "GPU": 8.0}, "8 GPU"),
         ({"GPU": 0.0}, "nothing"),
         ({}, "nothing"),
     ],
 )
 def test_resources_are_described(resources: dict[str, float], text: str) -> None:
-    assert described(resources) == text
+    assert resources_in_words(resources) == text
