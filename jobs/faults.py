@@ -8,14 +8,13 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 
+from jobs.bookkeeping.versions import installed_versions
 from pipeline.credentials import without_passwords, without_secrets
 from pipeline.messages import printable, short
 
 INSIDE_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Variable that Ray sets for the entry point of a job, whose output is the job's log."""
-LIBRARIES = ("ray", "vllm", "torch", "deepspeed", "transformers", "pyarrow", "pydantic")
 LONGEST = 300
 """Characters of the error's own text in the line for people."""
 
@@ -54,7 +53,7 @@ def _kept(error: Exception, arguments: Sequence[str]) -> str:
 
 
 def _circumstances(arguments: Sequence[str]) -> str:
-    versions = [f"{name} {_version(name)}" for name in LIBRARIES]
+    versions = [f"{name} {number}" for name, number in installed_versions().items()]
     return "\n".join(
         [
             f"command:  polystill {' '.join(map(without_secrets, arguments))}",
@@ -63,13 +62,6 @@ def _circumstances(arguments: Sequence[str]) -> str:
             f"packages: {', '.join(versions)}",
         ]
     )
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _traceback(error: Exception) -> str:

