@@ -29,7 +29,7 @@ FAULTS := test_faults.py test_object_store.py test_vllm_teacher.py::test_poison_
 faults: setup ## kill a scoring run 20 times, fill its disk, break its wire: 10 minutes and more
 	$(BIN)/python -m pytest -m "not gpu" $(addprefix tests/integration/,$(FAULTS)) $(PYTEST_ARGS)
 
-nodes: ## lose cables, heads and mounts of a cluster of namespaces: 15 minutes; needs root
+nodes: ## lose cables, heads and mounts of a cluster of namespaces: five minutes; needs root
 	@if [ "$$(id -u)" != 0 ]; then echo "nodes: namespaces of the network need root: run it as root." >&2; exit 1; fi
 	@if ! command -v ip >/dev/null; then echo "nodes: the command ip is missing: install iproute2." >&2; exit 1; fi
 	@$(MAKE) --no-print-directory setup

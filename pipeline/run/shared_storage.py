@@ -21,9 +21,9 @@ from pipeline import storage
 from pipeline.errors import StorageError
 from pipeline.layout import Layout
 
-WAIT_SECONDS = 10.0
-"""Time in which a file of another node must show; nodes of a network file system may remember for
-some seconds that a file does not exist.
+WAIT_SECONDS = 75.0
+"""Time in which a file of another node must show: a node may remember for as long as NFS keeps the
+attributes of a folder (`acdirmax`, 60 seconds by default) that a file does not exist.
 """
 PAUSE_SECONDS = 0.5
 CONTENT = b"The nodes of a cluster look for this file to find out whether they see this folder.\n"

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import TrainingError
+from pipeline.run import shared_storage
 from students.checkpoints.universal import TAG, Partitioning
 
-WAIT_SECONDS = 15.0
-"""Time in which the files of other nodes must show; a network file system may show them late."""
+WAIT_SECONDS = shared_storage.WAIT_SECONDS
+"""Time in which the files of other nodes must show."""
 PAUSE_SECONDS = 0.5
 
 
