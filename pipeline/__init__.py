@@ -1,6 +1,7 @@
 """Contracts and pure functions of the distillation pipeline: no torch, no Ray, no vLLM.
 
 errors       errors that a user can act on
+filesystems  which file system holds a path, its errors in words, other tries
 storage      files on a local disk, NFS or an object store
 layout       paths of all files below a storage root
 fingerprint  stable hashes of everything that decides an output
@@ -9,7 +10,6 @@ sequences    sequence shards and the dataset
 final_text   the part of an answer behind its thoughts
 templating   arguments of chat templates, as Jinja text
 rope         rotary settings in a model's config
-rounding     whether log-probabilities differ by rounding alone
 messages     tables, shown values, spelling hints and foreign text for people
 plain_json   JSON of people and of other programs to plain values
 credentials  secrets in configs, and texts that show none

@@ -3,122 +3,31 @@
 Existence means complete: a local file is written under a temporary name, synced and renamed. An
 object is one put request, or above 10 MB an upload in parts that stays invisible until it is
 completed.
-
-`pyarrow` itself retries a request to an object store for about six seconds. This module retries
-what fails for longer, after the pauses of `PAUSES_SECONDS`, and then reports the failure.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import json
-import logging
 import os
-import re
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from pipeline.credentials import shown_url, without_passwords
-from pipeline.errors import CorruptFileError, StorageError, StoreUnreachableError
-from pipeline.messages import shorter, shown, shown_path
+from pipeline.errors import CorruptFileError, StorageError
+from pipeline.filesystems import explained, filesystem_of, retried
+from pipeline.messages import shorter, shown_path
 from pipeline.plain_json import RESTORE, value_of_file
 
-logger = logging.getLogger(__name__)
-
-P = ParamSpec("P")
-T = TypeVar("T")
-PAUSES_SECONDS = (2.0, 8.0)
 # Errors of file systems that support no hard link, or no further one to the file.
 NO_LINK = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
-# Errors of an object store that no other try can change.
-LASTING = re.compile(
-    "ACCESS_DENIED|NO_SUCH_BUCKET|INVALID|SIGNATURE|VALIDATION|EXPIRED|PERMISSION_DENIED"
-    "|UNAUTHENTICATED|NOT_FOUND"
-)
-
-
-def _open(uri: str) -> tuple[fs.FileSystem, str]:
-    if "\0" in uri or not uri.isascii():
-        _refuse_unencodable(uri)
-    if "://" not in uri:
-        return fs.LocalFileSystem(), uri
-    # Without this, pyarrow uploads even the smallest object in three requests.
-    options = "?allow_delayed_open=true" if uri.startswith("s3://") else ""
-    try:
-        filesystem, path = fs.FileSystem.from_uri(uri + options)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise StorageError(
-            f"cannot reach {shown_path(shown_url(uri))}: {without_passwords(shorter(error))}; "
-            "check its scheme (s3://, gs://), its bucket and the credentials of this machine"
-        ) from error
-    return filesystem, path
-
-
-def _refuse_unencodable(uri: str) -> None:
-    """Refuses a path that holds NUL, or half a character (bytes that are not UTF-8)."""
-    try:
-        uri.encode()
-    except UnicodeEncodeError as error:
-        raise StorageError(
-            f"{shown(uri)} is not in UTF-8: rename the file, or correct the path"
-        ) from error
-    if "\0" in uri:
-        raise StorageError(f"{shown(uri)} holds the character NUL, which no path has: correct it")
-
-
-@contextmanager
-def explained(action: str, uri: str) -> Iterator[None]:
-    """Context in which every `OSError` becomes a `StorageError` with a message for users.
-
-    Args:
-        action: verb for the message, such as `write`.
-        uri: path or URI that the action concerns.
-    """
-    shown = shown_path(shown_url(uri))
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise StorageError(f"cannot {action} {shown}: it does not exist") from error
-    except pa.ArrowInvalid as error:  # a path such as `name:rest`, which may be a URI
-        raise StorageError(
-            f"cannot {action} {shown}: {without_passwords(shorter(error))}"
-        ) from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(
-                f"cannot {action} {shown}: the disk is full; everything finished so far is kept; "
-                "free some space and run the same command again"
-            ) from error
-        is_object = "://" in uri and not uri.startswith("file://")
-        may_pass = is_object and error.errno is None and not LASTING.search(str(error))
-        kind = StoreUnreachableError if may_pass else StorageError
-        raise kind(f"cannot {action} {shown}: {without_passwords(shorter(error))}") from error
-
-
-def retried(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorator: calls a function again, after pauses, while an object store does not answer."""
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        for pause in PAUSES_SECONDS:
-            try:
-                return function(*args, **kwargs)
-            except StoreUnreachableError as error:
-                logger.warning("%s; trying again in %g s", error, pause)
-                time.sleep(pause)
-        return function(*args, **kwargs)
-
-    return call
 
 
 @retried
@@ -133,7 +42,7 @@ def write_bytes(uri: str, data: bytes | memoryview | pa.Buffer, *, private: bool
     Raises:
         StorageError: the disk is full or the place cannot be written.
     """
-    filesystem, path = _open(uri)
+    filesystem, path = filesystem_of(uri)
     with explained("write", uri):
         if isinstance(filesystem, fs.LocalFileSystem):
             _write_local(path, data, private)
@@ -170,10 +79,10 @@ def link_or_copy(source: str, target: str) -> None:
     Raises:
         StorageError: the source is missing or the target cannot be written.
     """
-    filesystem, path = _open(target)
+    filesystem, path = filesystem_of(target)
     with explained("write", target):
         if not isinstance(filesystem, fs.LocalFileSystem):
-            filesystem.copy_file(_open(source)[1], path)
+            filesystem.copy_file(filesystem_of(source)[1], path)
             return
         os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
@@ -193,24 +102,24 @@ def move(source: str, target: str) -> None:
     Raises:
         StorageError: the source is missing or the target cannot be written.
     """
-    filesystem, path = _open(target)
+    filesystem, path = filesystem_of(target)
     with explained("move", source):
         if isinstance(filesystem, fs.LocalFileSystem):
             os.makedirs(os.path.dirname(path), exist_ok=True)
-        filesystem.move(_open(source)[1], path)
+        filesystem.move(filesystem_of(source)[1], path)
 
 
 @retried
 def remove(uri: str) -> None:
     """Removes a file; a missing file is no error."""
-    filesystem, path = _open(uri)
+    filesystem, path = filesystem_of(uri)
     with explained("remove", uri), contextlib.suppress(FileNotFoundError):
         filesystem.delete_file(path)
 
 
 def remove_empty_folders(uri: str) -> None:
     """Removes a folder and all folders below it, unless one of them still holds a file."""
-    filesystem, path = _open(uri)
+    filesystem, path = filesystem_of(uri)
     if exists(uri) and not files_below(uri):
         with explained("remove", uri):
             filesystem.delete_dir(path)
@@ -244,7 +153,7 @@ def opened(uri: str) -> pa.NativeFile:
 
 
 def _input_file(uri: str) -> pa.NativeFile:
-    filesystem, path = _open(uri)
+    filesystem, path = filesystem_of(uri)
     is_local = isinstance(filesystem, fs.LocalFileSystem)
     if is_local and os.path.exists(path) and not os.path.isfile(path):
         raise OSError("it is a folder, pipe or device, and no file")  # a pipe might never open
@@ -268,7 +177,7 @@ def is_folder(uri: str) -> bool:
 
 @retried
 def _info(uri: str) -> fs.FileInfo:
-    filesystem, path = _open(uri)
+    filesystem, path = filesystem_of(uri)
     with explained("look for", uri):
         return filesystem.get_file_info(path)
 
@@ -297,7 +206,7 @@ def list_folders(uri: str) -> list[str]:
 
 @retried
 def _entries(uri: str, recursive: bool = False) -> list[fs.FileInfo]:
-    filesystem, path = _open(uri)
+    filesystem, path = filesystem_of(uri)
     with explained("list", uri):
         selector = fs.FileSelector(path, recursive=recursive, allow_not_found=True)
         infos = filesystem.get_file_info(selector)
@@ -321,7 +230,7 @@ def file_states(uri: str) -> list[tuple[str, int, int]]:
 
 def files_below(uri: str) -> dict[str, fs.FileInfo]:
     """All files below a folder by their relative paths, unfinished writes included."""
-    _, path = _open(uri)
+    _, path = filesystem_of(uri)
     prefix = path.rstrip("/") + "/"
     files = (info for info in _entries(uri, recursive=True) if info.type == fs.FileType.File)
     return {info.path.removeprefix(prefix): info for info in sorted(files, key=lambda i: i.path)}
@@ -354,8 +263,17 @@ def read_json_lines(uri: str, shape: Any, remedy: str = RESTORE) -> list[Any]:
 
 def write_table(uri: str, table: pa.Table, **options: Any) -> int:
     """Encodes a table as Parquet in memory and writes it in one call; returns its size in bytes."""
+    return write_tables(uri, table.schema, [table], **options)
+
+
+def write_tables(uri: str, schema: pa.Schema, tables: Iterable[pa.Table], **options: Any) -> int:
+    """Writes the rows of several tables as one file; each table begins a row group."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True, **options)
+    with pq.ParquetWriter(
+        sink, schema, compression="zstd", write_page_checksum=True, **options
+    ) as writer:
+        for table in tables:
+            writer.write_table(table)
     buffer = sink.getvalue()
     write_bytes(uri, buffer)
     return buffer.size
@@ -368,15 +286,29 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
         CorruptFileError: the file is truncated or fails its checksums.
         StorageError: the file is missing or cannot be read.
     """
+    with _checked_parquet(uri) as file:
+        table = file.read(columns)
+        table.validate(full=True)  # texts are UTF-8
+        return table
+
+
+def read_batches(uri: str, num_rows: int) -> Iterator[pa.RecordBatch]:
+    """Reads a Parquet file as batches of some rows each; checks and errors as in `read_table`."""
+    with _checked_parquet(uri) as file:
+        for batch in file.iter_batches(num_rows):
+            batch.validate(full=True)
+            yield batch
+
+
+@contextmanager
+def _checked_parquet(uri: str) -> Iterator[pq.ParquetFile]:
     source = pa.BufferReader(_read(uri))
     try:
-        table = pq.ParquetFile(source, page_checksum_verification=True).read(columns)
-        table.validate(full=True)  # texts are UTF-8
+        yield pq.ParquetFile(source, page_checksum_verification=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         raise CorruptFileError(
             f"cannot read {shown_path(uri)}: it is not a complete Parquet file: {shorter(error)}"
         ) from error
-    return table
 
 
 def join(root: str, *parts: str) -> str:

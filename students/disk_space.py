@@ -13,8 +13,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from pipeline import storage
 from pipeline.errors import StorageError
+from pipeline.filesystems import explained
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 WRITING = re.compile(r"inline_container|PytorchStreamWriter|iostream error|\(os error \d+\)")
@@ -38,13 +38,13 @@ def full_disk_explained(folder: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        with storage.explained("write", error.filename or folder):
+        with explained("write", error.filename or folder):
             raise
     except (RuntimeError, SafetensorError) as error:
         if not WRITING.search(str(error)):
             raise
         if _free_bytes(folder) < LEAST_BYTES:
-            with storage.explained("write", folder):
+            with explained("write", folder):
                 raise OSError(errno.ENOSPC, str(error)) from error
         raise StorageError(
             f"cannot write {folder}: {error}; the disk has free space, so a quota may be reached; "

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from pipeline.records import TokenSequence
-from pipeline.rounding import NoisyLogprobs
+from pipeline.report.rounding import NoisyLogprobs
 
 POSITIONS_AT_ONCE = 512
 """Positions whose logits are cast to float32 together: with 152,000 ids they take 300 MiB."""

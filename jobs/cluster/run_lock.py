@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline import storage
 from pipeline.errors import ClusterError
+from pipeline.filesystems import explained
 from pipeline.messages import foreign
 
 # Errors of file systems that have no such locks.
@@ -45,7 +45,7 @@ def alone(path: str, work: str) -> Iterator[None]:
     """
     if os.path.islink(path):
         raise ClusterError(_NOT_OURS.format(path=path, found="a link"))
-    with storage.explained("write", path):
+    with explained("write", path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
@@ -61,7 +61,7 @@ def alone(path: str, work: str) -> Iterator[None]:
         except OSError as error:
             if error.errno not in UNKNOWN:
                 raise
-        with storage.explained("write", path):
+        with explained("write", path):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield

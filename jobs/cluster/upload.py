@@ -11,8 +11,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline import storage
 from pipeline.errors import ConfigError
+from pipeline.filesystems import explained
 
 PACKAGES = ("pipeline", "teachers", "students", "jobs")
 DATA_FILES = ("pipeline/report/*.j2", "pipeline/synthesis/templates/*.txt")
@@ -59,7 +59,7 @@ def build_upload(packages_root: Path, config_text: str, folder: Path) -> Path:
     _check_size(sizes)
     for source in _files(packages_root):
         relative = source.relative_to(packages_root)
-        with storage.explained("read", str(source)):
+        with explained("read", str(source)):
             content = _content(packages_root, relative)
         sizes[str(relative)] = len(content)
         _check_size(sizes)
@@ -119,7 +119,7 @@ def _check_size(sizes: dict[str, int]) -> None:
 
 
 def _write(path: Path, content: bytes, mode: int) -> None:
-    with storage.explained("write", str(path)):
+    with explained("write", str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         with os.fdopen(os.open(path, flags, mode), "wb") as file:

@@ -44,8 +44,8 @@ from pipeline.report.models import (
     ShownPrompt,
 )
 from pipeline.report.page import render_html
+from pipeline.report.rounding import Agreement
 from pipeline.report.tables import rounds_summary, text_summary
-from pipeline.rounding import Agreement
 from pipeline.run.costs import stage_cost
 from pipeline.run.prepared_run import Run
 from pipeline.sequences import SequenceReader, read_dataset

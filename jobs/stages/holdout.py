@@ -26,7 +26,7 @@ from pipeline.report.models import (
     FidelityFigures,
     ProductFigures,
 )
-from pipeline.rounding import NoisyLogprobs
+from pipeline.report.rounding import NoisyLogprobs
 from pipeline.run.prepared_run import Run
 from pipeline.run.shared_storage import marks_of
 

@@ -18,7 +18,7 @@ from pipeline.config.teachers import EndpointTeacherConfig
 from pipeline.layout import Layout
 from pipeline.records import DatasetEntry, Prompt, TokenSequence
 from pipeline.report.models import DomainFigures, ModelFigures
-from pipeline.rounding import Agreement
+from pipeline.report.rounding import Agreement
 from pipeline.run.prepared_run import Run
 from pipeline.run.shared_storage import marks_of
 from pipeline.sequences import read_sequences

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline import storage
+from pipeline.filesystems import explained
 
 HELD = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR)
 """Errors of removing a folder that holds something, is gone, or is none."""
@@ -71,7 +72,7 @@ def remove_file(root: str, path: str) -> None:
         storage.remove(place)
         return
     with (
-        storage.explained("remove", place),
+        explained("remove", place),
         contextlib.suppress(FileNotFoundError),
         _opened_parent(root, path) as (descriptor, name),
     ):
@@ -85,7 +86,7 @@ def remove_empty_folder(root: str, path: str) -> None:
     if "://" in root:
         storage.remove_empty_folders(place)
         return
-    with storage.explained("remove", place):
+    with explained("remove", place):
         try:
             with _opened_parent(root, path) as (descriptor, name):
                 os.rmdir(name, dir_fd=descriptor)
@@ -110,7 +111,7 @@ def _opened_parent(root: str, path: str) -> Iterator[tuple[int, str]]:
 
 def _local(root: str, is_entered: Callable[[str], bool], below: str = "") -> Iterator[Entry]:
     folder = os.path.join(root, below)
-    with storage.explained("list", folder):
+    with explained("list", folder):
         try:
             found = list(os.scandir(folder))
         except FileNotFoundError:

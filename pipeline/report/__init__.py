@@ -2,6 +2,7 @@
 
 models          all figures of a report, the content of report.json
 statistics      intervals and pooled figures
+rounding        whether log-probabilities differ by rounding alone
 fidelity        closeness to the teachers and differences, with intervals
 answers         prompts whose answers are shown side by side
 comparisons     fidelity in words, and its table

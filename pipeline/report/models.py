@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.cache.manifest import CacheTotals
-from pipeline.rounding import Agreement
+from pipeline.report.rounding import Agreement
 
 
 class FrozenModel(BaseModel):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from pipeline.storage import explained, opened, retried
+from pipeline.filesystems import explained, retried
+from pipeline.storage import opened
 
 
 class StoredFile(io.RawIOBase):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from pipeline import storage
 from pipeline.errors import TrainingError
-from pipeline.rounding import Agreement
+from pipeline.report.rounding import Agreement
 from pipeline.run.training_spec import TrainingSpec
 from pipeline.sequences import read_sequences
 from students.architecture.dtypes import float_buffers

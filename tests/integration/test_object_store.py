@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pytest
 
-from pipeline import storage
+from pipeline import filesystems, storage
 from pipeline.errors import StorageError
 from pipeline.run import shared_storage
 from pipeline.run.shared_storage import check_marks, mark_of
@@ -33,7 +33,7 @@ def store() -> Iterator[ObjectStore]:
 @pytest.fixture
 def no_second_try(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pyarrow's own tries alone take six seconds."""
-    monkeypatch.setattr(storage, "PAUSES_SECONDS", ())
+    monkeypatch.setattr(filesystems, "PAUSES_SECONDS", ())
 
 
 def test_a_node_that_reaches_the_store_sees_the_mark_of_its_root(store: ObjectStore) -> None:
@@ -98,7 +98,7 @@ def test_our_own_tries_outlast_those_of_pyarrow(
     store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The wire is mended only after pyarrow has given up."""
-    monkeypatch.setattr(storage, "PAUSES_SECONDS", (0.0,))
+    monkeypatch.setattr(filesystems, "PAUSES_SECONDS", (0.0,))
     monkeypatch.setattr(time, "sleep", lambda seconds: store.wire.mend())
     uri, table = f"{store.root}/outlasted/table", pa.table({"x": list(range(100_000))})
     storage.write_table(uri, table)

@@ -15,7 +15,6 @@ import pytest
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
-BUCKET = "bucket"
 PIECE_BYTES = 4096
 FOREIGN_SETTINGS = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3")
 
@@ -47,8 +46,12 @@ class Wire:
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
+    def port(self) -> int:
+        return self._listener.getsockname()[1]
+
+    @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        return f"http://127.0.0.1:{self.port}"
 
     def cut(self, direction: str, after_bytes: int, times: int) -> None:
         """Cuts what passes `after_bytes` in a direction (`upload`, `download`), so many times.
@@ -147,11 +150,12 @@ class ObjectStore:
 
     Attributes:
         env: what a process needs to reach it through the wire.
+        root: its bucket, which no other server has: a process keeps its connections to a bucket.
     """
 
     wire: Wire
     env: dict[str, str]
-    root: str = f"s3://{BUCKET}"
+    root: str
 
     def settings(self, credentials: Path) -> dict[str, str]:
         """Variables that a config may hold: the keys lie in a file, which is written here."""
@@ -185,9 +189,10 @@ def object_store() -> Iterator[ObjectStore]:
                 patch.delenv(name, raising=False)
             for name, value in env.items():
                 patch.setenv(name, value)
-            store, _ = fs.FileSystem.from_uri(f"s3://{BUCKET}?allow_bucket_creation=true")
-            store.create_dir(BUCKET)
-            yield ObjectStore(wire, env)
+            root = f"s3://bucket-{wire.port}"
+            store, bucket = fs.FileSystem.from_uri(f"{root}?allow_bucket_creation=true")
+            store.create_dir(bucket)
+            yield ObjectStore(wire, env, root)
     finally:
         wire.close()
         server.stop()

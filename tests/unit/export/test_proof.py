@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.errors import TrainingError
 from pipeline.records import TokenSequence
-from pipeline.rounding import NoisyLogprobs
+from pipeline.report.rounding import NoisyLogprobs
 from students.architecture.body import body_hidden_states
 from students.architecture.build import load_model
 from students.architecture.dtypes import float_buffers

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.rounding import Agreement, NoisyLogprobs
+from pipeline.report.rounding import Agreement, NoisyLogprobs
 
 SEQUENCES, TOKENS = 8, 60
 

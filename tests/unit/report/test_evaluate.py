@@ -23,8 +23,8 @@ from pipeline.config.rounds import layout_of
 from pipeline.config.run import Config
 from pipeline.errors import ClusterError, StorageError, TrainingError
 from pipeline.report.models import DomainFigures, ExportCheck, ModelFigures, Report
+from pipeline.report.rounding import NoisyLogprobs
 from pipeline.report.statistics import pooled
-from pipeline.rounding import NoisyLogprobs
 from pipeline.run import shared_storage
 from pipeline.run.prepared_run import Run
 from pipeline.run.shared_storage import Mark

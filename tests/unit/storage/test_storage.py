@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from pipeline import storage
+from pipeline import filesystems, storage
 from pipeline.errors import StorageError
 from pipeline.synthesis.stored_file import StoredFile
 
@@ -18,7 +18,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "bucket/run").mkdir(parents=True)
     filesystem = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
     monkeypatch.setattr(
-        storage, "_open", lambda uri: (filesystem, uri.removeprefix("s3://").rstrip("/"))
+        storage, "filesystem_of", lambda uri: (filesystem, uri.removeprefix("s3://").rstrip("/"))
     )
     return "s3://bucket/"
 
@@ -47,7 +47,7 @@ def test_a_store_that_refuses_is_named(bucket: str, monkeypatch: pytest.MonkeyPa
         def get_file_info(self, _: object) -> None:
             raise OSError("AWS Error ACCESS_DENIED")
 
-    monkeypatch.setattr(storage, "_open", lambda uri: (Refusing(), uri))
+    monkeypatch.setattr(storage, "filesystem_of", lambda uri: (Refusing(), uri))
     for ask in (storage.exists, storage.list_files, storage.list_folders, storage.file_states):
         with pytest.raises(StorageError, match=r"s3://bucket/: AWS Error ACCESS_DENIED"):
             ask(bucket)
@@ -105,10 +105,10 @@ def test_a_dropped_connection_is_tried_again_and_a_failed_write_is_never_complet
     pauses: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Failing(2, DROPPED)
-    monkeypatch.setattr(storage, "_open", lambda uri: (store, uri))
+    monkeypatch.setattr(storage, "filesystem_of", lambda uri: (store, uri))
     storage.write_bytes("s3://bucket/x", b"x")
     assert store.done == ["write", "write", "write", "close"]
-    assert pauses == list(storage.PAUSES_SECONDS)
+    assert pauses == list(filesystems.PAUSES_SECONDS)
     store.failures = 1
     assert storage.exists("s3://bucket/x")
 
@@ -117,7 +117,7 @@ def test_a_piece_of_a_file_is_asked_for_again(
     pauses: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Failing(1, DROPPED)
-    monkeypatch.setattr(storage, "_open", lambda uri: (store, uri))
+    monkeypatch.setattr(storage, "filesystem_of", lambda uri: (store, uri))
     file = StoredFile("s3://bucket/x")
     assert file.read(4) == b"0123"
     store.failures = 1
@@ -131,10 +131,10 @@ def test_tries_are_bounded_and_the_message_names_the_object(
     pauses: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Failing(99, DROPPED)
-    monkeypatch.setattr(storage, "_open", lambda uri: (store, uri))
+    monkeypatch.setattr(storage, "filesystem_of", lambda uri: (store, uri))
     with pytest.raises(StorageError, match="cannot write s3://bucket/x: AWS Error NETWORK"):
         storage.write_bytes("s3://bucket/x", b"x")
-    assert store.done == ["write"] * (1 + len(storage.PAUSES_SECONDS))
+    assert store.done == ["write"] * (1 + len(filesystems.PAUSES_SECONDS))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_what_waiting_does_not_mend_is_told_at_once(
     uri: str, message: str, pauses: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Failing(1, message)
-    monkeypatch.setattr(storage, "_open", lambda uri: (store, uri))
+    monkeypatch.setattr(storage, "filesystem_of", lambda uri: (store, uri))
     with pytest.raises(StorageError, match=message):
         storage.exists(uri)
     assert pauses == [] and store.done == ["look"]
