@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,28 @@ def digest_bytes(*parts: bytes) -> str:
 def digest_json(value: Any) -> str:
     """Hex hash of a JSON value; the order of keys does not matter."""
     return digest_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+def digest_of_rows(batches: Callable[[], Iterable[list[Any]]]) -> str:
+    """Hex hash of a list of JSON values, the same as `digest_json` has for the whole list.
+
+    Args:
+        batches: function that gives the list in parts, none of them empty; it is called twice, as
+            the hash begins with the length of the JSON text.
+    """
+
+    def pieces() -> Iterator[bytes]:
+        opening = b"["
+        for batch in batches():
+            yield opening + json.dumps(batch, sort_keys=True, separators=(",", ":"))[1:-1].encode()
+            opening = b","
+        yield b"[]" if opening == b"[" else b"]"
+
+    hasher = hashlib.blake2b(digest_size=16)
+    hasher.update(sum(map(len, pieces())).to_bytes(8, "little"))
+    for piece in pieces():
+        hasher.update(piece)
+    return hasher.hexdigest()
 
 
 def exact_json(value: Any) -> Any:

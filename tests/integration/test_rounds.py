@@ -53,7 +53,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
 
 def entries_of(layout: Layout) -> list[DatasetEntry]:
     record = storage.read_json(layout.stage_record("score"))
-    return read_dataset(layout, record["dataset"])
+    return list(read_dataset(layout, record["dataset"]))
 
 
 def test_a_student_trains_on_what_it_writes(command: tuple[list[str], Path]) -> None:

@@ -195,7 +195,7 @@ class FabricatedRun:
         path = Path(self.layout.stage_record("synthesize"))
         if not path.exists():
             return []
-        return read_dataset(self.layout, json.loads(path.read_text())["dataset"])
+        return list(read_dataset(self.layout, json.loads(path.read_text())["dataset"]))
 
     def score(self) -> str:
         """Runs the score stage with the pools that stand in for engines; returns the dataset."""

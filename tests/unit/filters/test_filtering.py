@@ -105,7 +105,7 @@ def test_another_filter_makes_another_dataset_and_asks_nobody_again(
     assert outcome["filters"][0]["dropped_by_domain"] == {"arithmetic": 1, "words": 1}
     assert "dropped by filters: repetition 2 of 22" in outcome["summary"]
     everything = read_dataset(layout, whole["dataset"])
-    kept = read_dataset(layout, outcome["dataset"])
+    kept = list(read_dataset(layout, outcome["dataset"]))
     assert len(kept) == 20 and [entry for entry in everything if entry in kept] == kept
     assert storage.file_states(f"{layout.root}/synthesis") == before
     (path,) = Path(layout.root).glob("rejected/*/0-repetition.parquet")
@@ -190,7 +190,7 @@ def test_perplexity_comes_from_the_cached_rows_and_scores_nothing_again(
     strict = config_with(arguments, bound)
     assert scored_dataset(prepared(strict)) is None
     outcome = stage(strict, "score")
-    kept = read_dataset(layout, outcome["dataset"])
+    kept = list(read_dataset(layout, outcome["dataset"]))
     assert [e.sequence_id for e in kept] == [i for i in means if means[i] >= high]
     assert outcome["filters"][0]["dropped"] == len(entries) - len(kept) == 2
     assert (

@@ -71,7 +71,7 @@ def in_round(run: Run, number: int, *recipes: dict[str, Any], **others: Any) -> 
 
 
 def entries_of(config: Config, outcome: dict[str, Any]) -> list[DatasetEntry]:
-    return read_dataset(layout_of(config), outcome["dataset"])
+    return list(read_dataset(layout_of(config), outcome["dataset"]))
 
 
 def test_teachers_answer_first_and_the_student_later(run: Run) -> None:
