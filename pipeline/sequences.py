@@ -11,7 +11,7 @@ A dataset is held as columns: some 60 bytes an entry, and an object only for the
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from typing import Any, overload
@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import storage
-from pipeline.fingerprint import digest_ids, digest_of_rows
+from pipeline.fingerprint import digest_ids, digest_of_rows, is_digest
 from pipeline.layout import Layout
 from pipeline.records import DatasetEntry, TokenSequence
 
@@ -129,6 +129,15 @@ class Dataset(Sequence[DatasetEntry]):
             chunks.append(_packed(pa.Table.from_pylist(rows, schema=DATASET_SCHEMA)))
         return cls(_joined(chunks))
 
+    @classmethod
+    def joined(cls, datasets: Iterable[Dataset]) -> Dataset:
+        """All entries, each sequence once: at its first place, as its last entry describes it."""
+        whole = cls(_joined([dataset.table for dataset in datasets]))
+        identifiers = whole.table["sequence_id"].combine_chunks().dictionary_encode()
+        places = np.empty(len(identifiers.dictionary), np.int64)
+        places[identifiers.indices.to_numpy()] = np.arange(len(whole))
+        return whole.take(places)
+
     @cached_property
     def num_tokens(self) -> np.ndarray:
         """int32[N]: tokens of each sequence."""
@@ -139,14 +148,30 @@ class Dataset(Sequence[DatasetEntry]):
         """int32[N]: positions of each sequence."""
         return self.table["num_positions"].to_numpy()
 
+    @property
+    def num_prompts(self) -> int:
+        """Number of different prompts."""
+        return pc.call_function("count_distinct", [self.table["prompt_id"]]).as_py()
+
     def of_split(self, *splits: str) -> Dataset:
         """The entries of some splits, in order."""
-        chosen = pa.array(splits, pa.string())
-        return self.where(
-            pc.call_function("is_in", [self.table["split"]], pc.SetLookupOptions(chosen))
-        )
+        return self.where(self.has_value("split", splits))
 
-    def where(self, mask: pa.ChunkedArray | pa.Array | np.ndarray) -> Dataset:
+    def has_value(self, name: str, values: Iterable[str]) -> np.ndarray:
+        """bool[N]: which entries have one of the values in the column of that name, which is no
+        column of ids or authors.
+        """
+        return _is_in(self.table[name], pa.array(values, pa.string()))
+
+    def has_id(self, identifiers: Collection[str]) -> np.ndarray:
+        """bool[N]: which entries have one of the ids."""
+        column = self.table["sequence_id"]
+        wanted = [i for i in identifiers if column.type == pa.string() or is_digest(i)]
+        if column.type != pa.string():
+            wanted = [bytes.fromhex(identifier) for identifier in wanted]
+        return _is_in(column, pa.array(wanted, column.type))
+
+    def where(self, mask: np.ndarray) -> Dataset:
         """The entries at which a mask is true, in order."""
         return Dataset(self.table.filter(mask))
 
@@ -181,6 +206,11 @@ class Dataset(Sequence[DatasetEntry]):
     def digest(self) -> str:
         """Digest of the content."""
         return digest_of_rows(lambda: self._rows(DIGEST_COLUMNS))
+
+
+def _is_in(column: pa.ChunkedArray, values: pa.Array) -> np.ndarray:
+    options = pc.SetLookupOptions(values)
+    return pc.call_function("is_in", [column], options).to_numpy()
 
 
 def packed_ids(column: pa.Array) -> pa.Array:
@@ -236,7 +266,7 @@ def _packed(table: pa.Table) -> pa.Table:
     return pa.table(columns)
 
 
-def _joined(tables: Sequence[pa.Table]) -> pa.Table:
+def _joined(tables: list[pa.Table]) -> pa.Table:
     """Packed tables as one; an id column that is packed in some only is not packed."""
     if not tables:
         return _packed(DATASET_SCHEMA.empty_table())

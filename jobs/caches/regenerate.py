@@ -41,6 +41,7 @@ from pipeline.fingerprint import digest_json
 from pipeline.layout import CacheLayout
 from pipeline.records import DatasetEntry
 from pipeline.run.identities import provenance_of
+from pipeline.sequences import Dataset
 from teachers.pool.contracts import PoolReport
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,9 @@ def regenerate_inside_job(config: Config, request: RegenerationRequest) -> None:
     caches = prepared_caches(config)
     work = {name: _begin(caches, name, request) for name in caches.chosen(request.teacher)}
     join_cluster()
-    reports = fill_caches(caches.run, {name: (w.cache, w.entries) for name, w in work.items()})
+    reports = fill_caches(
+        caches.run, {name: (w.cache, Dataset.of(w.entries)) for name, w in work.items()}
+    )
     for name, of_cache in work.items():
         report = reports[teacher_of(name)]
         _publish(caches, name, of_cache, report)

@@ -14,10 +14,9 @@ from pipeline.errors import ConfigError
 from pipeline.fingerprint import digest_json
 from pipeline.layout import CacheLayout
 from pipeline.messages import closest
-from pipeline.records import DatasetEntry
 from pipeline.run.preparation import is_current, read_prepared
 from pipeline.run.prepared_run import Run
-from pipeline.sequences import read_dataset
+from pipeline.sequences import Dataset, read_dataset
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,14 @@ class RunCaches:
     run: Run
     is_current: bool
     dataset: str
-    entries: list[DatasetEntry]
+    entries: Dataset
 
     @property
     def layouts(self) -> dict[str, CacheLayout]:
         """Folders of the caches, by name, in the generations that the run uses."""
         return self.run.all_layouts()
 
-    def entries_of(self, name: str) -> list[DatasetEntry]:
+    def entries_of(self, name: str) -> Dataset:
         """Sequences of the run that a cache shall hold."""
         return entries_of(name, self.entries)
 
@@ -108,9 +107,9 @@ def open_caches(config: Config) -> RunCaches:
         expected = {"cache_identities": expected_identities(run)}
         run = replace(run, prepared=run.prepared.model_copy(update=expected))
     datasets = [str(round_dataset(of_round)) for of_round in rounds]
-    entries = {e.sequence_id: e for digest in datasets for e in read_dataset(layout, digest)}
+    entries = Dataset.joined(read_dataset(layout, digest) for digest in datasets)
     dataset = datasets[0] if len(datasets) == 1 else digest_json(datasets)
-    return RunCaches(run, is_valid, dataset, list(entries.values()))
+    return RunCaches(run, is_valid, dataset, entries)
 
 
 def round_dataset(config: Config) -> str | None:

@@ -45,7 +45,7 @@ class Filtered:
         engine_seconds: seconds of the judges' engines, by teacher.
     """
 
-    entries: list[DatasetEntry]
+    entries: Sequence[DatasetEntry]
     counts: list[dict[str, Any]] = field(default_factory=list)
     engine_seconds: Counter[str] = field(default_factory=Counter)
 
@@ -95,7 +95,7 @@ def _filtered(
 ) -> Filtered:
     """Runs filters in order; `digest` identifies them, and names the folder of rejected answers."""
     if not rules:
-        return Filtered(list(entries))
+        return Filtered(entries)
     layout = run.layout
     given = load_prompts(layout, run.prepared.prompts_digest)
     steps = list(walk(run.config, layout, run.prepared.synthesis_digests, given))

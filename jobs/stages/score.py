@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
+
 from jobs.bookkeeping.stage_records import StageRecord, score_key
 from jobs.stages.filter import Filtered, filter_scored
 from jobs.stages.teacher_pools import engine_seconds, teacher_work
@@ -27,10 +29,9 @@ from pipeline.config.scoring import selection_of
 from pipeline.config.teachers import TeacherConfig
 from pipeline.filters.run import filter_summary
 from pipeline.layout import CacheLayout
-from pipeline.records import DatasetEntry
 from pipeline.run.identities import provenance_of
 from pipeline.run.prepared_run import Run
-from pipeline.sequences import read_dataset, write_dataset
+from pipeline.sequences import Dataset, read_dataset, write_dataset
 from students.data.packing import refuse_long_groups, refuse_long_sequences
 from teachers.canary import check_cache_canaries
 from teachers.pool.contracts import PoolReport
@@ -85,9 +86,9 @@ def score(run: Run, dataset: str) -> StageRecord:
 def _covered(
     run: Run,
     dataset: str,
-    entries: Sequence[DatasetEntry],
+    entries: Dataset,
     refused: Mapping[str, dict[str, str]],
-) -> list[DatasetEntry]:
+) -> Dataset:
     """Entries that can be trained on; weights that the config wants learned are learned for it.
 
     Args:
@@ -103,7 +104,7 @@ def _covered(
         learned = learn_weights(run.layout, distributions, fingerprints, dataset, entries)
         combine = with_learned(combine, learned)
     of_distributions = {name: refused[name] for name in distributions}
-    covered = [entry for entry in entries if is_covered(combine, entry, of_distributions)]
+    covered = covered_entries(combine, entries, of_distributions)
     if len(covered) < len(entries):
         logger.warning(
             "%d sequences are left out of training: every teacher that has a weight in their "
@@ -113,36 +114,43 @@ def _covered(
     return covered
 
 
-def _check_lengths(config: Config, entries: Sequence[DatasetEntry]) -> None:
+def _check_lengths(config: Config, entries: Dataset) -> None:
     """Refuses before scoring the sequences that training would refuse after it."""
     if config.synthesis.filters_after_scoring:
         return  # a filter may still drop the sequence
-    used = [(e.sequence_id, e.num_tokens) for e in entries if e.split in ("train", "holdout")]
+    used = entries.of_split("train", "holdout")
     training, budget = config.training, config.training.tokens_per_micro_batch
-    refuse_long_sequences(used, budget)
+    too_long = used.where(used.num_tokens > budget)
+    refuse_long_sequences([(entry.sequence_id, entry.num_tokens) for entry in too_long], budget)
     together = sequences_together(training.losses)
-    refuse_long_groups([length for _, length in used], budget, not training.packing, together)
+    refuse_long_groups(used.num_tokens, budget, not training.packing, together)
 
 
 def _dropped(filtered: Filtered) -> list[str]:
     return [f"dropped by filters: {filter_summary(filtered.counts)}"] if filtered.counts else []
 
 
-def is_covered(
-    combine: CombineConfig, entry: DatasetEntry, refused: dict[str, dict[str, str]]
-) -> bool:
-    """Whether a teacher that has a weight in the sequence's domain has a row for the sequence.
+def covered_entries(
+    combine: CombineConfig, entries: Dataset, refused: Mapping[str, dict[str, str]]
+) -> Dataset:
+    """The sequences of which a teacher that has a weight in their domain has a row.
 
     Args:
         refused: sequences whose distributions are quarantined, with their errors, by teacher.
     """
-    weighing = required_teachers(combine, list(refused), entry.domain)
-    return any(entry.sequence_id not in refused[name] for name in weighing)
+    domains = entries.table["domain"].unique().to_pylist()
+    weighing = {name: required_teachers(combine, list(refused), name) for name in domains}
+    some = entries.has_id({name for errors in refused.values() for name in errors})
+    covered = np.ones(len(entries), dtype=bool)
+    for place in np.flatnonzero(some):
+        entry = entries[int(place)]
+        teachers = weighing[entry.domain]
+        covered[place] = any(entry.sequence_id not in refused[teacher] for teacher in teachers)
+    without = [name for name, teachers in weighing.items() if not teachers]
+    return entries.where(covered & ~entries.has_value("domain", without))
 
 
-def fill_caches(
-    run: Run, work: Mapping[str, tuple[CacheLayout, Sequence[DatasetEntry]]]
-) -> dict[str, PoolReport]:
+def fill_caches(run: Run, work: Mapping[str, tuple[CacheLayout, Dataset]]) -> dict[str, PoolReport]:
     """Scores the sequences that caches lack; neither index nor manifest is written.
 
     Args:
@@ -162,17 +170,16 @@ def fill_caches(
             if teacher_of(name) == teacher
         ]
         tasks = plan_scoring(run.layout.root, outputs)
-        entries = [entry for _, members in outputs for entry in members]
-        prompts_of = {entry.sequence_id: entry.prompt_id for entry in entries}
+        longest = max(longest_sequence(entries) for _, entries in outputs)
         pool = teacher_work(
             run,
             teacher,
             tasks,
-            min_model_len=longest_sequence(entries) + 1,
+            min_model_len=longest + 1,
             num_logprobs=run.config.scoring.num_logprobs,
             hidden_layers=_layers(tasks),
             unit="sequences",
-            share_prefixes=len(set(prompts_of.values())) < len(prompts_of),
+            share_prefixes=any(entries.num_prompts < len(entries) for _, entries in outputs),
         )
         pools.append(_with_checks(pool, run.config, tasks))
     return run_pools(pools)
@@ -227,9 +234,9 @@ def new_shards(report: PoolReport, name: str) -> set[str]:
     return {shard.entries[name].digest for shard in report.results if name in shard.entries}
 
 
-def longest_sequence(entries: Sequence[DatasetEntry]) -> int:
+def longest_sequence(entries: Dataset) -> int:
     """Tokens of the longest sequence."""
-    return max((entry.num_tokens for entry in entries), default=1)
+    return int(entries.num_tokens.max(initial=1))
 
 
 def scored_summary(name: str, report: PoolReport, num_quarantined: int) -> str:

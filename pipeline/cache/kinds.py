@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.config.scoring import MAX_ENTRIES, TopK, selection_of
 from pipeline.records import DatasetEntry
+from pipeline.sequences import Dataset
 
 HIDDEN_STATES = "+features"
 HOLDOUT = "+holdout"
@@ -44,9 +45,10 @@ def teacher_of(cache: str) -> str:
     return cache.removesuffix(HIDDEN_STATES).removesuffix(HOLDOUT)
 
 
-def entries_of(cache: str, entries: Iterable[DatasetEntry]) -> list[DatasetEntry]:
+def entries_of(cache: str, entries: Iterable[DatasetEntry]) -> Dataset:
     """The sequences among `entries` that the cache of that name shall hold."""
-    return [entry for entry in entries if not holds_holdout(cache) or entry.split == "holdout"]
+    dataset = Dataset.of(entries)
+    return dataset.of_split("holdout") if holds_holdout(cache) else dataset
 
 
 def holdout_identities(identities: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -181,7 +181,7 @@ def group_size(lengths: Sequence[int], padded: bool) -> int:
 
 
 def refuse_long_groups(
-    lengths: Sequence[int], tokens_per_micro_batch: int, padded: bool, together: int
+    lengths: Sequence[int] | np.ndarray, tokens_per_micro_batch: int, padded: bool, together: int
 ) -> None:
     """Refuses sequences of which some `together` do not fit into one micro-batch: the order of the
     data may put any of them together.
@@ -189,7 +189,7 @@ def refuse_long_groups(
     Raises:
         TrainingError: the longest sequences do not fit.
     """
-    longest = group_size(sorted(lengths)[-together:], padded)
+    longest = group_size(np.sort(lengths)[-together:].tolist(), padded)
     if longest > tokens_per_micro_batch:
         raise TrainingError(
             f"a relation loss keeps {together} sequences in one micro-batch, but the longest "
@@ -200,7 +200,7 @@ def refuse_long_groups(
 
 
 def refuse_groups_across_bounds(
-    lengths: Sequence[int], bounds: Sequence[int], together: int
+    lengths: Sequence[int] | np.ndarray, bounds: Sequence[int], together: int
 ) -> None:
     """Refuses groups of sequences whose positions the student computes in different ways.
 
@@ -211,11 +211,12 @@ def refuse_groups_across_bounds(
         TrainingError: sequences of both sides of a bound may come together.
     """
     for bound in bounds:
-        if together > 1 and min(lengths) <= bound < max(lengths):
+        shortest, longest = np.min(lengths), np.max(lengths)
+        if together > 1 and shortest <= bound < longest:
             raise TrainingError(
                 f"a relation loss keeps {together} sequences in one micro-batch, but the student "
                 f"has other rotary factors (LongRoPE) above {bound} tokens and the sequences have "
-                f"{min(lengths)} to {max(lengths)}: leave the relation loss out, or drop longer "
+                f"{shortest} to {longest}: leave the relation loss out, or drop longer "
                 "sequences by synthesis.max_sequence_tokens or by the filter `length`"
             )
 
